@@ -1,0 +1,49 @@
+"""Data sources. One file a source; all of them look the same to training (see Source)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple, Protocol
+
+from sovit import UserError
+
+
+class Batch(NamedTuple):
+    """images [B, 3, H, W] float32; labels [B] (pooled) or [B, N] (one a patch token) int64; skills like labels or None.
+
+    `skills` holds, for each label, the index into `Source.skills` of the family that it belongs to.
+    """
+
+    images: object
+    labels: object
+    skills: object
+
+
+class Source(Protocol):
+    """An opened data set at one image size. Samples are pure functions of (seed, index)."""
+
+    num_classes: int
+    readout: str  # "pooled": labels [B]; "tokens": labels [B, N], one for each patch token
+    skills: tuple[str, ...]  # label families, () where there is one
+    zero_line: float  # nats: cross-entropy of the best answer that looks at nothing
+    blind: dict[str, float]  # skill -> nats: best answer that knows the question but not the image ({} where none)
+    num_val: int  # validation images
+
+    def train(self, start: int, count: int) -> Batch:
+        """Training samples start .. start + count - 1 of an endless sequence."""
+
+    def val(self, start: int, count: int) -> Batch:
+        """Validation samples start .. start + count - 1, start + count <= num_val."""
+
+
+SOURCES = {"stream": "sovit.data.stream", "icons": "sovit.data.icons", "hub": "sovit.data.hub"}  # each has open_source
+
+
+def open_data(data: str, preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Source:
+    """Open source `data` (a key of SOURCES) with a preset of its own, drawn at `image_size` pixels.
+
+    Raises UserError for an unknown source or preset, a size that the source cannot draw, or missing files.
+    """
+    if data not in SOURCES:
+        raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")
+    return importlib.import_module(SOURCES[data]).open_source(preset, image_size, patch_size, data_seed, device)

@@ -1,0 +1,309 @@
+"""The procedural stream: a grid of question marks, one answer a patch token, an endless supply of exact labels.
+
+Every cell of a `grid x grid` image shows an object (a glyph in a colour) and, in its margin, the mark of a question.
+Each patch token of the cell must answer that question. Questions are Zipf-distributed and of seven families
+(templates), from reading one glyph to comparing a glyph with the histogram of the whole scene, so that at any budget some
+families are learned and some are not yet: that is what makes the loss a smooth function of shape and compute.
+
+    legend: B images, G grid cells a side, C = G^2 cells, N patch tokens
+
+Latents are a pure function of (seed, index) through an integer hash, the same on every device. The scene is drawn from
+latents at any multiple of the preset's native size: `render(latents, 2 s)` has finer glyph detail than `render(latents, s)`
+and averages to it exactly, so a higher resolution shows more of the same scene and is never an upsample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sovit import UserError
+from sovit.data import Batch
+
+CYCLE = ("attr", "fact", "hist", "attr", "major", "fact", "group", "same")
+POINTING_CYCLE = CYCLE * 7 + CYCLE[:-1] + ("right",)  # one question in 64 points at the cell to the right
+NUM_ANSWERS = 16
+CHUNK = 256  # samples drawn at once; a sample does not depend on how it is asked for
+WORLD_SEED = 2305_13035  # of the fixed tables: glyphs, marks, answers; the same for every run
+VAL_SEED = 1 << 40  # validation samples come from a key that no data_seed (below 2^32) can reach
+
+
+@dataclass(frozen=True)
+class World:
+    """The constants of one preset. Powers are Zipf exponents: p(rank r) ~ r^-power, r = 1, 2, ..."""
+
+    grid: int = 4  # cells a side
+    cell: int = 4  # pixels a side of a cell at native size; a quarter of it is margin
+    num_questions: int = 256
+    num_glyphs: int = 128
+    num_colours: int = 8
+    question_power: float = 0.9
+    glyph_power: float = 1.0
+    colour_power: float = 0.5
+    cycle: tuple[str, ...] = CYCLE
+    pixel_noise: float = 0.1  # s.d., in units of the image's [0, 1] range
+    label_flip: float = 0.0  # share of answers replaced by a uniform one: a floor of known entropy
+    num_val: int = 4096
+
+    @property
+    def image_size(self) -> int:
+        return self.grid * self.cell
+
+
+PRESETS = {
+    "cpu": World(),
+    "cpu-flip": World(label_flip=0.05),
+    "small": World(cell=8, num_questions=1024, num_glyphs=512, num_colours=16, cycle=POINTING_CYCLE),
+    "gpu": World(grid=8, cell=8, num_questions=1024, num_glyphs=512, num_colours=16, cycle=POINTING_CYCLE),
+}
+
+# template -> number of different scene readings, the columns of the answer table it uses
+COLUMNS = {
+    "attr": lambda w: w.num_glyphs,
+    "fact": lambda w: w.num_glyphs * w.num_colours,
+    "same": lambda w: 8,
+    "hist": lambda w: 4 * w.num_colours,
+    "major": lambda w: w.num_colours**2,
+    "group": lambda w: 64,
+    "right": lambda w: w.num_colours,
+}
+
+
+def hash_uniform(seed: int, index: Tensor, salts: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [*index.shape, salts], from a counter-based hash of (seed, index, salt).
+
+    The mixing function is splitmix64 (Steele et al., OOPSLA 2014) in wrapping int64 arithmetic, so that every device
+    gives the same bits.
+    """
+
+    def signed(constant: int) -> int:
+        return constant - (1 << 64) if constant >> 63 else constant
+
+    def shift(x: Tensor, bits: int) -> Tensor:  # logical right shift
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    salt = torch.arange(1, salts + 1, device=index.device)
+    x = index.unsqueeze(-1) * signed(0xD1342543DE82EF95) + salt * signed(0x9E3779B97F4A7C15)  # [..., salts]
+    x = x ^ signed((seed * 0xA24BAED4963EE407 + 0x9FB21C651E98DF25) % (1 << 64))
+    for _ in range(2):
+        x = (x ^ shift(x, 30)) * signed(0xBF58476D1CE4E5B9)
+        x = (x ^ shift(x, 27)) * signed(0x94D049BB133111EB)
+        x = x ^ shift(x, 31)
+    return shift(x, 11).double() / (1 << 53)
+
+
+def _zipf(count: int, power: float) -> Tensor:
+    p = torch.arange(1, count + 1, dtype=torch.float64) ** -power
+    return p / p.sum()
+
+
+class Scene(dict):
+    """Latents of a batch: question, glyph, colour, each int64 [B, C], and index [B]."""
+
+
+class Stream:
+    """An opened stream (see sovit.data.Source) at `image_size` pixels, read by patches of `patch_size`."""
+
+    readout = "tokens"
+    num_classes = NUM_ANSWERS
+
+    def __init__(self, world: World, image_size: int, patch_size: int, data_seed: int, device: str):
+        scale, rest = divmod(image_size, world.image_size)
+        if rest or scale & (scale - 1) or not scale:
+            raise UserError(
+                f"image_size={image_size} cannot be drawn; this preset draws {world.image_size} times a power of two"
+            )
+        if (world.cell * scale) % patch_size:
+            raise UserError(
+                f"patch_size={patch_size} does not divide the {world.cell * scale}-pixel cells of this preset at"
+                f" image_size={image_size}; choose a divisor of {world.cell * scale}"
+            )
+        self.world, self.image_size, self.data_seed, self.device = world, image_size, data_seed, torch.device(device)
+        self.patches_per_cell = world.cell * scale // patch_size  # a side
+        self.skills = tuple(dict.fromkeys(world.cycle))
+        self.num_val = world.num_val
+        self._chunks: dict[int, tuple[int, Batch]] = {}  # seed -> (chunk number, samples): the last one drawn
+
+        generator = torch.Generator().manual_seed(WORLD_SEED)
+        w, glyph_side = world, world.cell - world.cell // 4
+        if glyph_side**2 <= 12:  # few enough patterns to draw without replacement
+            code = torch.randperm(1 << glyph_side**2, generator=generator)[: w.num_glyphs]
+            bits = (code[:, None] >> torch.arange(glyph_side**2)) & 1
+        else:
+            bits = torch.randint(0, 2, (w.num_glyphs, glyph_side**2), generator=generator)
+        glyph = bits.view(w.num_glyphs, glyph_side, glyph_side).float()  # [K, s, s]
+        palette = torch.tensor([[r, g, b] for r in (0, 1) for g in (0, 1) for b in (0, 1)], dtype=torch.float32)
+        palette[0] = 0.5  # grey stands in for black, on which a glyph would not show
+        palette = torch.cat([palette, 0.25 + 0.5 * palette])[: w.num_colours]  # [c, 3]
+        self.palette = palette.to(self.device)
+        mark = torch.randint(0, 2, (w.num_questions, w.cell, w.cell, 3), generator=generator).float()
+        table = torch.randint(0, NUM_ANSWERS, (w.num_questions, max(f(w) for f in COLUMNS.values())), generator=generator)
+        probe = torch.randint(0, w.num_colours, (w.num_questions,), generator=generator)
+        template = torch.tensor([self.skills.index(w.cycle[q % len(w.cycle)]) for q in range(w.num_questions)])
+        for _ in range(int(math.log2(scale))):  # finer octaves: detail of zero mean, so that averaging returns the coarser
+            glyph = glyph.repeat_interleave(2, 1).repeat_interleave(2, 2)
+            half = torch.rand(glyph[:, ::2, ::2].shape, generator=generator) - 0.5
+            for y, x, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
+                glyph[:, y::2, x::2] += 0.5 * sign * half
+        self.glyph = glyph.to(self.device)  # [K, s, s]
+        self.mark = mark.repeat_interleave(scale, 1).repeat_interleave(scale, 2).to(self.device)  # [Q, cell, cell, 3]
+        self.table, self.probe = table.to(self.device), probe.to(self.device)
+        self.template = template.to(self.device)
+        self.cdf = [
+            _zipf(n, p).cumsum(0).to(self.device)
+            for n, p in (
+                (w.num_questions, w.question_power),
+                (w.num_glyphs, w.glyph_power),
+                (w.num_colours, w.colour_power),
+            )
+        ]
+        self.zero_line, self.blind = self._baselines()
+
+    # samples -----------------------------------------------------------------------------------------------------------
+
+    def train(self, start: int, count: int) -> Batch:
+        return self._samples(self.data_seed, start, count)
+
+    def val(self, start: int, count: int) -> Batch:
+        if start + count > self.num_val:
+            raise IndexError(f"validation has {self.num_val} images, asked for {start} .. {start + count}")
+        return self._samples(VAL_SEED, start, count)
+
+    def _samples(self, seed: int, start: int, count: int) -> Batch:
+        parts = []
+        while count:
+            chunk, offset = divmod(start, CHUNK)
+            if self._chunks.get(seed, (None,))[0] != chunk:
+                self._chunks[seed] = (chunk, self._draw_chunk(seed, chunk))
+            taken = min(count, CHUNK - offset)
+            parts.append(Batch(*(t[offset : offset + taken] for t in self._chunks[seed][1])))
+            start, count = start + taken, count - taken
+        return parts[0] if len(parts) == 1 else Batch(*(torch.cat(column) for column in zip(*parts)))
+
+    def _draw_chunk(self, seed: int, chunk: int) -> Batch:
+        index = torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, device=self.device)
+        scene = self.latents(seed, index)
+        images = self.render(scene, noise_seed=(seed * 1_000_003 + chunk) % (1 << 63))
+        labels = self.answers(scene, seed)
+        skills = self.template[scene["question"]]
+        return Batch(images, self._per_token(labels), self._per_token(skills))
+
+    def _per_token(self, per_cell: Tensor) -> Tensor:
+        """[B, C] -> [B, N]: every patch of a cell carries the cell's value, in raster order of patches."""
+        g, k = self.world.grid, self.patches_per_cell
+        square = per_cell.view(-1, g, g).repeat_interleave(k, 1).repeat_interleave(k, 2)
+        return square.flatten(1)
+
+    # the world ---------------------------------------------------------------------------------------------------------
+
+    def latents(self, seed: int, index: Tensor) -> Scene:
+        """Draw the scenes number `index` [B] of sequence `seed`."""
+        cells = self.world.grid**2
+        u = hash_uniform(seed, index, 3 * cells).view(-1, 3, cells)  # [B, 3, C]
+        draw = (torch.searchsorted(cdf, u[:, i].contiguous(), right=True) for i, cdf in enumerate(self.cdf))
+        question, glyph, colour = (d.clamp(max=len(cdf) - 1) for d, cdf in zip(draw, self.cdf))
+        return Scene(index=index, question=question, glyph=glyph, colour=colour)
+
+    def render(self, scene: Scene, noise_seed: int | None = None) -> Tensor:
+        """Draw scenes as float32 [B, 3, H, W], centred near 0; pixel noise where a seed is given."""
+        w, grid = self.world, self.world.grid
+        cell = self.image_size // grid
+        margin = cell // 4
+        image = self.mark[scene["question"]]  # [B, C, cell, cell, 3]; the glyph is painted over its lower right part
+        ink = 0.2 + 0.8 * self.glyph[scene["glyph"]]  # [B, C, s, s]
+        image[:, :, margin:, margin:] = self.palette[scene["colour"]][:, :, None, None] * ink[..., None]
+        image = image.view(-1, grid, grid, cell, cell, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * cell, grid * cell)
+        if noise_seed is not None and w.pixel_noise:
+            generator = torch.Generator(self.device).manual_seed(noise_seed)
+            noise = torch.empty(image.shape, device=self.device).normal_(0, w.pixel_noise, generator=generator)
+            image = image + noise
+        return 2 * (image - 0.4)
+
+    def facts(self, scene: Scene) -> dict[str, Tensor]:
+        """Plain facts of every cell, int64 [B, C] each: what a question can ask about, before answers are hashed."""
+        w = self.world
+        glyph, colour = scene["glyph"], scene["colour"]
+        histogram = torch.nn.functional.one_hot(colour, w.num_colours).sum(1)  # [B, colours]
+        kind = glyph % 8
+        kinds = torch.nn.functional.one_hot(kind, 8).sum(1)  # [B, 8]
+        probe = self.probe[scene["question"]]
+        square = colour.view(-1, w.grid, w.grid)
+        return {
+            "glyph": glyph,
+            "colour": colour,
+            "others_of_my_colour": histogram.gather(1, colour) - 1,
+            "probe_colour": probe,
+            "cells_of_probe_colour": histogram.gather(1, probe),
+            "major_colour": histogram.argmax(1, keepdim=True).expand_as(colour),  # ties: the lowest
+            "kind": kind,
+            "others_of_my_kind": kinds.gather(1, kind) - 1,
+            "colour_to_the_right": square.roll(-1, 2).flatten(1),  # the last column looks at the first
+        }
+
+    def columns(self, scene: Scene) -> Tensor:
+        """The column of the answer table that each cell's question reads, int64 [B, C]."""
+        w, f = self.world, self.facts(scene)
+        reading = {
+            "attr": f["glyph"],
+            "fact": f["glyph"] * w.num_colours + f["colour"],
+            "same": f["others_of_my_colour"].clamp(max=7),
+            "hist": 4 * f["colour"] + f["cells_of_probe_colour"].clamp(max=3),
+            "major": w.num_colours * f["colour"] + f["major_colour"],
+            "group": 8 * f["kind"] + f["others_of_my_kind"].clamp(max=7),
+            "right": f["colour_to_the_right"],
+        }
+        stacked = torch.stack([reading[name] for name in self.skills])  # [skills, B, C]
+        return stacked.gather(0, self.template[scene["question"]][None])[0]
+
+    def answers(self, scene: Scene, seed: int) -> Tensor:
+        """The label of every cell, int64 [B, C]; a share `label_flip` of them replaced by a uniform answer."""
+        answer = self.table[scene["question"], self.columns(scene)]
+        if self.world.label_flip:
+            u = hash_uniform(seed ^ 0x5EED, scene["index"], 2 * answer.shape[1]).view(-1, 2, answer.shape[1])
+            random_answer = (u[:, 1] * NUM_ANSWERS).long()
+            answer = torch.where(u[:, 0] < self.world.label_flip, random_answer, answer)
+        return answer
+
+    # what can be had without looking -----------------------------------------------------------------------------------
+
+    def _baselines(self) -> tuple[float, dict[str, float]]:
+        """Cross-entropy (nats) of the best answer that sees nothing, and by family of one that knows the question.
+
+        Counted over 2^14 scenes of a key of its own. For each question the distribution over columns is estimated
+        within its family (the reading does not depend on the question, the probe colour apart), which keeps the estimate
+        from being too optimistic for rare questions.
+        """
+        w = self.world
+        scene = self.latents(VAL_SEED + 1, torch.arange(2**18 // w.grid**2, device=self.device))
+        column = self.columns(scene).flatten()
+        question = scene["question"].flatten()
+        share = _zipf(w.num_questions, w.question_power).to(self.device)
+        blind, marginal = {}, torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
+        for s, name in enumerate(self.skills):
+            ours = torch.nonzero(self.template == s).flatten()  # questions of this family
+            frequency = torch.bincount(column[self.template[question] == s], minlength=self.table.shape[1]).double()
+            frequency /= frequency.sum()
+            answer = torch.nn.functional.one_hot(self.table[ours], NUM_ANSWERS).double()  # [q, columns, answers]
+            p = (answer * frequency[None, :, None]).sum(1)  # [q, answers]
+            p = (1 - w.label_flip) * p + w.label_flip / NUM_ANSWERS
+            weight = share[ours] / share[ours].sum()
+            blind[name] = float((weight * -(p * p.clamp_min(1e-300).log()).sum(1)).sum())
+            marginal += (share[ours, None] * p).sum(0)
+        return float(-(marginal * marginal.log()).sum()), blind
+
+    @property
+    def floor(self) -> float:
+        """Entropy (nats) of the label flips alone: the loss of a perfect eye, pixel noise apart."""
+        e = self.world.label_flip
+        wrong = e * (1 - 1 / NUM_ANSWERS)
+        return 0.0 if not e else -(1 - wrong) * math.log(1 - wrong) - wrong * math.log(e / NUM_ANSWERS)
+
+
+def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Stream:
+    """Open a preset of PRESETS. Raises UserError for an unknown preset or a size that it cannot draw."""
+    if preset not in PRESETS:
+        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
+    return Stream(PRESETS[preset], image_size, patch_size, data_seed, device)

@@ -1,0 +1,100 @@
+"""Which shapes to run: designs as pure functions of a centre shape and values by dimension.
+
+    star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
+             with corners, a few cheap shapes off every axis, without which no interaction can be seen
+    grid     every combination of the values
+    isoflop  shapes of constant proportions, so that a size curve stands at each compute budget (arXiv 2203.15556)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from sovit import UserError
+from sovit.run import Recipe, Run, budgets_for
+from sovit.shape import Shape
+
+DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")
+
+
+def star(centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True) -> list[Shape]:
+    """The centre first, then each arm in turn, then the corners. `arms`: dimension -> values.
+
+    Corners take, in each dimension, the lower or upper quartile of the values run (the centre's included). With three
+    arms or more they are the half fraction of the factorial (an even number of low values): 4 for three arms.
+    """
+    _check(arms)
+    shapes = [centre]
+    shapes += [centre.replace(**{name: value}) for name, values in arms.items() for value in values]
+    if corners and len(arms) >= 2:
+        ladder = {name: sorted({*values, getattr(centre, name)}) for name, values in arms.items()}
+        ends = {name: (v[len(v) // 4], v[(3 * len(v)) // 4]) for name, v in ladder.items()}
+        for picks in itertools.product((0, 1), repeat=len(arms)):
+            if len(arms) == 2 or sum(1 - p for p in picks) % 2 == 0:
+                shapes.append(centre.replace(**{name: ends[name][p] for name, p in zip(arms, picks)}))
+    return list(dict.fromkeys(shapes))
+
+
+def grid(centre: Shape, values: Mapping[str, Sequence[int]]) -> list[Shape]:
+    """Every combination of the values; what is not named stays as in `centre`."""
+    _check(values)
+    return [centre.replace(**dict(zip(values, combination))) for combination in itertools.product(*values.values())]
+
+
+def isoflop(base: Shape, widths: Sequence[int]) -> list[Shape]:
+    """Shapes with the proportions of `base` at other widths: depth and mlp_dim in proportion to width, depth >= 1."""
+    _check({"width": widths})
+    scale = [w / base.width for w in widths]
+    return [
+        base.replace(width=w, depth=max(1, round(base.depth * k)), mlp_dim=max(1, round(base.mlp_dim * k)))
+        for w, k in zip(widths, scale)
+    ]
+
+
+def to_runs(
+    shapes: Iterable[Shape],
+    train_flops: Sequence[float],
+    num_classes: int,
+    recipe: callable,
+    seeds: Mapping[Shape, int] | None = None,
+    min_steps: int = 100,
+    **run_fields,
+) -> list[Run]:
+    """One run for each shape and seed, cooled down wherever it has spent one of the `train_flops`.
+
+    `recipe(shape) -> Recipe`; `seeds`: shape -> how many seeds (1 where not named): seed s is init_seed s and
+    data_seed s, and all shapes share the data order of equal data_seed (common random numbers). Budgets that leave a
+    shape fewer than `min_steps` steps, or that whole batches miss by more than 1 %, are left out.
+    """
+    runs = []
+    for shape in shapes:
+        r: Recipe = recipe(shape)
+        cost = shape.train_flops_per_image(num_classes)
+        kept = []
+        for flops in sorted(train_flops):
+            (n,) = budgets_for(shape, [flops], num_classes, r.batch_size)
+            if n >= min_steps * r.batch_size and abs(n * cost / flops - 1) < 0.01:
+                kept.append(n)
+        if kept:
+            for seed in range((seeds or {}).get(shape, 1)):
+                runs.append(Run(shape, r, tuple(kept), init_seed=seed, data_seed=seed, **run_fields))
+    if not runs:
+        raise UserError(f"no shape reaches {min_steps} steps within {max(train_flops):.3g} FLOPs; raise the budgets")
+    return runs
+
+
+def geometric(low: float, high: float, count: int) -> list[float]:
+    """`count` numbers from low to high in equal ratios, both ends included, to 4 digits."""
+    return [float(f"{low * (high / low) ** (i / (count - 1)):.4g}") for i in range(count)] if count > 1 else [low]
+
+
+def _check(values: Mapping[str, Sequence[int]]) -> None:
+    for name, ladder in values.items():
+        if name not in DIMENSIONS:
+            raise UserError(f"{name!r} is not a dimension of a design; choose from {', '.join(DIMENSIONS)}")
+        if not ladder:
+            raise UserError(f"the design gives no values of {name}; name at least one")
+    if not values or math.prod(map(len, values.values())) > 100_000:
+        raise UserError("a design needs one dimension at least, and at most 100,000 shapes")

@@ -1,0 +1,257 @@
+"""Record files and ledgers: one flat JSON object a measurement, written atomically, merged without loss or repeat.
+
+A worker writes `runs/<trunk_id>/records/<run_id>.json`; `results/<study>.jsonl` is the sorted, idempotent merge of those
+files and the only thing that analyses read. A missing number is null, never 0. `results/exclusions.csv` (run_id, reason)
+is the only place where a row is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from sovit import UserError
+from sovit.run import Run
+
+SCHEMA = 1
+STATUSES = ("ok", "diverged", "failed")
+ANSWERED = ("ok", "diverged")  # both are results; a failed run is tried again
+REQUIRED = ("run_id", "trunk_id", "status", "num_examples")
+
+
+def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, objective: str = "classification", **more) -> dict:
+    """One row of the schema: identity, shape, recipe and costs from the run; metrics and machine facts from `more`.
+
+    `compute` is SoViT's t, forward FLOPs x images of the encoder; `train_flops` is what training on that many images
+    costs, 3 x (encoder + head); `spent_flops` is this branch's own part of it, so that its sum over rows is the true bill.
+    """
+    shape = run.shape
+    per_image = shape.train_flops_per_image(num_classes)
+    standard = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
+    extra = {k: v for k, v in shape.to_dict().items() if k not in standard and v != type(shape).__dataclass_fields__[k].default}
+    return {
+        "schema": SCHEMA,
+        "run_id": run.run_id(num_examples),
+        "trunk_id": run.trunk_id,
+        "study": run.study,
+        "status": status,
+        "init_seed": run.init_seed,
+        "data_seed": run.data_seed,
+        "data": run.data,
+        "preset": run.preset,
+        "num_classes": num_classes,
+        "objective": objective,
+        **{k: getattr(shape, k) for k in standard},
+        "num_heads": shape.num_heads,
+        **extra,
+        "num_params": shape.num_params,
+        "head_params": shape.head_params(num_classes),
+        "num_examples": num_examples,
+        "trunk_examples": run.trunk_examples(num_examples),
+        "cooldown_examples": run.cooldown_examples(num_examples),
+        "forward_flops": shape.forward_flops,
+        "head_flops": shape.head_flops(num_classes),
+        "compute": shape.forward_flops * num_examples,
+        "train_flops": per_image * num_examples,
+        "spent_flops": per_image * run.new_examples(num_examples),
+        **{k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation")},
+        "val_loss": None,
+        "val_error": None,
+        **more,
+    }
+
+
+def provenance(device: str) -> dict:
+    """Where a measurement was made: device, library versions, commit, and whether the code was as committed."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = None
+    dirty = None
+    with contextlib.suppress(FileNotFoundError):  # a node without git can train
+        commit = git("rev-parse", "--short=12", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "sovit", "studies")) if commit else None
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "timm", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"device": device, "versions": versions, "commit": commit, "commit_dirty": dirty, "date": date}
+
+
+# files -------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    Raises UserError where the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Hold an exclusive lock on `path` (made if absent); the kernel releases it if the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def dump_row(row: dict) -> str:
+    """One line of JSON. Raises ValueError for a number that JSON does not have (NaN, infinity): write None instead."""
+    return json.dumps(row, allow_nan=False)
+
+
+def write_record(runs_dir: Path, row: dict) -> None:
+    write_atomic(record_path(runs_dir, row["trunk_id"], row["run_id"]), dump_row(row) + "\n")
+
+
+def record_path(runs_dir: Path, trunk_id: str, run_id: str) -> Path:
+    return Path(runs_dir) / trunk_id / "records" / f"{run_id}.json"
+
+
+def read_record(runs_dir: Path, trunk_id: str, run_id: str) -> dict | None:
+    """The record of one branch, or None where there is none that answers the question (failed ones are tried again)."""
+    path = record_path(runs_dir, trunk_id, run_id)
+    if not path.exists():
+        return None
+    row = _parse_row(path.read_text(), str(path))
+    return row if row["status"] in ANSWERED else None
+
+
+def read_ledger(path: Path | str) -> list[dict]:
+    """Rows of a ledger: JSON lines, or CSV with the same columns. Identical duplicates collapse.
+
+    Raises UserError for a missing, empty or malformed file and for two different rows with one run_id.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise UserError(f"no ledger at {path}; run its study first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if path.suffix == ".csv":
+        table = csv.DictReader(text.splitlines())
+        rows = [_checked({k: _csv_value(v) for k, v in row.items()}, f"{path}:{i + 2}") for i, row in enumerate(table)]
+    else:
+        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows = [_parse_row(line, f"{path}:{i}") for i, line in lines]
+    if not rows:
+        raise UserError(f"the ledger {path} is empty; run its study first")
+    return merge(rows, str(path))
+
+
+def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
+    """Sort rows by run_id and collapse identical duplicates; a failed row gives way to an answer.
+
+    Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit.
+    Raises UserError for conflicting rows with one run_id.
+    """
+    incidental = {"seconds", "device", "versions", "commit", "commit_dirty", "date", "study", "spent_flops", "error"}
+    by_id: dict[str, dict] = {}
+    for row in rows:
+        other = by_id.get(row["run_id"])
+        if other is None or (other["status"] == "failed" and row["status"] != "failed"):
+            by_id[row["run_id"]] = row
+        elif row["status"] != "failed":
+            keys = (set(row) | set(other)) - incidental
+            differing = sorted(k for k in keys if row.get(k) != other.get(k))
+            if differing:
+                k = differing[0]
+                raise UserError(
+                    f"{where}: two rows of run_id {row['run_id']} disagree on {k} ({other.get(k)} and {row.get(k)});"
+                    " remove one of them"
+                )
+    return [by_id[k] for k in sorted(by_id)]
+
+
+def update_ledger(path: Path, rows: list[dict]) -> list[dict]:
+    """Merge `rows` into the ledger file, atomically and under a lock; calling it again changes nothing."""
+    path = Path(path)
+    with locked(path.with_suffix(".lock")):
+        old = read_ledger(path) if path.exists() and path.stat().st_size else []
+        merged = merge(old + rows, str(path))
+        text = "".join(dump_row(row) + "\n" for row in merged)
+        if not path.exists() or path.read_text() != text:
+            write_atomic(path, text)
+    return merged
+
+
+def read_exclusions(path: Path | str) -> dict[str, str]:
+    """run_id -> reason, from a CSV file with those two columns; {} where the file is absent."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        if not row.get("run_id") or not row.get("reason"):
+            raise UserError(f"{path}:{i + 2} needs both a run_id and a reason")
+    return {row["run_id"]: row["reason"] for row in rows}
+
+
+def columns(rows: list[dict], names: list[str]) -> dict:
+    """Named columns of rows as float64 arrays [rows]. Raises UserError for a row without a finite number."""
+    import numpy as np
+
+    out = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        for row, value in zip(rows, values):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"row {row['run_id']} has {name}={value!r}; a finite number is needed: complete or exclude it")
+        out[name] = np.array(values, dtype=float)
+    return out
+
+
+def _parse_row(text: str, where: str) -> dict:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}); mend or remove that line") from None
+    return _checked(row, where)
+
+
+def _checked(row: object, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not an object; each line holds one row")
+    missing = [name for name in REQUIRED if row.get(name) is None]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}; see the row schema in the README")
+    if row["status"] not in STATUSES:
+        raise UserError(f"{where} has status={row['status']!r}; it must be one of {', '.join(STATUSES)}")
+    return row
+
+
+def _csv_value(text: str | None):
+    if text is None or text == "":
+        return None
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    return text

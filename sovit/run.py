@@ -1,0 +1,203 @@
+"""Run: one trunk to train, said completely. Shape + Recipe + data + seeds, and the budgets it is cooled down at.
+
+`trunk_id` is a content hash of everything but the budgets; `run_id` adds the number of examples of one cooldown branch.
+Only fields that differ from their default enter the hash, so a field added later leaves old ids alone; the price is that
+a default, once used, never changes. A test pins golden ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+
+from sovit import UserError
+from sovit.shape import Shape
+
+SCHEDULES = ("constant", "rsqrt")
+PARAMETRISATIONS = ("fan_in", "timm")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Durations are in examples; they become steps in one place, the properties of Run."""
+
+    peak_lr: float
+    batch_size: int = 16
+    weight_decay: float = 0.05  # AdamW's, multiplied by the learning rate; on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    warmup_examples: int = 800
+    schedule: str = "constant"
+    rsqrt_examples: int = 160_000  # timescale of the rsqrt trunk
+    cooldown: float = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
+    parametrisation: str = "fan_in"
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "batch_size", "clip_norm", "rsqrt_examples"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 < self.cooldown < 1:
+            raise UserError(f"cooldown={self.cooldown} is not a share; give a number between 0 and 1")
+        if self.weight_decay < 0 or self.warmup_examples < 0:
+            raise UserError("weight_decay and warmup_examples may not be negative")
+        for name, known in (("schedule", SCHEDULES), ("parametrisation", PARAMETRISATIONS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trunk and its cooldown branches. `budgets`: examples seen at the end of each branch, cooldown included."""
+
+    shape: Shape
+    recipe: Recipe
+    budgets: tuple[int, ...]
+    data: str = "stream"
+    preset: str = "cpu"
+    init_seed: int = 0
+    data_seed: int = 0
+    study: str = field(default="", metadata={"hash": False})
+
+    def __post_init__(self) -> None:
+        for name in ("init_seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 1 << 32:
+                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise UserError(f"budgets={self.budgets} must be examples in rising order, at least one")
+        least = 5 * self.recipe.batch_size
+        for n in self.budgets:
+            if n % self.recipe.batch_size or n < least:
+                raise UserError(f"budget of {n} examples is not a multiple of the batch of {self.recipe.batch_size}, or under {least}")
+
+    @property
+    def trunk_id(self) -> str:
+        identity = {
+            "shape": _non_default(self.shape),
+            "recipe": _non_default(self.recipe),
+            **{k: v for k, v in _non_default(self).items() if k not in ("shape", "recipe", "budgets", "study")},
+        }
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    def run_id(self, num_examples: int) -> str:
+        return f"{self.trunk_id}-{num_examples}"
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return tuple(self.run_id(n) for n in self.budgets)
+
+    def cooldown_examples(self, num_examples: int) -> int:
+        batch = self.recipe.batch_size
+        return max(1, round(self.recipe.cooldown * num_examples / batch)) * batch
+
+    def trunk_examples(self, num_examples: int) -> int:
+        return num_examples - self.cooldown_examples(num_examples)
+
+    def new_examples(self, num_examples: int) -> int:
+        """Examples that this branch adds to what the shorter branches have trained: its part of the trunk + cooldown."""
+        before = [self.trunk_examples(n) for n in self.budgets if n < num_examples]
+        return num_examples - max(before, default=0)
+
+    @property
+    def total_examples(self) -> int:
+        """Examples trained for all branches together, the shared trunk counted once."""
+        return sum(self.new_examples(n) for n in self.budgets)
+
+    def replace(self, **changes) -> Run:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> Run:
+        """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""
+        return _from_dict(cls, d, "run")
+
+
+def budgets_for(shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int) -> tuple[int, ...]:
+    """Examples, rounded to whole batches, that spend each of the given training FLOPs on this shape."""
+    cost = shape.train_flops_per_image(num_classes)
+    return tuple(dict.fromkeys(max(5, round(c / cost / batch_size)) * batch_size for c in sorted(train_flops)))
+
+
+def learning_rate(shape: Shape, base: float, width_power: float = 0.5, depth_power: float = 0.0) -> float:
+    """The stated rule of a sweep: base x (32 / width)^width_power x (2 / depth)^depth_power, to 4 significant digits.
+
+    `base` is the rate tuned at width 32 and depth 2; studies/recipe_search.py measures all three numbers.
+    """
+    rate = base * (32 / shape.width) ** width_power * (2 / shape.depth) ** depth_power
+    return float(f"{rate:.4g}")
+
+
+def override(run: Run, assignments: typing.Iterable[str]) -> Run:
+    """Apply `key=value` strings such as `recipe.peak_lr=0.004` or `shape.width=64`.
+
+    Keys are the fields of Run, Recipe and Shape; values must have the field's type. Raises UserError otherwise.
+    """
+    d = run.to_dict()
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        owner, path = d, key.split(".")
+        for part in path[:-1]:
+            owner = owner.get(part) if isinstance(owner, dict) else None
+        if not equals or not isinstance(owner, dict) or path[-1] not in owner or isinstance(owner[path[-1]], dict):
+            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(_keys(run))}")
+        value: object = text
+        if not isinstance(owner[path[-1]], str):
+            try:
+                value = json.loads(text.lower() if text in ("True", "False") else text)
+            except json.JSONDecodeError:
+                raise UserError(f"{key}={text!r} is not a value; give a number, true, false or a [list]") from None
+        owner[path[-1]] = value
+    return Run.from_dict(d)
+
+
+def _keys(run: Run) -> list[str]:
+    keys = []
+    for f in dataclasses.fields(run):
+        value = getattr(run, f.name)
+        nested = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        keys += [f"{f.name}.{g.name}" for g in nested] or [f.name]
+    return keys
+
+
+def _non_default(instance) -> dict:
+    values = {f.name: (getattr(instance, f.name), f.default) for f in dataclasses.fields(instance)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def _from_dict(cls, d: dict, where: str):
+    if not isinstance(d, dict):
+        raise UserError(f"{where} must be an object of fields, got {d!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = set(d) - set(hints)
+    if unknown:
+        raise UserError(f"unknown key {sorted(unknown)[0]!r} in {where}; known keys are {', '.join(sorted(hints))}")
+    values = {name: _typed(hints[name], value, f"{where}.{name}") for name, value in d.items()}
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+    return cls(**values)
+
+
+def _typed(hint, value, where: str):
+    if dataclasses.is_dataclass(hint):
+        return _from_dict(hint, value, where)
+    if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}={value!r} must be a list")
+        return tuple(_typed(typing.get_args(hint)[0], v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r} must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}={value!r} must be finite")
+    return value

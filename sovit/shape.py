@@ -1,0 +1,208 @@
+"""Shape: the dimensions of a Vision Transformer, with exact parameter and FLOP counts in closed form.
+
+Counting convention, used everywhere in sovit: matrix products only (bias, norm, softmax and activation are left out),
+one multiply-add = 2 FLOPs, the n^2 products of attention included, the patch embedding and the pooling head included,
+forward pass of one image. A training step costs 3 x the forward pass. Task heads are counted apart, because at a few
+thousand parameters they are not small.
+
+Every count equals, to the unit, a timm model built on the meta device and torch's FlopCounterMode; tests hold that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from sovit import UserError
+
+POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions of one plain pre-norm ViT.
+
+    Lengths are in units of features (`width`, `mlp_dim`, `head_dim`), blocks (`depth`) and pixels (`patch_size`,
+    `image_size`, both square). Raises UserError for a shape that cannot be built.
+    """
+
+    width: int
+    depth: int
+    mlp_dim: int
+    head_dim: int = 64
+    patch_size: int = 16
+    image_size: int = 224
+    pool: str = "avg"
+    num_registers: int = 0
+    qkv_bias: bool = True
+    layer_scale: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "num_registers"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"{name}={value!r} is not a whole number; give an int")
+            if value < (0 if name == "num_registers" else 1):
+                raise UserError(f"{name}={value} is too small; give at least {0 if name == 'num_registers' else 1}")
+        if self.pool not in POOLS:
+            raise UserError(f"pool={self.pool!r} is unknown; choose one of {', '.join(POOLS)}")
+        if self.width % self.head_dim:
+            near = max(self.head_dim, round(self.width / self.head_dim) * self.head_dim)
+            raise UserError(
+                f"width={self.width} is not a multiple of head_dim={self.head_dim}; the nearest width is {near}"
+            )
+        if self.image_size % self.patch_size:
+            near = max(self.patch_size, round(self.image_size / self.patch_size) * self.patch_size)
+            raise UserError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size};"
+                f" the nearest image_size is {near}"
+            )
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token (pool="token") and registers, which stand before the patch tokens."""
+        return self.num_registers + (self.pool == "token")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches + self.num_prefix_tokens
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the encoder, task head apart."""
+        w, m = self.width, self.mlp_dim
+        qkv = 3 * w * w + 3 * w * self.qkv_bias
+        block = 4 * w + qkv + (w * w + w) + (w * m + m) + (m * w + w) + 2 * w * self.layer_scale
+        embed = (3 * self.patch_size**2 * w + w) + self.num_tokens * w + self.num_prefix_tokens * w
+        # latent + q + kv + projection + norm + MLP
+        map_head = w + (w * w + w) + (2 * w * w + 2 * w) + (w * w + w) + 2 * w + (w * m + m) + (m * w + w)
+        return embed + self.depth * block + 2 * w + map_head * (self.pool == "map")
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of the encoder's forward pass on one image, task head apart."""
+        return encoder_flops(
+            self.width, self.depth, self.mlp_dim, self.num_patches, self.num_prefix_tokens, self.patch_size, self.pool
+        )
+
+    def head_params(self, num_classes: int) -> int:
+        return self.width * num_classes + num_classes
+
+    def head_flops(self, num_classes: int) -> int:
+        """FLOPs of the linear task head on one image: one product, or one a patch where nothing is pooled."""
+        return 2 * self.width * num_classes * (self.num_patches if self.pool == "none" else 1)
+
+    def train_flops_per_image(self, num_classes: int = 0) -> int:
+        return 3 * (self.forward_flops + self.head_flops(num_classes))
+
+    def replace(self, **changes) -> Shape:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @property
+    def label(self) -> str:
+        """Short name for plots and progress lines: width x depth x mlp_dim."""
+        return f"{self.width}x{self.depth}x{self.mlp_dim}"
+
+
+def encoder_flops(width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_size, pool):
+    """Forward FLOPs of one image, in closed form; arguments may be real numbers or arrays (the law's optimum is real).
+
+    With w = width, m = mlp_dim, n patches, t = n + prefix tokens:
+        patch embedding   2 n (3 p^2) w
+        one block         2 t (3w^2 + w^2)      qkv and output projection
+                        + 2 (2 t^2 w)           q k^T and attention x v, all heads together
+                        + 2 t (2 w m)           MLP
+        MAP head          2 (2 w^2)             query and output projection of the one probe
+                        + 2 n (2 w^2)           keys and values
+                        + 2 (2 n w) + 2 (2 w m) attention and MLP of the probe
+    """
+    w, m, n, t = width, mlp_dim, num_patches, num_patches + num_prefix_tokens
+    embed = 2 * n * 3 * patch_size**2 * w
+    block = 8 * t * w * w + 4 * t * t * w + 4 * t * w * m
+    map_head = 4 * w * w + 4 * n * w * w + 4 * n * w + 4 * w * m if pool == "map" else 0
+    return embed + depth * block + map_head
+
+
+# width, depth, mlp_dim, num_heads, pool. big_vision models/vit.py decode_variant; SoViT: arXiv 2305.13035 Table 1, App. B
+VARIANTS = {
+    "mu": (32, 1, 128, 2, "avg"),
+    "Ti": (192, 12, 768, 3, "avg"),
+    "S": (384, 12, 1536, 6, "avg"),
+    "M": (512, 12, 2048, 8, "avg"),
+    "B": (768, 12, 3072, 12, "avg"),
+    "L": (1024, 24, 4096, 16, "map"),
+    "So150m": (880, 18, 2320, 16, "map"),  # as printed; 16 heads give a head_dim of 55
+    "So400m": (1152, 27, 4304, 16, "map"),
+    "H": (1280, 32, 5120, 16, "avg"),
+    "g": (1408, 40, 6144, 16, "map"),
+    "g-opt": (1536, 40, 6144, 16, "map"),
+    "G": (1664, 48, 8192, 16, "map"),
+    "G-opt": (1536, 48, 8192, 16, "map"),
+    "e": (1792, 56, 15360, 16, "map"),
+}
+
+
+def _timm(width, depth, mlp_dim, num_heads, patch, size, pool, registers=0, qkv_bias=True, layer_scale=False) -> Shape:
+    return Shape(width, depth, mlp_dim, width // num_heads, patch, size, pool, registers, qkv_bias, layer_scale)
+
+
+# timm 1.0.31 names, so that counting needs neither torch nor timm; a test builds each with timm and compares
+TIMM_SHAPES = {
+    "vit_tiny_patch16_224": _timm(192, 12, 768, 3, 16, 224, "token"),
+    "vit_tiny_patch16_384": _timm(192, 12, 768, 3, 16, 384, "token"),
+    "vit_small_patch32_224": _timm(384, 12, 1536, 6, 32, 224, "token"),
+    "vit_small_patch16_224": _timm(384, 12, 1536, 6, 16, 224, "token"),
+    "vit_small_patch16_384": _timm(384, 12, 1536, 6, 16, 384, "token"),
+    "vit_small_patch8_224": _timm(384, 12, 1536, 6, 8, 224, "token"),
+    "vit_base_patch32_224": _timm(768, 12, 3072, 12, 32, 224, "token"),
+    "vit_base_patch16_224": _timm(768, 12, 3072, 12, 16, 224, "token"),
+    "vit_base_patch16_384": _timm(768, 12, 3072, 12, 16, 384, "token"),
+    "vit_base_patch8_224": _timm(768, 12, 3072, 12, 8, 224, "token"),
+    "vit_large_patch16_224": _timm(1024, 24, 4096, 16, 16, 224, "token"),
+    "vit_large_patch16_384": _timm(1024, 24, 4096, 16, 16, 384, "token"),
+    "vit_large_patch14_224": _timm(1024, 24, 4096, 16, 14, 224, "token"),
+    "vit_huge_patch14_224": _timm(1280, 32, 5120, 16, 14, 224, "token"),
+    "vit_giant_patch14_224": _timm(1408, 40, 6144, 16, 14, 224, "token"),
+    "vit_gigantic_patch14_224": _timm(1664, 48, 8192, 16, 14, 224, "token"),
+    "vit_base_patch16_siglip_224": _timm(768, 12, 3072, 12, 16, 224, "map"),
+    "vit_base_patch16_siglip_384": _timm(768, 12, 3072, 12, 16, 384, "map"),
+    "vit_large_patch16_siglip_256": _timm(1024, 24, 4096, 16, 16, 256, "map"),
+    "vit_large_patch16_siglip_384": _timm(1024, 24, 4096, 16, 16, 384, "map"),
+    "vit_so400m_patch14_siglip_224": _timm(1152, 27, 4304, 16, 14, 224, "map"),
+    "vit_so400m_patch14_siglip_384": _timm(1152, 27, 4304, 16, 14, 378, "map"),
+    "vit_so400m_patch16_siglip_256": _timm(1152, 27, 4304, 16, 16, 256, "map"),
+    "vit_so400m_patch14_siglip_gap_224": _timm(1152, 27, 4304, 16, 14, 224, "avg"),
+    "vit_so150m_patch16_reg4_map_256": _timm(896, 18, 2304, 14, 16, 256, "map", 4),
+    "vit_so150m_patch16_reg4_gap_256": _timm(896, 18, 2304, 14, 16, 256, "avg", 4),
+    "vit_so150m2_patch16_reg1_gap_256": _timm(832, 21, 2176, 13, 16, 256, "avg", 1, False, True),
+}
+
+
+def named_shape(name: str, **changes) -> Shape:
+    """Look up `B/16`, `So400m/14@384` (variant/patch@image size) or a timm model name; `changes` override fields.
+
+    Raises UserError, with the nearest known names, for a name that is not in the tables.
+    """
+    if name in TIMM_SHAPES:
+        return TIMM_SHAPES[name].replace(**changes)
+    variant, slash, rest = name.partition("/")
+    patch, at, size = rest.partition("@")
+    if variant in VARIANTS and slash and patch.isdecimal() and (size.isdecimal() or not at):
+        width, depth, mlp_dim, num_heads, pool = VARIANTS[variant]
+        fields = dict(patch_size=int(patch), image_size=int(size) if at else 224, pool=pool) | changes
+        return Shape(width, depth, mlp_dim, width // num_heads, **fields)
+    known = [f"{v}/{p}" for v in VARIANTS for p in (14, 16)] + list(TIMM_SHAPES)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+    raise UserError(f"unknown shape {name!r}; write VARIANT/PATCH[@SIZE] or a timm name, such as {', '.join(near)}")

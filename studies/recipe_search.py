@@ -1,0 +1,40 @@
+"""Which learning rate is fair to every shape of the stream's star?
+
+    python studies/recipe_search.py --workers 2          then  python analysis/recipe_rule.py results/recipe_search.jsonl
+
+Each shape at the ends of the star is trained at learning rates a factor sqrt(2) to 2 apart, and cooled down at two
+budgets. The rule base x (32 / width)^p x (2 / depth)^q is fitted to the best rate of each shape; every other study uses
+that rule, and its rows carry the rate.
+
+Cost: 40 trunks, about 15 minutes of two cores. Expected: 0.008 at width 32 and depth 2, falling about as width^-0.5.
+"""
+
+from sovit import sweep
+from sovit.design import to_runs
+from sovit.run import Recipe, Run
+from sovit.shape import Shape
+
+CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+SHAPES = (
+    CENTRE,
+    CENTRE.replace(width=16),
+    CENTRE.replace(width=64),
+    CENTRE.replace(depth=1),
+    CENTRE.replace(depth=6),
+    CENTRE.replace(mlp_dim=32),
+    CENTRE.replace(mlp_dim=512),
+    Shape(64, 4, 512, head_dim=8, patch_size=4, image_size=16, pool="none"),
+)
+RATES = (0.002, 0.004, 0.008, 0.016, 0.032)
+
+
+def runs() -> list[Run]:
+    return [
+        run
+        for rate in RATES
+        for run in to_runs(SHAPES, (3.2e10, 1e11), 16, lambda shape, rate=rate: Recipe(peak_lr=rate))
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(sweep.main(__doc__, "recipe_search", runs))
