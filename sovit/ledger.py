@@ -173,7 +173,7 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
     Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit.
     Raises UserError for conflicting rows with one run_id.
     """
-    incidental = {"seconds", "device", "versions", "commit", "commit_dirty", "date", "study", "spent_flops", "error"}
+    incidental = {"seconds", "spent_seconds", "device", "versions", "commit", "commit_dirty", "date", "study", "spent_flops", "error"}
     by_id: dict[str, dict] = {}
     for row in rows:
         other = by_id.get(row["run_id"])

@@ -8,41 +8,21 @@ from torch import nn
 
 from sovit.shape import Shape
 
-MEAN = STD = (0.5, 0.5, 0.5)  # of exported models: images in [0, 1] become (x - 0.5) / 0.5
 
-
-def timm_kwargs(shape: Shape) -> dict:
-    """The arguments of timm's VisionTransformer for a Shape; plain JSON values."""
-    return dict(
-        img_size=shape.image_size,
-        patch_size=shape.patch_size,
-        embed_dim=shape.width,
-        depth=shape.depth,
-        num_heads=shape.num_heads,
-        # timm truncates width * mlp_ratio; mlp_dim / width would lose one unit to rounding for some pairs
-        mlp_ratio=(shape.mlp_dim + 0.5) / shape.width,
-        qkv_bias=shape.qkv_bias,
-        init_values=1e-5 if shape.layer_scale else None,
-        class_token=shape.pool == "token",
-        reg_tokens=shape.num_registers,
-        global_pool="" if shape.pool == "none" else shape.pool,
-    )
-
-
-def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", seed: int | None = None) -> nn.Module:
+def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", seed: int | None = None, mean_std=(0.5, 0.5)) -> nn.Module:
     """Build the model: images [B, 3, H, W] -> logits [B, C], or [B, N, C] where nothing is pooled (pool="none").
 
     `num_classes=0` gives features in place of logits. Weights are a function of `seed` alone (the global generator is
     left as it was); without a seed they come from the global generator. Under `torch.device("meta")` nothing is
-    allocated.
+    allocated. `mean_std` is the normalisation of the images, written into the model's own preprocessing record.
     """
     pretrained_cfg = dict(
         architecture="vit_base_patch16_224",  # timm's entry point; every dimension is overridden
         tag="sovit",
         input_size=(3, shape.image_size, shape.image_size),
         fixed_input_size=True,
-        mean=MEAN,
-        std=STD,
+        mean=(mean_std[0],) * 3,
+        std=(mean_std[1],) * 3,
         crop_pct=1.0,
         num_classes=num_classes,
         first_conv="patch_embed.proj",
@@ -53,7 +33,7 @@ def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", see
         if seed is not None:
             torch.manual_seed(seed)
         model = timm.create_model(
-            "vit_base_patch16_224", num_classes=num_classes, pretrained_cfg=pretrained_cfg, **timm_kwargs(shape)
+            "vit_base_patch16_224", num_classes=num_classes, pretrained_cfg=pretrained_cfg, **shape.timm_kwargs
         )
         if parametrisation == "fan_in":
             init_fan_in(model)

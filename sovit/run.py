@@ -127,10 +127,11 @@ def budgets_for(shape: Shape, train_flops: typing.Iterable[float], num_classes: 
     return tuple(dict.fromkeys(max(5, round(c / cost / batch_size)) * batch_size for c in sorted(train_flops)))
 
 
-def learning_rate(shape: Shape, base: float, width_power: float = 0.5, depth_power: float = 0.0) -> float:
+def learning_rate(shape: Shape, base: float = 0.008, width_power: float = 0.65, depth_power: float = 0.75) -> float:
     """The stated rule of a sweep: base x (32 / width)^width_power x (2 / depth)^depth_power, to 4 significant digits.
 
-    `base` is the rate tuned at width 32 and depth 2; studies/recipe_search.py measures all three numbers.
+    `base` is the rate at width 32 and depth 2. The defaults are what studies/recipe_search.py measured on the stream
+    (results/recipe.json, rounded); another data set or parametrisation wants its own.
     """
     rate = base * (32 / shape.width) ** width_power * (2 / shape.depth) ** depth_power
     return float(f"{rate:.4g}")

@@ -111,6 +111,24 @@ class Shape:
         return dataclasses.asdict(self)
 
     @property
+    def timm_kwargs(self) -> dict:
+        """The arguments of timm's VisionTransformer; plain JSON values."""
+        return {
+            "img_size": self.image_size,
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            # timm truncates width * mlp_ratio; mlp_dim / width would lose one unit to rounding for some pairs
+            "mlp_ratio": (self.mlp_dim + 0.5) / self.width,
+            "qkv_bias": self.qkv_bias,
+            "init_values": 1e-5 if self.layer_scale else None,
+            "class_token": self.pool == "token",
+            "reg_tokens": self.num_registers,
+            "global_pool": "" if self.pool == "none" else self.pool,
+        }
+
+    @property
     def label(self) -> str:
         """Short name for plots and progress lines: width x depth x mlp_dim."""
         return f"{self.width}x{self.depth}x{self.mlp_dim}"

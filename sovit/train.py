@@ -73,7 +73,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.spent = 0, 0.0, 0.0  # spent: seconds since the last record, for its bill
         self.saved_at = time.monotonic()
         self.flops_per_step = shape.train_flops_per_image(self.num_classes) * recipe.batch_size
         write_atomic(self.folder / "config.json", json.dumps(run.to_dict(), indent=2) + "\n")
@@ -123,7 +123,7 @@ class Trainer:
 
         def on_window(step: int, loss: float, seconds: float) -> None:
             done_now = step - self.step
-            self.step, self.seconds = step, self.seconds + seconds
+            self.step, self.seconds, self.spent = step, self.seconds + seconds, self.spent + seconds
             self._log(branch, loss)
             todo = self._examples_left(branch, pending) / batch
             rate = done_now / seconds
@@ -172,6 +172,7 @@ class Trainer:
             "branch": branch,
             "step": self.step,
             "seconds": self.seconds,
+            "spent": self.spent,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -195,11 +196,14 @@ class Trainer:
         if latest.exists():
             state = torch.load(latest, map_location="cpu", weights_only=True)
             if state["branch"] == pending[0] or (state["branch"] is None and state["step"] <= first):
-                return self._load(latest)["branch"]
+                self.spent = self._load(latest)["spent"]
+                return state["branch"]
         reached = [(int(p.stem.split("-")[1]), p) for p in self.folder.glob("trunk-*.pt")]
         usable = [(examples, p) for examples, p in reached if examples // batch <= first]
         if usable:
-            self._load(max(usable)[1])
+            examples, path = max(usable)
+            spent = self._load(path)["spent"]
+            self.spent = spent if examples // batch == first else 0.0  # what an earlier branch point spent is recorded
         return None
 
     def _log(self, branch: int | None, loss: float) -> None:
@@ -215,9 +219,11 @@ class Trainer:
             num_classes=self.num_classes,
             **more,
             seconds=round(self.seconds, 3),
+            spent_seconds=round(self.spent, 3),
             **provenance(device_name(self.device)),
         )
         write_record(self.runs_dir, row)
+        self.spent = 0.0
 
 
 def check_readout(run: Run, readout: str) -> None:

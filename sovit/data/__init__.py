@@ -39,6 +39,10 @@ class Source(Protocol):
 SOURCES = {"stream": "sovit.data.stream", "icons": "sovit.data.icons", "hub": "sovit.data.hub"}  # each has open_source
 
 
+# mean and standard deviation, the same for every channel: a source shows an image in [0, 1] as (x - mean) / std
+NORMALISATION = {"stream": (0.4, 0.5), "icons": (0.4, 0.5), "hub": (0.5, 0.5)}
+
+
 def open_data(data: str, preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Source:
     """Open source `data` (a key of SOURCES) with a preset of its own, drawn at `image_size` pixels.
 

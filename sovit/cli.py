@@ -1,0 +1,271 @@
+"""The command line. Every command imports only what it uses, so that counting and help start at once.
+
+argparse and not a larger parser: it is in the standard library, costs nothing at start-up, and no command here is deep
+enough to need more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sovit import UserError, __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 done, 1 a run failed, 2 bad input (said in one line)."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as head, has left
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sovit", description="Which Vision Transformer shape to train for a compute budget, and how sure that is.")
+    parser.add_argument("--version", action="version", version=f"sovit {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    p = commands.add_parser("demo", help="the whole pipeline, small: study, law, prediction, validation, export")
+    p.add_argument("--workers", type=int, default=2, help="worker processes, one thread each (default 2)")
+    p.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that it makes (default demo)")
+    p.set_defaults(run=_demo)
+
+    p = commands.add_parser("count", help="parameters and FLOPs of one shape, or of several as a table")
+    p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, So400m/14@384 or vit_base_patch16_224")
+    for name in ("width", "depth", "mlp-dim", "head-dim", "patch-size", "image-size", "num-registers"):
+        p.add_argument(f"--{name}", type=int, help=f"override, or say without a name, the {name.replace('-', ' ')}")
+    p.add_argument("--pool", help="avg, map, token or none")
+    p.add_argument("--num-classes", type=int, default=0, help="count a linear task head of so many classes, apart")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_count)
+
+    p = commands.add_parser("fit", help="fit shape laws to ledgers: law.json, report.md and figures")
+    p.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="JSON lines, or CSV with the same columns")
+    p.add_argument("--metric", default="val_loss")
+    p.add_argument("--form", help="a law form (default: chosen by extrapolation, and said)")
+    p.add_argument("--out", type=Path, help="folder (default: the ledger's name with _law)")
+    p.add_argument("--bootstrap", type=int, default=1000, help="draws of each interval (default 1000)")
+    p.add_argument("--train-flops", type=float, help="budget of the recommendation (default: beyond the largest run)")
+    p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
+    p.set_defaults(run=_fit)
+
+    p = commands.add_parser("predict", help="best shape for a budget, its interval, and the shapes as good as it")
+    p.add_argument("law", type=Path, metavar="LAW.json")
+    p.add_argument("--train-flops", type=float, required=True, help="budget: 3 x forward FLOPs x images, head included")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_predict)
+
+    p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
+    p.add_argument("source", metavar="RUN_ID|LAW.json")
+    p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--config-only", action="store_true", help="SOURCE is a law; write the config of its best shape")
+    p.add_argument("--train-flops", type=float, help="budget of --config-only")
+    p.set_defaults(run=_export)
+
+    p = commands.add_parser("data", help="look at a data source, or build its cache")
+    p.add_argument("action", choices=("show", "cache", "list"))
+    p.add_argument("source", nargs="?", metavar="SOURCE[:PRESET]", help="such as stream:cpu, icons:mosaic or hub:FOLDER")
+    p.add_argument("--image-size", type=int)
+    p.add_argument("--patch-size", type=int, default=4)
+    p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
+    p.set_defaults(run=_data)
+
+    p = commands.add_parser("assets", help="pinned outside data: fetch it, list it")
+    p.add_argument("action", choices=("fetch", "list"))
+    p.add_argument("name", nargs="?")
+    p.set_defaults(run=_assets)
+    return parser
+
+
+# commands ------------------------------------------------------------------------------------------------------------
+
+
+def _demo(options) -> int:
+    from sovit.demo import demo
+
+    return demo(options.out, options.workers)
+
+
+def _count(options) -> None:
+    from sovit.shape import Shape, named_shape
+
+    names = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "num_registers", "pool")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.shapes:
+        shapes = {name: named_shape(name, **given) for name in options.shapes}
+    else:
+        missing = [name for name in ("width", "depth", "mlp_dim") if name not in given]
+        if missing:
+            raise UserError(f"name a shape, such as B/16, or give --{missing[0].replace('_', '-')}")
+        shape = Shape(**given)
+        shapes = {shape.label: shape}
+    counts = {name: {**shape.to_dict(), **_counts(shape, options.num_classes)} for name, shape in shapes.items()}
+    if options.json:
+        print(json.dumps(counts if len(counts) > 1 else next(iter(counts.values())), indent=2))
+    else:
+        _print_counts(counts)
+
+
+def _counts(shape, num_classes: int) -> dict:
+    return {
+        "num_heads": shape.num_heads,
+        "num_tokens": shape.num_tokens,
+        "num_params": shape.num_params,
+        "head_params": shape.head_params(num_classes) if num_classes else 0,
+        "forward_flops": shape.forward_flops,
+        "head_flops": shape.head_flops(num_classes),
+        "train_flops_per_image": shape.train_flops_per_image(num_classes),
+    }
+
+
+def _print_counts(counts: dict[str, dict]) -> None:
+    fields = (
+        ("width", "{:,}"), ("depth", "{:,}"), ("mlp_dim", "{:,}"), ("num_heads", "{:,}"), ("patch_size", "{:,}"),
+        ("image_size", "{:,}"), ("pool", "{}"), ("num_tokens", "{:,}"), ("num_params", "{:,}"), ("head_params", "{:,}"),
+        ("forward_flops", "{:,}"), ("head_flops", "{:,}"), ("train_flops_per_image", "{:,}"),
+    )  # fmt: skip
+    rows = [["", *counts]] + [[name, *(form.format(c[name]) for c in counts.values())] for name, form in fields]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])), sep="  ")
+    print("\nFLOPs: matrix products of one image's forward pass, 2 per multiply-add; training is 3 x that.")
+
+
+def _fit(options) -> None:
+    from sovit.report import fit_ledgers
+
+    summary = fit_ledgers(
+        options.ledgers,
+        metric=options.metric,
+        form=options.form,
+        out=options.out,
+        bootstrap=options.bootstrap,
+        train_flops=options.train_flops,
+    )
+    print(json.dumps(summary, indent=2) if options.json else summary["text"])
+
+
+def read_law(path: Path):
+    """Read a law.json. Raises UserError where it is missing or not a law."""
+    from sovit.law import Fit
+
+    try:
+        return Fit.from_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a law ({error}); make one with sovit fit") from None
+
+
+def _predict(options) -> None:
+    from sovit.predict import best_shape
+
+    recommendation = best_shape(read_law(options.law), options.train_flops)
+    print(json.dumps(recommendation.to_dict(), indent=2) if options.json else recommendation_text(recommendation))
+
+
+def recommendation_text(r) -> str:
+    """A recommendation in words."""
+    s = r.shape
+    lines = [
+        f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
+        f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']}, patch {s['patch_size']},"
+        f" {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
+        f"predicted loss {r.loss:.4f} ({r.level:.0%} interval {r.loss_low:.4f} to {r.loss_high:.4f})",
+    ]
+    for name, o in r.optimum.items():
+        if o["estimate"] is None:
+            lines.append(f"  {name}: not determined ({o['status']}: {o['note']})")
+        else:
+            note = f"; {o['status']}: {o['note']}" if o["status"] != "ok" else ""
+            lines.append(f"  {name}: {o['estimate']:.3g}, {r.level:.0%} interval {o['low']:.3g} to {o['high']:.3g}{note}")
+    flat = r.flat_region
+    ranges = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in flat["ranges"].items())
+    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat['count']} shapes, {ranges}")
+    usual = r.proportional
+    u = usual["shape"]
+    lines.append(
+        f"ViT-B proportions at the same FLOPs: {u['width']}x{u['depth']}x{u['mlp_dim']}, predicted {usual['loss']:.4f}"
+        f" ({usual['loss_excess']:+.2%})"
+    )
+    return "\n".join(lines + [f"warning: {w}" for w in r.warnings])
+
+
+def _export(options) -> None:
+    from sovit.export import FORMATS, export_timm, write_config
+
+    if options.config_only:
+        from sovit.predict import best_shape
+        from sovit.shape import Shape
+
+        if options.train_flops is None:
+            raise UserError("--config-only needs --train-flops, the budget that the shape is for")
+        shape = Shape(**best_shape(read_law(Path(options.source)), options.train_flops).shape)
+        print(f"{write_config(shape, options.format, options.out)}: {shape.label}, {shape.num_params:,} parameters")
+        return
+    if options.format not in FORMATS:
+        raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format {FORMATS[0]}")
+    report = export_timm(options.source, options.runs, options.out)
+    checked = "timm's reload is bit-equal"
+    if report["transformers_max_difference"] is not None:
+        checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
+    print(f"{report['out']}: {checked}")
+
+
+def _data(options) -> None:
+    from sovit.data import PRESETS, open_data
+
+    if options.action == "list":
+        for name, presets in PRESETS.items():
+            for preset, (image_size, what) in presets.items():
+                print(f"{name}:{preset:<12} {image_size:>3} px  {what}")
+        return
+    if not options.source:
+        raise UserError("name a source, such as stream:cpu; `sovit data list` shows them")
+    data, _, preset = options.source.partition(":")
+    preset = preset or next(iter(PRESETS.get(data, {"": None})))
+    image_size = options.image_size or PRESETS.get(data, {}).get(preset, (64, ""))[0]
+    patch_size = options.patch_size
+    source = open_data(data, preset, image_size, patch_size, data_seed=0)
+    print(f"{data}:{preset} at {image_size} px: {source.num_classes} classes, labels {source.readout}, {source.num_val:,} validation images")
+    print(f"zero line {source.zero_line:.4f} nats" + "".join(f"\n  blind {k}: {v:.4f}" for k, v in source.blind.items()))
+    if options.action == "show":
+        from sovit.plot import contact_sheet
+
+        out = options.out or Path(f"{data}-{Path(preset).name}.png")
+        images, captions = source.show(24)
+        contact_sheet(images, captions, out, title=f"{data}:{preset}, {image_size} px")
+        print(out)
+
+
+def _assets(options) -> None:
+    from sovit import assets
+
+    if options.action == "list":
+        for row in assets.listing():
+            print("  ".join(str(v) for v in row.values()))
+        return
+    if not options.name:
+        raise UserError("name what to fetch; `sovit assets list` shows what there is")
+    print(assets.fetch(options.name, progress=lambda line: print(line, file=sys.stderr)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

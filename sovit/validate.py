@@ -1,0 +1,136 @@
+"""The prediction tested: written down first, then two shapes trained at equal FLOPs, and a verdict by a rule fixed before.
+
+The rule (paired by seed: same data order, same initial seed): d = ln loss(recommended) - ln loss(usual proportions) for
+each of at least three seeds; the 90 % interval of its mean by Student's t. Verdict `better` if the interval lies below
+zero, `worse` if above, else `not distinguishable`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError
+from sovit.ledger import write_atomic
+from sovit.run import Recipe, Run, budgets_for
+from sovit.shape import Shape
+
+RULE = (
+    "d = ln loss(recommended) - ln loss(usual) for each seed; verdict by the 90 % Student t interval of its mean:"
+    " better if it lies below 0, worse if above 0, else not distinguishable"
+)
+MIN_SEEDS = 3
+LEVEL = 0.90
+
+
+def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path: Path) -> dict:
+    """Predict both arms at `train_flops` from the law and write that down; the file, once written, is not changed.
+
+    Raises UserError where `path` holds a prediction made from another law, budget or seeds.
+    """
+    from sovit.law import Fit
+    from sovit.predict import best_shape
+
+    if len(set(seeds)) < MIN_SEEDS:
+        raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
+    text = Path(law_path).read_text()
+    identity = {
+        "law_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "train_flops": train_flops,
+        "seeds": seeds,
+        "rule": RULE,
+    }
+    if path.exists():
+        prediction = json.loads(path.read_text())
+        if {k: prediction.get(k) for k in identity} != identity:
+            raise UserError(f"{path} holds a prediction from another law, budget or seeds; name another file to make a new one")
+        return prediction
+    best = best_shape(Fit.from_json(text), train_flops).to_dict()
+    usual = best["proportional"]
+    prediction = {
+        **identity,
+        "form": best["form"],
+        "decades": best["decades"],
+        "arms": {
+            "recommended": {
+                "shape": best["shape"],
+                "predicted": best["loss"],
+                "predicted_low": best["loss_low"],
+                "predicted_high": best["loss_high"],
+            },
+            "usual": {"shape": usual["shape"], "predicted": usual["loss"]},
+        },
+        "predicted_difference": math.log(best["loss"] / usual["loss"]),
+    }
+    write_atomic(path, json.dumps(prediction, indent=2) + "\n")
+    return prediction
+
+
+def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields) -> list[Run]:
+    """The trunks of both arms, one for each seed, each with the one budget of the prediction."""
+    runs = []
+    for seed in prediction["seeds"]:
+        for arm in prediction["arms"].values():
+            shape = Shape(**arm["shape"])
+            r = recipe(shape)
+            budgets = budgets_for(shape, [prediction["train_flops"]], num_classes, r.batch_size)
+            runs.append(Run(shape, r, budgets, init_seed=seed, data_seed=seed, **run_fields))
+    return runs
+
+
+def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
+    """Apply the rule to the rows of both arms. Raises UserError where a seed of an arm has no finite measurement."""
+    arms = {}
+    for name, arm in prediction["arms"].items():
+        shape = Shape(**arm["shape"])
+        losses = []
+        for seed in prediction["seeds"]:
+            ours = [r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())]
+            if len(ours) != 1 or ours[0]["status"] != "ok" or ours[0].get(metric) is None:
+                raise UserError(f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again")
+            losses.append(ours[0][metric])
+        arms[name] = {**arm, "label": shape.label, "losses": losses, "mean": float(np.mean(losses)), "sd": float(np.std(losses, ddof=1))}
+    difference = np.log(arms["recommended"]["losses"]) - np.log(arms["usual"]["losses"])  # [seeds]
+    n, mean, sd = len(difference), float(difference.mean()), float(difference.std(ddof=1))
+    half = student_t(n - 1) * sd / math.sqrt(n)
+    low, high = mean - half, mean + half
+    return {
+        "train_flops": prediction["train_flops"],
+        "metric": metric,
+        "rule": prediction["rule"],
+        "seeds": prediction["seeds"],
+        "arms": arms,
+        "difference": {"mean": mean, "sd": sd, "n": n, "low": low, "high": high, "level": LEVEL},
+        "predicted_difference": prediction["predicted_difference"],
+        "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
+        "verdict": "better" if high < 0 else "worse" if low > 0 else "not distinguishable",
+    }
+
+
+def _identity(shape: Shape) -> dict:
+    return {k: getattr(shape, k) for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}
+
+
+def student_t(degrees: int) -> float:
+    """The 95 % point of Student's t, that is, the half-width of a two-sided 90 % interval in standard errors."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + LEVEL) / 2, degrees))
+
+
+def verdict_text(result: dict) -> str:
+    d, arms = result["difference"], result["arms"]
+    lines = [
+        f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}), predicted {arm['predicted']:.4f}"
+        for name, arm in arms.items()
+    ]
+    lines.append(
+        f"recommended / usual: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to {math.expm1(d['high']):+.2%});"
+        f" predicted {math.expm1(result['predicted_difference']):+.2%}. Verdict: {result['verdict']}."
+    )
+    return "\n".join(lines)
