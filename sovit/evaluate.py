@@ -13,20 +13,28 @@ BATCH = 256
 
 @torch.no_grad()
 def validate(model: nn.Module, source: Source) -> dict[str, float]:
-    """Mean cross-entropy (nats) and error over all validation labels, and by skill as `val_loss/<skill>`."""
+    """Mean cross-entropy (nats) and error over all validation labels, and by skill as `val_loss/<skill>`.
+
+    Where several patches carry the label of one cell, also `val_cell_error`: the error of the cell's summed logits.
+    """
     model.eval()
-    losses, wrong, skills = [], [], []
+    losses, wrong, skills, wrong_cells = [], [], [], []
     for start in range(0, source.num_val, BATCH):
         batch = source.val(start, min(BATCH, source.num_val - start))
         logits = model(batch.images)  # [B, C] or [B, N, C]
         flat, labels = logits.flatten(0, -2), batch.labels.flatten()
         losses.append(F.cross_entropy(flat, labels, reduction="none"))
         wrong.append((flat.argmax(-1) != labels).double())
+        if logits.ndim == 3 and logits.shape[1] > source.label_grid**2:
+            answers = cells(logits, source.label_grid).sum(2).argmax(-1)  # [B, cells]
+            wrong_cells.append((answers != cells(batch.labels[..., None], source.label_grid)[:, :, 0, 0]).double())
         if batch.skills is not None:
             skills.append(batch.skills.flatten())
     model.train()
     loss, error = torch.cat(losses).double(), torch.cat(wrong)
     metrics = {"val_loss": loss.mean().item(), "val_error": error.mean().item()}
+    if wrong_cells:
+        metrics["val_cell_error"] = torch.cat(wrong_cells).mean().item()
     if skills:
         skill = torch.cat(skills)
         for i, name in enumerate(source.skills):
@@ -34,3 +42,11 @@ def validate(model: nn.Module, source: Source) -> dict[str, float]:
             metrics[f"val_loss/{name}"] = loss[ours].mean().item() if ours.any() else None
             metrics[f"val_error/{name}"] = error[ours].mean().item() if ours.any() else None
     return metrics
+
+
+def cells(tokens: torch.Tensor, grid: int) -> torch.Tensor:
+    """Group patch tokens by cell, [B, N, C] -> [B, grid^2, N / grid^2, C], both in raster order."""
+    batch, num_tokens, channels = tokens.shape
+    k = round(num_tokens**0.5) // grid  # patches a side of a cell
+    square = tokens.view(batch, grid, k, grid, k, channels).transpose(2, 3)  # [B, grid, grid, k, k, C]
+    return square.reshape(batch, grid * grid, k * k, channels)

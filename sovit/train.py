@@ -218,6 +218,7 @@ class Trainer:
             status=status,
             num_classes=self.num_classes,
             **more,
+            zero_line=self.source.zero_line,
             seconds=round(self.seconds, 3),
             spent_seconds=round(self.spent, 3),
             **provenance(device_name(self.device)),

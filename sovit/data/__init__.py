@@ -22,7 +22,9 @@ class Batch(NamedTuple):
 class Source(Protocol):
     """An opened data set at one image size. Samples are pure functions of (seed, index)."""
 
+    class_names: tuple[str, ...]
     num_classes: int
+    label_grid: int  # cells a side of an image that carry one label each: 1 where the image has a single label
     readout: str  # "pooled": labels [B]; "tokens": labels [B, N], one for each patch token
     skills: tuple[str, ...]  # label families, () where there is one
     zero_line: float  # nats: cross-entropy of the best answer that looks at nothing
@@ -37,6 +39,23 @@ class Source(Protocol):
 
 
 SOURCES = {"stream": "sovit.data.stream", "icons": "sovit.data.icons", "hub": "sovit.data.hub"}  # each has open_source
+
+# source -> preset -> (native image size in pixels, what it is); hub's presets are names, folders and files of the user's
+PRESETS = {
+    "stream": {
+        "cpu": (16, "4 x 4 question marks of 4 px, one of 16 answers a cell; minutes of a CPU"),
+        "cpu-flip": (16, "the same with 5 % of the answers flipped: a floor of known entropy"),
+        "small": (32, "4 x 4 cells of 8 px, four patches to a cell, longer tails"),
+        "gpu": (64, "8 x 8 cells of 8 px, 256 tokens, longer tails"),
+    },
+    "icons": {
+        "mosaic": (32, "2 x 2 real icons of 16 px, 40 classes, one label a patch"),
+        "single40": (32, "one icon, 40 classes"),
+        "single200": (32, "one icon, 200 classes"),
+        "single1000": (32, "one icon, 1,000 classes"),
+    },
+    "hub": {},
+}
 
 
 # mean and standard deviation, the same for every channel: a source shows an image in [0, 1] as (x - mean) / std

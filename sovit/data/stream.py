@@ -109,6 +109,7 @@ class Stream:
 
     readout = "tokens"
     num_classes = NUM_ANSWERS
+    class_names = tuple(str(a) for a in range(NUM_ANSWERS))
 
     def __init__(self, world: World, image_size: int, patch_size: int, data_seed: int, device: str):
         scale, rest = divmod(image_size, world.image_size)
@@ -124,7 +125,7 @@ class Stream:
         self.world, self.image_size, self.data_seed, self.device = world, image_size, data_seed, torch.device(device)
         self.patches_per_cell = world.cell * scale // patch_size  # a side
         self.skills = tuple(dict.fromkeys(world.cycle))
-        self.num_val = world.num_val
+        self.num_val, self.label_grid = world.num_val, world.grid
         self._chunks: dict[int, tuple[int, Batch]] = {}  # seed -> (chunk number, samples): the last one drawn
 
         generator = torch.Generator().manual_seed(WORLD_SEED)
