@@ -230,7 +230,7 @@ def _export(options) -> None:
 
 
 def _data(options) -> None:
-    from sovit.data import PRESETS, open_data
+    from sovit.data import NORMALISATION, PRESETS, open_data
 
     if options.action == "list":
         for name, presets in PRESETS.items():
@@ -250,9 +250,22 @@ def _data(options) -> None:
         from sovit.plot import contact_sheet
 
         out = options.out or Path(f"{data}-{Path(preset).name}.png")
-        images, captions = source.show(24)
-        contact_sheet(images, captions, out, title=f"{data}:{preset}, {image_size} px")
+        batch = source.train(0, 24)
+        mean, std = NORMALISATION[data]
+        images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
+        contact_sheet(images, captions(batch.labels, source), out, title=f"{data}:{preset}, {image_size} px")
         print(out)
+
+
+def captions(labels, source) -> list[str]:
+    """The names of an image's labels, one line for each row of cells. labels: [B], or [B, N] in raster order."""
+    from sovit.evaluate import cells
+
+    if labels.ndim == 1:
+        return [source.class_names[i] for i in labels]
+    grid = source.label_grid
+    by_cell = cells(labels[..., None], grid)[:, :, 0, 0].view(-1, grid, grid)  # [B, grid, grid]
+    return ["\n".join(" ".join(source.class_names[i] for i in row) for row in image) for image in by_cell.tolist()]
 
 
 def _assets(options) -> None:

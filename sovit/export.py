@@ -165,7 +165,10 @@ def _transformers_difference(folder: Path, images, features) -> float | None:
         return None
     import torch
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it reports the task head, which an encoder has no use for, as unexpected
+    logging.disable_progress_bar()
     with torch.no_grad():
         tower = AutoModel.from_pretrained(folder).eval()
         hidden = tower(pixel_values=images).last_hidden_state

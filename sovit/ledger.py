@@ -27,6 +27,7 @@ SCHEMA = 1
 STATUSES = ("ok", "diverged", "failed")
 ANSWERED = ("ok", "diverged")  # both are results; a failed run is tried again
 REQUIRED = ("run_id", "trunk_id", "status", "num_examples")
+TEXT = ("run_id", "trunk_id", "commit")  # hexadecimal digits, which a CSV file cannot tell from 12e4
 
 
 def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, objective: str = "classification", **more) -> dict:
@@ -158,7 +159,7 @@ def read_ledger(path: Path | str) -> list[dict]:
         raise UserError(f"cannot read {path}: {error}") from None
     if path.suffix == ".csv":
         table = csv.DictReader(text.splitlines())
-        rows = [_checked({k: _csv_value(v) for k, v in row.items()}, f"{path}:{i + 2}") for i, row in enumerate(table)]
+        rows = [_csv_row(row, f"{path}:{i}") for i, row in enumerate(table, 2)]
     else:
         lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = [_parse_row(line, f"{path}:{i}") for i, line in lines]
@@ -247,6 +248,12 @@ def _checked(row: object, where: str) -> dict:
     if row["status"] not in STATUSES:
         raise UserError(f"{where} has status={row['status']!r}; it must be one of {', '.join(STATUSES)}")
     return row
+
+
+def _csv_row(row: dict, where: str) -> dict:
+    if None in row:
+        raise UserError(f"{where} has more fields than the header; mend or remove that line")
+    return _checked({k: (v or None) if k in TEXT else _csv_value(v) for k, v in row.items()}, where)
 
 
 def _csv_value(text: str | None):

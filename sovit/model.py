@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from sovit import UserError
 from sovit.shape import Shape
 
 
@@ -15,7 +16,10 @@ def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", see
     `num_classes=0` gives features in place of logits. Weights are a function of `seed` alone (the global generator is
     left as it was); without a seed they come from the global generator. Under `torch.device("meta")` nothing is
     allocated. `mean_std` is the normalisation of the images, written into the model's own preprocessing record.
+    Raises UserError for a head on every token beside registers: it would read them too, and they have no labels.
     """
+    if num_classes and shape.pool == "none" and shape.num_registers:
+        raise UserError(f"num_registers={shape.num_registers} does not fit pool=none with a task head; use num_registers=0")
     pretrained_cfg = dict(
         architecture="vit_base_patch16_224",  # timm's entry point; every dimension is overridden
         tag="sovit",
@@ -29,7 +33,7 @@ def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", see
         classifier="head",
         license="mit",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = timm.create_model(

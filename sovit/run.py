@@ -39,6 +39,7 @@ class Recipe:
     parametrisation: str = "fan_in"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("peak_lr", "batch_size", "clip_norm", "rsqrt_examples"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0")
@@ -65,6 +66,7 @@ class Run:
     study: str = field(default="", metadata={"hash": False})
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 1 << 32:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
@@ -174,6 +176,12 @@ def _non_default(instance) -> dict:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
+def _check_types(instance) -> None:
+    """Hold a dataclass to its annotations. 0 given for 0.0 becomes 0.0: equal runs must have equal ids."""
+    for name, hint in typing.get_type_hints(type(instance)).items():
+        object.__setattr__(instance, name, _typed(hint, getattr(instance, name), name))
+
+
 def _from_dict(cls, d: dict, where: str):
     if not isinstance(d, dict):
         raise UserError(f"{where} must be an object of fields, got {d!r}")
@@ -190,7 +198,7 @@ def _from_dict(cls, d: dict, where: str):
 
 def _typed(hint, value, where: str):
     if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value, where)
+        return value if isinstance(value, hint) else _from_dict(hint, value, where)
     if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}={value!r} must be a list")

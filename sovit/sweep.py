@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,8 +49,11 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     if kind == "journal":
         path = Path(rest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _trim_torn_tail(path)
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+        backend = optuna.storages.journal.JournalFileBackend(str(path), JournalLock(path))
+        try:
+            return optuna.storages.JournalStorage(backend)
+        except ValueError as error:  # json's error is one
+            raise UserError(f"the journal {path} is damaged ({error}); delete it: it is made again from the records") from None
     if kind.startswith("sqlite"):
         raise UserError(f"--storage {url}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://")
     try:
@@ -58,13 +62,27 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         raise UserError(f"cannot open --storage {url}: {str(error).splitlines()[0]}") from None
 
 
-def _trim_torn_tail(path: Path) -> None:
-    """Drop an unterminated last line, left by a kill while writing: the next append would glue itself onto it."""
-    if path.exists():
-        with open(path, "r+b") as file:
-            data = file.read()
-            if data and not data.endswith(b"\n"):
-                file.truncate(data.rfind(b"\n") + 1)
+class JournalLock:
+    """A lock on the journal that the kernel frees when its holder dies, and that mends what the holder left.
+
+    Optuna's own lock outlives its process by 30 s; and what is appended to a half-written line spoils the journal.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def acquire(self) -> bool:
+        self.file = open(self.path, "r+b")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.file.seek(0)
+                self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        self.file.close()
 
 
 def design_of(runs: Sequence[Run]) -> dict[str, list[int]]:
@@ -169,7 +187,7 @@ def is_locked(path: Path) -> bool:
         return False
     with open(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look at once do not see each other
         except BlockingIOError:
             return True
     return False
@@ -185,7 +203,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
     sweep = Sweep(plan["name"], [Run.from_dict(d) for d in plan["runs"]], Path(plan["runs_dir"]), Path(plan["ledger"]), plan["storage"])
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
     failed = 0
-    while True:
+    while os.getppid() == plan["launcher"]:  # without its launcher a worker ends the trunk it is on, and stops
         with sweep.lock():
             reconcile(sweep, study, plan["launch"])
             if not any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
@@ -195,19 +213,27 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
             run = sweep.runs[trunk]
             holder = open(_made(sweep.runs_dir / trunk / "lock"), "a")
             fcntl.flock(holder, fcntl.LOCK_EX)  # free by now: a trunk is enqueued once at a time
-        for name, d in distributions(run).items():
-            trial._suggest(name, d)
+        for name, d in distributions(run).items():  # takes the enqueued values up into the trial
+            suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
+            suggest(name, d.low, d.high)
         try:
             failed += _run_trial(sweep, study, trial, run, train or _torch_train(), plan["device"])
         finally:
             holder.close()
+    return failed
 
 
 def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run, train, device: str) -> int:
-    todo = run.replace(budgets=tuple(n for n, row in zip(run.budgets, sweep.rows(run)) if row is None) or run.budgets)
+    def only_in_ledger(n: int) -> bool:
+        return run.run_id(n) in sweep.in_ledger and not read_record(sweep.runs_dir, run.trunk_id, run.run_id(n))
+
+    # branches that have a record stay in the run, which says what of the trunk is paid for
+    budgets = tuple(n for n in run.budgets if not only_in_ledger(n))
+    todo = run.replace(budgets=budgets or run.budgets)
     progress_path = sweep.runs_dir / run.trunk_id / "progress.json"
     try:
-        train(todo, sweep.runs_dir, device, on_progress=lambda p: write_atomic(progress_path, json.dumps(p)))
+        if not sweep.is_done(run):
+            train(todo, sweep.runs_dir, device, on_progress=lambda p: write_atomic(progress_path, json.dumps(p)))
     except Exception as error:  # whatever a run dies of is recorded, and the sweep goes on
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         _record_failure(sweep, todo, reason)
@@ -227,7 +253,8 @@ def _record_failure(sweep: Sweep, run: Run, reason: str) -> None:
     for n in run.budgets:
         if read_record(sweep.runs_dir, run.trunk_id, run.run_id(n)) is None:
             row = new_row(run, n, status="failed", num_classes=0, error=reason, seconds=None, **provenance("unknown"))
-            write_record(sweep.runs_dir, row)
+            unknown = ("num_classes", "head_params", "head_flops", "train_flops", "spent_flops")
+            write_record(sweep.runs_dir, row | dict.fromkeys(unknown))
 
 
 def _torch_train():
@@ -261,6 +288,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         "runs_dir": str(sweep.runs_dir),
         "ledger": str(sweep.ledger),
         "launch": token,
+        "launcher": os.getpid(),
         "device": device,
         "runs": [run.to_dict() for run in sweep.runs.values()],
     }
@@ -276,6 +304,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     pending = len(sweep.pending())
     processes = [start() for _ in range(min(workers, pending))]
     restarts = MAX_ATTEMPTS * max(pending, 1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C, workers included
     try:
         with _display(sweep) as show:
             while processes:
@@ -290,6 +319,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         print(f"\nstopped; run the same command again to go on with {sweep.name}", file=sys.stderr)
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in processes:
             process.terminate()
         for process in processes:
@@ -370,7 +400,7 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} must be at least 1")
@@ -381,14 +411,14 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
 
             print_plan(sweep, options.workers, options.device, options.json)
             return 0
-        rows = run_sweep(sweep, options.workers, options.device)
+        run_sweep(sweep, options.workers, options.device)
         print(f"next: python analysis/fit_laws.py {sweep.ledger}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return int(any(row["status"] == "failed" for row in rows))
+    return int(bool(sweep.pending()))
 
 
 def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
@@ -400,12 +430,15 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
         open_data(data, preset, image_size, patch_size, 0, device)
     if not pending:
         print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
-    rows = launch(sweep, workers, device) if pending else sweep.collect()
+    rows = launch(sweep, workers, device)
     counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "diverged", "failed")}
     print(f"{sweep.name}: {sweep.ledger} has {len(rows)} rows: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
     for row in rows:
         if row["status"] != "ok":
             print(f"  {row['run_id']} {row['status']}: {row.get('error')}", file=sys.stderr)
+    if left := sweep.pending():
+        log = sweep.runs_dir / f"{sweep.name}.log"
+        print(f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr)
     return rows
 
 

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -81,6 +82,7 @@ class Trainer:
     def train(self, pending: list[int]) -> None:
         batch = self.run.recipe.batch_size
         interrupted = self._resume(pending)
+        self._forget(pending, interrupted)
         for i, n in enumerate(pending):
             try:
                 if interrupted != n:
@@ -93,11 +95,12 @@ class Trainer:
             # the branch leaves the trunk here; its own state is dropped afterwards
             try:
                 self._advance(range(self.step, n // batch), n, pending[i:])
-                self._record(n, "ok", **validate(self.model, self.source))
+                metrics = validate(self.model, self.source)
                 weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
                 path = self.folder / f"{self.run.run_id(n)}.safetensors"
                 safetensors.torch.save_file(weights, f"{path}.tmp", {"run_id": self.run.run_id(n)})
                 os.replace(f"{path}.tmp", path)
+                self._record(n, "ok", **metrics)  # last: a record says that its branch is complete, weights included
             except Diverged as error:
                 self._record(n, "diverged", error=f"cooldown: {error}")
             interrupted = None
@@ -192,19 +195,38 @@ class Trainer:
         """Load the furthest state from which the first pending branch can be reached; return the branch it is on."""
         batch = self.run.recipe.batch_size
         first = self.run.trunk_examples(pending[0]) // batch
+        reached = [(int(p.stem.split("-")[1]), p) for p in self.folder.glob("trunk-*.pt")]
+        usable = [(examples, p) for examples, p in reached if examples // batch <= first]
+        furthest = max((examples // batch for examples, _ in usable), default=0)
         latest = self.folder / "latest.pt"
         if latest.exists():
             state = torch.load(latest, map_location="cpu", weights_only=True)
-            if state["branch"] == pending[0] or (state["branch"] is None and state["step"] <= first):
+            if state["branch"] == pending[0] or (state["branch"] is None and furthest < state["step"] <= first):
                 self.spent = self._load(latest)["spent"]
                 return state["branch"]
-        reached = [(int(p.stem.split("-")[1]), p) for p in self.folder.glob("trunk-*.pt")]
-        usable = [(examples, p) for examples, p in reached if examples // batch <= first]
         if usable:
             examples, path = max(usable)
             spent = self._load(path)["spent"]
             self.spent = spent if examples // batch == first else 0.0  # what an earlier branch point spent is recorded
         return None
+
+    def _forget(self, pending: list[int], branch: int | None) -> None:
+        """Drop the lines of metrics.jsonl that will be written again, and one that a kill cut short."""
+        path, batch = self.folder / "metrics.jsonl", self.run.recipe.batch_size
+        if not path.exists():
+            return
+        first, last = (self.run.trunk_examples(n) // batch for n in (pending[0], pending[-1]))
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                metrics = json.loads(line)
+                if metrics["branch"] is None:
+                    again = min(self.step, first) < metrics["step"] <= last
+                else:
+                    again = metrics["branch"] in pending and (metrics["branch"] != branch or metrics["step"] > self.step)
+                if not again:
+                    kept.append(line + "\n")
+        write_atomic(path, "".join(kept))
 
     def _log(self, branch: int | None, loss: float) -> None:
         position = {"step": self.step, "examples": self.step * self.run.recipe.batch_size, "branch": branch}

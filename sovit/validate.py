@@ -134,3 +134,13 @@ def verdict_text(result: dict) -> str:
         f" predicted {math.expm1(result['predicted_difference']):+.2%}. Verdict: {result['verdict']}."
     )
     return "\n".join(lines)
+
+
+def validation_report(prediction: dict, rows: list[dict], out: Path, metric: str = "val_loss") -> dict:
+    """Apply the rule and write `validation.json` and the figure into the folder `out`; return the result."""
+    from sovit.plot import validation_figure
+
+    result = verdict(prediction, rows, metric)
+    write_atomic(Path(out) / "validation.json", json.dumps(result, indent=2) + "\n")
+    validation_figure(result, Path(out) / "validation.png")
+    return result

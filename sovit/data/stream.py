@@ -273,26 +273,32 @@ class Stream:
     def _baselines(self) -> tuple[float, dict[str, float]]:
         """Cross-entropy (nats) of the best answer that sees nothing, and by family of one that knows the question.
 
-        Counted over 2^14 scenes of a key of its own. For each question the distribution over columns is estimated
-        within its family (the reading does not depend on the question, the probe colour apart), which keeps the estimate
-        from being too optimistic for rare questions.
+        Counted over 2^18 cells of a key of its own. For each question the distribution over columns is estimated within
+        its family, and for `hist` within its probe colour (no other reading depends on the question), which keeps the
+        estimate from being too optimistic for rare questions.
         """
         w = self.world
         scene = self.latents(VAL_SEED + 1, torch.arange(2**18 // w.grid**2, device=self.device))
-        column = self.columns(scene).flatten()
-        question = scene["question"].flatten()
+        column, question = self.columns(scene).flatten(), scene["question"].flatten()
         share = _zipf(w.num_questions, w.question_power).to(self.device)
-        blind, marginal = {}, torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
+        entropy, marginal = {}, torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
         for s, name in enumerate(self.skills):
-            ours = torch.nonzero(self.template == s).flatten()  # questions of this family
-            frequency = torch.bincount(column[self.template[question] == s], minlength=self.table.shape[1]).double()
-            frequency /= frequency.sum()
-            answer = torch.nn.functional.one_hot(self.table[ours], NUM_ANSWERS).double()  # [q, columns, answers]
-            p = (answer * frequency[None, :, None]).sum(1)  # [q, answers]
-            p = (1 - w.label_flip) * p + w.label_flip / NUM_ANSWERS
-            weight = share[ours] / share[ours].sum()
-            blind[name] = float((weight * -(p * p.clamp_min(1e-300).log()).sum(1)).sum())
-            marginal += (share[ours, None] * p).sum(0)
+            probes = range(w.num_colours) if name == "hist" else (None,)
+            entropy[name] = []
+            for probe in probes:
+                asked = (self.template == s) & (self.probe == probe if probe is not None else True)  # [Q]
+                ours = torch.nonzero(asked).flatten()
+                frequency = torch.bincount(column[asked[question]], minlength=COLUMNS[name](w)).double()
+                answer = self.table[ours, : len(frequency)]  # [q, columns]
+                p = torch.zeros(len(ours), NUM_ANSWERS, dtype=torch.float64, device=self.device)
+                p.scatter_add_(1, answer, (frequency / frequency.sum()).expand(len(ours), -1))
+                p = (1 - w.label_flip) * p + w.label_flip / NUM_ANSWERS
+                entropy[name].append((share[ours], -(p * p.clamp_min(1e-300).log()).sum(1)))
+                marginal += (share[ours, None] * p).sum(0)
+        blind = {}
+        for name, parts in entropy.items():
+            weight, nats = (torch.cat(column) for column in zip(*parts))
+            blind[name] = float((weight * nats).sum() / weight.sum())
         return float(-(marginal * marginal.log()).sum()), blind
 
     @property

@@ -1,0 +1,66 @@
+"""Two bootstraps, both by trunk, never by row, and the intervals read from them.
+
+RE-t: new data from the fitted law plus a trunk and a row error of the estimated s.d., refitted with the same whitening;
+percentiles are stretched by t(nu)/z because the s.d. are themselves estimated from nu degrees of freedom.
+Pairs: whole trunks drawn with replacement within each arm of the star; it does not use the noise model.
+Percentiles and nothing else: draws on a bound make every reflected or standard-error interval fail (law_findings 3).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sovit.fitter import Polished, Solved, polish
+
+LEVEL = 0.90
+MIN_CLUSTERS = 3
+
+
+def random_effects(form, u, solved: Solved, num: int, rng, source: np.ndarray) -> Polished:
+    """`num` refits of data drawn from the fit. `source` [n]: measurement behind each row (an arm's centre repeats)."""
+    groups = solved.groups
+    trunk = rng.standard_normal((num, len(groups.kappa)))[:, groups.index]
+    row = rng.standard_normal((num, int(source.max()) + 1))[:, source]
+    log_y = form.evaluate(solved.theta[None], u)[0] + solved.trunk_sd * trunk + solved.row_sd * row
+    return _refit(form, u, log_y, None, solved)
+
+
+def pairs(form, u, y, solved: Solved, num: int, rng, strata: np.ndarray) -> Polished:
+    """`num` refits with trunk weights: within each stratum as many trunks as it has, with replacement; strata [G]."""
+    weights = np.zeros((num, len(strata)))
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        weights[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), num)
+    return _refit(form, u, np.log(y), weights[:, solved.groups.index], solved)
+
+
+def _refit(form, u, log_y, weights, solved: Solved) -> Polished:
+    num = len(weights) if weights is not None else len(log_y)
+    start = np.tile(solved.theta, (num, 1))
+    return polish(form, u, start, log_y, weights=weights, groups=solved.groups, delta=solved.delta)
+
+
+def strata_of(arms: list[str]) -> np.ndarray:
+    """Stratum of each trunk from its arm; arms of fewer than 3 trunks are pooled, for alone they could not vary."""
+    small = {arm for arm in arms if arms.count(arm) < 3}
+    return np.array(["pooled" if arm in small else arm for arm in arms])
+
+
+def stretch(dof: float, level: float = LEVEL) -> float:
+    """t(nu) / z at the two-sided level: about 1.09 for 11 degrees of freedom."""
+    from scipy.special import ndtri, stdtrit  # not at import: prediction needs no scipy
+
+    return float(stdtrit(dof, 0.5 + level / 2) / ndtri(0.5 + level / 2))
+
+
+def interval(draws: np.ndarray, widen: float = 1.0, floor: float | None = 1e-300) -> tuple[float, float]:
+    """Percentile interval of draws [R] at LEVEL, both sides stretched by `widen` from the median, on the log scale.
+
+    Draws are floored at `floor` before the log; floor=None works on the plain scale, for what may be negative.
+    """
+    values = np.asarray(draws, float) if floor is None else np.log(np.maximum(draws, floor))
+    low, middle, high = np.quantile(values, [0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
+    low, high = middle + widen * (low - middle), middle + widen * (high - middle)
+    if floor is not None:
+        low, high = np.exp(min(low, 700.0)), np.exp(min(high, 700.0))
+    return float(low), float(high)

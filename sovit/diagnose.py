@@ -1,0 +1,250 @@
+"""What a fit says and what it cannot say: exponents with their status, noise, extrapolation, diagnostics in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sovit import UserError
+from sovit.allocate import optimum
+from sovit.bootstrap import interval
+from sovit.fitter import free_columns, solve
+from sovit.forms import PerArm
+from sovit.rows import DIMS, Rows, positive, prepare
+
+MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not determined
+MAX_ABSENT = 0.25  # share of draws without the dimension's amplitude beyond which it is not determined
+EXPONENT_FLOOR = 1e-3  # stands for "does not grow" on the log scale
+CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
+BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
+
+
+def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The box of the optimum in ln x, from the values run of each dimension."""
+    ends = np.array([[min(values), max(values)] for values in grid.values()], float)
+    return np.log(ends[:, 0] / BOX_BELOW), np.log(ends[:, 1] * BOX_ABOVE)
+
+
+def optimum_of(form, centre, theta, geometry, grid: dict, log_compute: float, head=False) -> np.ndarray:
+    """ln x of the optimal dimensions [R, K] at ln compute, for each theta [R, P].
+
+    For `sovit` each dimension has its own, x* = (alpha a t^c / (beta b))^(1/(a+b)) (Eq. 4), the others at the centre.
+    """
+    low, high = box(grid)
+    if isinstance(form, PerArm):
+        num = len(form.terms)
+        alpha, beta, _, _, a, b = (theta[:, i * num : (i + 1) * num] for i in range(6))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, -1:] * (log_compute - centre[-1])) / (a + b)
+        shift = np.where(alpha <= 0, -np.inf, np.where(beta <= 0, np.inf, shift))
+        return np.clip(centre[:-1] + shift, low, high)
+    return optimum(form.split(theta), centre, tuple(grid), geometry, log_compute, low, high, head)
+
+
+def growth(form, centre, theta, geometry, grid, ends) -> np.ndarray:
+    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]."""
+    low, high = np.log(ends)
+    if isinstance(form, PerArm):
+        num = len(form.terms)
+        a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
+        absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
+        return np.where(absent, 0.0, theta[:, -1:] / (a + b))
+    at = [optimum_of(form, centre, theta, geometry, grid, t) for t in (low, high)]
+    return (at[1] - at[0]) / (high - low)
+
+
+def amplitudes(form, theta: np.ndarray) -> np.ndarray:
+    """The size amplitude of each dimension [R, K]; 0 = the loss does not depend on it."""
+    if isinstance(form, PerArm):
+        return theta[:, : len(form.terms)]
+    return form.split(theta)["A"]
+
+
+def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict, dict]:
+    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None."""
+    names = list(grid)
+    point = growth(form, centre, theta[None], geometry, grid, ends)[0]
+    present = amplitudes(form, theta[None])[0] > 0
+    top = optimum_of(form, centre, theta[None], geometry, grid, np.log(ends[1]))[0]
+    middle = optimum_of(form, centre, theta[None], geometry, grid, np.log(ends).mean())[0]
+    computes = np.sqrt(ends[0] * ends[1]), ends[1]
+    out, shares = {}, {}
+    kinds = {"": draws, "pairs_": other}
+    many = {k: growth(form, centre, d, geometry, grid, ends) for k, d in kinds.items() if d is not None}
+    for k, name in enumerate(names):
+        sides: dict = dict(low=None, high=None, pairs_low=None, pairs_high=None)
+        for kind, grown in many.items():
+            ends_of = interval(grown[:, k], widen if kind == "" else 1.0, EXPONENT_FLOOR)
+            sides[kind + "low"], sides[kind + "high"] = ends_of
+        status, note = "ok", ""
+        for compute, x in zip(computes, np.exp([middle[k], top[k]])):
+            low, high = min(grid[name]), max(grid[name])
+            if not low < x < high:
+                end = f"smallest value run ({low:g})" if x <= low else f"largest value run ({high:g})"
+                note = f"at compute {compute:.3g} the optimum {x:.4g} is at or beyond the {end}; extend that arm"
+                status = "edge"
+        if not present[k]:
+            status, note = "unidentified", "the fitted amplitude is 0: these data show no gain from this dimension"
+        elif many:
+            shares[name] = float((amplitudes(form, draws)[:, k] <= 0).mean())
+            if shares[name] > MAX_ABSENT:
+                status, note = "unidentified", f"no gain from this dimension in {shares[name]:.0%} of the draws"
+            elif sides["high"] > MAX_RATIO * sides["low"]:
+                ratio = sides["high"] / sides["low"]
+                status, note = "unidentified", f"the interval spans a factor {ratio:.3g}, above {MAX_RATIO:g}"
+        if not many:
+            note = (note + "; " if note else "") + "no interval: fitted with bootstrap=0"
+        estimate = None if status == "unidentified" else float(point[k])
+        kind = "marginal" if isinstance(form, PerArm) else "joint"
+        out[name] = dict(estimate=estimate, kind=kind, compute_range=list(ends), status=status, note=note) | sides
+    return out, shares
+
+
+def seed_noise(table, y, index, solved) -> dict:
+    """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals."""
+    names = [n for n in (*DIMS, "head_dim", "pool", "num_params", "num_examples", "peak_lr") if n in table]
+    key = np.stack([np.unique(table[n].astype(str), return_inverse=True)[1] for n in names], 1)
+    group = np.unique(key, axis=0, return_inverse=True)[1].ravel()
+    squares = dof = 0
+    for g in np.unique(group):
+        rows = np.flatnonzero(group == g)
+        if len(np.unique(index[rows])) > 1:
+            values = np.log(y[rows])
+            squares, dof = squares + ((values - values.mean()) ** 2).sum(), dof + len(rows) - 1
+    if dof:
+        return dict(sd=float(np.sqrt(squares / dof)), source="seeds", n=int(dof))
+    return dict(sd=float(np.hypot(solved.trunk_sd, solved.row_sd)), source="residuals", n=int(round(solved.dof)))
+
+
+def compute_cut(compute: np.ndarray) -> float:
+    """The cut of the extrapolation test, by CUT_RULE.
+
+    Where runs stand on budget levels that gap lies below the largest level, which is then what is held out.
+    """
+    order = np.sort(np.log(compute))
+    n = len(order)
+    first, last = int(np.ceil(0.6 * n)), max(int(np.floor(0.9 * n)), int(np.ceil(0.6 * n)))
+    gaps = [(order[i] - order[i - 1], i) for i in range(max(first, 1), min(last, n - 1) + 1)]
+    i = max(gaps)[1]
+    return float(np.exp((order[i] + order[i - 1]) / 2))
+
+
+def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> dict:
+    """Fit below a compute cut, score above it; RMSE and signed bias of ln(predicted / measured), baselines beside it.
+
+    Baselines: `chinchilla` (size N and images, no shape), `compute_only` (E + A t^-a: constant proportions, all that
+    matters is compute), `nearest` (the loss of the nearest run below the cut, which is what no law at all would say).
+    """
+    if "compute" not in table:
+        return dict(n=0, note="no compute column")
+    compute = positive(table, "compute")
+    rule = "given" if cut else CUT_RULE
+    cut = cut or compute_cut(compute)
+    below, above = compute < cut, compute >= cut
+    out = dict(cut=cut, rule=rule, n_fit=int(below.sum()), n=int(above.sum()), forms={})
+    tries = {form_name: (form_name, options["terms"]), "compute_only": ("additive", ("compute",))}
+    if {"num_params", "num_examples"} <= set(table):
+        tries["chinchilla"] = "chinchilla", None
+    for label, (name, terms) in tries.items():
+        try:
+            scored = _extrapolate(name, table, y, dims, index, arms, below, above, options | dict(terms=terms))
+        except (UserError, np.linalg.LinAlgError) as error:
+            scored = dict(rmse=None, bias=None, n=0, note=str(error))
+        out["forms"][label] = scored
+    logs = np.log(np.stack([positive(table, n) for n in (*dims, "num_examples") if n in table], 1))
+    if below.any() and above.any():
+        spread = logs.std(0) + 1e-12
+        distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
+        out["forms"]["nearest"] = _score(np.log(y[below])[distance.argmin(1)] - np.log(y[above]))
+    return out
+
+
+def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> dict:
+    parts = [{k: v[rows] for k, v in table.items()} for rows in (below, above)]
+    keep = dict(zero_line=options["zero_line"], terms=options["terms"])
+    train = prepare(name, parts[0], y[below], dims, arms=arms[below], **keep)
+    trunk = np.unique(index[below][train.source], return_inverse=True)[1]
+    fitted = solve(train.form, train.u, train.y, trunk, **options["solver"])
+    u, source = features(train.form, train.centre, parts[1], arms[above])
+    if not len(source):
+        return dict(rmse=None, bias=None, n=0, note="no row above the cut that the form describes")
+    return _score(train.form.evaluate(fitted.theta[None], u)[0][0] - np.log(y[above][source]))
+
+
+def _score(residual: np.ndarray) -> dict:
+    return dict(rmse=float(np.sqrt((residual**2).mean())), bias=float(residual.mean()), n=len(residual))
+
+
+def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
+    """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
+    if not isinstance(form, PerArm):
+        logs = np.log(np.stack([positive(table, n) for n in form.terms]))
+        return logs - centre[:, None], np.arange(logs.shape[1])
+    picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]
+    source, arm = np.concatenate(picks), np.repeat(np.arange(len(picks)), [len(p) for p in picks])
+    own = np.log(np.concatenate([positive(table, d)[p] for d, p in zip(form.terms, picks)]))
+    t = np.log(positive(table, "compute")[source])
+    return np.stack([own - centre[arm], t - centre[-1], arm.astype(float)]), source
+
+
+def describe(rows: Rows, solved, noise: dict, table) -> dict:
+    """Diagnostics of the point fit that need no draws; see law.json."""
+    form, theta = rows.form, solved.theta
+    value, jac = form.evaluate(theta[None], rows.u)
+    residual, jac = value[0] - np.log(rows.y), jac[0]
+    low, high = form.bounds
+    bounds = {
+        n: "lower" if t <= lo else "upper" for n, t, lo, hi in zip(form.names, theta, low, high) if t <= lo or t >= hi
+    }
+    free = free_columns(form, theta, jac)
+    unit = jac[free] / np.linalg.norm(jac[free], axis=1, keepdims=True)
+    _, singular, right = np.linalg.svd(unit.T, full_matrices=False)
+    names, weak = np.array(form.names)[free], right[-1]
+    top = np.argsort(-np.abs(weak), kind="stable")[:2]
+    against = "against" if weak[top[0]] * weak[top[-1]] < 0 else "with"
+    weakest = (
+        (
+            f"{names[top[0]]} {against} {names[top[1]]} (loadings {weak[top[0]]:+.2f}, {weak[top[1]]:+.2f});"
+            f" singular values of the unit-norm Jacobian {singular[0]:.3g} to {singular[-1]:.3g}"
+        )
+        if len(top) > 1
+        else "one free parameter"
+    )
+    rms = float(np.sqrt(residual @ residual / max(len(residual) - int(free.sum()), 1)))
+    misfit = rms / noise["sd"] if noise["sd"] > 0 else None
+    return dict(
+        objective=solved.objective,
+        iterations=solved.iterations,
+        converged=solved.converged,
+        objective_spread=solved.spread,
+        starts_agreeing=solved.agreeing,
+        num_starts=len(solved.starts),
+        active_bounds=bounds,
+        weakest_direction=weakest,
+        trunk_sd=solved.trunk_sd,
+        row_sd=solved.row_sd,
+        nu=solved.dof,
+        residual_rms=rms,
+        lack_of_fit=dict(
+            residual_over_noise=misfit, noise_source=noise["source"], note=_misfit_words(misfit, noise["source"])
+        ),
+        residual_pattern=_pattern(residual, rows, table),
+    )
+
+
+def _misfit_words(misfit: float | None, source: str) -> str:
+    if source != "seeds" or misfit is None:
+        return "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
+    return "the form misses more than seed noise" if misfit > 2 else "the residuals are of the size of seed noise"
+
+
+def _pattern(residual: np.ndarray, rows: Rows, table) -> dict:
+    """Mean ln(predicted/measured) of small and large models at low and high compute, halves split at the medians."""
+    if not {"compute", "num_examples"} <= set(table):
+        return {}
+    compute = positive(table, "compute")[rows.source]
+    size = compute / positive(table, "num_examples")[rows.source]
+    cells = {}
+    for s, small in (("small", size <= np.median(size)), ("large", size > np.median(size))):
+        for c, low in (("low", compute <= np.median(compute)), ("high", compute > np.median(compute))):
+            cells[f"{s}_model_{c}_compute"] = float(residual[small & low].mean()) if (small & low).any() else None
+    return cells

@@ -1,0 +1,301 @@
+"""Fit a law to measured losses, with intervals that are honest about trunks: `fit` -> `Fit`, JSON both ways.
+
+    fit = law.fit("joint", ledger.columns(), loss, clusters=trunk_ids, bootstrap=1000)
+    fit.exponents["width"]      # {estimate, low, high, status, ...} of width* ~ compute^s
+    fit.predict(columns)        # losses
+    Fit.from_json(fit.to_json())
+
+Compute is SoViT's t: forward FLOPs of the encoder x images seen. The algorithm, its tolerances and what failed are in
+the module docstrings of `fitter` (estimator), `bootstrap` (intervals) and `allocate` (optimum).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sovit import UserError
+from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, random_effects, strata_of, stretch
+from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
+from sovit.fitter import solve
+from sovit.forms import LAWS, PerArm
+from sovit.rows import check, geometry_of, positive, prepare, star, trunks, varied_dims
+
+__all__ = ["LAWS", "Fit", "fit"]
+DRAW_DIGITS = 8  # significant digits of a stored bootstrap draw
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law. Every field is plain data, so that law.json holds all of it.
+
+    params: raw parameters (units of the columns; an exponent whose amplitude is 0 is None). intervals: by parameter,
+    {low, high, pairs_low, pairs_high}. model: dims, terms, centres and the centred theta that `predict` uses.
+    data: grid (values run), centre, compute_range. draws: centred thetas, `random_effects` (headline) and `pairs`.
+    """
+
+    form: str
+    params: dict
+    intervals: dict
+    exponents: dict
+    noise: dict
+    num_rows: int
+    num_clusters: int
+    objective: float
+    extrapolation: dict
+    diagnostics: dict
+    model: dict
+    data: dict
+    geometry: dict | None
+    level: float = LEVEL
+    draws: dict = field(default_factory=dict)
+
+    @property
+    def shape_form(self):
+        """The form object of `sovit.forms` that evaluates this law."""
+        terms = tuple(self.model["terms"]) if self.form == "additive" else None
+        return LAWS[self.form].build(tuple(self.model["dims"]), self.model["zero_line"], terms)
+
+    @property
+    def theta(self) -> np.ndarray:
+        return np.array(self.model["theta"])
+
+    def predict(self, columns: Mapping) -> np.ndarray:
+        """Losses [n] for columns name -> [n]: the law's dims and num_examples (sovit: dims and compute).
+
+        `sovit` describes one arm at a time: a row at the centre gets the mean of its arms, a row off every arm nan.
+        Raises UserError for a missing column or a value that is not positive.
+        """
+        form, dims = self.shape_form, self.model["dims"]
+        needed = (*dims, "compute") if isinstance(form, PerArm) else form.terms
+        missing = [n for n in needed if n not in columns]
+        if missing:
+            raise UserError(f"predict with form={self.form!r} needs the column {missing[0]!r}; add it")
+        table = {n: np.atleast_1d(columns[n]) for n in needed}
+        arms = None
+        if isinstance(form, PerArm):
+            differs = np.stack([table[d] != self.data["centre"][d] for d in dims])
+            arms = np.where(differs.sum(0) == 1, np.array(dims)[differs.argmax(0)], "corner")
+            arms = np.where(differs.any(0), arms, "centre")
+        u, source = features(form, np.array(self.model["centres"]), table, arms)
+        value = np.exp(form.evaluate(self.theta[None], u)[0][0])
+        size = len(table[needed[0]])
+        count = np.bincount(source, minlength=size)
+        return np.where(count > 0, np.bincount(source, value, size) / np.maximum(count, 1), np.nan)
+
+    def to_json(self) -> str:
+        """law.json: indented, but one line a bootstrap draw. Deterministic; refuses nan and infinity."""
+        body = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("draws", "data")}
+        text = json.dumps(body, indent=1, allow_nan=False)
+        data = json.dumps(self.data, allow_nan=False)
+        draws = ",\n".join(
+            f'  "{kind}": [\n   ' + ",\n   ".join(json.dumps(row, allow_nan=False) for row in rows) + "]"
+            for kind, rows in self.draws.items()
+        )
+        return f'{text[:-2]},\n "data": {data},\n "draws": {{\n{draws}}}\n}}\n'
+
+    @staticmethod
+    def from_json(text: str) -> Fit:
+        """Raises UserError for text that is not a law.json."""
+        try:
+            return Fit(**json.loads(text))
+        except (TypeError, json.JSONDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"not a law.json ({reason}); write one with `sovit fit LEDGER --out DIR`") from None
+
+
+def fit(
+    form,
+    columns,
+    y,
+    *,
+    clusters=None,
+    loss="huber_log",
+    huber_delta=None,
+    bootstrap=0,
+    seed=0,
+    dims=None,
+    terms=None,
+    zero_line=None,
+    whiten=None,
+    geometry=None,
+    cut=None,
+    extrapolate=True,
+) -> Fit:
+    """Fit the law `form` (a key of LAWS) to losses y [n] > 0 measured at columns name -> [n].
+
+    clusters      trunk of each row; None = the column trunk_id, else rows that agree in all but num_examples
+    loss          "huber_log" or "log_squares", of ln(predicted / measured)
+    huber_delta   None = 1.345 robust s.d., whitened by trunk; a number = as in a paper (1e-3), rows as they are
+    bootstrap     draws of each of the two bootstraps; needs 3 trunks (1,000 for results to keep)
+    dims          dimensions of the law; None = those of width, depth, mlp_dim, patch_size, image_size that vary
+    terms         form "additive" only: the columns of sum_k A_k x_k^-a_k + eps. ("num_params", "tokens"),
+                  ("width", "depth", "tokens") and so on are the Gemstones forms (2502.06857)
+    zero_line     form "bounded" only: the loss of knowing nothing
+    whiten        None = as said under huber_delta
+    geometry      what the columns do not say for counting FLOPs: patch_size, image_size, pool, head_dim, num_classes
+    cut           compute that splits fit and score of the extrapolation test; None = `diagnose.compute_cut`
+
+    Raises UserError (one line, value and remedy) for bad columns, too few rows or trunks, unknown names.
+    """
+    if loss not in ("huber_log", "log_squares"):
+        raise UserError(f"loss={loss!r} is unknown; choose huber_log or log_squares")
+    if huber_delta is not None and not huber_delta > 0:
+        raise UserError(f"huber_delta={huber_delta!r} is not positive; give a number such as 1e-3, or None")
+    table, y = check(form, columns, y, clusters, terms, zero_line)
+    shaped = LAWS[form].uses_dims and terms is None
+    dims = varied_dims(table, dims) if shaped else ()
+    centre, arms = star(table, dims) if dims else ({}, np.full(len(y), "all"))
+    rows = prepare(form, table, y, dims, zero_line=zero_line, terms=terms, arms=arms)
+    index = trunks(table, clusters, len(y))
+    own = np.unique(index[rows.source], return_inverse=True)[1].ravel()
+    num_clusters = int(own.max()) + 1
+    if bootstrap and num_clusters < MIN_CLUSTERS:
+        raise UserError(
+            f"bootstrap={bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
+        )
+    whiten = (huber_delta is None) if whiten is None else whiten
+    solver = dict(loss=loss, huber_delta=huber_delta, whiten=whiten)
+    solved = solve(rows.form, rows.u, rows.y, own, **solver)
+    noise = seed_noise(table, y, index, solved)
+    diagnostics = describe(rows, solved, noise, table)
+    known = geometry_of(table, geometry) if shaped else None
+    data = _data(table, dims, centre)
+    draws, widen = {}, 1.0
+    if bootstrap:
+        rng = np.random.default_rng(seed)
+        strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(num_clusters)])
+        made = dict(
+            random_effects=random_effects(rows.form, rows.u, solved, bootstrap, rng, rows.source),
+            pairs=pairs(rows.form, rows.u, rows.y, solved, bootstrap, rng, strata),
+        )
+        draws = {kind: _rounded(done.theta) for kind, done in made.items()}
+        widen = stretch(solved.dof)
+        diagnostics["draws"] = {
+            kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
+            for kind, done in made.items()
+        } | dict(num=bootstrap, seed=seed, t_over_z=widen)
+    params, intervals = _params(rows, solved.theta, draws, widen)
+    growths: dict = {}
+    absent: dict = {}
+    countable = isinstance(rows.form, PerArm) or known is not None
+    if dims and countable and "compute_range" in data:
+        growths, absent = exponents(
+            rows.form,
+            rows.centre,
+            solved.theta,
+            draws.get("random_effects"),
+            draws.get("pairs"),
+            widen,
+            known,
+            data["grid"],
+            data["compute_range"],
+        )
+    elif form == "chinchilla":
+        growths = _size_growth(rows, solved.theta, draws, widen, data)
+    diagnostics["absent_share"] = absent
+    diagnostics["interval_ratio"] = {
+        d: float(np.log(e["pairs_high"] / e["pairs_low"]) / max(np.log(e["high"] / e["low"]), 1e-12))
+        for d, e in growths.items()
+        if e["low"] is not None
+    }
+    diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
+    extra = {}
+    if extrapolate:
+        options = dict(zero_line=zero_line, terms=terms, solver=solver)
+        extra = extrapolation(form, table, y, dims, index, arms, options, cut)
+    model = dict(
+        dims=list(dims),
+        terms=list(rows.form.terms),
+        names=list(rows.form.names),
+        theta=solved.theta.tolist(),
+        centres=rows.centre.tolist(),
+        zero_line=zero_line,
+        loss=loss,
+        huber_delta=None if np.isinf(solved.delta) else solved.delta,
+        whitened=bool(whiten),
+    )
+    return Fit(
+        form,
+        params,
+        intervals,
+        growths,
+        noise,
+        len(np.unique(rows.source)),
+        num_clusters,
+        solved.objective,
+        extra,
+        diagnostics,
+        model,
+        data,
+        known.to_dict() if known else None,
+        draws={kind: theta.tolist() for kind, theta in draws.items()},
+    )
+
+
+def _rounded(theta: np.ndarray) -> np.ndarray:
+    """To DRAW_DIGITS significant digits: what is stored is what the intervals are read from."""
+    digits = DRAW_DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(theta), 1e-200)))
+    return np.vectorize(lambda value, d: round(float(value), int(d)))(theta, digits)
+
+
+def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
+    raw = rows.form.raw(theta[None], rows.centre)[0]
+    params = dict(zip(rows.form.names, (float(p) for p in raw)))
+    for amplitude, exponent in _partners(rows.form):
+        if params[amplitude] <= 0:
+            params[exponent] = None
+    spread = {kind: rows.form.raw(many, rows.centre) for kind, many in draws.items()}
+    intervals = {}
+    for i, name in enumerate(rows.form.names if draws else ()):
+        # on the plain scale: a parameter on its bound 0 in some draws has no log; none of them can be negative
+        low, high = interval(spread["random_effects"][:, i], widen, floor=None)
+        pairs_low, pairs_high = interval(spread["pairs"][:, i], floor=None)
+        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=pairs_low, pairs_high=pairs_high)
+    return params, intervals
+
+
+def _partners(form) -> list[tuple[str, str]]:
+    """(amplitude, exponent) pairs: without the first the second means nothing."""
+    if isinstance(form, PerArm):
+        return [(f"{p}_{d}", f"{e}_{d}") for p, e in (("alpha", "a"), ("beta", "b")) for d in form.terms]
+    return list(form.labels)
+
+
+def _data(table, dims, centre) -> dict:
+    """What was run: the grid and centre of each dimension, and the ranges of the budgets."""
+    out = dict(grid={d: np.unique(positive(table, d)).tolist() for d in dims}, centre=centre)
+    for name in ("compute", "num_examples", "train_flops"):
+        if name in table:
+            out[f"{name}_range"] = [float(positive(table, name).min()), float(positive(table, name).max())]
+    return out
+
+
+def _size_growth(rows, theta, draws, widen, data) -> dict:
+    """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
+
+    def share(many):
+        return many[:, 4] / (many[:, 3] + many[:, 4])
+
+    low = high = pairs_low = pairs_high = None
+    if draws:
+        low, high = interval(share(draws["random_effects"]), widen)
+        pairs_low, pairs_high = interval(share(draws["pairs"]))
+    absent = min(theta[:2]) <= 0
+    note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
+    return dict(
+        num_params=dict(
+            estimate=None if absent else float(share(theta[None])[0]),
+            low=low,
+            high=high,
+            kind="joint",
+            compute_range=data.get("compute_range"),
+            status="unidentified" if absent else "ok",
+            pairs_low=pairs_low,
+            pairs_high=pairs_high,
+            note=note,
+        )
+    )

@@ -1,0 +1,208 @@
+"""Ledgers -> law.json, report.md and figures: `fit_ledgers` is what `sovit fit` and `analysis/fit_laws.py` do.
+
+No clock and no torch: the same ledgers give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError, law, predict
+from sovit.law import LAWS
+from sovit.ledger import write_atomic
+from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
+from sovit.words import extrapolation_table, own_rmse, percent, report_text, summary_text
+
+FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
+
+
+def fit_ledgers(
+    paths: Sequence[Path | str],
+    *,
+    metric: str = "val_loss",
+    form: str | None = None,
+    out=None,
+    bootstrap: int = 1000,
+    train_flops: float | None = None,
+    seed: int = 0,
+    figures: bool = True,
+) -> dict:
+    """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md and figures into `out`.
+
+    form         the headline law; None = the one that extrapolates best among those that rank whole shapes
+    out          folder; None = `<stem of the first ledger>_law` beside it
+    bootstrap    draws of each interval; 0 = none
+    train_flops  budget of the recommendation; None = 3.16 x the largest budget run
+    Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
+    """
+    data = measurements(paths, metric)
+    if form is not None and form not in LAWS:
+        raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
+    if train_flops is not None and not (np.isfinite(train_flops) and train_flops > 0):
+        raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
+    if bootstrap < 0:
+        raise UserError(f"bootstrap={bootstrap} is negative; give the number of draws, or 0 for no intervals")
+    fits, refused = {}, {}
+    for name in dict.fromkeys((*FORMS, *([form] if form else []))):
+        try:
+            fits[name] = law.fit(name, data.columns, data.y, bootstrap=bootstrap, seed=seed, **_options(name, data))
+        except UserError as error:
+            if name == form:
+                raise
+            refused[name] = str(error)
+    if not fits or (not form and "width" in data.columns and not any(LAWS[name].uses_dims for name in fits)):
+        raise UserError(next(iter(refused.values())))  # a law blind to shape is no answer where shapes were run
+    headline, why = choose_headline(fits, form)
+    recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
+    scores = held_out(fits, headline, data)
+
+    folder = Path(out) if out is not None else Path(data.paths[0]).with_name(Path(data.paths[0]).stem + "_law")
+    write_atomic(folder / "law.json", fits[headline].to_json())
+    for name, fitted in fits.items():
+        if name != headline:
+            write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
+    drawn = draw(fits[headline], data, recommendation, scores, folder) if figures else {}
+    text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, drawn)
+    write_atomic(folder / "report.md", text)
+    summary = dict(
+        out=str(folder),
+        law=str(folder / "law.json"),
+        report=str(folder / "report.md"),
+        form=headline,
+        why=why,
+        forms=list(fits),
+        refused=refused,
+        metric=metric,
+        num_rows=len(data.y),
+        left_out=len(data.left_out),
+        num_trunks=fits[headline].num_clusters,
+        params=fits[headline].params,
+        exponents=fits[headline].exponents,
+        noise=fits[headline].noise,
+        extrapolation=extrapolation_table(fits),
+        recommendation=recommendation.to_dict() if recommendation else None,
+        figures=[f"{n}.png" for n in drawn],
+    )
+    return summary | dict(text=summary_text(summary, no_recommendation))
+
+
+def choose_headline(fits: dict, form: str | None) -> tuple[str, str]:
+    """The headline form and the reason: the one asked for, else the least extrapolation error of those that can rank
+    whole shapes (the others describe part of the rows, or no shape, so that their scores choose nothing)."""
+    if form is not None:
+        return form, "it was asked for"
+    able = [name for name in fits if name in WHOLE_SHAPE]
+    if not able:
+        name = next(iter(fits))
+        return name, "no form that ranks whole shapes could be fitted"
+    errors = {name: error for name in able if (error := own_rmse(fits[name], name)) is not None}
+    if len(able) == 1:
+        return able[0], "it is the only form fitted that ranks whole shapes"
+    if not errors:
+        return able[0], "no form could be scored by extrapolation; the first of the table is kept"
+    best = min(errors, key=lambda n: errors[n])
+    others = ", ".join(f"{n} {percent(errors[n]) if n in errors else 'not scored'}" for n in able if n != best)
+    return best, (
+        f"among the forms that rank whole shapes it predicts the held-out, most expensive rows best"
+        f" (RMSE {percent(errors[best])}; {others})"
+    )
+
+
+def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
+    """Predicted and measured losses of the rows above the compute cut, by laws fitted below it; the headline first.
+
+    [{label, measured [n], predicted [n], rmse, bias}] as `plot.extrapolation` takes them; [] where there is no cut.
+    """
+    cut = fits[headline].extrapolation.get("cut")
+    if cut is None:
+        return []
+    compute = np.asarray(data.columns["compute"], float)
+    below, above = ({k: v[rows] for k, v in data.columns.items()} for rows in (compute < cut, compute >= cut))
+    tries: dict[str, tuple[str, dict]] = {name: (name, {}) for name in sorted(fits, key=lambda n: n != headline)}
+    tries["compute only"] = ("additive", dict(terms=("compute",)))
+    scores = []
+    for label, (name, more) in tries.items():
+        options = _options(name, data) | more
+        if label in fits and fits[label].model["dims"]:
+            options["dims"] = fits[label].model["dims"]
+        try:
+            fitted = law.fit(name, below, data.y[compute < cut], extrapolate=False, **options)
+            predicted = fitted.predict(above)
+        except UserError:  # the report's table says why
+            continue
+        known = np.isfinite(predicted)
+        if not known.any():
+            continue
+        residual = np.log(predicted[known] / data.y[compute >= cut][known])
+        scores.append(
+            dict(
+                label=label,
+                measured=data.y[compute >= cut][known],
+                predicted=predicted[known],
+                rmse=float(np.sqrt((residual**2).mean())),
+                bias=float(residual.mean()),
+            )
+        )
+    return scores
+
+
+def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[str, str]:
+    """Write every figure that this law allows; name -> what it shows (the caption), in the order of the report."""
+    from sovit import plot
+
+    captions = {
+        "fit_by_dimension": "Measured losses (points; seeds as separate points) against each dimension of the star,"
+        " with the law at"
+        " each budget (lines). Along a line the other dimensions stay at the centre of the design and the images make"
+        " up"
+        " the budget; the diamond is the minimum of that line, not the joint optimum.",
+        "isoflop": "The same runs against model size. Lines: shapes on the law's own optimal path, trained for the"
+        " budget; diamonds:"
+        " the law's optimum at each budget. Runs above a line have other proportions.",
+        "optimal_shape": "The optimal value of each dimension against compute with both 90 % bands; dashed beyond the"
+        " runs (dotted"
+        " line), the range of values run shaded.",
+        "residuals": "Measured over fitted loss, against compute and by shape; the band is one noise standard"
+        " deviation.",
+        "extrapolation": "The most expensive rows, predicted by laws fitted to the cheaper ones only; the headline"
+        " first.",
+    }
+    made = dict(
+        fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
+        isoflop=plot.isoflop(fit, data),
+        optimal_shape=plot.optimal_shape(fit, recommendation),
+        residuals=plot.residuals(fit, data),
+        extrapolation=plot.extrapolation(scores, data.metric),
+    )
+    for name, figure in made.items():
+        if figure is not None:
+            plot.save(figure, folder / name)
+    return {name: captions[name] for name, figure in made.items() if figure is not None}
+
+
+def _options(name: str, data: Measurements) -> dict:
+    if name != "bounded":
+        return {}
+    if data.zero_line is None:
+        raise UserError(
+            "form='bounded' needs the loss of knowing nothing: rows with zero_line, or val_loss with num_classes"
+        )
+    return dict(zero_line=data.zero_line)
+
+
+def _recommend(fits, headline, data, train_flops):
+    """(Recommendation or None, reason for none, form dependence [] or rows)."""
+    largest = fits[headline].data.get("train_flops_range")
+    if train_flops is None and largest is None:
+        return None, "the rows do not say their training FLOPs, so that there is no budget to plan for", []
+    budget = train_flops or float(f"{largest[1] * NEXT_BUDGET:.3g}")
+    try:
+        recommendation = predict.best_shape(fits[headline], budget)
+    except UserError as error:
+        return None, str(error), []
+    able = [fits[name] for name in fits if name in WHOLE_SHAPE]
+    return recommendation, "", predict.form_dependence(able, budget)

@@ -1,0 +1,45 @@
+"""Train a run in a child process and kill it when its log has so many lines: RUN.json RUNS_DIR LINES [LINES ...].
+
+Not a test: test_train.py starts it. One process imports torch, and each attempt is a fork of it, so that ten kills cost
+no more than one start.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sovit.run import Run
+from sovit.train import train
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def main(run_path, runs_dir, *targets):
+    torch.set_num_threads(1)
+    run = Run.from_dict(json.loads(Path(run_path).read_text()))
+    log = Path(runs_dir) / run.trunk_id / "metrics.jsonl"
+    rng = random.Random(0)
+    for target in map(int, targets):
+        child = os.fork()
+        if not child:
+            train(run, runs_dir, save_seconds=0)
+            os._exit(0)
+        while num_lines(log) < target:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                sys.exit(f"training ended before line {target}")
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        os.kill(child, signal.SIGKILL)
+        print(os.waitpid(child, 0)[1], flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

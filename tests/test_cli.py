@@ -1,0 +1,76 @@
+"""The command line: what it prints, what it imports, how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sovit.cli import main
+
+PAPER = "--width 1152 --depth 27 --mlp-dim 4304 --head-dim 72 --patch-size 14 --image-size 224 --pool map --json"
+
+
+def test_count_of_sovit_400m_as_printed_in_the_documentation(capsys):
+    assert main(["count", *PAPER.split()]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert counts["num_params"] == 427_680_704
+    assert counts["num_tokens"] == 256
+    assert counts["forward_flops"] == pytest.approx(221e9, rel=0.005)  # Table 1 of arXiv 2305.13035
+    assert counts["train_flops_per_image"] == 3 * counts["forward_flops"]
+
+
+def test_several_shapes_make_a_table_and_flags_override_names(capsys):
+    assert main(["count", "B/16", "vit_base_patch16_224", "--image-size", "384"]) == 0
+    out = capsys.readouterr().out
+    assert "vit_base_patch16_224" in out and "577" in out and "576" in out  # with and without a class token
+
+
+def test_counting_and_help_import_neither_torch_nor_scipy():
+    code = (
+        "import sys\nfrom sovit.cli import main\n"
+        f"main(['count', *'{PAPER}'.split()])\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'timm', 'scipy', 'optuna', 'matplotlib', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["count", "B/17"], "image_size=224 is not a multiple of patch_size=17"),
+        (["count", "vit_bse_patch16_224"], "vit_base_patch16_224"),
+        (["count"], "--width"),
+        (["count", "--width", "100", "--depth", "1", "--mlp-dim", "8"], "head_dim=64"),
+        (["fit", "nowhere.jsonl"], "no ledger at nowhere.jsonl"),
+        (["predict", "nowhere.json", "--train-flops", "1e12"], "nowhere.json"),
+        (["export", "0000000000-16", "--out", "x", "--runs", "nowhere"], "no trained run"),
+        (["export", "law.json", "--out", "x", "--config-only"], "--train-flops"),
+        (["data", "show", "photos:cpu"], "stream, icons, hub"),
+        (["data", "show", "stream:huge"], "cpu"),
+        (["assets", "fetch", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("sovit: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_law_is_refused(tmp_path, capsys):
+    path = tmp_path / "law.json"
+    path.write_text('{"form": "joint"}')
+    assert main(["predict", str(path), "--train-flops", "1e12"]) == 2
+    assert "is not a law" in capsys.readouterr().err
+
+
+def test_contact_sheet_of_the_stream_is_written(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert main(["data", "show", "stream:cpu", "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "zero line 2.76" in capsys.readouterr().out

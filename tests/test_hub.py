@@ -1,0 +1,303 @@
+"""The hub source on small sets of real files made here: folders, parquet, odd image modes, damaged files."""
+
+import io
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sovit import UserError
+from sovit.data import hub, open_data
+
+datasets = pytest.importorskip("datasets")
+
+COLOURS = {"blue": (30, 40, 200), "green": (20, 180, 40), "red": (210, 30, 20)}
+
+
+def photo(colour, number: int, size=(20, 16)) -> Image.Image:
+    """A noisy picture of one colour, different for each number, with a dark left edge."""
+    random = np.random.default_rng([number, *colour])
+    pixels = np.array(colour) + random.normal(0, 8, (size[1], size[0], 3))
+    pixels[:, : size[0] // 2] *= 0.5
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of three classes, no validation split, with two files that are no images."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for i in range(20):
+            photo(colour, i).save(root / name / f"{i:02d}.png")
+    whole = io.BytesIO()
+    photo(COLOURS["red"], 99, (200, 160)).save(whole, "JPEG")
+    (root / "red" / "cut.jpg").write_bytes(whole.getvalue()[:900])
+    (root / "blue" / "no.png").write_bytes(b"this is text")
+    return root
+
+
+@pytest.fixture
+def cache(folder, monkeypatch):
+    """A cache that the tests of this module share."""
+    monkeypatch.setenv("SOVIT_CACHE", str(folder.parent / "cache"))
+    return folder.parent / "cache" / "hub"
+
+
+def rows_of(count: int) -> dict:
+    names = sorted(COLOURS)
+    labels = [i % 3 for i in range(count)]
+    return {"picture": [photo(COLOURS[names[c]], i) for i, c in enumerate(labels)], "label": labels}
+
+
+def typed(count: int):
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=sorted(COLOURS))})
+    return datasets.Dataset.from_dict(rows_of(count), features=features)
+
+
+def told_colour(images: torch.Tensor) -> torch.Tensor:
+    """The class of each image by its strongest channel, [B, 3, H, W] -> [B] in the order blue, green, red."""
+    return 2 - images.mean((2, 3)).argmax(1)
+
+
+# samples
+
+
+def test_folder_of_class_folders(cache, folder, capfd):
+    source = open_data("hub", str(folder), 8, 4, 0)
+    assert list(source.class_names) == ["blue", "green", "red"] and source.readout == "pooled" and source.num_classes == 3
+    assert source.info["broken"] == 2 and source.info["num_train"] == 54 and source.num_val == 6
+    batch = source.train(0, 54)
+    assert batch.images.shape == (54, 3, 8, 8) and batch.images.dtype == torch.float32
+    assert batch.labels.shape == (54,) and batch.labels.dtype == torch.int64 and batch.skills is None
+    assert batch.images.min() >= -1 and batch.images.max() <= 1
+    assert torch.equal(told_colour(batch.images), batch.labels)
+    assert torch.equal(told_colour(source.val(0, 6).images), source.val(0, 6).labels)
+    assert 0.8 < source.zero_line < 1.6
+    assert "left out 2 broken" in capfd.readouterr().err
+    with pytest.raises(UserError, match="num_val=6"):
+        source.val(0, 7)
+
+
+def test_training_and_validation_images_are_apart(cache, folder):
+    source = open_data("hub", f"{folder}?flip=0", 8, 4, 0)
+    train = {image.numpy().tobytes() for image in source.train(0, 54).images}
+    val = {image.numpy().tobytes() for image in source.val(0, 6).images}
+    assert len(train) == 54 and len(val) == 6 and not train & val
+
+
+def test_samples_are_pure_functions_of_seed_and_index(cache, folder):
+    whole = open_data("hub", str(folder), 8, 4, 0).train(40, 100)  # crosses two epochs
+    again = open_data("hub", str(folder), 8, 4, 0)
+    for size in (1, 16, 70):
+        parts = [again.train(40 + k, min(size, 100 - k)) for k in range(0, 100, size)]
+        assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+        assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
+    other = open_data("hub", str(folder), 8, 4, 1)
+    assert not torch.equal(other.train(40, 100).images, whole.images)
+    assert torch.equal(other.val(0, 6).images, again.val(0, 6).images)
+
+
+def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored(cache, folder):
+    plain = open_data("hub", f"{folder}?flip=0", 8, 4, 0)
+    mirrored = open_data("hub", str(folder), 8, 4, 0)
+    for epoch in range(3):
+        a, b = plain.train(54 * epoch, 54), mirrored.train(54 * epoch, 54)
+        assert len({image.numpy().tobytes() for image in a.images}) == 54
+        assert torch.equal(a.labels, b.labels)
+        flipped = (a.images != b.images).any((1, 2, 3))
+        assert 10 < flipped.sum() < 44
+        assert torch.equal(b.images[flipped], a.images[flipped].flip(-1))
+    assert not torch.equal(plain.train(0, 54).labels, plain.train(54, 54).labels)
+
+
+# sources and splits
+
+
+def test_folder_with_train_and_test(cache, tmp_path):
+    for split, count in (("train", 5), ("test", 3)):
+        for name, colour in COLOURS.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                photo(colour, i + 50 * (split == "test")).save(tmp_path / split / name / f"{i}.png")
+    source = open_data("hub", str(tmp_path), 8, 8, 0)
+    assert source.info["splits"] == ["train", "test"]
+    assert (source.info["num_train"], source.num_val) == (15, 9)
+
+
+@pytest.mark.parametrize("single", [True, False], ids=["file", "folder"])
+def test_parquet(cache, tmp_path, single):
+    typed(30).to_parquet(tmp_path / "train-00000.parquet")
+    if not single:
+        typed(12).to_parquet(tmp_path / "test-00000.parquet")
+    source = open_data("hub", str(tmp_path / "train-00000.parquet" if single else tmp_path), 8, 4, 0)
+    assert list(source.class_names) == sorted(COLOURS) and source.num_val == (3 if single else 12)
+    batch = source.train(0, 27)
+    assert torch.equal(told_colour(batch.images), batch.labels)
+
+
+def test_parquet_of_another_writer(cache, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    table = typed(30).cast_column("picture", datasets.Image(decode=False)).to_dict()
+    names = [sorted(COLOURS)[c] if i else None for i, c in enumerate(table["label"])]
+    raw = pa.table({"id": list(range(30)), "image": [p["bytes"] for p in table["picture"]], "kind": names})
+    pq.write_table(raw, tmp_path / "birds.parquet")
+    with pytest.raises(UserError, match=r"has no label column among id, image, kind; .*\?label=COLUMN"):
+        open_data("hub", str(tmp_path / "birds.parquet"), 8, 4, 0)
+    source = open_data("hub", f"{tmp_path}/birds.parquet?label=kind", 8, 4, 0)
+    assert list(source.class_names) == sorted(COLOURS) and source.info["unlabelled"] == 1
+    assert torch.equal(told_colour(source.train(0, 26).images), source.train(0, 26).labels)
+
+
+def test_hub_name_with_revision_and_config(cache, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **options):
+        asked.append((args, options))
+        test = typed(9)
+        hidden = test.map(lambda row: {"label": -1})  # as on the hub, where a test split's labels are kept back
+        return datasets.DatasetDict(train=typed(30), validation=hidden, test=test)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_data("hub", "team/colours@v2#small", 8, 4, 0)
+    assert asked == [(("team/colours", "small"), {"revision": "v2"})]
+    assert source.info["splits"] == ["train", "test"] and source.info["revision"] == "v2"
+    open_data("hub", "team/colours@v2#small?flip=0", 8, 4, 0)
+    assert len(asked) == 1  # decoded once; a mirrored image needs no second cache
+
+
+# images
+
+
+def saved(image: Image.Image, kind: str, **options) -> dict:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def test_every_mode_becomes_rgb():
+    grey = saved(Image.new("L", (20, 16), 90), "PNG")
+    assert (hub.decode(grey, 8) == 90).all()
+    half = saved(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")
+    assert (hub.decode(half, 8) == 255).all()  # transparent black is white paper
+    cmyk = saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
+    assert np.abs(hub.decode(cmyk, 8).astype(int) - (255, 0, 0)).max() < 8
+    palette = saved(photo(COLOURS["green"], 0).quantize(16), "PNG")
+    assert hub.decode(palette, 8).shape == (8, 8, 3) and hub.decode(palette, 8).mean((0, 1)).argmax() == 1
+    clear = Image.new("P", (16, 16), 1)
+    clear.putpalette([0, 0, 0, 200, 10, 10])
+    assert (hub.decode(saved(clear, "PNG", transparency=1), 8) == 255).all()
+    deep = saved(Image.fromarray(np.full((16, 16), 40_000, np.uint16)), "PNG")
+    assert (hub.decode(deep, 8) == 40_000 >> 8).all()
+    assert hub.decode(saved(Image.new("1", (16, 16), 1), "PNG"), 8).min() == 255
+
+
+def test_centre_square_is_kept():
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    assert (hub.decode(saved(Image.fromarray(wide), "PNG"), 8) == 200).all()
+    tall = saved(Image.fromarray(wide.swapaxes(0, 1)), "PNG")
+    assert (hub.decode(tall, 8) == 200).all()
+
+
+def test_orientation_tag_is_obeyed():
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:8] = 255  # bright on top
+    exif = Image.Exif()
+    exif[0x0112] = 3  # rotated by half a turn
+    shown = hub.decode(saved(Image.fromarray(picture), "PNG", exif=exif), 16)
+    assert shown[8:].mean() > 200 > 50 > shown[:8].mean()
+
+
+def test_damaged_and_enormous_files_are_left_out(monkeypatch, tmp_path):
+    whole = saved(photo(COLOURS["red"], 0, (200, 160)), "JPEG")
+    assert hub.decode(whole, 8) is not None
+    assert hub.decode({"bytes": whole["bytes"][:900], "path": None}, 8) is None
+    assert hub.decode({"bytes": b"", "path": None}, 8) is None
+    assert hub.decode({"bytes": None, "path": str(tmp_path / "gone.png")}, 8) is None
+    assert hub.decode(None, 8) is None
+    strip = saved(Image.new("L", (200_000, 1), 7), "PNG")
+    assert (hub.decode(strip, 8) == 7).all()
+    monkeypatch.setattr(hub, "MAX_PIXELS", 10_000)
+    assert hub.decode(whole, 8) is None
+
+
+# the cache
+
+
+def test_cache_is_reused_until_the_folder_changes(cache, tmp_path):
+    for name, colour in COLOURS.items():
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            photo(colour, i).save(tmp_path / name / f"{i}.png")
+    before = set(cache.glob("*")) if cache.exists() else set()
+    first = open_data("hub", str(tmp_path), 8, 4, 0)
+    (made,) = [p for p in set(cache.glob("*")) - before if p.is_dir()]
+    stamp = (made / "images.npy").stat().st_mtime_ns
+    open_data("hub", str(tmp_path), 8, 4, 5)
+    assert (made / "images.npy").stat().st_mtime_ns == stamp
+    photo(COLOURS["red"], 9).save(tmp_path / "red" / "9.png")
+    second = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert second.info["num_train"] + second.info["num_val"] == first.info["num_train"] + first.info["num_val"] + 1
+
+
+def build(folder: str) -> int:
+    return open_data("hub", folder, 12, 4, 0).num_val
+
+
+def test_concurrent_builds_make_one_cache(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert pool.map(build, [str(folder)] * 2, chunksize=1) == [6, 6]
+    left = sorted(os.listdir(tmp_path / "hub"))
+    assert len(left) == 2 and left[0].endswith(".lock")  # the folder and its lock, nothing half built
+
+
+# errors
+
+
+def check(preset: str, message: str, image_size=8, patch_size=4, seed=0) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        open_data("hub", preset, image_size, patch_size, seed)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_presets_are_said_in_one_line(cache, folder, tmp_path):
+    check("", "needs a preset")
+    check("/no/such/folder", "preset='/no/such/folder' is neither a file or folder here nor a hub name")
+    check("missing.parquet", "correct the path")
+    check(f"{folder}?labels=x", r"unknown option; the options are \?label=COLUMN")
+    check(f"{folder}?flip=no", "unknown option")
+    check(f"{folder}?label=colour", "label='colour' is not a column")
+    check(str(folder / "red" / "00.png"), "is a file of no known kind")
+    check(str(folder), "patch_size=3 does not divide image_size=8", patch_size=3)
+    check(str(folder), "data_seed=-1 is negative", seed=-1)
+    (tmp_path / "empty").mkdir()
+    check(str(tmp_path / "empty"), "holds no images and no parquet files")
+
+
+def test_sets_without_images_or_classes(cache, tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}).to_parquet(tmp_path / "text.parquet")
+    check(str(tmp_path / "text.parquet"), "has no image column among text, label")
+    typed(10).filter(lambda row: row["label"] == 0).to_parquet(tmp_path / "one.parquet")
+    check(str(tmp_path / "one.parquet"), "has fewer than two classes in column 'label'")
+    (tmp_path / "bad.parquet").write_bytes(b"not parquet")
+    check(str(tmp_path / "bad.parquet"), "cannot be opened .*; check the files")
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        photo(COLOURS["red"], i).save(tmp_path / "flat" / f"{i}.png")
+    check(str(tmp_path / "flat"), "has no label column|fewer than two classes")
+    assert [p for p in cache.iterdir() if p.name.startswith(".") and p.suffix != ".lock"] == []
+
+
+def test_unreachable_hub_suggests_a_local_folder(cache, monkeypatch):
+    def refuse(*args, **options):
+        raise ConnectionError("Couldn't reach the Hub\nsecond line")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    check("team/unreachable", r"cannot be opened \(Couldn't reach the Hub second line\); .*give a local folder")

@@ -1,0 +1,327 @@
+"""The icon source on a small package of hand-written drawings in the shape of @iconify/json."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from sovit import UserError
+from sovit.data import icons, open_data
+from sovit.evaluate import cells
+
+CONCEPTS = tuple(f"thing{a}{b}" for a in "abcde" for b in "abcdefgh")  # forty nouns that no table of words knows
+FAMILIES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
+
+
+def drawing(concept: int, family: int) -> str:
+    """A bar whose height says the concept and whose width says the family, so that a pixel test can tell the class."""
+    return f'<path fill="currentColor" d="M0 0h{12 + family}v{4 + concept / 2}H0z"/>'
+
+
+def icon_set(prefix: str, bodies: dict[str, str], licence="MIT", palette=False, category="UI 24px") -> dict:
+    info = {"author": {"name": f"Author of {prefix}"}, "license": {"spdx": licence}, "palette": palette}
+    info["category"] = category
+    return {
+        "prefix": prefix,
+        "info": info,
+        "icons": {k: {"body": v} for k, v in bodies.items()},
+        "height": 24,
+        "width": 24,
+    }
+
+
+def write_package(path, sets: list[dict]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for data in sets:
+            raw = json.dumps(data).encode()
+            member = tarfile.TarInfo(f"package/json/{data['prefix']}.json")
+            member.size = len(raw)
+            archive.addfile(member, io.BytesIO(raw))
+
+
+def small_package() -> list[dict]:
+    sets = []
+    for f, family in enumerate(FAMILIES):
+        bodies = {concept: drawing(c, f) for c, concept in enumerate(CONCEPTS)}
+        sets.append(icon_set(f"{family}-set", bodies, licence="Apache-2.0" if f % 2 else "MIT"))
+    extra = {
+        "thingaa-off-outline": drawing(0, 12.5),
+        "thingaa-thingab": "<path d='M1 1h9v9'/>",
+        "google-thingaa": "<path/>",
+    }
+    extra["circle"] = '<circle cx="12" cy="12" r="9"/>'
+    extra["thingab-24"] = drawing(1, 0)  # byte for byte the drawing of alpha-set:thingab
+    extra["thingac-off"] = drawing(3, 0)  # the drawing of alpha-set:thingad under another name: neither can be trusted
+    extra["thingae-blank"], extra["thingae-bad"] = "<g></g>", "<path d='M0 0h3'><broken"
+    sets.append(icon_set("alpha-more", extra))
+    for prefix, change in {
+        "beta-gpl": {"licence": "GPL-3.0"},
+        "beta-sharealike": {"licence": "CC-BY-SA-4.0"},
+        "beta-colour": {"palette": True},
+        "beta-brands": {"category": "Logos"},
+    }.items():
+        sets.append(icon_set(prefix, {"thingaa": f"<path d='M0 0h{len(prefix)}v9z'/>"}, **change))
+    return sets
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "iconify.tgz"
+    write_package(path, small_package())
+    return path
+
+
+@pytest.fixture
+def cache(package, tmp_path_factory, monkeypatch, request):
+    """The small package in place of the asset, and a cache that the tests of this module share."""
+    pytest.importorskip("resvg_py", reason="rendering needs the extra `icons`")
+    folder = package.parent / "cache"
+    monkeypatch.setenv("SOVIT_ICONIFY", str(package))
+    monkeypatch.setenv("SOVIT_CACHE", str(folder))
+    monkeypatch.setattr(icons, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
+    return folder
+
+
+def mosaic(seed=0, image_size=32, patch_size=4) -> icons.Icons:
+    return open_data("icons", "mosaic", image_size, patch_size, seed)
+
+
+def same(a, b) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    ("name", "concept"),
+    [
+        ("calendar-off-outline", "calendar"),
+        ("calendar-24-filled", "calendar"),
+        ("plus-circle", "plus"),
+        ("folder-plus", "folder"),
+        ("house", "home"),
+        ("folder-music", None),  # two concepts
+        ("unheard-plus", None),  # a noun that is no concept: the plus is not the subject
+        ("google-calendar", None),
+        ("circle", None),
+    ],
+)
+def test_concept_of_a_name(name, concept):
+    vocabulary = frozenset({"calendar", "plus", "folder", "home", "music"})
+    assert icons.find_concept(icons.content_words(name), vocabulary) == concept
+
+
+def test_licences_colours_logos_and_brands_are_left_out(package):
+    read = icons.read_icons(package)
+    assert {i.licence for i in read} == {"MIT", "Apache-2.0"}
+    assert not {"beta-gpl", "beta-sharealike", "beta-colour", "beta-brands"} & {i.title.split(":")[0] for i in read}
+    chosen, classes = icons.choose(read, 40)
+    assert classes == sorted(CONCEPTS)
+    titles = {i.title for i in chosen}
+    assert "alpha-more:thingaa-off-outline" in titles
+    assert not titles & {"alpha-more:thingaa-thingab", "alpha-more:google-thingaa", "alpha-more:circle"}
+    assert all(i.author == f"Author of {i.title.split(':')[0]}" for i in chosen)
+
+
+def test_identical_drawings_are_kept_once_or_not_at_all(package):
+    chosen, _ = icons.choose(icons.read_icons(package), 40)
+    drawings = Counter((i.box, i.body) for i in chosen)
+    assert set(drawings.values()) == {1}
+    titles = {i.title for i in chosen}
+    assert "alpha-set:thingab" in titles and "alpha-more:thingab-24" not in titles
+    assert not titles & {"alpha-set:thingad", "alpha-more:thingac-off"}
+
+
+def test_split_is_by_family_and_independent_of_the_order():
+    counts = Counter({f"family{i}": 10 + i for i in range(60)} | {"giant": 5000})
+    val = icons.split_families(counts)
+    assert val == icons.split_families(Counter(dict(reversed(counts.items()))))
+    assert "giant" not in val  # larger than a quarter of the validation set
+    total = sum(counts.values())
+    assert 0.5 * icons.VAL_SHARE * total < sum(counts[f] for f in val) <= icons.VAL_SHARE * total
+    with pytest.raises(UserError, match="1 icon families cannot be split"):
+        icons.split_families(Counter(one=5))
+
+
+def test_choice_of_the_pinned_package_is_frozen():
+    """Cached masks and committed results rest on this choice. Where it has to change, RECIPE must change with it."""
+    try:
+        package = icons.assets.path("iconify")
+    except UserError as error:
+        pytest.skip(str(error))
+    chosen, _ = icons.choose(icons.read_icons(package), 40)
+    digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
+    assert (icons.RECIPE, len(chosen), digest[:12]) == (1, 50_648, "15be724ae92f")
+
+
+# samples
+
+
+def test_samples_are_pure_functions_of_seed_and_index(cache):
+    whole = mosaic().train(200, 600)
+    again = mosaic()
+    for size in (1, 16, 300):
+        parts = [again.train(200 + k, min(size, 600 - k)) for k in range(0, 600, size)]
+        assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+        assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
+    assert not same(mosaic(seed=1).train(200, 16), again.train(200, 16))
+    far = again.train(10**10, 3)
+    assert same(mosaic().train(10**10 - 1, 4)._replace(images=far.images, labels=far.labels), far)
+    assert torch.equal(mosaic().train(10**10 - 1, 4).images[1:], far.images)
+
+
+def test_validation_is_fixed_whatever_the_seed(cache):
+    a, b = mosaic(seed=0), mosaic(seed=7)
+    a.train(0, 16)
+    assert same(a.val(100, 300), b.val(100, 300)) and a.num_val == 4096
+    assert not torch.equal(a.val(0, 16).images, a.train(0, 16).images)
+    with pytest.raises(UserError, match="num_val=4096"):
+        a.val(4090, 7)
+
+
+def test_batch_has_the_promised_shapes(cache):
+    source = mosaic()
+    batch = source.train(0, 5)
+    assert batch.images.shape == (5, 3, 32, 32) and batch.images.dtype == torch.float32
+    assert batch.labels.shape == (5, 64) and batch.labels.dtype == torch.int64 and batch.skills is None
+    assert torch.equal(batch.images[:, 0], batch.images[:, 2])
+    assert source.readout == "tokens" and source.num_classes == 40 and source.skills == () and source.blind == {}
+    assert 0 < source.zero_line < 5
+    single = open_data("icons", "single40", 24, 8, 0)
+    assert single.readout == "pooled" and single.train(0, 5).labels.shape == (5,)
+    assert single.train(0, 5).images.shape == (5, 3, 24, 24)
+    assert single.num_val == single.info["num_val"]  # every validation drawing once
+
+
+def test_every_token_has_the_class_of_the_drawing_under_it(cache):
+    source = mosaic()
+    batch = source.val(0, 64)
+    ink = batch.images[:, 0] / icons.GAIN + icons.CENTRE  # [B, 32, 32]
+    # drawings are bars from the left edge, 4 + concept / 2 units of 24 high
+    height = ink.reshape(64, 2, 16, 2, 16)[..., :7].mean(-1).sum(2) * 24 / 16  # [B, 2, 2]
+    number = torch.tensor([CONCEPTS.index(name) for name in source.class_names])
+    labels = batch.labels.reshape(64, 2, 4, 2, 4)
+    assert (labels == labels[:, :, :1, :, :1]).all()
+    told = 4 + number[labels[:, :, 0, :, 0]] / 2
+    assert (height - told).abs().max() < 1.0
+    assert torch.equal(icon_labels(source, batch.labels), labels[:, :, 0, :, 0].reshape(64, 4))
+
+
+def test_summed_tokens_of_a_tile_answer_for_its_icon(cache):
+    source = mosaic()
+    labels = source.val(0, 8).labels
+    logits = torch.nn.functional.one_hot(labels, 40).float()
+    summed = cells(logits, source.label_grid).sum(2)
+    assert summed.shape == (8, 4, 40) and summed.max() == 16
+    assert torch.equal(summed.argmax(-1), icon_labels(source, labels))
+
+
+def icon_labels(source, labels):
+    """The label of each tile, [B, N] -> [B, tiles]."""
+    return cells(labels[..., None], source.label_grid)[:, :, 0, 0]
+
+
+def test_a_larger_image_is_the_same_drawing_with_more_detail(cache):
+    small, large = mosaic(), mosaic(image_size=64)
+    assert large.train(0, 1).labels.shape == (1, 256)
+    assert torch.equal(icon_labels(small, small.train(0, 64).labels), icon_labels(large, large.train(0, 64).labels))
+    a = small.val(0, 64).images.mean(1)
+    b = torch.nn.functional.avg_pool2d(large.val(0, 64).images, 2).mean(1)
+    assert np.corrcoef(a.flatten(), b.flatten())[0, 1] > 0.95
+
+
+# the cache
+
+
+def test_training_and_validation_families_are_disjoint_and_credited(cache):
+    folder = icons.masks_folder(40, 16)
+    rows = [line.split("\t") for line in (folder / "ATTRIBUTION.tsv").read_text().splitlines()]
+    assert rows[0] == ["title", "concept", "licence", "author", "family", "split"]
+    families = {split: {row[4] for row in rows[1:] if row[5] == split} for split in ("train", "val")}
+    assert families["val"] and not families["train"] & families["val"]
+    info = json.loads((folder / "info.json").read_text())
+    classes, is_val = np.load(folder / "classes.npy"), np.load(folder / "is_val.npy")
+    assert len(rows) - 1 == len(classes) == info["num_train"] + info["num_val"] and is_val.sum() == info["num_val"]
+    assert [info["classes"][c] for c in classes] == [row[1] for row in rows[1:]]
+    assert info["blank"] == 1 and info["broken"] == 1
+    masks = np.load(folder / "masks.npy")[: len(classes)]
+    assert not {m.tobytes() for m in masks[is_val]} & {m.tobytes() for m in masks[~is_val]}
+
+
+def test_cache_is_reused(cache):
+    folder = icons.masks_folder(40, 16)
+    before = (folder / "masks.npy").stat().st_mtime_ns
+    mosaic()
+    assert icons.masks_folder(40, 16) == folder and (folder / "masks.npy").stat().st_mtime_ns == before
+
+
+def build(number: int) -> str:
+    icons.VAL_FAMILY_SHARE = 1.0
+    return str(icons.masks_folder(40, 10))
+
+
+def test_concurrent_builds_make_one_cache(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        folders = pool.map(build, range(2), chunksize=1)
+    assert folders[0] == folders[1]
+    left = sorted(os.listdir(tmp_path / "icons"))
+    assert len(left) == 2 and left[0].endswith(".lock")  # the folder and its lock, nothing half built
+    assert sum(np.load(f"{folders[0]}/masks.npy").any((1, 2))) == len(np.load(f"{folders[0]}/classes.npy"))
+
+
+def test_rendered_masks_do_not_need_the_package(cache, monkeypatch, tmp_path):
+    monkeypatch.delenv("SOVIT_ICONIFY")
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="run: sovit assets fetch iconify"):
+        mosaic()
+    assert [p for p in (tmp_path / "icons").iterdir() if p.suffix != ".lock"] == []
+    monkeypatch.setattr(icons.assets, "path", lambda name: cache.parent / "iconify.tgz")
+    first = mosaic().val(0, 4)
+    monkeypatch.undo()
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    assert same(mosaic().val(0, 4), first)
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("preset", "image_size", "patch_size", "seed", "message"),
+    [
+        ("mosaics", 32, 4, 0, "preset='mosaics' is unknown to icons; choose one of mosaic"),
+        ("mosaic", 33, 4, 0, "image_size=33 cannot hold 2 x 2 icons"),
+        ("mosaic", 32, 5, 0, "patch_size=5 does not divide the 16 pixels"),
+        ("mosaic", 32, 32, 0, "patch_size=32 does not divide the 16 pixels"),
+        ("single40", 32, 5, 0, "patch_size=5 does not divide the 32 pixels"),
+        ("mosaic", 32, 4, -1, "data_seed=-1 is negative"),
+        ("single1000", 32, 4, 0, "num_classes=1000 is more than the 40 concepts"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(cache, preset, image_size, patch_size, seed, message):
+    with pytest.raises(UserError, match=message) as caught:
+        open_data("icons", preset, image_size, patch_size, seed)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_package(cache, monkeypatch, tmp_path):
+    wrong = tmp_path / "wrong.tgz"
+    wrong.write_bytes(b"not an archive")
+    monkeypatch.setenv("SOVIT_ICONIFY", str(wrong))
+    with pytest.raises(UserError, match="is not an @iconify/json package"):
+        mosaic()
+
+
+def test_missing_renderer_names_the_extra(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    monkeypatch.setitem(__import__("sys").modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"pip install 'sovit\[icons\]'"):
+        mosaic()

@@ -1,0 +1,205 @@
+"""Prediction: the optimum against closed form and brute force, the flat region, intervals, warnings, refusals."""
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+
+from sovit import UserError, law
+from sovit.allocate import Geometry, optimum
+from sovit.predict import best_shape, form_dependence, predicted_loss, proportional_shape
+from sovit.shape import Shape
+
+BUDGET = 3 * 600e6 * 25e9
+
+
+@pytest.fixture(scope="module")
+def fits():
+    table, trunk = planted.star()
+    out = {}
+    for name, power in (("joint", None), ("bounded", 1.9)):
+        y = planted.loss(table, power=power) * planted.noise(trunk, 0.003, 0)
+        zero_line = planted.ZERO_LINE if power else None
+        out[name] = law.fit(
+            name,
+            table,
+            y,
+            clusters=trunk,
+            geometry=planted.GEOMETRY | dict(num_classes=1000),
+            zero_line=zero_line,
+            bootstrap=120,
+        )
+    return out
+
+
+def test_optimum_has_the_closed_form_exponents_where_flops_are_a_power_law():
+    """x_k ~ t^sigma_k, sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j): with F = w d m exactly, g = (1, 1, 1)."""
+
+    class Product(Geometry):
+        def flops(self, dims, head):
+            return dims["width"] * dims["depth"] * dims["mlp_dim"]
+
+    a, c = planted.EXPONENTS, planted.C
+    parts = dict(A=np.full((2, 3), 0.1), a=np.tile(a, (2, 1)), B=np.full(2, 0.2), c=np.full(2, c), s=np.ones(2))
+    budgets = np.log([1e12, 1e16])
+    box = np.full(3, -50.0), np.full(3, 50.0)
+    v = optimum(parts, np.array([3.0, 2.0, 4.0, 10.0]), planted.DIMS, Product(), budgets, *box)
+    sigma = (1 / a) / (1 / c + (1 / a).sum())
+    np.testing.assert_allclose((v[1] - v[0]) / (budgets[1] - budgets[0]), sigma, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["joint", "bounded"])
+def test_the_real_optimum_beats_its_surroundings(fits, name):
+    found = best_shape(fits[name], BUDGET)
+    real = np.array([found.optimum[d]["estimate"] for d in planted.DIMS])
+    rng = np.random.default_rng(0)
+    around = real * np.exp(0.02 * rng.standard_normal((500, 3)))
+    around[0] = real
+    geometry = Geometry(**fits[name].geometry)
+    table = dict(zip(planted.DIMS, around.T))
+    table["num_examples"] = BUDGET / 3 / geometry.flops(table, head=True)
+    losses = fits[name].predict(table)
+    assert losses.argmin() == 0 and losses[0] == pytest.approx(found.optimum_loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["joint", "bounded"])
+def test_the_best_whole_shape_equals_brute_force(fits, name):
+    found = best_shape(fits[name], BUDGET, head_dim=32, mlp_multiple=32)
+    best = Shape(**found.shape)
+    near = [
+        best.replace(width=w, depth=d, mlp_dim=m)
+        for w, d, m in product(range(320, 1280, 32), range(4, 30), range(64, 2400, 32))
+    ]
+    losses = predicted_loss(fits[name], near, BUDGET)
+    assert found.loss == pytest.approx(losses.min(), rel=1e-12) and near[losses.argmin()] == best
+    assert found.optimum_loss <= found.loss and found.rounding_regret >= 0
+
+
+def test_the_budget_is_spent_head_included(fits):
+    found = best_shape(fits["joint"], BUDGET)
+    per_image = Shape(**found.shape).train_flops_per_image(1000)
+    assert found.num_examples == BUDGET // per_image
+    assert found.num_params == Shape(**found.shape).num_params and found.shape["width"] % 16 == 0
+
+
+def test_the_flat_region_contains_the_best_and_only_shapes_as_good(fits):
+    found = best_shape(fits["joint"], BUDGET)
+    flat = found.flat_region
+    assert flat["shapes"][0] == {k: found.shape[k] for k in (*planted.DIMS, "patch_size", "image_size")} | dict(
+        regret=0.0
+    )
+    shapes = [Shape(**found.shape).replace(**{k: s[k] for k in planted.DIMS}) for s in flat["shapes"]]
+    excess = np.log(predicted_loss(fits["joint"], shapes, BUDGET) / found.loss)
+    assert (excess >= -1e-12).all() and (excess <= flat["within"]).all() and flat["within"] == fits["joint"].noise["sd"]
+    assert len(flat["shapes"]) == min(flat["count"], 50) and flat["count"] > 1
+    for dim, (low, high) in flat["ranges"].items():
+        assert low <= found.shape[dim] <= high
+
+
+def test_intervals_contain_the_planted_optimum():
+    table, trunk = planted.star()
+    y, options = planted.loss(table), dict(clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
+    truth = best_shape(law.fit("joint", table, y, **options), BUDGET)
+    hits = []
+    for seed in range(6):
+        noisy = y * planted.noise(trunk, 0.003, seed)
+        found = best_shape(law.fit("joint", table, noisy, bootstrap=99, **options), BUDGET)
+        for e, true in zip(found.optimum.values(), truth.optimum.values()):
+            hits += [e[p + "low"] <= true["estimate"] <= e[p + "high"] for p in ("", "pairs_")]
+        hits.append(found.loss_low <= true_loss(found, BUDGET) <= found.loss_high)
+        assert 0 <= found.regret["median"] <= found.regret["high"] < 0.05
+    assert np.mean(hits) >= 0.7  # nominal 0.9, 42 strongly correlated trials
+
+
+def true_loss(found, train_flops: float) -> float:
+    """The planted law's own loss at the recommended shape, trained for that budget."""
+    shape = np.array([[found.shape[d] for d in planted.DIMS]], float)
+    images = train_flops / 3 / planted.columns(shape, np.ones(1))["forward_flops"]
+    return float(planted.loss(planted.columns(shape, images))[0])
+
+
+def test_far_extrapolation_is_warned_of(fits):
+    largest = 3 * fits["joint"].data["compute_range"][1]
+    near, far = (best_shape(fits["joint"], largest * factor) for factor in (50, 1e3))
+    assert near.decades == pytest.approx(np.log10(50)) and far.decades == pytest.approx(3)
+    assert any("decades" in w for w in far.warnings) and not any("decades" in w for w in near.warnings)
+
+
+def test_proportional_shape_is_of_the_proportions_and_no_better(fits):
+    found = best_shape(fits["joint"], BUDGET)
+    shape = Shape(**found.proportional["shape"])
+    assert shape.mlp_dim == 4 * shape.width and shape.depth == max(1, round(shape.width / 64))
+    assert found.proportional["loss"] >= found.optimum_loss
+    assert found.proportional == proportional_shape(fits["joint"], BUDGET, reference=found.loss)
+    assert predicted_loss(fits["joint"], [shape], BUDGET)[0] == pytest.approx(found.proportional["loss"], rel=1e-12)
+
+
+def test_a_dimension_without_gain_stays_within_the_values_run():
+    table, trunk = planted.star()
+    y = planted.loss(table, planted.AMPLITUDES * np.array([1, 1, 0]))
+    found = best_shape(law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY), BUDGET)
+    if found.optimum["mlp_dim"]["status"] == "unidentified":
+        assert found.shape["mlp_dim"] >= 1088 and any("mlp_dim is unidentified" in w for w in found.warnings)
+    else:
+        assert found.optimum["mlp_dim"]["status"] == "edge"
+
+
+def test_forms_are_compared_on_each_others_shapes(fits):
+    table = form_dependence(list(fits.values()), BUDGET)
+    assert [row["form"] for row in table] == ["joint", "bounded"]
+    for row in table:
+        assert row["loss_excess"][row["form"]] == 0 and max(row["loss_excess"].values()) < 0.1
+
+
+def test_to_dict_is_json(fits):
+    json.dumps(best_shape(fits["bounded"], BUDGET).to_dict(), allow_nan=False)
+
+
+def test_a_fit_without_draws_predicts_without_intervals():
+    table, trunk = planted.star()
+    found = best_shape(law.fit("joint", table, planted.loss(table), clusters=trunk, geometry=planted.GEOMETRY), BUDGET)
+    assert found.loss_low is None and found.regret is None and "bootstrap=0" in found.optimum["width"]["note"]
+
+
+@pytest.mark.parametrize(
+    "budget, words", [(-1.0, "train_flops=-1.0"), (float("nan"), "train_flops=nan"), (1e5, "one image")]
+)
+def test_bad_budgets_are_refused(fits, budget, words):
+    with pytest.raises(UserError, match=words):
+        best_shape(fits["joint"], budget)
+
+
+def test_a_law_of_single_arms_cannot_rank_shapes():
+    table, trunk = planted.star()
+    with pytest.raises(UserError, match="joint"):
+        best_shape(law.fit("sovit", table, planted.loss(table), clusters=trunk), BUDGET)
+
+
+def test_prediction_needs_neither_scipy_nor_torch(fits, tmp_path):
+    (tmp_path / "law.json").write_text(fits["joint"].to_json())
+    code = (
+        "import sys; from sovit.law import Fit; from sovit.predict import best_shape;"
+        f"best_shape(Fit.from_json(open({str(tmp_path / 'law.json')!r}).read()), 1e20);"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'scipy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[1]).returncode == 0
+
+
+def test_a_pool_that_the_rows_do_not_say_is_read_from_their_flops():
+    shapes = [Shape(w, d, 64, 8, 4, 16, "none") for w in (16, 32, 48) for d in (1, 2, 3)]
+    table = {
+        n: np.array([getattr(s, n) for s in shapes] * 2, float) for n in ("width", "depth", "patch_size", "image_size")
+    }
+    table |= {n: np.array([getattr(s, n) for s in shapes] * 2, float) for n in ("mlp_dim", "head_dim", "forward_flops")}
+    table |= dict(num_examples=np.repeat([1e4, 1e5], 9), num_classes=np.full(18, 16.0))
+    per_image = np.array([s.train_flops_per_image(16) for s in shapes] * 2)
+    y = 0.5 + table["width"] ** -0.5 + table["depth"] ** -1.0 + 20 * table["num_examples"] ** -0.4
+    found = law.fit("joint", table | dict(train_flops=per_image * table["num_examples"]), y)
+    assert found.geometry["pool"] == "none" and found.geometry["flops_scale"] == 1.0
+    chosen = best_shape(found, 1e11)
+    assert chosen.shape["pool"] == "none" and chosen.shape["mlp_dim"] == 64 and chosen.shape["head_dim"] == 8

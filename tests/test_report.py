@@ -1,0 +1,142 @@
+"""report.md says what was found and, as plainly, what was not."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import planted_ledger as planted
+import pytest
+
+from sovit import law
+from sovit.measurements import measurements
+from sovit.report import choose_headline, fit_ledgers, held_out
+from sovit.words import equation, exponent_words, extrapolation_table
+
+
+def report_of(rows, folder, **options):
+    options = dict(bootstrap=40, figures=False) | options
+    return Path(fit_ledgers([planted.write_ledger(folder / "planted.jsonl", rows)], **options)["report"]).read_text()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return report_of(planted.planted_rows(), tmp_path_factory.mktemp("report"))
+
+
+def test_every_section_is_there_and_nothing_is_unfilled(text):
+    for title in (
+        "What was found",
+        "Data",
+        "The law",
+        "How the best shape grows",
+        "How good the fit is",
+        "Extrapolation",
+        "Recommendation",
+        "What was not shown",
+        "Counting and checklist",
+    ):
+        assert f"\n## {title}\n" in text
+    assert not re.search(r"\bnan\b|\bNone\b|\binf\b|\{|\}", text)
+    assert max(map(len, re.findall(r"\.\.|  \.| ,", text)), default=0) == 0
+
+
+def test_the_numbers_are_the_fits_own(text, tmp_path):
+    data = measurements([planted.write_ledger(tmp_path / "a.jsonl", planted.planted_rows())])
+    fit = law.fit("bounded", data.columns, data.y, bootstrap=40, zero_line=data.zero_line)
+    for name, value in fit.params.items():
+        assert f"| `{name}` | {value!r}" in text
+    assert "95 rows of 24 trunks and 18 shapes" in text
+    assert "Seeds: 3 shapes with 3 and 15 shapes with 1." in text
+    assert "one data order (data seed 0)" in text
+    assert "peak learning rates from 0.004619 to 0.01131" in text
+    assert f"{100 * fit.noise['sd']:.2f} %" in text
+
+
+def test_the_source_of_the_data_is_said(text, tmp_path):
+    assert "procedural scenes of the stream" in text and "Nothing here shows" in text
+    other = report_of([row | dict(data="icons") for row in planted.planted_rows(seeds=1)], tmp_path, bootstrap=0)
+    assert "drawings (icons)" in other and "stream" not in other.split("## What was not shown")[1]
+    assert "Fewer than 3 seeds" in other
+
+
+def test_an_edge_is_said_in_words(tmp_path):
+    # the best MLP dim lies above the largest one run
+    arms = planted.ARMS | {"mlp_dim": (32, 64, 128)}
+    text = report_of(planted.planted_rows(arms=arms, budgets=(3.2e11, 1e12, 3.2e12), noise=0.002), tmp_path)
+    assert "**MLP dim is edge**: the optimum lies at or beyond the last value run" in text
+    assert "extend that arm" in text and re.search(r"Not determined by these runs\*\*: [^.]*MLP dim", text)
+
+
+def test_an_unidentified_dimension_gets_no_number(tmp_path):
+    # the loss does not depend on depth, but for its FLOPs
+    text = report_of(planted.planted_rows(amplitudes={"depth": (0.0, 1.0)}, noise=0.01), tmp_path)
+    assert "depth is unidentified" in text and "| depth | not determined |" in text
+    assert "law is not determined in depth" in text
+
+
+def test_a_baseline_that_wins_is_said_to_win(tmp_path):
+    # constant loss but for compute: every shape law can only lose against compute alone
+    rows = planted.planted_rows(seeds=1)
+    rng = np.random.default_rng(1)
+    rows = [row | dict(val_loss=float(1 + 30 * row["compute"] ** -0.12 * np.exp(rng.normal(0, 0.002)))) for row in rows]
+    text = report_of(rows, tmp_path, bootstrap=0)
+    assert "A baseline extrapolates better than the law" in text
+
+
+def test_a_law_that_misses_more_than_noise_says_so(tmp_path):
+    text = report_of(planted.planted_rows(noise=0.001), tmp_path, form="joint", bootstrap=0)
+    assert "**The law misses more than noise**" in text and "the true region is wider" in text
+    text = report_of(planted.planted_rows(), tmp_path, bootstrap=0)
+    assert "misses more than noise" not in text and "the true region" not in text
+
+
+def test_cautions(tmp_path):
+    rows = planted.planted_rows(seeds=1)
+    rows[0] |= dict(peak_lr=0.5)
+    rows[1] |= dict(val_loss=3.0, parametrisation="timm")
+    text = report_of(rows, tmp_path, bootstrap=0)
+    assert text.split("## Data")[0].count("**Caution**") == 3
+    assert "several learning rates" in text and "mix parametrisations" in text and "above the zero line" in text
+
+
+def test_rows_without_shapes_give_a_law_of_size_and_no_recommendation(tmp_path):
+    rows = [
+        {k: row[k] for k in ("run_id", "trunk_id", "status", "num_examples", "num_params", "forward_flops", "val_loss")}
+        for row in planted.planted_rows(seeds=1)
+    ]
+    summary = fit_ledgers([planted.write_ledger(tmp_path / "a.jsonl", rows)], bootstrap=20)
+    text = Path(summary["report"]).read_text()
+    assert summary["form"] == "chinchilla" and summary["recommendation"] is None
+    assert "No shape is recommended" in text and "`joint` was not fitted" in text
+    assert summary["figures"] == ["residuals.png", "extrapolation.png"]
+
+
+def test_exponent_words():
+    ok = dict(estimate=0.2, low=0.1, high=0.3, status="ok", note="")
+    assert exponent_words("mlp_dim", ok) == "best MLP dim grows as compute^0.2 (0.1 to 0.3)"
+    edge = ok | dict(status="edge", note="extend that arm")
+    assert exponent_words("width", edge).endswith("edge: extend that arm")
+    assert (
+        exponent_words("depth", ok | dict(status="unidentified", estimate=None, note="flat"))
+        == "depth: unidentified (flat)"
+    )
+
+
+def test_held_out_scores_are_those_of_the_fit(tmp_path):
+    data = measurements([planted.write_ledger(tmp_path / "a.jsonl", planted.planted_rows())])
+    fits = {
+        name: law.fit(name, data.columns, data.y, **({"zero_line": data.zero_line} if name == "bounded" else {}))
+        for name in ("joint", "bounded", "chinchilla")
+    }
+    assert choose_headline(fits, None)[0] == "bounded" and choose_headline(fits, "joint")[0] == "joint"
+    table = extrapolation_table(fits)
+    scores = held_out(fits, "bounded", data)
+    assert [s["label"] for s in scores] == ["bounded", "joint", "chinchilla", "compute only"]
+    for score in scores:
+        own = table[score["label"].replace(" ", "_")]
+        assert score["rmse"] == pytest.approx(own["rmse"], rel=1e-6) and score["bias"] == pytest.approx(
+            own["bias"], rel=1e-6
+        )
+    assert equation(fits["joint"]) == (
+        "loss = A_width·width^-a_width + A_depth·depth^-a_depth + A_mlp_dim·mlp_dim^-a_mlp_dim + B·n^-c + eps"
+    )

@@ -1,0 +1,409 @@
+"""The sweep: every trunk exactly once, whatever is killed when; the records are the truth and Optuna a queue."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import fake_sweep
+import optuna
+import pytest
+from fake_sweep import loss_of, runs
+from optuna.trial import TrialState
+
+from sovit import UserError, sweep
+from sovit.ledger import read_ledger, write_record
+from sovit.run import Recipe, Run
+from sovit.shape import Shape
+from sovit.train import train
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def short_polls(monkeypatch):
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+
+
+def executions(folder, word="end"):
+    """run_id -> how often it began or ended."""
+    path = Path(folder) / "executions"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return Counter(line.split()[1] for line in lines if line.startswith(word))
+
+
+def trials(folder, name="s"):
+    study = optuna.load_study(study_name=name, storage=sweep.open_storage(f"journal:{Path(folder) / 'runs' / name}.journal"))
+    return study.get_trials(deepcopy=False)
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited too long"
+        time.sleep(0.005)
+
+
+def pids_begun(folder):
+    path = Path(folder) / "executions"
+    lines = path.read_text().splitlines() if path.exists() else []
+    ended = {line.split()[1] for line in lines if line.startswith("end")}
+    return [int(line.split()[2]) for line in lines if line.startswith("begin") and line.split()[1] not in ended]
+
+
+def expect_exactly_once(folder, design, rows):
+    asked = {i for run in design for i in run.run_ids}
+    assert {row["run_id"] for row in rows} == asked >= set(executions(folder, "begin"))  # none lost, none unasked
+    assert set(executions(folder).values()) == {1}  # none doubled
+    assert rows == read_ledger(Path(folder) / "s.jsonl")
+    by_seed = {run.init_seed: run for run in design}
+    assert all(row["val_loss"] == loss_of(by_seed[row["init_seed"]], row["num_examples"]) for row in rows)
+    complete = Counter(t.user_attrs["trunk_id"] for t in trials(folder) if t.state == TrialState.COMPLETE)
+    assert complete == {run.trunk_id: 1 for run in design}
+
+
+# exactly once ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_without_trouble(tmp_path):
+    design = runs(6, (1600, 3200))
+    rows = fake_sweep.launch(tmp_path, design)
+    expect_exactly_once(tmp_path, design, rows)
+    found = trials(tmp_path)
+    assert len(found) == 6  # an empty queue made up no point
+    for trial in found:
+        run = Run.from_dict(trial.user_attrs["run"])
+        assert trial.value == loss_of(run, 3200)  # the largest budget's
+        assert trial.params["width"] == 16 and trial.params["peak_lr"] == 0.008 and trial.params["init_seed"] == run.init_seed
+        assert trial.user_attrs["run_ids"] == list(run.run_ids)
+    assert len({pid for pid in (tmp_path / "executions").read_text().split() if pid.isdigit()}) == 2
+
+
+def test_a_second_launch_does_nothing(tmp_path):
+    design = runs(3)
+    rows = fake_sweep.launch(tmp_path, design)
+    text = (tmp_path / "s.jsonl").read_text()
+    assert fake_sweep.launch(tmp_path, design) == rows
+    expect_exactly_once(tmp_path, design, rows)
+    assert (tmp_path / "s.jsonl").read_text() == text
+    assert len(trials(tmp_path)) == 3
+
+
+def test_a_killed_worker_is_replaced_and_its_trunk_done_again(tmp_path):
+    design = runs(8)
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "8", "2"]
+    launcher = subprocess.Popen(command)
+    killed = set()
+    for kills in (1, 2):
+        wait_for(lambda: sum(executions(tmp_path).values()) >= 2 * kills and set(pids_begun(tmp_path)) - killed)
+        pid = (set(pids_begun(tmp_path)) - killed).pop()
+        os.kill(pid, signal.SIGKILL)
+        killed.add(pid)
+    assert launcher.wait(60) == 0
+    rows = read_ledger(tmp_path / "s.jsonl")
+    expect_exactly_once(tmp_path, design, rows)
+    assert sum(executions(tmp_path, "begin").values()) <= 10  # only what was killed in the middle began twice
+    states = Counter(t.state for t in trials(tmp_path))
+    assert states[TrialState.RUNNING] == states[TrialState.WAITING] == 0
+    assert states[TrialState.FAIL] == 2
+
+
+def test_everything_killed_and_launched_again(tmp_path):
+    design = runs(12)
+    for attempt in range(3):
+        command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "12", "2"]
+        launcher = subprocess.Popen(command, start_new_session=True)
+        wait_for(lambda: sum(executions(tmp_path).values()) >= 2 * (attempt + 1) and pids_begun(tmp_path))
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        time.sleep(0.05)
+    assert sum(executions(tmp_path).values()) < 12
+    rows = fake_sweep.launch(tmp_path, design)
+    expect_exactly_once(tmp_path, design, rows)
+    assert not [t for t in trials(tmp_path) if not t.state.is_finished()]
+
+
+def test_a_killed_launcher_leaves_workers_that_stop_and_nothing_is_doubled(tmp_path):
+    """Only the launcher dies; its workers end the trunk they are on while the next launch is under way."""
+    design = runs(6)
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "6", "2"]
+    launcher = subprocess.Popen(command)
+    wait_for(lambda: pids_begun(tmp_path))
+    launcher.kill()
+    launcher.wait()
+    for _ in range(3):  # the last trunk may still be with a worker of the first launch
+        rows = fake_sweep.launch(tmp_path, design)
+        if not fake_sweep.opened(tmp_path, design).pending():
+            break
+    expect_exactly_once(tmp_path, design, read_ledger(tmp_path / "s.jsonl"))
+    assert len(rows) == 6
+
+
+def test_a_polite_kill_stops_the_workers(tmp_path):
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "8", "2"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for(lambda: pids_begun(tmp_path))
+    pids = pids_begun(tmp_path)
+    launcher.terminate()
+    assert launcher.wait(30) != 0
+    assert b"stopped; run the same command again" in launcher.stderr.read()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_trunk_that_kills_its_worker_is_given_up(tmp_path):
+    design = [*runs(2), runs(1)[0].replace(init_seed=888)]
+    rows = fake_sweep.launch(tmp_path, design)
+    assert {row["init_seed"] for row in rows} == {0, 1}
+    assert executions(tmp_path, "begin")[design[2].run_ids[0]] == sweep.MAX_ATTEMPTS
+    assert fake_sweep.opened(tmp_path, design).pending() == [design[2].replace(study="s")]
+
+
+def test_looking_at_a_lock_does_not_take_it(tmp_path):
+    """Two who look at once, a worker and the launcher's display, must both see that nobody trains."""
+    (tmp_path / "lock").touch()
+    with open(tmp_path / "lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # somebody who looks
+        assert not sweep.is_locked(tmp_path / "lock")
+    with open(tmp_path / "lock") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)  # somebody who trains
+        assert sweep.is_locked(tmp_path / "lock")
+    assert not sweep.is_locked(tmp_path / "lock")
+    assert not sweep.is_locked(tmp_path / "none")
+
+
+# the journal -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_deleted_journal_is_rebuilt_without_training(tmp_path):
+    design = runs(4, (1600, 3200))
+    rows = fake_sweep.launch(tmp_path, design)
+    before = sorted((t.user_attrs["trunk_id"], t.value, sorted(t.params.items())) for t in trials(tmp_path))
+    (tmp_path / "runs" / "s.journal").unlink()
+    assert fake_sweep.launch(tmp_path, design) == rows
+    assert sorted((t.user_attrs["trunk_id"], t.value, sorted(t.params.items())) for t in trials(tmp_path)) == before
+    expect_exactly_once(tmp_path, design, rows)
+
+
+def test_a_torn_journal_is_mended(tmp_path):
+    design = runs(4)
+    fake_sweep.launch(tmp_path, design[:2])
+    journal = tmp_path / "runs" / "s.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines()[-1][:30])  # a kill in the middle of a line
+    rows = fake_sweep.launch(tmp_path, design)
+    expect_exactly_once(tmp_path, design, rows)
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert journal.read_bytes().startswith(whole)
+
+
+def test_a_torn_line_is_mended_by_whoever_appends_next(tmp_path):
+    """The kill comes while other workers have the journal open."""
+    path = tmp_path / "j"
+    first, second = (sweep.open_storage(f"journal:{path}") for _ in range(2))
+    study = optuna.create_study(study_name="a", storage=first)
+    other = optuna.load_study(study_name="a", storage=second)
+    study.enqueue_trial({})
+    with open(path, "ab") as file:
+        file.write(b'{"op_code": 4, "worker_id": "x')
+    assert other.ask().number == 0
+    study.enqueue_trial({})
+    assert len(other.get_trials()) == len(optuna.load_study(study_name="a", storage=sweep.open_storage(f"journal:{path}")).trials) == 2
+
+
+def test_the_journals_lock_dies_with_its_process(tmp_path):
+    path = tmp_path / "j"
+    sweep.open_storage(f"journal:{path}")
+    code = (
+        "import sys, time; from sovit.sweep import JournalLock\n"
+        "lock = JournalLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    holder.kill()
+    holder.wait()
+    started = time.monotonic()
+    optuna.create_study(study_name="a", storage=sweep.open_storage(f"journal:{path}"))
+    assert time.monotonic() - started < 5  # Optuna's own lock waits 30 s here
+
+
+def test_a_spoilt_journal_says_what_to_do(tmp_path):
+    fake_sweep.launch(tmp_path, runs(1))
+    journal = tmp_path / "runs" / "s.journal"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([lines[0], "{spoilt\n", *lines[1:]]))
+    with pytest.raises(UserError, match="the journal .*s.journal is damaged .* delete it"):
+        fake_sweep.launch(tmp_path, runs(2))
+
+
+def test_sqlite_is_refused(tmp_path):
+    for url in (f"sqlite:///{tmp_path}/a.db", "sqlite+pysqlite:///:memory:"):
+        with pytest.raises(UserError, match="SQLite repeats and loses trials; leave --storage out"):
+            sweep.open_storage(url)
+    with pytest.raises(UserError, match="cannot open --storage nonsense"):
+        sweep.open_storage("nonsense")
+
+
+# designs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_design_may_grow(tmp_path):
+    fake_sweep.launch(tmp_path, runs(2))
+    design = runs(3, (1600, 3200))
+    rows = fake_sweep.launch(tmp_path, design)
+    assert len(rows) == 6 and set(executions(tmp_path).values()) == {1}
+    # the shorter branch was paid for: the longer one is billed from where it left the trunk
+    assert {row["spent_flops"] for row in rows if row["num_examples"] == 3200} == {
+        (3200 - 1280) * fake_sweep.SHAPE.train_flops_per_image(16)
+    }
+
+
+@pytest.mark.parametrize("other", [runs(1), runs(2, (3200,)), runs(3)[1:]])
+def test_another_design_under_the_same_name_is_refused(tmp_path, other):
+    study = sweep.open_study("s", sweep.open_storage(f"journal:{tmp_path}/j"), runs(2))
+    sweep.open_study("t", study._storage, other)
+    with pytest.raises(UserError, match="a study named 's' with another design exists; .* --name"):
+        sweep.open_study("s", study._storage, other)
+    sweep.open_study("s", study._storage, runs(2))
+
+
+def test_one_trunk_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="study 's' names one trunk twice"):
+        fake_sweep.opened(tmp_path, [*runs(2), *runs(1, (3200,))])
+
+
+# failures ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
+    bad = runs(1, (1600, 3200))[0].replace(init_seed=666)
+    design = [bad, *runs(3)]
+    rows = fake_sweep.launch(tmp_path, design, workers=1)
+    assert [row["status"] for row in rows if row["init_seed"] != 666] == ["ok"] * 3
+    failed = [row for row in rows if row["init_seed"] == 666]
+    assert [row["num_examples"] for row in failed] == [1600, 3200]
+    for row in failed:
+        assert (row["status"], row["error"]) == ("failed", "RuntimeError: out of memory")
+        unknown = ("val_loss", "val_error", "num_classes", "head_params", "head_flops", "train_flops", "spent_flops", "seconds")
+        assert [row[name] for name in unknown] == [None] * len(unknown)
+    assert executions(tmp_path, "begin")[bad.run_ids[0]] == 1  # an error is not tried again in the same launch
+    (trial,) = [t for t in trials(tmp_path) if t.state == TrialState.FAIL]
+    assert trial.user_attrs["error"] == "RuntimeError: out of memory"
+    fake_sweep.launch(tmp_path, design, workers=1)
+    assert executions(tmp_path, "begin")[bad.run_ids[0]] == 2  # but in the next one
+    assert sum(executions(tmp_path).values()) == 3
+
+
+def test_a_diverged_run_is_a_result(tmp_path):
+    design = [runs(1)[0].replace(init_seed=777), *runs(1)]
+    rows = fake_sweep.launch(tmp_path, design)
+    assert sorted(row["status"] for row in rows) == ["diverged", "ok"]
+    assert not fake_sweep.opened(tmp_path, design).pending()
+    fake_sweep.launch(tmp_path, design)
+    assert set(executions(tmp_path).values()) == {1}
+
+
+# what is done ------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_the_ledger_count_as_done(tmp_path):
+    design = runs(3, (1600, 3200))
+    rows = fake_sweep.launch(tmp_path, design)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    short = [row for row in rows if row["num_examples"] == 1600 or row["init_seed"] == 0]
+    (elsewhere / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    again = fake_sweep.launch(elsewhere, design)
+    assert executions(elsewhere) == {run.run_id(3200): 1 for run in design[1:]}
+    assert len(again) == 6
+    whole = {row["spent_flops"] for row in again if row["num_examples"] == 3200 and row["init_seed"]}
+    assert whole == {3200 * fake_sweep.SHAPE.train_flops_per_image(16)}  # there was no trunk to go on from
+
+
+def test_a_trial_that_waits_for_what_is_done_meanwhile_trains_nothing(tmp_path):
+    """The ledger learned of it (from another machine) after the trial was enqueued."""
+    design = runs(2)
+    found = fake_sweep.opened(tmp_path, design)
+    found.runs_dir.mkdir()
+    study = sweep.open_study("s", sweep.open_storage(found.storage), list(found.runs.values()))
+    with found.lock():
+        sweep.reconcile(found, study, "earlier")
+    rows = [fake_sweep.new_row(r, 1600, status="ok", num_classes=16, val_loss=loss_of(r, 1600)) for r in found.runs.values()]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    write_record(found.runs_dir, rows[1])
+    fake_sweep.launch(tmp_path, [*design, *runs(3)[2:]])
+    assert executions(tmp_path, "begin") == {runs(3)[2].run_ids[0]: 1}
+
+
+# the command line of a study ---------------------------------------------------------------------------------------------
+
+
+SHAPES = (fake_sweep.SHAPE, Shape(8, 1, 16, head_dim=8, patch_size=4, image_size=16, pool="none"))
+
+
+def tiny_runs():
+    return [Run(shape, Recipe(peak_lr=0.008, warmup_examples=160), (1600,)) for shape in SHAPES]
+
+
+def study_main(folder, *arguments):
+    paths = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
+    return sweep.main("A tiny study.", "tiny", tiny_runs, [*paths, *arguments])
+
+
+def test_a_study_from_the_command_line_with_real_training(tmp_path, capsys):
+    assert study_main(tmp_path, "--workers", "2", "recipe.peak_lr=0.004") == 0
+    rows = read_ledger(tmp_path / "results" / "tiny.jsonl")
+    assert {(row["width"], row["status"], row["peak_lr"], row["study"]) for row in rows} == {
+        (8, "ok", 0.004, "tiny"),
+        (16, "ok", 0.004, "tiny"),
+    }
+    assert all(row["val_loss"] < row["zero_line"] for row in rows)
+    out = capsys.readouterr()
+    assert "tiny.jsonl has 2 rows: 2 ok, 0 diverged, 0 failed" in out.out
+    assert "[2/2]" in out.err
+    # again: nothing to do; and the same numbers in one process
+    assert study_main(tmp_path, "recipe.peak_lr=0.004") == 0
+    assert "all 2 trunks are done already" in capsys.readouterr().err
+    alone = [train(r.replace(recipe=Recipe(0.004, warmup_examples=160)), tmp_path / "alone")[0] for r in tiny_runs()]
+    assert {row["run_id"]: row["val_loss"] for row in alone} == {row["run_id"]: row["val_loss"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["recipe.lr=1"], "unknown key in 'recipe.lr=1'"),
+        (["shape.width=16", "shape.mlp_dim=32"], "names one trunk twice"),
+        (["preset=tpu"], "preset='tpu' is unknown"),
+        (["--storage", "sqlite:///x.db"], "SQLite"),
+        (["shape.patch_size=8"], "patch_size=8 does not divide"),
+    ],
+)
+def test_bad_input_stops_a_study_before_it_starts(tmp_path, capsys, arguments, message):
+    assert study_main(tmp_path, *arguments) == 2
+    captured = capsys.readouterr()
+    line = captured.err.removesuffix("\n")
+    assert line.startswith("sovit: ") and "\n" not in line and re.search(message, line), line
+    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / "results").exists()
+
+
+def test_exit_status_of_a_study_that_is_not_done(tmp_path, capsys, monkeypatch):
+    """Workers that cannot even start leave trunks undone: that is not success."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(3)\n")
+    real = sweep.launch
+    monkeypatch.setattr(sweep, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)]))
+    assert study_main(tmp_path) == 1
+    assert "2 trunks are not done" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_options(tmp_path, capsys):
+    assert study_main(tmp_path, "recipe.peak_lr=0.004", "--workers", "0", "recipe.batch_size=32") == 2
+    assert "--workers 0" in capsys.readouterr().err

@@ -1,0 +1,83 @@
+"""The decision rule, against hand-computed intervals and planted differences."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sovit import UserError
+from sovit.run import Recipe
+from sovit.shape import Shape
+from sovit.validate import RULE, runs_of, verdict, write_prediction
+
+A = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+B = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+
+
+def prediction(seeds=(10, 11, 12)):
+    arms = {"recommended": {"shape": A.to_dict(), "predicted": 1.0}, "usual": {"shape": B.to_dict(), "predicted": 1.1}}
+    return {"train_flops": 1e10, "seeds": list(seeds), "rule": RULE, "arms": arms, "predicted_difference": math.log(1 / 1.1)}
+
+
+def rows_with(losses_a, losses_b):
+    rows = []
+    for shape, losses in ((A, losses_a), (B, losses_b)):
+        for seed, loss in zip((10, 11, 12), losses):
+            rows.append(shape.to_dict() | {"init_seed": seed, "status": "ok", "val_loss": loss})
+    return rows
+
+
+def test_difference_and_interval_equal_a_paired_t_interval():
+    a, b = np.array([1.00, 1.02, 0.99]), np.array([1.05, 1.06, 1.05])
+    result = verdict(prediction(), rows_with(a, b))
+    reference = stats.ttest_rel(np.log(a), np.log(b)).confidence_interval(0.90)
+    assert result["difference"]["low"] == pytest.approx(reference.low, rel=1e-12)
+    assert result["difference"]["high"] == pytest.approx(reference.high, rel=1e-12)
+    assert result["difference"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((1.00, 1.01, 0.99), (1.10, 1.11, 1.09), "better"),
+        ((1.10, 1.11, 1.09), (1.00, 1.01, 0.99), "worse"),
+        ((1.00, 1.10, 0.95), (1.02, 1.00, 1.05), "not distinguishable"),
+    ],
+)
+def test_verdict(a, b, expected):
+    assert verdict(prediction(), rows_with(a, b))["verdict"] == expected
+
+
+def test_a_missing_or_diverged_seed_gives_no_verdict():
+    rows = rows_with((1.0, 1.0, 1.0), (1.1, 1.1, 1.1))
+    with pytest.raises(UserError, match="seed 12"):
+        verdict(prediction(), [r for r in rows if not (r["width"] == 64 and r["init_seed"] == 12)])
+    rows[0]["status"] = "diverged"
+    with pytest.raises(UserError, match="seed 10"):
+        verdict(prediction(), rows)
+
+
+def test_both_arms_get_equal_flops_and_paired_seeds():
+    runs = runs_of(prediction(), 16, lambda shape: Recipe(0.01))
+    assert len(runs) == 6
+    for run in runs:
+        assert run.budgets[0] * run.shape.train_flops_per_image(16) == pytest.approx(1e10, rel=0.01)
+        assert run.init_seed == run.data_seed
+    assert sorted((r.shape.width, r.init_seed) for r in runs) == [(w, s) for w in (32, 64) for s in (10, 11, 12)]
+
+
+def test_two_seeds_cannot_decide(tmp_path):
+    with pytest.raises(UserError, match="at least 3"):
+        write_prediction(tmp_path / "law.json", 1e12, [1, 2], tmp_path / "p.json")
+
+
+def test_a_written_prediction_is_not_changed(tmp_path):
+    path = tmp_path / "prediction.json"
+    path.write_text(json.dumps(prediction() | {"law_sha256": "another"}))
+    before = path.read_text()
+    (tmp_path / "law.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a prediction from another law"):
+        write_prediction(tmp_path / "law.json", 1e10, [10, 11, 12], path)
+    assert path.read_text() == before
