@@ -210,7 +210,7 @@ def _rates(data) -> str:
 
 
 def misfits(fit) -> float | None:
-    """Residuals over seed noise where they exceed it (twice or more), else None: the form bends where the data do not."""
+    """Residuals over seed noise where that is above 2, else None: then the form bends where the data do not."""
     ratio = fit.diagnostics["lack_of_fit"]["residual_over_noise"]
     return ratio if fit.noise["source"] == "seeds" and ratio and ratio > 2 else None
 

@@ -16,9 +16,9 @@ from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
 
 CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=32, pool="none")
-ARMS = {"width": (16, 24, 48, 64), "depth": (1, 3, 4), "mlp_dim": (64, 128, 512)}
+ARMS = {"width": (16, 24, 48), "depth": (1, 3), "mlp_dim": (64, 128, 512)}
 BUDGETS = (3.2e11, 5.6e11, 1e12, 1.8e12, 3.2e12)
-SEEDS = {CENTRE: 3, CENTRE.replace(width=48): 3}
+SEEDS = {CENTRE: 3, CENTRE.replace(mlp_dim=128): 3}
 
 
 def recipe(shape: Shape) -> Recipe:
