@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -15,10 +14,10 @@ from sovit.sweep import Sweep, run_sweep
 
 CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 ARMS = {"width": (16, 24, 48, 64), "depth": (1, 3, 4), "mlp_dim": (32, 64, 256, 512)}
-BUDGETS = (1.6e10, 4e10, 1e11)
+BUDGETS = (2e10, 5.6e10, 1.6e11)
 SEEDS = {CENTRE: 3, CENTRE.replace(mlp_dim=256): 3}
 NUM_CLASSES = 16
-VALIDATION_FLOPS = 2.5e11
+VALIDATION_FLOPS = 3.2e11
 VALIDATION_SEEDS = [10, 11, 12]  # not among the seeds of the star
 
 
@@ -33,48 +32,42 @@ def star_runs() -> list[Run]:
 
 def demo(out: Path, workers: int) -> int:
     """Everything under `out`; a second call resumes what a first left undone. Returns the exit status."""
-    from sovit.cli import recommendation_text
     from sovit.export import export_timm
-    from sovit.predict import best_shape
     from sovit.report import fit_ledgers
     from sovit.validate import runs_of, validation_report, verdict_text, write_prediction
 
-    started = time.monotonic()
-    step = _Steps()
+    started, step = time.monotonic(), _Steps()
     step("1/5  a star of shapes at three budgets")
-    ledger = out / "star.jsonl"
-    rows = run_sweep(Sweep("demo_star", star_runs(), out / "runs", ledger), workers)
+    star_sweep = Sweep("demo_star", star_runs(), out / "runs", out / "star.jsonl")
+    new = {run_id for run in star_sweep.pending() for run_id in run.run_ids}
+    rows = run_sweep(star_sweep, workers)
     step("2/5  the law")
-    fit_ledgers([ledger], out=out / "law", train_flops=VALIDATION_FLOPS)
-    law = json.loads((out / "law" / "law.json").read_text())
-    step(f"3/5  the prediction for {VALIDATION_FLOPS:.2g} FLOPs, written down")
-    from sovit.cli import read_law
-
-    recommendation = best_shape(read_law(out / "law" / "law.json"), VALIDATION_FLOPS)
-    prediction = write_prediction(out / "law" / "law.json", VALIDATION_FLOPS, VALIDATION_SEEDS, out / "prediction.json")
+    law_path = out / "law" / "law.json"
+    summary = fit_ledgers([star_sweep.ledger], out=law_path.parent, train_flops=VALIDATION_FLOPS, bootstrap=400)
+    step(f"3/5  the prediction for {VALIDATION_FLOPS:.2g} training FLOPs, written down")
+    prediction = write_prediction(law_path, VALIDATION_FLOPS, VALIDATION_SEEDS, out / "prediction.json")
     step("4/5  the prediction tested: recommended shape and ViT-B proportions, three seeds each")
     runs = runs_of(prediction, NUM_CLASSES, recipe, study="demo_validation")
-    tested = run_sweep(Sweep("demo_validation", runs, out / "runs", out / "validation.jsonl"), workers)
-    result = validation_report(prediction, tested, out / "validation")
+    test_sweep = Sweep("demo_validation", runs, out / "runs", out / "validation.jsonl")
+    new |= {run_id for run in test_sweep.pending() for run_id in run.run_ids}
+    rows += run_sweep(test_sweep, workers)
+    result = validation_report(prediction, rows, out / "validation")
     step("5/5  the encoder")
     encoder = export_timm(runs[0].run_ids[-1], out / "runs", out / "encoder")
     wall = time.monotonic() - started
 
-    trained = sum(row.get("spent_seconds") or 0 for row in rows + tested)
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss + resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print("\n" + "=" * 78)
-    print(f"law ({law['form']}): best shape as compute grows, x* ~ compute^s, {law['level']:.0%} intervals")
-    for name, e in law["exponents"].items():
-        s = "s not determined" if e["estimate"] is None else f"s = {e['estimate']:.2f} ({e['low']:.2f} to {e['high']:.2f})"
-        print(f"  {name:>8}: {s}" + (f"  [{e['status']}: {e['note']}]" if e["status"] != "ok" else ""))
-    print(recommendation_text(recommendation))
-    print(verdict_text(result))
-    print(f"report   {out / 'law' / 'report.md'}\nverdict  {out / 'validation' / 'validation.json'}\nencoder  {encoder['out']}  timm.create_model('local-dir:{encoder['out']}', pretrained=True)")
+    print(summary["text"])
+    print("\npredicted against measured:\n" + verdict_text(result))
+    print(f"\nreport   {summary['report']}\nverdict  {out / 'validation' / 'validation.json'}")
+    print(f"encoder  {encoder['out']}    timm.create_model('local-dir:{encoder['out']}', pretrained=True)")
+    trained = sum(row.get("spent_seconds") or 0 for row in rows if row["run_id"] in new)
+    launcher, worker = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(
-        f"{wall / 60:.1f} minutes, {workers} workers; {1 - trained / (wall * workers):.0%} of worker time outside training"
-        f" steps and data; at most {memory / 2**20:.1f} GiB in one worker and the launcher"
+        f"\n{wall / 60:.1f} minutes with {workers} workers, {1 - trained / (wall * workers):.0%} of their time outside training"
+        f" steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"
     )
-    return int(any(row["status"] == "failed" for row in rows + tested))
+    return int(bool(star_sweep.pending() or test_sweep.pending()))
 
 
 class _Steps:

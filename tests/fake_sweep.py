@@ -59,7 +59,7 @@ def opened(folder, some_runs, name="s", storage=None):
     return sweep.Sweep(name, [r.replace(study=name) for r in some_runs], runs_dir, Path(folder) / f"{name}.jsonl", storage)
 
 
-def launch(folder, some_runs, workers=2, **more):
+def launch(folder, some_runs, workers=1, **more):
     found = opened(folder, some_runs, **more)
     return sweep.launch(found, workers, worker_command=[sys.executable, __file__])
 

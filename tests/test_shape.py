@@ -17,7 +17,7 @@ from sovit import UserError
 from sovit.model import build
 from sovit.shape import POOLS, TIMM_SHAPES, VARIANTS, Shape, encoder_flops, named_shape
 
-NUM_SHAPES = int(os.environ.get("SOVIT_SHAPES", "25"))
+NUM_SHAPES = int(os.environ.get("SOVIT_SHAPES", "20"))
 SMALL = Shape(64, 2, 96, head_dim=16, patch_size=4, image_size=16)
 
 

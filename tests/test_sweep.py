@@ -73,7 +73,7 @@ def expect_exactly_once(folder, design, rows):
 
 def test_a_sweep_without_trouble(tmp_path):
     design = runs(6, (1600, 3200))
-    rows = fake_sweep.launch(tmp_path, design)
+    rows = fake_sweep.launch(tmp_path, design, workers=2)
     expect_exactly_once(tmp_path, design, rows)
     found = trials(tmp_path)
     assert len(found) == 6  # an empty queue made up no point
@@ -285,7 +285,7 @@ def test_one_trunk_twice_is_refused(tmp_path):
 def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
     bad = runs(1, (1600, 3200))[0].replace(init_seed=666)
     design = [bad, *runs(3)]
-    rows = fake_sweep.launch(tmp_path, design, workers=1)
+    rows = fake_sweep.launch(tmp_path, design)
     assert [row["status"] for row in rows if row["init_seed"] != 666] == ["ok"] * 3
     failed = [row for row in rows if row["init_seed"] == 666]
     assert [row["num_examples"] for row in failed] == [1600, 3200]
@@ -296,7 +296,7 @@ def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
     assert executions(tmp_path, "begin")[bad.run_ids[0]] == 1  # an error is not tried again in the same launch
     (trial,) = [t for t in trials(tmp_path) if t.state == TrialState.FAIL]
     assert trial.user_attrs["error"] == "RuntimeError: out of memory"
-    fake_sweep.launch(tmp_path, design, workers=1)
+    fake_sweep.launch(tmp_path, design)
     assert executions(tmp_path, "begin")[bad.run_ids[0]] == 2  # but in the next one
     assert sum(executions(tmp_path).values()) == 3
 

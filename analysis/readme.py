@@ -1,0 +1,132 @@
+"""Write the README's numbers from committed files: every block between `<!-- NAME -->` and `<!-- end -->`.
+
+    python analysis/readme.py          rewrites README.md
+    python analysis/readme.py --check  exit status 1 if a number there is not what the files say
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+from published_flops import table as flops_table
+
+from sovit.ledger import read_ledger
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+NAMES = {"width": "width", "depth": "depth", "mlp_dim": "MLP dim"}
+
+
+def published() -> str:
+    lines = ["| model @ px | GFLOPs published | ours | difference | parameters published | ours |", "|---|---|---|---|---|---|"]
+    for r in flops_table():
+        lines.append(
+            f"| {r['name']} | {r['published_gflops']:,} | {r['gflops']:,.1f} | {r['gflops_difference']:+.2%} |"
+            f" {r['published_params'] / 1e6:,.0f} M | {r['params']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def recipe() -> str:
+    r = json.loads((RESULTS / "recipe.json").read_text())
+    return (
+        f"peak rate = {r['base']:.4f} x (32 / width)^{r['width_power']:.2f} x (2 / depth)^{r['depth_power']:.2f}"
+        f" (s.e. of the powers {r['standard_errors']['width_power']:.2f} and {r['standard_errors']['depth_power']:.2f});"
+        f" it costs {r['penalty']['median']:.2%} of the loss in the median and {r['penalty']['largest']:.2%} at most"
+        f" against each of {r['penalty']['n']} shapes' own best rate."
+    )
+
+
+def law(study: str) -> str:
+    """The exponents, fit and extrapolation of one committed law."""
+    law = json.loads((RESULTS / f"{study}_law" / "law.json").read_text())
+    rows = read_ledger(RESULTS / f"{study}.jsonl")
+    budgets = sorted({float(f"{r['train_flops']:.1e}") for r in rows})
+    hours = sum(r.get("spent_seconds") or 0 for r in rows) / 3600
+    lines = [
+        f"{law['num_rows']} measurements of {law['num_clusters']} trunks, {budgets[0]:.1e} to {budgets[-1]:.1e} training FLOPs,"
+        f" {hours:.1f} hours of one busy thread. Headline form: `{law['form']}`.",
+        "",
+        "| dimension | best x grows as compute^s | 90 % interval | 90 % by pairs of trunks | status |",
+        "|---|---|---|---|---|",
+    ]
+    for name, e in law["exponents"].items():
+        s = "not determined" if e["estimate"] is None else f"{e['estimate']:.3f}"
+        lines.append(
+            f"| {NAMES[name]} | {s} | {_range(e['low'], e['high'])} | {_range(e['pairs_low'], e['pairs_high'])} | {e['status']} |"
+        )
+    noise, residual = law["noise"], law["diagnostics"]["residual_rms"]
+    lines += [
+        "",
+        f"Noise between seeds {noise['sd']:.2%} ({noise['n']} degrees of freedom); the law misses by {residual:.2%}"
+        + (": more than noise, so the form is not the whole truth." if residual > 2 * noise["sd"] else "."),
+    ]
+    e = law["extrapolation"]
+    scores = ", ".join(
+        f"{form} {score['rmse']:.1%} ({score['bias']:+.1%})"
+        for form, score in sorted(e["forms"].items(), key=lambda item: item[1]["rmse"])
+    )
+    lines += [f"Fitted to the {e['n_fit']} cheaper rows, error on the {e['n']} most expensive, RMSE (bias): {scores}."]
+    return "\n".join(lines)
+
+
+def validation(study: str) -> str:
+    v = json.loads((RESULTS / study / "validation.json").read_text())
+    lines = ["| arm | shape | predicted | measured: mean (s.d., n) |", "|---|---|---|---|"]
+    for name, arm in v["arms"].items():
+        lines.append(f"| {name} | {arm['label']} | {arm['predicted']:.4f} | {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |")
+    d = v["difference"]
+    lines += [
+        "",
+        f"At {v['train_flops']:.1e} training FLOPs each: {math.expm1(d['mean']):+.1%} loss, 90 % interval"
+        f" {math.expm1(d['low']):+.1%} to {math.expm1(d['high']):+.1%}, predicted {math.expm1(v['predicted_difference']):+.1%}."
+        f" Verdict by the rule: **{v['verdict']}**.",
+    ]
+    return "\n".join(lines)
+
+
+def demo() -> str:
+    return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
+
+
+def _range(low, high) -> str:
+    return "unbounded" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+BLOCKS = {
+    "published": published,
+    "recipe": recipe,
+    "stream law": lambda: law("stream_star"),
+    "stream validation": lambda: validation("stream_validation"),
+    "icons law": lambda: law("icons_star"),
+    "demo": demo,
+}
+
+
+def render(text: str) -> str:
+    """Fill every marked block. Raises KeyError for a block that nobody fills."""
+
+    def fill(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- ([^\n]+?) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    rendered = render(text)
+    if "--check" in sys.argv:
+        if rendered != text:
+            print("README.md differs from the committed results; run python analysis/readme.py")
+        return int(rendered != text)
+    path.write_text(rendered)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

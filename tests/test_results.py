@@ -1,0 +1,93 @@
+"""What is committed agrees with itself: ledgers with their laws, the README with the files."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sovit.law import Fit
+from sovit.ledger import merge, read_ledger
+from sovit.run import Recipe, Run, learning_rate
+from sovit.shape import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+LEDGERS = sorted(RESULTS.glob("*.jsonl"))
+LAWS = sorted(RESULTS.glob("*_law/law.json"))
+
+
+@pytest.mark.parametrize("path", LEDGERS, ids=lambda p: p.stem)
+def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
+    rows = read_ledger(path)
+    assert rows == merge(rows) == [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        extra = {k: row[k] for k in ("num_registers", "qkv_bias", "layer_scale") if k in row}
+        shape = Shape(**{k: row[k] for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}, **extra)
+        assert row["num_params"] == shape.num_params and row["forward_flops"] == shape.forward_flops
+        assert row["train_flops"] == shape.train_flops_per_image(row["num_classes"]) * row["num_examples"]
+        assert row["run_id"] == f"{row['trunk_id']}-{row['num_examples']}" and row["study"] == path.stem
+        if row["status"] == "ok":
+            assert 0 < row["val_loss"] < math.log(row["num_classes"]) * 1.5 and 0 <= row["val_error"] <= 1
+
+
+def test_rows_of_the_stream_star_have_the_ids_of_its_study():
+    spec = importlib.util.spec_from_file_location("stream_star", ROOT / "studies" / "stream_star.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    ids = {run_id for run in study.runs() for run_id in run.run_ids}
+    assert ids == {row["run_id"] for row in read_ledger(RESULTS / "stream_star.jsonl")}
+
+
+@pytest.mark.parametrize("path", LAWS, ids=lambda p: p.parent.name)
+def test_law_is_refitted_from_its_ledger(path, tmp_path):
+    """The point fit again, without the bootstraps: the same parameters to 1e-6."""
+    from sovit.report import fit_ledgers
+
+    committed = Fit.from_json(path.read_text())
+    ledger = RESULTS / f"{path.parent.name.removesuffix('_law')}.jsonl"
+    fit_ledgers([ledger], form=committed.form, out=tmp_path, bootstrap=0, figures=False)
+    again = Fit.from_json((tmp_path / "law.json").read_text())
+    assert again.num_rows == committed.num_rows and again.num_clusters == committed.num_clusters
+    for name, value in committed.params.items():
+        if value is not None:
+            assert again.params[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+    assert again.objective == pytest.approx(committed.objective, rel=1e-6)
+
+
+def test_default_learning_rate_is_the_measured_rule():
+    measured = json.loads((RESULTS / "recipe.json").read_text())
+    for width, depth in ((16, 2), (32, 1), (32, 6), (64, 4), (96, 2)):
+        shape = Shape(width, depth, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+        exact = learning_rate(shape, measured["base"], measured["width_power"], measured["depth_power"])
+        assert abs(np.log(learning_rate(shape) / exact)) < 0.1  # the defaults are that rule, rounded
+
+
+def test_readme_numbers_come_from_the_committed_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "analysis"))
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "analysis" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    text = (ROOT / "README.md").read_text()
+    assert readme.render(text) == text, "run python analysis/readme.py"
+    for name in readme.BLOCKS:
+        assert f"<!-- {name} -->" in text
+
+
+def test_files_named_in_the_readme_exist():
+    import re
+
+    text = (ROOT / "README.md").read_text()
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"`((?:sovit|studies|analysis|tests|results)/[\w/.]+\.\w+)`", text)
+    assert linked
+    for name in linked:
+        assert (ROOT / name).exists(), name
+
+
+def test_golden_ids():
+    """A default, once used, never changes: these ids stand in committed ledgers."""
+    shape = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+    run = Run(shape, Recipe(learning_rate(shape)), budgets=(7392,))
+    assert run.run_ids == ("d1d4a0632f-7392",)
