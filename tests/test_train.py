@@ -203,6 +203,25 @@ def test_resuming_after_a_window_repeats_the_log(trained, tmp_path, window, save
     assert metrics(tmp_path) == metrics(trained[0])
 
 
+def test_the_furthest_state_is_resumed(tmp_path):
+    """A periodic checkpoint of step 50 is older than the branch point of step 120 that a later call reached."""
+
+    def stop_after(examples):
+        def stop(progress):
+            if progress["examples"] > examples:
+                raise Killed
+
+        return stop
+
+    run = RUN.replace(budgets=(SHORT,))
+    for examples, save_seconds in ((50 * 16, 0), (120 * 16, 1e9)):
+        with pytest.raises(Killed):
+            train(run, tmp_path, on_progress=stop_after(examples), save_seconds=save_seconds)
+    seen = []
+    train(run, tmp_path, on_progress=seen.append)
+    assert [p["phase"] for p in seen] == ["cooldown"]
+
+
 def test_a_branch_with_a_record_has_its_weights(tmp_path, monkeypatch):
     """Ended between the two files of a branch: no record may stand without weights."""
     monkeypatch.setattr(safetensors.torch, "save_file", lambda *arguments: (_ for _ in ()).throw(Killed))
