@@ -1,7 +1,7 @@
 """Write the README's numbers from committed files: every block between `<!-- NAME -->` and `<!-- end -->`.
 
-    python analysis/readme.py          rewrites README.md
-    python analysis/readme.py --check  exit status 1 if a number there is not what the files say
+python analysis/readme.py          rewrites README.md
+python analysis/readme.py --check  exit status 1 if a number there is not what the files say
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ NAMES = {"width": "width", "depth": "depth", "mlp_dim": "MLP dim"}
 
 
 def published() -> str:
-    lines = ["| model @ px | GFLOPs published | ours | difference | parameters published | ours |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| model @ px | GFLOPs published | ours | difference | parameters published | ours |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in flops_table():
         lines.append(
             f"| {r['name']} | {r['published_gflops']:,} | {r['gflops']:,.1f} | {r['gflops_difference']:+.2%} |"
@@ -78,7 +81,9 @@ def validation(study: str) -> str:
     v = json.loads((RESULTS / study / "validation.json").read_text())
     lines = ["| arm | shape | predicted | measured: mean (s.d., n) |", "|---|---|---|---|"]
     for name, arm in v["arms"].items():
-        lines.append(f"| {name} | {arm['label']} | {arm['predicted']:.4f} | {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |")
+        lines.append(
+            f"| {name} | {arm['label']} | {arm['predicted']:.4f} | {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |"
+        )
     d = v["difference"]
     lines += [
         "",

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sovit", description="Which Vision Transformer shape to train for a compute budget, and how sure that is.")
+    parser = argparse.ArgumentParser(
+        prog="sovit", description="Which Vision Transformer shape to train for a compute budget, and how sure that is."
+    )
     parser.add_argument("--version", action="version", version=f"sovit {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="")
 
@@ -81,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("data", help="look at a data source, or build its cache")
     p.add_argument("action", choices=("show", "cache", "list"))
-    p.add_argument("source", nargs="?", metavar="SOURCE[:PRESET]", help="such as stream:cpu, icons:mosaic or hub:FOLDER")
+    p.add_argument(
+        "source", nargs="?", metavar="SOURCE[:PRESET]", help="such as stream:cpu, icons:mosaic or hub:FOLDER"
+    )
     p.add_argument("--image-size", type=int)
     p.add_argument("--patch-size", type=int, default=4)
     p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
@@ -184,18 +188,23 @@ def _predict(options) -> None:
 def recommendation_text(r) -> str:
     """A recommendation in words."""
     s = r.shape
+
+    def interval(low, high, form: str) -> str:
+        known = low is not None and high is not None
+        return f"{r.level:.0%} interval {low:{form}} to {high:{form}}" if known else "no interval: fitted without draws"
+
     lines = [
         f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
         f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']}, patch {s['patch_size']},"
         f" {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
-        f"predicted loss {r.loss:.4f} ({r.level:.0%} interval {r.loss_low:.4f} to {r.loss_high:.4f})",
+        f"predicted loss {r.loss:.4f} ({interval(r.loss_low, r.loss_high, '.4f')})",
     ]
     for name, o in r.optimum.items():
         if o["estimate"] is None:
             lines.append(f"  {name}: not determined ({o['status']}: {o['note']})")
         else:
             note = f"; {o['status']}: {o['note']}" if o["status"] != "ok" else ""
-            lines.append(f"  {name}: {o['estimate']:.3g}, {r.level:.0%} interval {o['low']:.3g} to {o['high']:.3g}{note}")
+            lines.append(f"  {name}: {o['estimate']:.3g}, {interval(o['low'], o['high'], '.3g')}{note}")
     flat = r.flat_region
     ranges = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in flat["ranges"].items())
     lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat['count']} shapes, {ranges}")
@@ -244,8 +253,12 @@ def _data(options) -> None:
     image_size = options.image_size or PRESETS.get(data, {}).get(preset, (64, ""))[0]
     patch_size = options.patch_size
     source = open_data(data, preset, image_size, patch_size, data_seed=0)
-    print(f"{data}:{preset} at {image_size} px: {source.num_classes} classes, labels {source.readout}, {source.num_val:,} validation images")
-    print(f"zero line {source.zero_line:.4f} nats" + "".join(f"\n  blind {k}: {v:.4f}" for k, v in source.blind.items()))
+    print(
+        f"{data}:{preset} at {image_size} px: {source.num_classes} classes, labels {source.readout}, {source.num_val:,} validation images"
+    )
+    print(
+        f"zero line {source.zero_line:.4f} nats" + "".join(f"\n  blind {k}: {v:.4f}" for k, v in source.blind.items())
+    )
     if options.action == "show":
         from sovit.plot import contact_sheet
 

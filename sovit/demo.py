@@ -62,7 +62,9 @@ def demo(out: Path, workers: int) -> int:
     print(f"\nreport   {summary['report']}\nverdict  {out / 'validation' / 'validation.json'}")
     print(f"encoder  {encoder['out']}    timm.create_model('local-dir:{encoder['out']}', pretrained=True)")
     trained = sum(row.get("spent_seconds") or 0 for row in rows if row["run_id"] in new)
-    launcher, worker = (resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    launcher, worker = (
+        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     print(
         f"\n{wall / 60:.1f} minutes with {workers} workers, {1 - trained / (wall * workers):.0%} of their time outside training"
         f" steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"

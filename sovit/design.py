@@ -1,9 +1,9 @@
 """Which shapes to run: designs as pure functions of a centre shape and values by dimension.
 
-    star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
-             with corners, a few cheap shapes off every axis, without which no interaction can be seen
-    grid     every combination of the values
-    isoflop  shapes of constant proportions, so that a size curve stands at each compute budget (arXiv 2203.15556)
+star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
+         with corners, a few cheap shapes off every axis, without which no interaction can be seen
+grid     every combination of the values
+isoflop  shapes of constant proportions, so that a size curve stands at each compute budget (arXiv 2203.15556)
 """
 
 from __future__ import annotations

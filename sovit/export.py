@@ -72,7 +72,9 @@ def _nanovlm_config(shape: Shape) -> dict:
 
 def _no_prefix(shape: Shape, format: str) -> None:
     if shape.num_prefix_tokens or shape.layer_scale or not shape.qkv_bias:
-        raise UserError(f"--format {format} has no class token, registers, layer scale or bias-free qkv; use --format timm")
+        raise UserError(
+            f"--format {format} has no class token, registers, layer scale or bias-free qkv; use --format timm"
+        )
 
 
 CONFIGS = {"timm": _timm_config, "siglip": _siglip_config, "nanovlm": _nanovlm_config}

@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +30,9 @@ REQUIRED = ("run_id", "trunk_id", "status", "num_examples")
 TEXT = ("run_id", "trunk_id", "commit")  # hexadecimal digits, which a CSV file cannot tell from 12e4
 
 
-def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, objective: str = "classification", **more) -> dict:
+def new_row(
+    run: Run, num_examples: int, *, status: str, num_classes: int, objective: str = "classification", **more
+) -> dict:
     """One row of the schema: identity, shape, recipe and costs from the run; metrics and machine facts from `more`.
 
     `compute` is SoViT's t, forward FLOPs x images of the encoder; `train_flops` is what training on that many images
@@ -39,7 +41,11 @@ def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, objec
     shape = run.shape
     per_image = shape.train_flops_per_image(num_classes)
     standard = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
-    extra = {k: v for k, v in shape.to_dict().items() if k not in standard and v != type(shape).__dataclass_fields__[k].default}
+    extra = {
+        k: v
+        for k, v in shape.to_dict().items()
+        if k not in standard and v != type(shape).__dataclass_fields__[k].default
+    }
     return {
         "schema": SCHEMA,
         "run_id": run.run_id(num_examples),
@@ -89,7 +95,7 @@ def provenance(device: str) -> dict:
     for package in ("torch", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {"device": device, "versions": versions, "commit": commit, "commit_dirty": dirty, "date": date}
 
 
@@ -174,7 +180,18 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
     Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit.
     Raises UserError for conflicting rows with one run_id.
     """
-    incidental = {"seconds", "spent_seconds", "device", "versions", "commit", "commit_dirty", "date", "study", "spent_flops", "error"}
+    incidental = {
+        "seconds",
+        "spent_seconds",
+        "device",
+        "versions",
+        "commit",
+        "commit_dirty",
+        "date",
+        "study",
+        "spent_flops",
+        "error",
+    }
     by_id: dict[str, dict] = {}
     for row in rows:
         other = by_id.get(row["run_id"])
@@ -226,7 +243,9 @@ def columns(rows: list[dict], names: list[str]) -> dict:
         values = [row.get(name) for row in rows]
         for row, value in zip(rows, values):
             if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"row {row['run_id']} has {name}={value!r}; a finite number is needed: complete or exclude it")
+                raise UserError(
+                    f"row {row['run_id']} has {name}={value!r}; a finite number is needed: complete or exclude it"
+                )
         out[name] = np.array(values, dtype=float)
     return out
 

@@ -10,7 +10,9 @@ from sovit import UserError
 from sovit.shape import Shape
 
 
-def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", seed: int | None = None, mean_std=(0.5, 0.5)) -> nn.Module:
+def build(
+    shape: Shape, num_classes: int = 0, parametrisation: str = "timm", seed: int | None = None, mean_std=(0.5, 0.5)
+) -> nn.Module:
     """Build the model: images [B, 3, H, W] -> logits [B, C], or [B, N, C] where nothing is pooled (pool="none").
 
     `num_classes=0` gives features in place of logits. Weights are a function of `seed` alone (the global generator is
@@ -19,7 +21,9 @@ def build(shape: Shape, num_classes: int = 0, parametrisation: str = "timm", see
     Raises UserError for a head on every token beside registers: it would read them too, and they have no labels.
     """
     if num_classes and shape.pool == "none" and shape.num_registers:
-        raise UserError(f"num_registers={shape.num_registers} does not fit pool=none with a task head; use num_registers=0")
+        raise UserError(
+            f"num_registers={shape.num_registers} does not fit pool=none with a task head; use num_registers=0"
+        )
     pretrained_cfg = dict(
         architecture="vit_base_patch16_224",  # timm's entry point; every dimension is overridden
         tag="sovit",

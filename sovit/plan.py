@@ -59,8 +59,21 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for name in ("trunk", "shape", "params", "GFLOPs/image", "lr", "seed", "images a branch", "steps", "GFLOPs", "time"):
-        table.add_column(name, justify="left" if name in ("trunk", "shape", "images a branch") else "right", no_wrap=True)
+    for name in (
+        "trunk",
+        "shape",
+        "params",
+        "GFLOPs/image",
+        "lr",
+        "seed",
+        "images a branch",
+        "steps",
+        "GFLOPs",
+        "time",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("trunk", "shape", "images a branch") else "right", no_wrap=True
+        )
     for row in plan["trunks"]:
         table.add_row(
             row["trunk_id"],

@@ -75,7 +75,9 @@ class Run:
         least = 5 * self.recipe.batch_size
         for n in self.budgets:
             if n % self.recipe.batch_size or n < least:
-                raise UserError(f"budget of {n} examples is not a multiple of the batch of {self.recipe.batch_size}, or under {least}")
+                raise UserError(
+                    f"budget of {n} examples is not a multiple of the batch of {self.recipe.batch_size}, or under {least}"
+                )
 
     @property
     def trunk_id(self) -> str:
@@ -123,7 +125,9 @@ class Run:
         return _from_dict(cls, d, "run")
 
 
-def budgets_for(shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int) -> tuple[int, ...]:
+def budgets_for(
+    shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int
+) -> tuple[int, ...]:
     """Examples, rounded to whole batches, that spend each of the given training FLOPs on this shape."""
     cost = shape.train_flops_per_image(num_classes)
     return tuple(dict.fromkeys(max(5, round(c / cost / batch_size)) * batch_size for c in sorted(train_flops)))

@@ -30,7 +30,17 @@ import optuna
 from optuna.trial import TrialState
 
 from sovit import UserError
-from sovit.ledger import ANSWERED, locked, new_row, provenance, read_ledger, read_record, update_ledger, write_atomic, write_record
+from sovit.ledger import (
+    ANSWERED,
+    locked,
+    new_row,
+    provenance,
+    read_ledger,
+    read_record,
+    update_ledger,
+    write_atomic,
+    write_record,
+)
 from sovit.run import Run, override
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
@@ -53,9 +63,13 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         try:
             return optuna.storages.JournalStorage(backend)
         except ValueError as error:  # json's error is one
-            raise UserError(f"the journal {path} is damaged ({error}); delete it: it is made again from the records") from None
+            raise UserError(
+                f"the journal {path} is damaged ({error}); delete it: it is made again from the records"
+            ) from None
     if kind.startswith("sqlite"):
-        raise UserError(f"--storage {url}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://")
+        raise UserError(
+            f"--storage {url}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://"
+        )
     try:
         return optuna.storages.RDBStorage(url)
     except Exception as error:  # SQLAlchemy and drivers raise many kinds
@@ -173,7 +187,11 @@ def params(run: Run) -> dict:
     """What Optuna's tables and plots show of a run."""
     shape, recipe = run.shape, run.recipe
     dims = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
-    return {d: getattr(shape, d) for d in dims} | {"peak_lr": recipe.peak_lr, "init_seed": run.init_seed, "data_seed": run.data_seed}
+    return {d: getattr(shape, d) for d in dims} | {
+        "peak_lr": recipe.peak_lr,
+        "init_seed": run.init_seed,
+        "data_seed": run.data_seed,
+    }
 
 
 def distributions(run: Run) -> dict:
@@ -200,7 +218,13 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
     """Pull trials until none waits. One process, one thread; `train` is sovit.train.train where none is given."""
     plan = json.loads(Path(plan_path).read_text())
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep = Sweep(plan["name"], [Run.from_dict(d) for d in plan["runs"]], Path(plan["runs_dir"]), Path(plan["ledger"]), plan["storage"])
+    sweep = Sweep(
+        plan["name"],
+        [Run.from_dict(d) for d in plan["runs"]],
+        Path(plan["runs_dir"]),
+        Path(plan["ledger"]),
+        plan["storage"],
+    )
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
     failed = 0
     while os.getppid() == plan["launcher"]:  # without its launcher a worker ends the trunk it is on, and stops
@@ -299,12 +323,16 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     log = open(sweep.runs_dir / f"{sweep.name}.log", "a")
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen([*command, str(plan_path)], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        return subprocess.Popen(
+            [*command, str(plan_path)], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
 
     pending = len(sweep.pending())
     processes = [start() for _ in range(min(workers, pending))]
     restarts = MAX_ATTEMPTS * max(pending, 1)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C, workers included
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a polite kill ends like Ctrl-C, workers included
     try:
         with _display(sweep) as show:
             while processes:
@@ -390,15 +418,26 @@ def _display(sweep: Sweep):
 
 def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence[str] | None = None) -> int:
     """What `python studies/X.py` does. Returns the exit status: 0 done, 1 a run failed, 2 bad input."""
-    parser = argparse.ArgumentParser(prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="typed override of a field of every run, such as recipe.peak_lr=0.004")
+    parser = argparse.ArgumentParser(
+        prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="typed override of a field of every run, such as recipe.peak_lr=0.004",
+    )
     parser.add_argument("--workers", type=int, default=1, help="worker processes, one thread each (default 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with FLOPs and estimated time; train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with FLOPs and estimated time; train nothing"
+    )
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
     parser.add_argument("--name", default=name, help="name of the study, its ledger and its store")
     parser.add_argument("--storage", help="Optuna storage (default: a journal file beside the runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)"
+    )
     parser.add_argument("--device", default="cpu")
     options = parser.parse_intermixed_args(argv)
     try:
@@ -426,7 +465,9 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     from sovit.data import open_data
 
     pending = sweep.pending()
-    for data, preset, image_size, patch_size in {(r.data, r.preset, r.shape.image_size, r.shape.patch_size) for r in pending}:
+    for data, preset, image_size, patch_size in {
+        (r.data, r.preset, r.shape.image_size, r.shape.patch_size) for r in pending
+    }:
         open_data(data, preset, image_size, patch_size, 0, device)
     if not pending:
         print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
@@ -438,7 +479,9 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
             print(f"  {row['run_id']} {row['status']}: {row.get('error')}", file=sys.stderr)
     if left := sweep.pending():
         log = sweep.runs_dir / f"{sweep.name}.log"
-        print(f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr)
+        print(
+            f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr
+        )
     return rows
 
 

@@ -223,7 +223,9 @@ class Trainer:
                 if metrics["branch"] is None:
                     again = min(self.step, first) < metrics["step"] <= last
                 else:
-                    again = metrics["branch"] in pending and (metrics["branch"] != branch or metrics["step"] > self.step)
+                    again = metrics["branch"] in pending and (
+                        metrics["branch"] != branch or metrics["step"] > self.step
+                    )
                 if not again:
                     kept.append(line + "\n")
         write_atomic(path, "".join(kept))
@@ -253,7 +255,9 @@ def check_readout(run: Run, readout: str) -> None:
     """A source with a label a patch needs a shape without pooling, and the other way round."""
     if (readout == "tokens") != (run.shape.pool == "none"):
         need = "pool=none" if readout == "tokens" else "pool=avg, map or token"
-        raise UserError(f"pool={run.shape.pool!r} does not fit {run.data}:{run.preset}, whose labels are {readout}; use {need}")
+        raise UserError(
+            f"pool={run.shape.pool!r} does not fit {run.data}:{run.preset}, whose labels are {readout}; use {need}"
+        )
 
 
 def device_name(device: str) -> str:

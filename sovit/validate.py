@@ -48,7 +48,9 @@ def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path:
     if path.exists():
         prediction = json.loads(path.read_text())
         if {k: prediction.get(k) for k in identity} != identity:
-            raise UserError(f"{path} holds a prediction from another law, budget or seeds; name another file to make a new one")
+            raise UserError(
+                f"{path} holds a prediction from another law, budget or seeds; name another file to make a new one"
+            )
         return prediction
     best = best_shape(Fit.from_json(text), train_flops).to_dict()
     usual = best["proportional"]
@@ -90,11 +92,21 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         shape = Shape(**arm["shape"])
         losses = []
         for seed in prediction["seeds"]:
-            ours = [r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())]
+            ours = [
+                r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())
+            ]
             if len(ours) != 1 or ours[0]["status"] != "ok" or ours[0].get(metric) is None:
-                raise UserError(f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again")
+                raise UserError(
+                    f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again"
+                )
             losses.append(ours[0][metric])
-        arms[name] = {**arm, "label": shape.label, "losses": losses, "mean": float(np.mean(losses)), "sd": float(np.std(losses, ddof=1))}
+        arms[name] = {
+            **arm,
+            "label": shape.label,
+            "losses": losses,
+            "mean": float(np.mean(losses)),
+            "sd": float(np.std(losses, ddof=1)),
+        }
     difference = np.log(arms["recommended"]["losses"]) - np.log(arms["usual"]["losses"])  # [seeds]
     n, mean, sd = len(difference), float(difference.mean()), float(difference.std(ddof=1))
     half = student_t(n - 1) * sd / math.sqrt(n)

@@ -1,6 +1,6 @@
 """How fast is the law engine? Refits of a 54-row star, against a multi-start of scipy, side by side in one run.
 
-    python tests/bench_law.py
+python tests/bench_law.py
 """
 
 import time
@@ -48,7 +48,9 @@ def main() -> None:
     objective = law.fit("joint", table, y, **common, **plain).objective
     best = []
     theirs = seconds(lambda: best.append(scipy_multistart(table, y, 100)))
-    print(f"joint, squared log error: ours {ours:.3f} s, scipy with 100 starts {theirs:.2f} s: {theirs / ours:.0f} times")
+    print(
+        f"joint, squared log error: ours {ours:.3f} s, scipy with 100 starts {theirs:.2f} s: {theirs / ours:.0f} times"
+    )
     print(f"objective: ours {objective:.9g}, scipy's best {best[0]:.9g}")
 
 

@@ -56,7 +56,9 @@ def fake_train(run, runs_dir, device, on_progress):
 
 def opened(folder, some_runs, name="s", storage=None):
     runs_dir = Path(folder) / "runs"
-    return sweep.Sweep(name, [r.replace(study=name) for r in some_runs], runs_dir, Path(folder) / f"{name}.jsonl", storage)
+    return sweep.Sweep(
+        name, [r.replace(study=name) for r in some_runs], runs_dir, Path(folder) / f"{name}.jsonl", storage
+    )
 
 
 def launch(folder, some_runs, workers=1, **more):

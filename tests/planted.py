@@ -28,7 +28,9 @@ def star(extra: tuple = ()) -> tuple[dict, np.ndarray]:
     return columns(shapes, np.tile(IMAGES, len(shapes) // 3)), np.repeat(np.arange(len(shapes) // 3), 3)
 
 
-def loss(table: dict, amplitudes=AMPLITUDES, power: float | None = None, exponents=EXPONENTS, c=C, eps=EPS) -> np.ndarray:
+def loss(
+    table: dict, amplitudes=AMPLITUDES, power: float | None = None, exponents=EXPONENTS, c=C, eps=EPS
+) -> np.ndarray:
     """The joint law; with a `power`, the power mean of both terms (x3, so that the zero line is felt), bounded."""
     shapes = np.stack([table[d] for d in DIMS], 1)
     capacity, data = (amplitudes * shapes**-exponents).sum(1), 0.05 * (table["num_examples"] / 600e6) ** -c

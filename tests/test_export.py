@@ -87,7 +87,12 @@ def test_siglip_config_builds_the_counted_model(tmp_path):
 
 def test_nanovlm_config_has_the_vision_fields_of_its_vlmconfig():
     config = config_of(SO400M.replace(pool="none"), "nanovlm")
-    assert (config["vit_hidden_dim"], config["vit_inter_dim"], config["vit_n_heads"], config["vit_n_blocks"]) == (1152, 4304, 16, 27)
+    assert (config["vit_hidden_dim"], config["vit_inter_dim"], config["vit_n_heads"], config["vit_n_blocks"]) == (
+        1152,
+        4304,
+        16,
+        27,
+    )
     assert config["vit_img_size"] % config["vit_patch_size"] == 0 and config["vit_cls_flag"] is False
     json.dumps(config)
 

@@ -68,7 +68,9 @@ def told_colour(images: torch.Tensor) -> torch.Tensor:
 
 def test_folder_of_class_folders(cache, folder, capfd):
     source = open_data("hub", str(folder), 8, 4, 0)
-    assert list(source.class_names) == ["blue", "green", "red"] and source.readout == "pooled" and source.num_classes == 3
+    assert (
+        list(source.class_names) == ["blue", "green", "red"] and source.readout == "pooled" and source.num_classes == 3
+    )
     assert source.info["broken"] == 2 and source.info["num_train"] == 54 and source.num_val == 6
     batch = source.train(0, 54)
     assert batch.images.shape == (54, 3, 8, 8) and batch.images.dtype == torch.float32

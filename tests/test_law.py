@@ -126,8 +126,12 @@ def test_twenty_planted_laws_are_recovered():
                 errors.append(np.log(e["estimate"] / s))
             for kind, hit in hits.items():
                 hit.append(e[kind + "low"] is None or e[kind + "low"] <= s <= e[kind + "high"])
-            print(f"{seed:3} {dim:8} true {s:.3f}  found {e['estimate'] or float('nan'):.3f}  {e['low']:.3f} to {e['high']:.3f}")
-    print(f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs); median error {np.median(errors):+.1%}")
+            print(
+                f"{seed:3} {dim:8} true {s:.3f}  found {e['estimate'] or float('nan'):.3f}  {e['low']:.3f} to {e['high']:.3f}"
+            )
+    print(
+        f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs); median error {np.median(errors):+.1%}"
+    )
     # nominal 90 %; 60 correlated trials have a standard error of about 5 points
     assert np.mean(hits[""]) >= 0.78 and np.mean(hits["pairs_"]) >= 0.75
     assert len(errors) > 50 and abs(np.median(errors)) < 0.1

@@ -33,7 +33,10 @@ def imports(path, top_level_only=False):
     if top_level_only:
         inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
         typing_only = {
-            id(n) for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test) for n in ast.walk(f)
+            id(n)
+            for f in ast.walk(tree)
+            if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
+            for n in ast.walk(f)
         }
         nodes = (n for n in ast.walk(tree) if id(n) not in inside | typing_only)
     for node in nodes:

@@ -42,7 +42,7 @@ def rows(count):
     return [row(RUN.replace(init_seed=i)) for i in range(count)]
 
 
-# a row -------------------------------------------------------------------------------------------------------------------
+# a row ---------------------------------------------------------------------------------------------------------------
 
 
 def test_costs_of_a_row():
@@ -77,7 +77,7 @@ def test_provenance_says_where_and_with_what():
     json.dumps(p)
 
 
-# merging -----------------------------------------------------------------------------------------------------------------
+# merging -------------------------------------------------------------------------------------------------------------
 
 
 def test_merge_is_sorted_idempotent_and_collapses_repeats():
@@ -93,7 +93,9 @@ def test_repeats_of_one_measurement_may_differ_in_when_and_where():
     assert merge([first, second]) == [first]
 
 
-@pytest.mark.parametrize(("name", "value"), [("val_loss", 1.6), ("val_loss/attr", 1.0), ("peak_lr", 0.004), ("status", "diverged")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("val_loss", 1.6), ("val_loss/attr", 1.0), ("peak_lr", 0.004), ("status", "diverged")]
+)
 def test_conflicting_rows_are_an_error(name, value):
     with pytest.raises(UserError, match=f"two rows of run_id {RUN.trunk_id}-1600 disagree on {name}") as caught:
         merge([row(), row() | {name: value}], "results/x.jsonl")
@@ -138,7 +140,7 @@ def test_updates_of_several_processes_are_all_kept(tmp_path):
     assert read_ledger(tmp_path / "s.jsonl") == merge(a)
 
 
-# reading -----------------------------------------------------------------------------------------------------------------
+# reading -------------------------------------------------------------------------------------------------------------
 
 
 def test_csv_is_read_like_json_lines(tmp_path):
@@ -159,7 +161,12 @@ def test_csv_is_read_like_json_lines(tmp_path):
         "commit": "123456789012",
         "num_registers": None,
     }
-    assert (second["trunk_id"], second["val_loss"], second["commit"], second["num_registers"]) == ("12345e6789", None, None, 4)
+    assert (second["trunk_id"], second["val_loss"], second["commit"], second["num_registers"]) == (
+        "12345e6789",
+        None,
+        None,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +223,7 @@ def test_columns_are_finite_numbers():
         columns(a, ["loss"])
 
 
-# files -------------------------------------------------------------------------------------------------------------------
+# files ---------------------------------------------------------------------------------------------------------------
 
 
 def test_records_round_trip_and_failed_ones_are_tried_again(tmp_path):

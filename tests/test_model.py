@@ -76,7 +76,9 @@ def test_fan_in_initialisation():
     assert std["attn_pool.kv.weight"] == pytest.approx(cut * 128**-0.5, rel=0.03)
     assert std["pos_embed"] == pytest.approx(0.1, rel=0.05)
     assert std["head.weight"] == pytest.approx(0.02, rel=0.1)
-    assert all(p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith("bias") and "norm" not in name)
+    assert all(
+        p.abs().max() == 0 for name, p in model.named_parameters() if name.endswith("bias") and "norm" not in name
+    )
 
 
 @pytest.mark.parametrize("pool", ["none", "map", "token"])

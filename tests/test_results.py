@@ -25,7 +25,10 @@ def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
     assert rows == merge(rows) == [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         extra = {k: row[k] for k in ("num_registers", "qkv_bias", "layer_scale") if k in row}
-        shape = Shape(**{k: row[k] for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}, **extra)
+        shape = Shape(
+            **{k: row[k] for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")},
+            **extra,
+        )
         assert row["num_params"] == shape.num_params and row["forward_flops"] == shape.forward_flops
         assert row["train_flops"] == shape.train_flops_per_image(row["num_classes"]) * row["num_examples"]
         assert row["run_id"] == f"{row['trunk_id']}-{row['num_examples']}" and row["study"] == path.stem
@@ -80,7 +83,9 @@ def test_files_named_in_the_readme_exist():
     import re
 
     text = (ROOT / "README.md").read_text()
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(r"`((?:sovit|studies|analysis|tests|results)/[\w/.]+\.\w+)`", text)
+    linked = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(
+        r"`((?:sovit|studies|analysis|tests|results)/[\w/.]+\.\w+)`", text
+    )
     assert linked
     for name in linked:
         assert (ROOT / name).exists(), name

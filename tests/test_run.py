@@ -13,7 +13,7 @@ SHAPE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 RUN = Run(SHAPE, Recipe(peak_lr=0.008), (1600, 3200))
 
 
-# identity ----------------------------------------------------------------------------------------------------------------
+# identity ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -21,11 +21,19 @@ RUN = Run(SHAPE, Recipe(peak_lr=0.008), (1600, 3200))
     [
         (RUN, "5a7d264457"),
         (
-            Run(SHAPE.replace(width=64), Recipe(0.004, schedule="rsqrt", weight_decay=0.1), (1600,), init_seed=3, data_seed=1),
+            Run(
+                SHAPE.replace(width=64),
+                Recipe(0.004, schedule="rsqrt", weight_decay=0.1),
+                (1600,),
+                init_seed=3,
+                data_seed=1,
+            ),
             "f0207bd366",
         ),
         (
-            Run(named_shape("So400m/14"), Recipe(1e-3, 128, parametrisation="timm"), (12800,), data="icons", preset="x"),
+            Run(
+                named_shape("So400m/14"), Recipe(1e-3, 128, parametrisation="timm"), (12800,), data="icons", preset="x"
+            ),
             "53d5ec1f8b",
         ),
     ],
@@ -101,7 +109,7 @@ def test_runs_survive_json():
     assert RUN.replace(budgets=[1600, 3200]) == RUN
 
 
-# bad input ---------------------------------------------------------------------------------------------------------------
+# bad input -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,11 +156,18 @@ def test_missing_fields_are_named():
         Run.from_dict([1])
 
 
-# overrides ---------------------------------------------------------------------------------------------------------------
+# overrides -----------------------------------------------------------------------------------------------------------
 
 
 def test_overrides_are_typed():
-    assignments = ["recipe.peak_lr=1", "shape.width=64", "shape.qkv_bias=False", "shape.pool=map", "budgets=[800]", "preset=7"]
+    assignments = [
+        "recipe.peak_lr=1",
+        "shape.width=64",
+        "shape.qkv_bias=False",
+        "shape.pool=map",
+        "budgets=[800]",
+        "preset=7",
+    ]
     run = override(RUN, assignments)
     assert run.recipe.peak_lr == 1.0 and isinstance(run.recipe.peak_lr, float)
     assert (run.shape.width, run.shape.qkv_bias, run.shape.pool) == (64, False, "map")
@@ -163,7 +178,17 @@ def test_overrides_are_typed():
 
 @pytest.mark.parametrize(
     "assignment",
-    ["recipe.lr=1", "lr=1", "recipe.peak_lr", "shape=3", "recipe.peak_lr.x=1", "shape.depth.x=1", "=1", "", "recipe.=1"],
+    [
+        "recipe.lr=1",
+        "lr=1",
+        "recipe.peak_lr",
+        "shape=3",
+        "recipe.peak_lr.x=1",
+        "shape.depth.x=1",
+        "=1",
+        "",
+        "recipe.=1",
+    ],
 )
 def test_unknown_keys_name_the_known_ones(assignment):
     with pytest.raises(UserError, match="unknown key .*shape.width.*recipe.peak_lr.*budgets.*init_seed") as caught:
@@ -189,11 +214,13 @@ def test_wrong_values_are_named(assignment, message):
         override(RUN, [assignment])
 
 
-# budgets -----------------------------------------------------------------------------------------------------------------
+# budgets -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flops", [3.2e10, 1e11, 1e12])
-@pytest.mark.parametrize("shape", [SHAPE, SHAPE.replace(width=16, depth=1), SHAPE.replace(width=96, depth=6, mlp_dim=512)])
+@pytest.mark.parametrize(
+    "shape", [SHAPE, SHAPE.replace(width=16, depth=1), SHAPE.replace(width=96, depth=6, mlp_dim=512)]
+)
 def test_budgets_spend_the_flops_to_half_a_batch(shape, flops):
     (n,) = budgets_for(shape, [flops], 16, 16)
     cost = 3 * (shape.forward_flops + shape.head_flops(16))
@@ -206,7 +233,9 @@ def test_budgets_rise_without_repeats():
     assert budgets_for(SHAPE, [1.0, 2.0], 16, 16) == (80,)  # five steps at least
 
 
-@pytest.mark.parametrize(("batch", "n", "expected"), [(16, 1600, 320), (16, 80, 16), (128, 64_000_000, 12_800_000), (16, 1008, 208)])
+@pytest.mark.parametrize(
+    ("batch", "n", "expected"), [(16, 1600, 320), (16, 80, 16), (128, 64_000_000, 12_800_000), (16, 1008, 208)]
+)
 def test_cooldown_is_a_fifth_in_whole_batches(batch, n, expected):
     run = RUN.replace(recipe=Recipe(0.008, batch_size=batch), budgets=(n,))
     assert run.cooldown_examples(n) == expected

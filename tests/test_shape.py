@@ -1,6 +1,6 @@
 """Shape arithmetic against timm models on the meta device and torch's own FLOP counter, to the unit.
 
-    SOVIT_SHAPES=200 python -m pytest tests/test_shape.py -s -k random     the long run, with its tally
+SOVIT_SHAPES=200 python -m pytest tests/test_shape.py -s -k random     the long run, with its tally
 """
 
 import dataclasses
@@ -62,7 +62,9 @@ def test_counts_of_random_shapes_equal_the_built_model():
         assert measured(on_meta(shape, 10), shape.image_size) == with_head, shape
         pools[shape.pool] += 1
     assert all(pools.values())
-    print(f"\n{NUM_SHAPES} random shapes, parameters and FLOPs equal to the unit, with and without a head; pools {pools}")
+    print(
+        f"\n{NUM_SHAPES} random shapes, parameters and FLOPs equal to the unit, with and without a head; pools {pools}"
+    )
 
 
 @pytest.mark.parametrize("name", TIMM_SHAPES)

@@ -38,8 +38,14 @@ def executions(folder, word="end"):
     return Counter(line.split()[1] for line in lines if line.startswith(word))
 
 
+def num_ended(folder):
+    return sum(executions(folder).values())
+
+
 def trials(folder, name="s"):
-    study = optuna.load_study(study_name=name, storage=sweep.open_storage(f"journal:{Path(folder) / 'runs' / name}.journal"))
+    study = optuna.load_study(
+        study_name=name, storage=sweep.open_storage(f"journal:{Path(folder) / 'runs' / name}.journal")
+    )
     return study.get_trials(deepcopy=False)
 
 
@@ -68,7 +74,7 @@ def expect_exactly_once(folder, design, rows):
     assert complete == {run.trunk_id: 1 for run in design}
 
 
-# exactly once ------------------------------------------------------------------------------------------------------------
+# exactly once --------------------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_without_trouble(tmp_path):
@@ -80,7 +86,11 @@ def test_a_sweep_without_trouble(tmp_path):
     for trial in found:
         run = Run.from_dict(trial.user_attrs["run"])
         assert trial.value == loss_of(run, 3200)  # the largest budget's
-        assert trial.params["width"] == 16 and trial.params["peak_lr"] == 0.008 and trial.params["init_seed"] == run.init_seed
+        assert (
+            trial.params["width"] == 16
+            and trial.params["peak_lr"] == 0.008
+            and trial.params["init_seed"] == run.init_seed
+        )
         assert trial.user_attrs["run_ids"] == list(run.run_ids)
     assert len({pid for pid in (tmp_path / "executions").read_text().split() if pid.isdigit()}) == 2
 
@@ -101,7 +111,7 @@ def test_a_killed_worker_is_replaced_and_its_trunk_done_again(tmp_path):
     launcher = subprocess.Popen(command)
     killed = set()
     for kills in (1, 2):
-        wait_for(lambda: sum(executions(tmp_path).values()) >= 2 * kills and set(pids_begun(tmp_path)) - killed)
+        wait_for(lambda least=2 * kills: num_ended(tmp_path) >= least and set(pids_begun(tmp_path)) - killed)
         pid = (set(pids_begun(tmp_path)) - killed).pop()
         os.kill(pid, signal.SIGKILL)
         killed.add(pid)
@@ -119,7 +129,7 @@ def test_everything_killed_and_launched_again(tmp_path):
     for attempt in range(3):
         command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "12", "2"]
         launcher = subprocess.Popen(command, start_new_session=True)
-        wait_for(lambda: sum(executions(tmp_path).values()) >= 2 * (attempt + 1) and pids_begun(tmp_path))
+        wait_for(lambda least=2 * (attempt + 1): num_ended(tmp_path) >= least and pids_begun(tmp_path))
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         time.sleep(0.05)
@@ -179,7 +189,7 @@ def test_looking_at_a_lock_does_not_take_it(tmp_path):
     assert not sweep.is_locked(tmp_path / "none")
 
 
-# the journal -------------------------------------------------------------------------------------------------------------
+# the journal ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_deleted_journal_is_rebuilt_without_training(tmp_path):
@@ -215,7 +225,11 @@ def test_a_torn_line_is_mended_by_whoever_appends_next(tmp_path):
         file.write(b'{"op_code": 4, "worker_id": "x')
     assert other.ask().number == 0
     study.enqueue_trial({})
-    assert len(other.get_trials()) == len(optuna.load_study(study_name="a", storage=sweep.open_storage(f"journal:{path}")).trials) == 2
+    assert (
+        len(other.get_trials())
+        == len(optuna.load_study(study_name="a", storage=sweep.open_storage(f"journal:{path}")).trials)
+        == 2
+    )
 
 
 def test_the_journals_lock_dies_with_its_process(tmp_path):
@@ -251,7 +265,7 @@ def test_sqlite_is_refused(tmp_path):
         sweep.open_storage("nonsense")
 
 
-# designs -----------------------------------------------------------------------------------------------------------------
+# designs -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_design_may_grow(tmp_path):
@@ -279,7 +293,7 @@ def test_one_trunk_twice_is_refused(tmp_path):
         fake_sweep.opened(tmp_path, [*runs(2), *runs(1, (3200,))])
 
 
-# failures ----------------------------------------------------------------------------------------------------------------
+# failures ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
@@ -291,7 +305,16 @@ def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
     assert [row["num_examples"] for row in failed] == [1600, 3200]
     for row in failed:
         assert (row["status"], row["error"]) == ("failed", "RuntimeError: out of memory")
-        unknown = ("val_loss", "val_error", "num_classes", "head_params", "head_flops", "train_flops", "spent_flops", "seconds")
+        unknown = (
+            "val_loss",
+            "val_error",
+            "num_classes",
+            "head_params",
+            "head_flops",
+            "train_flops",
+            "spent_flops",
+            "seconds",
+        )
         assert [row[name] for name in unknown] == [None] * len(unknown)
     assert executions(tmp_path, "begin")[bad.run_ids[0]] == 1  # an error is not tried again in the same launch
     (trial,) = [t for t in trials(tmp_path) if t.state == TrialState.FAIL]
@@ -310,7 +333,7 @@ def test_a_diverged_run_is_a_result(tmp_path):
     assert set(executions(tmp_path).values()) == {1}
 
 
-# what is done ------------------------------------------------------------------------------------------------------------
+# what is done --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_the_ledger_count_as_done(tmp_path):
@@ -335,14 +358,16 @@ def test_a_trial_that_waits_for_what_is_done_meanwhile_trains_nothing(tmp_path):
     study = sweep.open_study("s", sweep.open_storage(found.storage), list(found.runs.values()))
     with found.lock():
         sweep.reconcile(found, study, "earlier")
-    rows = [fake_sweep.new_row(r, 1600, status="ok", num_classes=16, val_loss=loss_of(r, 1600)) for r in found.runs.values()]
+    rows = [
+        fake_sweep.new_row(r, 1600, status="ok", num_classes=16, val_loss=loss_of(r, 1600)) for r in found.runs.values()
+    ]
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
     write_record(found.runs_dir, rows[1])
     fake_sweep.launch(tmp_path, [*design, *runs(3)[2:]])
     assert executions(tmp_path, "begin") == {runs(3)[2].run_ids[0]: 1}
 
 
-# the command line of a study ---------------------------------------------------------------------------------------------
+# the command line of a study -----------------------------------------------------------------------------------------
 
 
 SHAPES = (fake_sweep.SHAPE, Shape(8, 1, 16, head_dim=8, patch_size=4, image_size=16, pool="none"))
@@ -399,7 +424,9 @@ def test_exit_status_of_a_study_that_is_not_done(tmp_path, capsys, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit(3)\n")
     real = sweep.launch
-    monkeypatch.setattr(sweep, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)]))
+    monkeypatch.setattr(
+        sweep, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)])
+    )
     assert study_main(tmp_path) == 1
     assert "2 trunks are not done" in capsys.readouterr().err
 

@@ -26,7 +26,17 @@ SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
 RECIPE = Recipe(peak_lr=0.008, warmup_examples=160)
 SHORT, LONG = 2400, 4800  # 150 and 300 steps; the trunk is left at 120 and 240
 RUN = Run(SHAPE, RECIPE, (SHORT, LONG), study="s")
-INCIDENTAL = {"seconds", "spent_seconds", "spent_flops", "device", "versions", "commit", "commit_dirty", "date", "study"}
+INCIDENTAL = {
+    "seconds",
+    "spent_seconds",
+    "spent_flops",
+    "device",
+    "versions",
+    "commit",
+    "commit_dirty",
+    "date",
+    "study",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,17 +64,21 @@ def metrics(runs_dir, run=RUN):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-# what is recorded --------------------------------------------------------------------------------------------------------
+# what is recorded ----------------------------------------------------------------------------------------------------
 
 
 def test_a_row_has_the_columns_of_the_schema(trained):
     names = (
         "schema run_id trunk_id study status init_seed data_seed data preset num_classes objective width depth mlp_dim"
-        " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples cooldown_examples"
-        " forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay parametrisation val_loss"
-        " val_error zero_line seconds spent_seconds device versions commit commit_dirty date"
+        " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples"
+        " cooldown_examples forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay"
+        " parametrisation val_loss val_error zero_line seconds spent_seconds device versions commit commit_dirty date"
     )
-    skills = {f"{metric}/{name}" for metric in ("val_loss", "val_error") for name in ("attr", "fact", "hist", "major", "group", "same")}
+    skills = {
+        f"{metric}/{name}"
+        for metric in ("val_loss", "val_error")
+        for name in ("attr", "fact", "hist", "major", "group", "same")
+    }
     for row, n in zip(trained[1], RUN.budgets, strict=True):
         assert set(row) == set(names.split()) | skills
         assert (row["status"], row["num_examples"], row["run_id"]) == ("ok", n, RUN.run_id(n))
@@ -88,7 +102,11 @@ def test_bills_add_up_to_what_was_trained(trained):
 def test_the_log_has_every_window_once(trained):
     trunk = [(m["step"], m["branch"]) for m in metrics(trained[0]) if m["branch"] is None]
     assert trunk == [(50, None), (100, None), (120, None), (150, None), (200, None), (240, None)]
-    assert [(m["step"], m["branch"]) for m in metrics(trained[0]) if m["branch"]] == [(150, SHORT), (250, LONG), (300, LONG)]
+    assert [(m["step"], m["branch"]) for m in metrics(trained[0]) if m["branch"]] == [
+        (150, SHORT),
+        (250, LONG),
+        (300, LONG),
+    ]
     assert all(m["examples"] == 16 * m["step"] for m in metrics(trained[0]))
 
 
@@ -113,12 +131,12 @@ def test_progress_rises_to_the_end(tmp_path):
     seen = []
     train(RUN, tmp_path, on_progress=seen.append)
     share = [p["share"] for p in seen]
-    assert share == sorted(share) and 0 < share[0] and share[-1] == pytest.approx(1)
+    assert share == sorted(share) and share[0] > 0 and share[-1] == pytest.approx(1)
     assert seen[-1]["seconds_left"] == 0
     assert [p["phase"] for p in seen].count("trunk") == 6
 
 
-# the same numbers, however they were reached --------------------------------------------------------------------------------
+# the same numbers, however they were reached -------------------------------------------------------------------------
 
 
 def test_branches_do_not_depend_on_each_other(trained, tmp_path):
@@ -136,7 +154,9 @@ def test_a_larger_budget_added_later_goes_on_from_the_trunk(schedule, tmp_path):
     assert grown[0] == first[0]
     assert min(p["examples"] for p in seen) > run.trunk_examples(SHORT)
     assert measured(grown) == measured(train(run, tmp_path / "whole"))
-    assert metrics(tmp_path / "grown", run) == sorted_like(metrics(tmp_path / "whole", run), metrics(tmp_path / "grown", run))
+    assert metrics(tmp_path / "grown", run) == sorted_like(
+        metrics(tmp_path / "whole", run), metrics(tmp_path / "grown", run)
+    )
     assert sum(row["spent_flops"] for row in grown) == run.total_examples * SHAPE.train_flops_per_image(16)
 
 
@@ -185,7 +205,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("window", "save_seconds"), [(1, 0), (3, 0), (4, 0), (6, 0), (8, 0), (2, 1e9), (4, 1e9), (7, 1e9)])
+@pytest.mark.parametrize(
+    ("window", "save_seconds"), [(1, 0), (3, 0), (4, 0), (6, 0), (8, 0), (2, 1e9), (4, 1e9), (7, 1e9)]
+)
 def test_resuming_after_a_window_repeats_the_log(trained, tmp_path, window, save_seconds):
     """Ended in the middle, with a periodic checkpoint after every window or with none."""
     seen = []
@@ -230,7 +252,7 @@ def test_a_branch_with_a_record_has_its_weights(tmp_path, monkeypatch):
     assert read_record(tmp_path, RUN.trunk_id, RUN.run_id(SHORT)) is None
 
 
-# divergence --------------------------------------------------------------------------------------------------------------
+# divergence ----------------------------------------------------------------------------------------------------------
 
 
 def test_divergence_is_recorded_with_its_step_and_without_a_loss(tmp_path):
@@ -274,7 +296,7 @@ def test_a_bad_batch_ends_only_what_sees_it(trained, tmp_path, monkeypatch, step
             assert measured([row]) == measured([clean])
 
 
-# validation --------------------------------------------------------------------------------------------------------------
+# validation ----------------------------------------------------------------------------------------------------------
 
 
 def test_validation_against_a_plain_computation():
@@ -312,7 +334,9 @@ class Oracle(torch.nn.Module):
         return F.one_hot(labels, 16).float() * 10
 
 
-@pytest.mark.parametrize(("wrong", "error", "cell_error"), [(0, 0.0, 0.0), (1, 0.25, 0.0), (3, 0.75, 1.0), (4, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("wrong", "error", "cell_error"), [(0, 0.0, 0.0), (1, 0.25, 0.0), (3, 0.75, 1.0), (4, 1.0, 1.0)]
+)
 def test_patches_of_a_cell_answer_together(wrong, error, cell_error):
     source = open_data("stream", "cpu", 32, 4, 0)
     source.num_val = 40
@@ -320,12 +344,14 @@ def test_patches_of_a_cell_answer_together(wrong, error, cell_error):
     assert (found["val_error"], found["val_cell_error"]) == (error, cell_error)
 
 
-# bad input ---------------------------------------------------------------------------------------------------------------
+# bad input -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", ["avg", "map", "token"])
 def test_a_pool_that_does_not_fit_the_labels_is_bad_input(tmp_path, pool):
-    with pytest.raises(UserError, match=f"pool='{pool}' does not fit stream:cpu, whose labels are tokens; use pool=none"):
+    with pytest.raises(
+        UserError, match=f"pool='{pool}' does not fit stream:cpu, whose labels are tokens; use pool=none"
+    ):
         train(RUN.replace(shape=SHAPE.replace(pool=pool)), tmp_path)
     assert not list(tmp_path.rglob("*.pt"))
 

@@ -18,7 +18,13 @@ B = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
 
 def prediction(seeds=(10, 11, 12)):
     arms = {"recommended": {"shape": A.to_dict(), "predicted": 1.0}, "usual": {"shape": B.to_dict(), "predicted": 1.1}}
-    return {"train_flops": 1e10, "seeds": list(seeds), "rule": RULE, "arms": arms, "predicted_difference": math.log(1 / 1.1)}
+    return {
+        "train_flops": 1e10,
+        "seeds": list(seeds),
+        "rule": RULE,
+        "arms": arms,
+        "predicted_difference": math.log(1 / 1.1),
+    }
 
 
 def rows_with(losses_a, losses_b):

@@ -141,10 +141,14 @@ class Stream:
         palette = torch.cat([palette, 0.25 + 0.5 * palette])[: w.num_colours]  # [c, 3]
         self.palette = palette.to(self.device)
         mark = torch.randint(0, 2, (w.num_questions, w.cell, w.cell, 3), generator=generator).float()
-        table = torch.randint(0, NUM_ANSWERS, (w.num_questions, max(f(w) for f in COLUMNS.values())), generator=generator)
+        table = torch.randint(
+            0, NUM_ANSWERS, (w.num_questions, max(f(w) for f in COLUMNS.values())), generator=generator
+        )
         probe = torch.randint(0, w.num_colours, (w.num_questions,), generator=generator)
         template = torch.tensor([self.skills.index(w.cycle[q % len(w.cycle)]) for q in range(w.num_questions)])
-        for _ in range(int(math.log2(scale))):  # finer octaves: detail of zero mean, so that averaging returns the coarser
+        for _ in range(
+            int(math.log2(scale))
+        ):  # finer octaves: detail of zero mean, so that averaging returns the coarser
             glyph = glyph.repeat_interleave(2, 1).repeat_interleave(2, 2)
             half = torch.rand(glyph[:, ::2, ::2].shape, generator=generator) - 0.5
             for y, x, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
@@ -216,7 +220,9 @@ class Stream:
         image = self.mark[scene["question"]]  # [B, C, cell, cell, 3]; the glyph is painted over its lower right part
         ink = 0.2 + 0.8 * self.glyph[scene["glyph"]]  # [B, C, s, s]
         image[:, :, margin:, margin:] = self.palette[scene["colour"]][:, :, None, None] * ink[..., None]
-        image = image.view(-1, grid, grid, cell, cell, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * cell, grid * cell)
+        image = (
+            image.view(-1, grid, grid, cell, cell, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * cell, grid * cell)
+        )
         if noise_seed is not None and w.pixel_noise:
             generator = torch.Generator(self.device).manual_seed(noise_seed)
             noise = torch.empty(image.shape, device=self.device).normal_(0, w.pixel_noise, generator=generator)
