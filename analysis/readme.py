@@ -49,10 +49,13 @@ def law(study: str) -> str:
     law = json.loads((RESULTS / f"{study}_law" / "law.json").read_text())
     rows = read_ledger(RESULTS / f"{study}.jsonl")
     budgets = sorted({float(f"{r['train_flops']:.1e}") for r in rows})
-    hours = sum(r.get("spent_seconds") or 0 for r in rows) / 3600
+    billed = [r["spent_seconds"] for r in rows if r.get("spent_seconds") is not None]
+    hours = f"{sum(billed) / 3600:.1f} hours of one busy thread" + (
+        f" (without {len(rows) - len(billed)} rows whose time was not kept)" if len(billed) < len(rows) else ""
+    )
     lines = [
         f"{law['num_rows']} measurements of {law['num_clusters']} trunks, {budgets[0]:.1e} to {budgets[-1]:.1e} training FLOPs,"
-        f" {hours:.1f} hours of one busy thread. Headline form: `{law['form']}`.",
+        f" {hours}. Headline form: `{law['form']}`.",
         "",
         "| dimension | best x grows as compute^s | 90 % interval | 90 % by pairs of trunks | status |",
         "|---|---|---|---|---|",
@@ -60,7 +63,8 @@ def law(study: str) -> str:
     for name, e in law["exponents"].items():
         s = "not determined" if e["estimate"] is None else f"{e['estimate']:.3f}"
         lines.append(
-            f"| {NAMES[name]} | {s} | {_range(e['low'], e['high'])} | {_range(e['pairs_low'], e['pairs_high'])} | {e['status']} |"
+            f"| {NAMES[name]} | {s} | {_range(e['low'], e['high'])} | {_range(e['pairs_low'], e['pairs_high'])} |"
+            f" {e['status']} |"
         )
     noise, residual = law["noise"], law["diagnostics"]["residual_rms"]
     lines += [
@@ -71,7 +75,8 @@ def law(study: str) -> str:
     e = law["extrapolation"]
     scores = ", ".join(
         f"{form} {score['rmse']:.1%} ({score['bias']:+.1%})"
-        for form, score in sorted(e["forms"].items(), key=lambda item: item[1]["rmse"])
+        for form, score in sorted(e["forms"].items(), key=lambda item: item[1]["rmse"] or math.inf)
+        if score["rmse"] is not None
     )
     lines += [f"Fitted to the {e['n_fit']} cheaper rows, error on the {e['n']} most expensive, RMSE (bias): {scores}."]
     return "\n".join(lines)
@@ -84,12 +89,14 @@ def validation(study: str) -> str:
         lines.append(
             f"| {name} | {arm['label']} | {arm['predicted']:.4f} | {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |"
         )
-    d = v["difference"]
+    d, said = v["difference"], v["predicted_difference"]
+    low, high = (said["low"], said["high"]) if said["low"] is not None else (said["estimate"],) * 2
+    missed = " The prediction lies outside of what was measured." if high < d["low"] or low > d["high"] else ""
     lines += [
         "",
         f"At {v['train_flops']:.1e} training FLOPs each: {math.expm1(d['mean']):+.1%} loss, 90 % interval"
-        f" {math.expm1(d['low']):+.1%} to {math.expm1(d['high']):+.1%}, predicted {math.expm1(v['predicted_difference']):+.1%}."
-        f" Verdict by the rule: **{v['verdict']}**.",
+        f" {math.expm1(d['low']):+.1%} to {math.expm1(d['high']):+.1%}, predicted {math.expm1(v['predicted_difference']['estimate']):+.1%}."
+        f" Verdict by the rule: **{v['verdict']}**." + missed,
     ]
     return "\n".join(lines)
 

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_demo)
 
     p = commands.add_parser("count", help="parameters and FLOPs of one shape, or of several as a table")
-    p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, So400m/14@384 or vit_base_patch16_224")
+    p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, So400m/14@378 or vit_base_patch16_224")
     for name in ("width", "depth", "mlp-dim", "head-dim", "patch-size", "image-size", "num-registers"):
         p.add_argument(f"--{name}", type=int, help=f"override, or say without a name, the {name.replace('-', ' ')}")
     p.add_argument("--pool", help="avg, map, token or none")
@@ -104,12 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _demo(options) -> int:
     from sovit.demo import demo
 
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be at least 1")
     return demo(options.out, options.workers)
 
 
 def _count(options) -> None:
     from sovit.shape import Shape, named_shape
 
+    if options.num_classes < 0:
+        raise UserError(f"--num-classes {options.num_classes} is negative; give 0 for no head")
     names = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "num_registers", "pool")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.shapes:
@@ -166,19 +170,8 @@ def _fit(options) -> None:
     print(json.dumps(summary, indent=2) if options.json else summary["text"])
 
 
-def read_law(path: Path):
-    """Read a law.json. Raises UserError where it is missing or not a law."""
-    from sovit.law import Fit
-
-    try:
-        return Fit.from_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a law ({error}); make one with sovit fit") from None
-
-
 def _predict(options) -> None:
+    from sovit.law import read_law
     from sovit.predict import best_shape
 
     recommendation = best_shape(read_law(options.law), options.train_flops)
@@ -195,8 +188,8 @@ def recommendation_text(r) -> str:
 
     lines = [
         f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
-        f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']}, patch {s['patch_size']},"
-        f" {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
+        f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']},"
+        f" patch {s['patch_size']}, {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
         f"predicted loss {r.loss:.4f} ({interval(r.loss_low, r.loss_high, '.4f')})",
     ]
     for name, o in r.optimum.items():
@@ -217,10 +210,11 @@ def recommendation_text(r) -> str:
     return "\n".join(lines + [f"warning: {w}" for w in r.warnings])
 
 
-def _export(options) -> None:
-    from sovit.export import FORMATS, export_timm, write_config
+def _export(options) -> int:
+    from sovit.export import export_timm, write_config
 
     if options.config_only:
+        from sovit.law import read_law
         from sovit.predict import best_shape
         from sovit.shape import Shape
 
@@ -228,18 +222,23 @@ def _export(options) -> None:
             raise UserError("--config-only needs --train-flops, the budget that the shape is for")
         shape = Shape(**best_shape(read_law(Path(options.source)), options.train_flops).shape)
         print(f"{write_config(shape, options.format, options.out)}: {shape.label}, {shape.num_params:,} parameters")
-        return
-    if options.format not in FORMATS:
-        raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format {FORMATS[0]}")
-    report = export_timm(options.source, options.runs, options.out)
+        return 0
+    if options.format != "timm":
+        raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format timm")
+    try:
+        report = export_timm(options.source, options.runs, options.out)
+    except RuntimeError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
     checked = "timm's reload is bit-equal"
     if report["transformers_max_difference"] is not None:
         checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
     print(f"{report['out']}: {checked}")
+    return 0
 
 
 def _data(options) -> None:
-    from sovit.data import NORMALISATION, PRESETS, open_data
+    from sovit.data import NORMALISATION, PRESETS, baselines, open_data
 
     if options.action == "list":
         for name, presets in PRESETS.items():
@@ -249,16 +248,13 @@ def _data(options) -> None:
     if not options.source:
         raise UserError("name a source, such as stream:cpu; `sovit data list` shows them")
     data, _, preset = options.source.partition(":")
-    preset = preset or next(iter(PRESETS.get(data, {"": None})))
+    preset = preset or next(iter(PRESETS.get(data, ())), "")
     image_size = options.image_size or PRESETS.get(data, {}).get(preset, (64, ""))[0]
     patch_size = options.patch_size
     source = open_data(data, preset, image_size, patch_size, data_seed=0)
-    print(
-        f"{data}:{preset} at {image_size} px: {source.num_classes} classes, labels {source.readout}, {source.num_val:,} validation images"
-    )
-    print(
-        f"zero line {source.zero_line:.4f} nats" + "".join(f"\n  blind {k}: {v:.4f}" for k, v in source.blind.items())
-    )
+    print(f"{data}:{preset} at {image_size} px: {source.num_classes} classes, labels {source.readout},", end=" ")
+    print(f"{source.num_val:,} validation images")
+    print(baselines(source))
     if options.action == "show":
         from sovit.plot import contact_sheet
 

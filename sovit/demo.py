@@ -66,8 +66,8 @@ def demo(out: Path, workers: int) -> int:
         resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     print(
-        f"\n{wall / 60:.1f} minutes with {workers} workers, {1 - trained / (wall * workers):.0%} of their time outside training"
-        f" steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"
+        f"\n{wall / 60:.1f} minutes with {workers} workers, {1 - trained / (wall * workers):.0%} of their time outside"
+        f" training steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"
     )
     return int(bool(star_sweep.pending() or test_sweep.pending()))
 

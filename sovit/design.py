@@ -14,16 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sovit import UserError
 from sovit.run import Recipe, Run, budgets_for
-from sovit.shape import Shape
-
-DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")
+from sovit.shape import DIMENSIONS, Shape
 
 
 def star(centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True) -> list[Shape]:
     """The centre first, then each arm in turn, then the corners. `arms`: dimension -> values.
 
-    Corners take, in each dimension, the lower or upper quartile of the values run (the centre's included). With three
-    arms or more they are the half fraction of the factorial (an even number of low values): 4 for three arms.
+    Corners take, in each dimension, the lower or upper quartile of the values run, the centre's included, so that a
+    corner may stand at the centre in one dimension; each is off it in two at least. With three arms or more they are
+    the half fraction of the factorial (an even number of low values): 4 for three arms.
     """
     _check(arms)
     shapes = [centre]
@@ -33,7 +32,9 @@ def star(centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True)
         ends = {name: (v[len(v) // 4], v[(3 * len(v)) // 4]) for name, v in ladder.items()}
         for picks in itertools.product((0, 1), repeat=len(arms)):
             if len(arms) == 2 or sum(1 - p for p in picks) % 2 == 0:
-                shapes.append(centre.replace(**{name: ends[name][p] for name, p in zip(arms, picks)}))
+                moved = {name: ends[name][p] for name, p in zip(arms, picks) if ends[name][p] != getattr(centre, name)}
+                if len(moved) >= 2:  # on an axis no interaction is seen
+                    shapes.append(centre.replace(**moved))
     return list(dict.fromkeys(shapes))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 from sovit import UserError
 from sovit.run import Run
 from sovit.shape import Shape
-
-FORMATS = ("timm",)
 
 
 def config_of(shape: Shape, format: str) -> dict:
@@ -90,6 +89,7 @@ def write_config(shape: Shape, format: str, out: Path) -> Path:
 
 def load_branch(run_id: str, runs_dir: Path | str):
     """Rebuild the trained model of one branch in eval mode: (model, run). Raises UserError where it is not there."""
+    import safetensors
     import safetensors.torch
 
     from sovit.data import NORMALISATION
@@ -101,46 +101,73 @@ def load_branch(run_id: str, runs_dir: Path | str):
         known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
         hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
-    run = Run.from_dict(json.loads((folder / "config.json").read_text()))
-    state = safetensors.torch.load_file(weights)
+    try:
+        run = Run.from_dict(json.loads((folder / "config.json").read_text()))
+        state = safetensors.torch.load_file(weights)
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"the trained run {run_id} is damaged ({error}); train it again") from None
     model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
     model.load_state_dict(state)
     return model.eval(), run
+
+
+TOLERANCE = 1e-5  # of transformers' reload: it runs the same timm model, but may choose another attention kernel
 
 
 def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
     """Write the encoder of one branch as a timm folder, load it again by timm and transformers, and compare.
 
     Returns {"out", "run_id", "timm_max_difference", "transformers_max_difference" (None where transformers is not
-    installed)}. Raises RuntimeError if timm's reload differs in a single bit; the folder is written in full or not at all.
+    installed)}. Raises UserError for a run that is not there and for an `out` that holds something else, RuntimeError
+    if timm's reload differs in a bit or transformers' by more than TOLERANCE; `out` is written in full or not at all.
     """
-    import timm
-    import torch
-
     model, run = load_branch(run_id, runs_dir)
     out = Path(out)
+    _check_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a folder that can be written") from None
-    _save_timm(model, run, staging)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, 3, run.shape.image_size, run.shape.image_size, generator=generator)
-    with torch.no_grad():
-        expected, features = model(images), model.forward_features(images)
-        reloaded = timm.create_model(f"local-dir:{staging}", pretrained=True).eval()
-        difference = (reloaded(images) - expected).abs().max().item()
-    if difference != 0.0:
-        raise RuntimeError(f"timm's reload of {run_id} differs by {difference:g}")
-    report = {
-        "out": str(out),
-        "run_id": run_id,
-        "timm_max_difference": difference,
-        "transformers_max_difference": _transformers_difference(staging, images, features),
-    }
-    _replace_folder(staging, out)
+    try:
+        _save_timm(model, run, staging)
+        report = {"out": str(out), "run_id": run_id, **_compare(model, run.shape, staging)}
+        staging.chmod(0o755)
+        shutil.rmtree(out, ignore_errors=True)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only an empty folder or an earlier export of ours may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        tag = json.loads((out / "config.json").read_text())["pretrained_cfg"]["tag"]
+    except (OSError, ValueError, KeyError, TypeError):
+        tag = None
+    if tag != "sovit":
+        raise UserError(f"{out} holds something else than an exported encoder; choose another folder with --out")
+
+
+def _compare(model, shape: Shape, folder: Path) -> dict:
+    """Reload the folder by timm and by transformers and compare outputs on random images."""
+    import timm
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, 3, shape.image_size, shape.image_size, generator=generator)  # [B, 3, H, W]
+    with torch.no_grad():
+        reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        by_timm = (reloaded(images) - model(images)).abs().max().item()
+        by_transformers = _transformers_difference(folder, images, model.forward_features(images))
+    if by_timm != 0.0:
+        raise RuntimeError(f"timm's reload of the export differs by {by_timm:g}; nothing was written")
+    if by_transformers is not None and by_transformers > TOLERANCE:
+        raise RuntimeError(f"transformers' reload of the export differs by {by_transformers:g}; nothing was written")
+    return {"timm_max_difference": by_timm, "transformers_max_difference": by_transformers}
 
 
 def _save_timm(model, run: Run, folder: Path) -> None:
@@ -175,20 +202,3 @@ def _transformers_difference(folder: Path, images, features) -> float | None:
         tower = AutoModel.from_pretrained(folder).eval()
         hidden = tower(pixel_values=images).last_hidden_state
     return (hidden - features).abs().max().item()
-
-
-def _replace_folder(staging: Path, out: Path) -> None:
-    import shutil
-
-    old = None
-    if out.exists():
-        if not (out / "config.json").exists() and any(out.iterdir()):
-            shutil.rmtree(staging)
-            raise UserError(f"{out} holds something else than an exported encoder; choose another folder with --out")
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-    staging.chmod(0o755)
-    staging.rename(out)
-    if old:
-        shutil.rmtree(old)

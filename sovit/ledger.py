@@ -11,7 +11,6 @@ import contextlib
 import csv
 import fcntl
 import json
-import math
 import os
 import platform
 import subprocess
@@ -26,6 +25,21 @@ from sovit.run import Run
 SCHEMA = 1
 STATUSES = ("ok", "diverged", "failed")
 ANSWERED = ("ok", "diverged")  # both are results; a failed run is tried again
+# what may differ between two runs of one measurement
+INCIDENTAL = set(
+    [
+        "seconds",
+        "spent_seconds",
+        "spent_flops",
+        "device",
+        "versions",
+        "commit",
+        "commit_dirty",
+        "date",
+        "study",
+        "error",
+    ]
+)
 REQUIRED = ("run_id", "trunk_id", "status", "num_examples")
 TEXT = ("run_id", "trunk_id", "commit")  # hexadecimal digits, which a CSV file cannot tell from 12e4
 
@@ -36,7 +50,8 @@ def new_row(
     """One row of the schema: identity, shape, recipe and costs from the run; metrics and machine facts from `more`.
 
     `compute` is SoViT's t, forward FLOPs x images of the encoder; `train_flops` is what training on that many images
-    costs, 3 x (encoder + head); `spent_flops` is this branch's own part of it, so that its sum over rows is the true bill.
+    costs, 3 x (encoder + head); `spent_flops` is this branch's own part of it, so that its sum over the rows of a trunk that
+    ended well is the true bill.
     """
     shape = run.shape
     per_image = shape.train_flops_per_image(num_classes)
@@ -79,18 +94,21 @@ def new_row(
 
 
 def provenance(device: str) -> dict:
-    """Where a measurement was made: device, library versions, commit, and whether the code was as committed."""
+    """Where a measurement was made: device, library versions, commit, and whether the code was as committed.
+
+    Both are None where this file is not tracked by git: an installed copy must not take its user's commit for its own.
+    """
+    root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = None
-    dirty = None
+    commit = dirty = None
     with contextlib.suppress(FileNotFoundError):  # a node without git can train
-        commit = git("rev-parse", "--short=12", "HEAD")
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "sovit", "studies")) if commit else None
+        if git("ls-files", "--error-unmatch", "sovit/ledger.py"):
+            commit = git("rev-parse", "--short=12", "HEAD")
+            dirty = bool(git("status", "--porcelain", "--untracked-files=no", "--", "sovit", "studies"))
     versions = {"python": platform.python_version()}
     for package in ("torch", "timm", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -122,9 +140,16 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path):
-    """Hold an exclusive lock on `path` (made if absent); the kernel releases it if the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    """Hold an exclusive lock on `path` (made if absent); the kernel releases it if the process dies.
+
+    Raises UserError where the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -177,28 +202,17 @@ def read_ledger(path: Path | str) -> list[dict]:
 def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
     """Sort rows by run_id and collapse identical duplicates; a failed row gives way to an answer.
 
-    Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit.
+    Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit,
+    and one of them may lack a column that was added later; the fuller row stays.
     Raises UserError for conflicting rows with one run_id.
     """
-    incidental = {
-        "seconds",
-        "spent_seconds",
-        "device",
-        "versions",
-        "commit",
-        "commit_dirty",
-        "date",
-        "study",
-        "spent_flops",
-        "error",
-    }
     by_id: dict[str, dict] = {}
     for row in rows:
         other = by_id.get(row["run_id"])
         if other is None or (other["status"] == "failed" and row["status"] != "failed"):
             by_id[row["run_id"]] = row
         elif row["status"] != "failed":
-            keys = (set(row) | set(other)) - incidental
+            keys = (set(row) & set(other)) - INCIDENTAL
             differing = sorted(k for k in keys if row.get(k) != other.get(k))
             if differing:
                 k = differing[0]
@@ -206,6 +220,7 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
                     f"{where}: two rows of run_id {row['run_id']} disagree on {k} ({other.get(k)} and {row.get(k)});"
                     " remove one of them"
                 )
+            by_id[row["run_id"]] = max(other, row, key=lambda r: len(set(r) - INCIDENTAL))
     return [by_id[k] for k in sorted(by_id)]
 
 
@@ -226,28 +241,14 @@ def read_exclusions(path: Path | str) -> dict[str, str]:
     path = Path(path)
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
     for i, row in enumerate(rows):
         if not row.get("run_id") or not row.get("reason"):
             raise UserError(f"{path}:{i + 2} needs both a run_id and a reason")
     return {row["run_id"]: row["reason"] for row in rows}
-
-
-def columns(rows: list[dict], names: list[str]) -> dict:
-    """Named columns of rows as float64 arrays [rows]. Raises UserError for a row without a finite number."""
-    import numpy as np
-
-    out = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        for row, value in zip(rows, values):
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(
-                    f"row {row['run_id']} has {name}={value!r}; a finite number is needed: complete or exclude it"
-                )
-        out[name] = np.array(values, dtype=float)
-    return out
 
 
 def _parse_row(text: str, where: str) -> dict:
@@ -264,6 +265,9 @@ def _checked(row: object, where: str) -> dict:
     missing = [name for name in REQUIRED if row.get(name) is None]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}; see the row schema in the README")
+    wrong = [name for name in ("run_id", "trunk_id") if not isinstance(row[name], str)]
+    if wrong:
+        raise UserError(f"{where} has {wrong[0]}={row[wrong[0]]!r}; it must be text in quotes")
     if row["status"] not in STATUSES:
         raise UserError(f"{where} has status={row['status']!r}; it must be one of {', '.join(STATUSES)}")
     return row

@@ -90,7 +90,8 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
     Console(width=150 if not Console().is_terminal else None).print(table)
     t = plan["totals"]
     print(
-        f"\n{t['study']}: {t['trunks']} trunks ({t['pending']} to do), {t['measurements']} measurements, {_short(t['images'])} images"
+        f"\n{t['study']}: {t['trunks']} trunks ({t['pending']} to do), {t['measurements']} measurements,"
+        f" {_short(t['images'])} images"
         f"\ncompute (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
         f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
         f"\nestimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"

@@ -43,6 +43,8 @@ class Recipe:
         for name in ("peak_lr", "batch_size", "clip_norm", "rsqrt_examples"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if self.schedule == "rsqrt" and self.rsqrt_examples < self.batch_size:
+            raise UserError(f"rsqrt_examples={self.rsqrt_examples} is under one batch of {self.batch_size}; give more")
         if not 0 < self.cooldown < 1:
             raise UserError(f"cooldown={self.cooldown} is not a share; give a number between 0 and 1")
         if self.weight_decay < 0 or self.warmup_examples < 0:

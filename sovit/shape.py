@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sovit import UserError
 
+DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
 POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
 
 
@@ -209,7 +210,7 @@ TIMM_SHAPES = {
 
 
 def named_shape(name: str, **changes) -> Shape:
-    """Look up `B/16`, `So400m/14@384` (variant/patch@image size) or a timm model name; `changes` override fields.
+    """Look up `B/16`, `So400m/14@378` (variant/patch@image size) or a timm model name; `changes` override fields.
 
     Raises UserError, with the nearest known names, for a name that is not in the tables.
     """

@@ -138,6 +138,20 @@ class Sweep:
         """The answered row of each branch, from its record or the ledger; None where it is still to be had."""
         return [read_record(self.runs_dir, run.trunk_id, i) or self.in_ledger.get(i) for i in run.run_ids]
 
+    def refuse_other_rows(self) -> None:
+        """Raise UserError where the ledger holds rows of another design, as the study's own guard may be deleted."""
+        asked = {run_id for run in self.runs.values() for run_id in run.run_ids}
+        for run_id in self.in_ledger:
+            if run_id not in asked:
+                raise UserError(
+                    f"{self.ledger} holds {run_id}, which this design does not ask for;"
+                    " give another design another name with --name"
+                )
+
+    def in_training(self) -> list[Run]:
+        """What is not done and held by a living process, of this launch or another."""
+        return [run for run in self.pending() if is_locked(self.runs_dir / run.trunk_id / "lock")]
+
     def is_done(self, run: Run) -> bool:
         return all(self.rows(run))
 
@@ -233,10 +247,11 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
             if not any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
                 return failed
             trial = study.ask()
-            trunk = trial.user_attrs["trunk_id"]
-            run = sweep.runs[trunk]
-            holder = open(_made(sweep.runs_dir / trunk / "lock"), "a")
-            fcntl.flock(holder, fcntl.LOCK_EX)  # free by now: a trunk is enqueued once at a time
+            run = Run.from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
+            holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
+            ours = _try_lock(holder)
+        if not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
+            fcntl.flock(holder, fcntl.LOCK_EX)
         for name, d in distributions(run).items():  # takes the enqueued values up into the trial
             suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
             suggest(name, d.low, d.high)
@@ -261,16 +276,29 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run,
     except Exception as error:  # whatever a run dies of is recorded, and the sweep goes on
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         _record_failure(sweep, todo, reason)
-        trial.set_user_attr("error", reason)
-        study.tell(trial, state=TrialState.FAIL)
+        _tell(study, trial, None, reason)
         return 1
     last = sweep.rows(run)[-1]
-    if last["val_loss"] is None:
-        trial.set_user_attr("error", f"{last['status']}: {last.get('error')}")
-        study.tell(trial, state=TrialState.FAIL)
-    else:
-        study.tell(trial, last["val_loss"])
+    _tell(study, trial, last["val_loss"], f"{last['status']}: {last.get('error')}")
     return 0
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, error: str) -> None:
+    # while this process waited for another study's trunk, reconcile may have told the trial; the records are the truth
+    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        if value is None:
+            trial.set_user_attr("error", error)
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, value)
+
+
+def _try_lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _record_failure(sweep: Sweep, run: Run, reason: str) -> None:
@@ -301,9 +329,12 @@ def _made(path: Path) -> Path:
 def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequence[str] = ()) -> list[dict]:
     """Run what is pending with `workers` processes and return the ledger's rows. Ctrl-C stops it; relaunch resumes."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep.runs_dir.mkdir(parents=True, exist_ok=True)
+    sweep.refuse_other_rows()
+    storage = open_storage(sweep.storage)
+    with locked(sweep.ledger.with_suffix(".lock")):
+        pass  # a folder that cannot be written is found now, not after the training
     with sweep.lock():
-        study = open_study(sweep.name, open_storage(sweep.storage), list(sweep.runs.values()))
+        study = open_study(sweep.name, storage, list(sweep.runs.values()))
         token = hashlib.sha256(f"{os.getpid()} {time.time_ns()}".encode()).hexdigest()[:8]
         reconcile(sweep, study, token)
     plan = {
@@ -316,7 +347,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         "device": device,
         "runs": [run.to_dict() for run in sweep.runs.values()],
     }
-    plan_path = sweep.runs_dir / f"{sweep.name}.plan.json"
+    plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
     command = list(worker_command) or [sys.executable, "-m", "sovit.sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
@@ -329,19 +360,23 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
 
     pending = len(sweep.pending())
     processes = [start() for _ in range(min(workers, pending))]
-    restarts = MAX_ATTEMPTS * max(pending, 1)
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a polite kill ends like Ctrl-C, workers included
+    restarts, waited = MAX_ATTEMPTS * max(pending, 1), False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     try:
         with _display(sweep) as show:
-            while processes:
+            while True:
+                if not processes and not sweep.in_training():
+                    if not (waited and restarts and sweep.pending()):
+                        break
+                    restarts, waited = restarts - 1, False  # who trained it without us has died: do it again
+                    processes.append(start())
                 time.sleep(POLL_SECONDS)
                 for process in [p for p in processes if p.poll() is not None]:
                     processes.remove(process)
                     if process.returncode < 0 and restarts and sweep.pending():  # killed: another takes its place
                         restarts -= 1
                         processes.append(start())
+                waited = waited or not processes  # for a worker of another launch, whose launcher may be gone
                 show(len(processes))
     except KeyboardInterrupt:
         print(f"\nstopped; run the same command again to go on with {sweep.name}", file=sys.stderr)
@@ -353,6 +388,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         for process in processes:
             process.wait()
         log.close()
+        plan_path.unlink(missing_ok=True)
         rows = sweep.collect()
     with sweep.lock():  # what died last is told so
         reconcile(sweep, study, token)
@@ -390,10 +426,11 @@ def _display(sweep: Sweep):
                     f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.shape.label} seed {run.init_seed}"
                     f" lr {run.recipe.peak_lr:g}: {loss} at {last['train_flops']:.2e} FLOPs, {last['seconds'] or 0:.0f} s",
                     highlight=False,
+                    soft_wrap=True,
                 )
         if live:
             spent, lines = sum(flops_of[t] for t in done), []
-            for trunk, run in sweep.runs.items():
+            for trunk in sweep.runs:
                 path = sweep.runs_dir / trunk / "progress.json"
                 if trunk not in done and is_locked(sweep.runs_dir / trunk / "lock") and path.exists():
                     progress = json.loads(path.read_text())
@@ -402,8 +439,8 @@ def _display(sweep: Sweep):
             elapsed = time.monotonic() - started
             left = elapsed * (total - spent) / (spent - before) if spent > before else float("nan")
             clock = f"{left / 60:.0f} min left" if left == left else "estimating"
-            head = f"{sweep.name}: {len(done)}/{len(sweep.runs)} trunks, {spent / total:.0%} of {total:.2e} FLOPs, {workers} workers, {clock}"
-            live.update(Text("\n".join([head, *lines])))
+            head = f"{sweep.name}: {len(done)}/{len(sweep.runs)} trunks, {spent / total:.0%} of {total:.2e} FLOPs"
+            live.update(Text("\n".join([f"{head}, {workers} workers, {clock}", *lines])))
 
     if live:
         with live:
@@ -461,14 +498,29 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
 
 
 def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
-    """Launch, and say in one line what came of it. Opens the data first, so that bad input stops here, not in a worker."""
-    from sovit.data import open_data
+    """Launch, and say in one line what came of it. Opens the data first, so that bad input stops here, not in a worker.
 
-    pending = sweep.pending()
-    for data, preset, image_size, patch_size in {
-        (r.data, r.preset, r.shape.image_size, r.shape.patch_size) for r in pending
-    }:
-        open_data(data, preset, image_size, patch_size, 0, device)
+    Raises UserError for a device or data that cannot be had, shapes that do not fit the data, and data that changed
+    since a part of the study was trained.
+    """
+    from sovit.data import baselines, open_data
+    from sovit.train import check_device, check_readout
+
+    check_device(device)
+    pending, sources = sweep.pending(), {}
+    for run in sweep.runs.values() if pending else ():
+        shape = run.shape
+        key = (run.data, run.preset, shape.image_size, shape.patch_size)
+        if key not in sources:
+            sources[key] = open_data(*key, 0, device)
+            print(f"{run.data}:{run.preset} at {shape.image_size} px: {baselines(sources[key])}", flush=True)
+        check_readout(run, sources[key].readout)
+        for row in filter(None, sweep.rows(run)):
+            if row.get("data_key", sources[key].content_key) != sources[key].content_key:
+                raise UserError(
+                    f"the data of {run.data}:{run.preset} changed since {row['run_id']} was trained;"
+                    " give the study another --name and --runs"
+                )
     if not pending:
         print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
     rows = launch(sweep, workers, device)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from sovit import UserError
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
-from sovit.ledger import new_row, provenance, read_record, write_atomic, write_record
+from sovit.ledger import locked, new_row, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, fit, schedule
 from sovit.model import build, parameter_groups
 from sovit.progress import progress_text
@@ -90,7 +90,7 @@ class Trainer:
                     self._save(self._trunk_path(n), None)
             except Diverged as error:
                 for later in pending[i:]:
-                    self._record(later, "diverged", error=f"trunk: {error}")
+                    self._record(later, "diverged", error=f"trunk: {error}", spent_flops=None)
                 return
             # the branch leaves the trunk here; its own state is dropped afterwards
             try:
@@ -102,7 +102,7 @@ class Trainer:
                 os.replace(f"{path}.tmp", path)
                 self._record(n, "ok", **metrics)  # last: a record says that its branch is complete, weights included
             except Diverged as error:
-                self._record(n, "diverged", error=f"cooldown: {error}")
+                self._record(n, "diverged", error=f"cooldown: {error}", spent_flops=None)
             interrupted = None
             self._load(self._trunk_path(n))
         (self.folder / "latest.pt").unlink(missing_ok=True)
@@ -243,6 +243,7 @@ class Trainer:
             num_classes=self.num_classes,
             **more,
             zero_line=self.source.zero_line,
+            data_key=self.source.content_key,
             seconds=round(self.seconds, 3),
             spent_seconds=round(self.spent, 3),
             **provenance(device_name(self.device)),
@@ -258,6 +259,15 @@ def check_readout(run: Run, readout: str) -> None:
         raise UserError(
             f"pool={run.shape.pool!r} does not fit {run.data}:{run.preset}, whose labels are {readout}; use {need}"
         )
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that torch does not have here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used ({reason}); use cpu, or a device that torch has") from None
 
 
 def device_name(device: str) -> str:
@@ -284,7 +294,10 @@ def main(argv: list[str] | None = None) -> int:
             d = json.loads(Path(arguments[0]).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        rows = train(Run.from_dict(d), *arguments[1:], on_progress=show)
+        run, runs_dir, device = Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :])
+        check_device(device)
+        with locked(Path(runs_dir) / run.trunk_id / "lock"):  # the one that a sweep's workers hold
+            rows = train(run, runs_dir, device, show)
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

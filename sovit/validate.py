@@ -28,36 +28,21 @@ MIN_SEEDS = 3
 LEVEL = 0.90
 
 
-def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path: Path) -> dict:
-    """Predict both arms at `train_flops` from the law and write that down; the file, once written, is not changed.
-
-    Raises UserError where `path` holds a prediction made from another law, budget or seeds.
-    """
-    from sovit.law import Fit
+def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
+    """What the law says of both arms at `train_flops`, with its intervals. Raises UserError for fewer than three seeds."""
+    from sovit.law import read_law
     from sovit.predict import best_shape
 
     if len(set(seeds)) < MIN_SEEDS:
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
-    text = Path(law_path).read_text()
-    identity = {
-        "law_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "train_flops": train_flops,
-        "seeds": seeds,
-        "rule": RULE,
-    }
-    if path.exists():
-        prediction = json.loads(path.read_text())
-        if {k: prediction.get(k) for k in identity} != identity:
-            raise UserError(
-                f"{path} holds a prediction from another law, budget or seeds; name another file to make a new one"
-            )
-        return prediction
-    best = best_shape(Fit.from_json(text), train_flops).to_dict()
+    law = read_law(law_path)
+    best = best_shape(law, train_flops).to_dict()
     usual = best["proportional"]
-    prediction = {
-        **identity,
+    return {
+        **_identity_of(law_path, train_flops, seeds),
         "form": best["form"],
         "decades": best["decades"],
+        "num_classes": law.geometry["num_classes"],
         "arms": {
             "recommended": {
                 "shape": best["shape"],
@@ -65,16 +50,48 @@ def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path:
                 "predicted_low": best["loss_low"],
                 "predicted_high": best["loss_high"],
             },
-            "usual": {"shape": usual["shape"], "predicted": usual["loss"]},
+            "usual": {
+                "shape": usual["shape"],
+                "predicted": usual["loss"],
+                "predicted_low": usual.get("loss_low"),
+                "predicted_high": usual.get("loss_high"),
+            },
         },
-        "predicted_difference": math.log(best["loss"] / usual["loss"]),
+        "predicted_difference": best["difference"],
     }
-    write_atomic(path, json.dumps(prediction, indent=2) + "\n")
+
+
+def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path: Path) -> dict:
+    """Make the prediction and write it down; the file, once written, is not changed.
+
+    Raises UserError where `path` holds a prediction made from another law, budget or seeds, or is damaged.
+    """
+    if not path.exists():
+        prediction = make_prediction(law_path, train_flops, seeds)
+        write_atomic(path, json.dumps(prediction, indent=2) + "\n")
+        return prediction
+    try:
+        prediction = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged; delete it to make the prediction anew") from None
+    identity = _identity_of(law_path, train_flops, seeds)
+    if {k: prediction.get(k) for k in identity} != identity:
+        raise UserError(
+            f"{path} holds a prediction from another law, budget or seeds; name another file, or delete it to start anew"
+        )
     return prediction
 
 
+def _identity_of(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
+    try:
+        digest = hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the law {law_path}: {error.strerror}; make one with sovit fit") from None
+    return {"law_sha256": digest, "train_flops": train_flops, "seeds": seeds, "rule": RULE}
+
+
 def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields) -> list[Run]:
-    """The trunks of both arms, one for each seed, each with the one budget of the prediction."""
+    """The trunks of both arms, one for each seed, each with the one budget of the prediction; of equal arms, one."""
     runs = []
     for seed in prediction["seeds"]:
         for arm in prediction["arms"].values():
@@ -82,7 +99,7 @@ def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe
             r = recipe(shape)
             budgets = budgets_for(shape, [prediction["train_flops"]], num_classes, r.batch_size)
             runs.append(Run(shape, r, budgets, init_seed=seed, data_seed=seed, **run_fields))
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
@@ -119,6 +136,7 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         "arms": arms,
         "difference": {"mean": mean, "sd": sd, "n": n, "low": low, "high": high, "level": LEVEL},
         "predicted_difference": prediction["predicted_difference"],
+        "same_shape": arms["recommended"]["label"] == arms["usual"]["label"],
         "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
         "verdict": "better" if high < 0 else "worse" if low > 0 else "not distinguishable",
     }
@@ -136,16 +154,25 @@ def student_t(degrees: int) -> float:
 
 
 def verdict_text(result: dict) -> str:
-    d, arms = result["difference"], result["arms"]
+    """The verdict in words, and whether the prediction held."""
+    d, arms, said = result["difference"], result["arms"], result["predicted_difference"]
+    if result["same_shape"]:
+        return f"The law recommends the usual proportions themselves, {arms['usual']['label']}: there is nothing to compare."
     lines = [
-        f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}), predicted {arm['predicted']:.4f}"
+        f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}),"
+        f" predicted {arm['predicted']:.4f}"
         for name, arm in arms.items()
     ]
     lines.append(
-        f"recommended / usual: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to {math.expm1(d['high']):+.2%});"
-        f" predicted {math.expm1(result['predicted_difference']):+.2%}. Verdict: {result['verdict']}."
+        f"recommended / usual: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to"
+        f" {math.expm1(d['high']):+.2%}). Verdict: {result['verdict']}."
     )
-    return "\n".join(lines)
+    predicted, known = f"Predicted: {math.expm1(said['estimate']):+.2%}", said["low"] is not None
+    low, high = (said["low"], said["high"]) if known else (said["estimate"],) * 2
+    predicted += f" ({math.expm1(low):+.2%} to {math.expm1(high):+.2%})" if known else ""
+    missed = high < d["low"] or low > d["high"]
+    predicted += ", apart from the measured interval: the law missed." if missed else ", within what was measured."
+    return "\n".join([*lines, predicted])
 
 
 def validation_report(prediction: dict, rows: list[dict], out: Path, metric: str = "val_loss") -> dict:

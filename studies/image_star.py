@@ -7,7 +7,7 @@
 are decoded once, at `shape.image_size` pixels. The recipe is the stream's: check the learning rate first, by running
 with recipe.peak_lr=0.004 and so on under other names.
 
-Cost: 15 trunks of at most 1e13 training FLOPs, about three hours of two cores. Expected: nothing yet; it is your question.
+Cost: 18 trunks of at most 1e13 training FLOPs, about three hours of two cores. Expected: nothing yet; it is your question.
 """
 
 from sovit import sweep

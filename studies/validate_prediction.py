@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 
 from sovit import UserError, sweep
-from sovit.cli import read_law
 from sovit.ledger import read_ledger
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
-from sovit.validate import runs_of, validation_report, verdict_text, write_prediction
+from sovit.validate import make_prediction, runs_of, validation_report, verdict_text, write_prediction
 
 SEEDS = [10, 11, 12]
 
@@ -38,20 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     data, _, preset = options.data.partition(":")
     try:
-        num_classes = read_law(options.law).geometry["num_classes"]
         path = options.results / f"{options.name}_prediction.json"
-        prediction = write_prediction(options.law, options.train_flops, SEEDS, path)
+        arguments = (options.law, options.train_flops, SEEDS)
+        prediction = make_prediction(*arguments) if "--dry-run" in rest else write_prediction(*arguments, path)
         print(json.dumps(prediction["arms"], indent=2))
 
         def runs() -> list[Run]:
-            return runs_of(prediction, num_classes, recipe, data=data, preset=preset)
+            return runs_of(prediction, prediction["num_classes"], recipe, data=data, preset=preset)
 
-        arguments = [*rest, "--name", options.name, "--results", str(options.results)]
-        status = sweep.main(__doc__, options.name, runs, arguments)
+        launch = [*rest, "--name", options.name, "--results", str(options.results)]
+        status = sweep.main(__doc__, options.name, runs, launch)
         if status or "--dry-run" in rest:
             return status
-        ledger = options.results / f"{options.name}.jsonl"
-        rows = read_ledger(ledger)
+        rows = read_ledger(options.results / f"{options.name}.jsonl")
         print(verdict_text(validation_report(prediction, rows, options.results / options.name)))
         return 0
     except UserError as error:

@@ -18,7 +18,7 @@ from sovit.run import Recipe, Run
 from sovit.shape import Shape
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
-PAUSE = 0.15
+PAUSE = float(os.environ.get("SOVIT_TEST_PAUSE", "0.15"))
 
 
 def runs(count, budgets=(1600,)):

@@ -52,6 +52,14 @@ def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
     export_timm(run_id, runs_dir, out)
     export_timm(run_id, runs_dir, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
+    foreign = tmp_path / "hub_model"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="holds something else"):
+        export_timm(run_id, runs_dir, foreign)
+    assert (foreign / "config.json").read_text() == '{"model_type": "vit"}'
+    (foreign / "config.json").unlink()
+    foreign.rmdir()
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_text("precious")

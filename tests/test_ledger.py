@@ -3,17 +3,18 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from sovit import UserError, ledger
 from sovit.ledger import (
-    columns,
     dump_row,
     locked,
     merge,
@@ -30,6 +31,7 @@ from sovit.ledger import (
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 RUN = Run(SHAPE, Recipe(peak_lr=0.008), (1600, 3200), study="s")
 
@@ -98,8 +100,36 @@ def test_repeats_of_one_measurement_may_differ_in_when_and_where():
 )
 def test_conflicting_rows_are_an_error(name, value):
     with pytest.raises(UserError, match=f"two rows of run_id {RUN.trunk_id}-1600 disagree on {name}") as caught:
-        merge([row(), row() | {name: value}], "results/x.jsonl")
+        merge([row() | {"val_loss/attr": 1.1}, row() | {"val_loss/attr": 1.1, name: value}], "results/x.jsonl")
     assert str(caught.value).startswith("results/x.jsonl: ")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_column_added_later_is_no_conflict_and_the_fuller_row_stays(order):
+    before, after = row(seconds=9.0), row() | {"zero_line": 2.77}
+    assert merge([before, after][::order]) == [after]
+
+
+def test_provenance_sees_changed_code_and_nothing_of_a_foreign_repository(tmp_path):
+    def git(*arguments, cwd=tmp_path / "clone"):
+        identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+        subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True)
+
+    def asked():
+        code = "import json; from sovit.ledger import provenance; print(json.dumps(provenance('cpu')))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "clone", capture_output=True, text=True)
+        return json.loads(done.stdout)
+
+    shutil.copytree(ROOT / "sovit", tmp_path / "clone" / "sovit", ignore=shutil.ignore_patterns("__pycache__"))
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "someone else's")
+    assert (asked()["commit"], asked()["commit_dirty"]) == (None, None)
+    git("add", "sovit")
+    git("commit", "-q", "-m", "ours")
+    assert asked()["commit"] and asked()["commit_dirty"] is False
+    with (tmp_path / "clone" / "sovit" / "model.py").open("a") as file:
+        file.write("# changed\n")
+    assert asked()["commit_dirty"] is True
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -212,17 +242,6 @@ def test_exclusions_need_a_reason(tmp_path):
         read_exclusions(path)
 
 
-def test_columns_are_finite_numbers():
-    a = merge([row(), row(n=3200, val_loss=1.25)])
-    assert columns(a, ["width", "val_loss"])["val_loss"].tolist() == [1.5, 1.25]
-    assert columns(a, ["width"])["width"].dtype == float
-    for value in (None, "1.5", float("nan")):
-        with pytest.raises(UserError, match=rf"row {RUN.trunk_id}-3200 has val_loss=.*complete or exclude it"):
-            columns([a[0], a[1] | {"val_loss": value}], ["val_loss"])
-    with pytest.raises(UserError, match="has loss=None"):
-        columns(a, ["loss"])
-
-
 # files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -290,9 +309,9 @@ def test_schema_names_are_pinned():
     """The keys of a row are a contract with whoever reads a ledger (`train` adds the metrics and `provenance`)."""
     names = (
         "schema run_id trunk_id study status init_seed data_seed data preset num_classes objective width depth mlp_dim"
-        " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples cooldown_examples"
-        " forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay parametrisation val_loss"
-        " val_error"
+        " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples"
+        " cooldown_examples forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay"
+        " parametrisation val_loss val_error"
     )
     assert set(names.split()) <= set(row())
     assert ledger.SCHEMA == 1

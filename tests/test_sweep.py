@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from fake_sweep import loss_of, runs
 from optuna.trial import TrialState
 
 from sovit import UserError, sweep
-from sovit.ledger import read_ledger, write_record
+from sovit.ledger import locked, read_ledger, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.train import train
@@ -153,6 +154,46 @@ def test_a_killed_launcher_leaves_workers_that_stop_and_nothing_is_doubled(tmp_p
             break
     expect_exactly_once(tmp_path, design, read_ledger(tmp_path / "s.jsonl"))
     assert len(rows) == 6
+
+
+def test_two_launchers_of_one_study_share_the_work(tmp_path):
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "12", "2"]
+    launchers = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(120) for process in launchers] == [0, 0]
+    rows = read_ledger(tmp_path / "s.jsonl")
+    expect_exactly_once(tmp_path, runs(12), rows)
+    assert not list((tmp_path / "runs").glob("*.plan.json"))
+
+
+def test_a_relaunch_waits_for_what_an_orphan_still_trains(tmp_path):
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "1", "1"]
+    first = subprocess.Popen(command, env=os.environ | {"SOVIT_TEST_PAUSE": "4"})
+    wait_for(lambda: pids_begun(tmp_path))
+    first.kill()
+    first.wait()
+    rows = fake_sweep.launch(tmp_path, runs(1))
+    expect_exactly_once(tmp_path, runs(1), rows)
+    assert len(executions(tmp_path, "begin")) == 1
+
+
+def test_a_trunk_in_the_hands_of_another_study_holds_up_nobody_else(tmp_path):
+    design = runs(4)
+    found = fake_sweep.opened(tmp_path, design)
+    with locked(found.runs_dir / design[0].trunk_id / "lock"):
+        process = subprocess.Popen([sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "4", "2"])
+        wait_for(lambda: num_ended(tmp_path) == 3)  # all but the one that is held
+    assert process.wait(60) == 0
+    expect_exactly_once(tmp_path, design, read_ledger(tmp_path / "s.jsonl"))
+
+
+def test_rows_of_another_design_are_refused_without_a_journal_too(tmp_path):
+    fake_sweep.launch(tmp_path, runs(2))
+    shutil.rmtree(tmp_path / "runs")
+    other = [run.replace(init_seed=run.init_seed + 100) for run in runs(2)]
+    before = (tmp_path / "s.jsonl").read_text()
+    with pytest.raises(UserError, match="does not ask for"):
+        fake_sweep.launch(tmp_path, other)
+    assert (tmp_path / "s.jsonl").read_text() == before
 
 
 def test_a_polite_kill_stops_the_workers(tmp_path):

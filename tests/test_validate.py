@@ -10,7 +10,7 @@ from scipy import stats
 from sovit import UserError
 from sovit.run import Recipe
 from sovit.shape import Shape
-from sovit.validate import RULE, runs_of, verdict, write_prediction
+from sovit.validate import RULE, runs_of, verdict, verdict_text, write_prediction
 
 A = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 B = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
@@ -23,7 +23,7 @@ def prediction(seeds=(10, 11, 12)):
         "seeds": list(seeds),
         "rule": RULE,
         "arms": arms,
-        "predicted_difference": math.log(1 / 1.1),
+        "predicted_difference": {"estimate": math.log(1 / 1.1), "low": None, "high": None},
     }
 
 
@@ -87,3 +87,18 @@ def test_a_written_prediction_is_not_changed(tmp_path):
     with pytest.raises(UserError, match="holds a prediction from another law"):
         write_prediction(tmp_path / "law.json", 1e10, [10, 11, 12], path)
     assert path.read_text() == before
+
+
+def test_equal_arms_are_trained_once_and_said_to_be_equal():
+    same = prediction()
+    same["arms"]["usual"]["shape"] = A.to_dict()
+    assert len(runs_of(same, 16, lambda shape: Recipe(0.01))) == 3
+    result = verdict(same, rows_with((1.0, 1.1, 1.2), ())[:3])
+    assert result["verdict"] == "not distinguishable" and "nothing to compare" in verdict_text(result)
+
+
+def test_a_prediction_that_missed_is_called_that():
+    result = verdict(prediction(), rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
+    assert result["verdict"] == "better" and "the law missed" in verdict_text(result)
+    near = prediction() | {"predicted_difference": {"estimate": -0.05, "low": -0.1, "high": 0.0}}
+    assert "within what was measured" in verdict_text(verdict(near, rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01))))

@@ -30,6 +30,7 @@ class Source(Protocol):
     zero_line: float  # nats: cross-entropy of the best answer that looks at nothing
     blind: dict[str, float]  # skill -> nats: best answer that knows the question but not the image ({} where none)
     num_val: int  # validation images
+    content_key: str  # changes when the samples do: two folders of one name are two data sets
 
     def train(self, start: int, count: int) -> Batch:
         """Training samples start .. start + count - 1 of an endless sequence."""
@@ -70,3 +71,9 @@ def open_data(data: str, preset: str, image_size: int, patch_size: int, data_see
     if data not in SOURCES:
         raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")
     return importlib.import_module(SOURCES[data]).open_source(preset, image_size, patch_size, data_seed, device)
+
+
+def baselines(source: Source) -> str:
+    """What can be had without looking, in nats: the lines that every loss is to be read against."""
+    blind = ", ".join(f"{skill} {nats:.3f}" for skill, nats in source.blind.items())
+    return f"zero line {source.zero_line:.4f} nats" + (f"; knowing the question but blind: {blind}" if blind else "")

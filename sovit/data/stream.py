@@ -14,6 +14,7 @@ and averages to it exactly, so a higher resolution shows more of the same scene 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -126,6 +127,7 @@ class Stream:
         self.patches_per_cell = world.cell * scale // patch_size  # a side
         self.skills = tuple(dict.fromkeys(world.cycle))
         self.num_val, self.label_grid = world.num_val, world.grid
+        self.content_key = hashlib.sha256(f"{WORLD_SEED} {world}".encode()).hexdigest()[:16]
         self._chunks: dict[int, tuple[int, Batch]] = {}  # seed -> (chunk number, samples): the last one drawn
 
         generator = torch.Generator().manual_seed(WORLD_SEED)
