@@ -54,8 +54,8 @@ def law(study: str) -> str:
         f" (without {len(rows) - len(billed)} rows whose time was not kept)" if len(billed) < len(rows) else ""
     )
     lines = [
-        f"{law['num_rows']} measurements of {law['num_clusters']} trunks, {budgets[0]:.1e} to {budgets[-1]:.1e} training FLOPs,"
-        f" {hours}. Headline form: `{law['form']}`.",
+        f"{law['num_rows']} measurements of {law['num_clusters']} trunks, {budgets[0]:.1e} to {budgets[-1]:.1e} training"
+        f" FLOPs, {hours}. Headline form: `{law['form']}`.",
         "",
         "| dimension | best x grows as compute^s | 90 % interval | 90 % by pairs of trunks | status |",
         "|---|---|---|---|---|",
@@ -87,7 +87,8 @@ def validation(study: str) -> str:
     lines = ["| arm | shape | predicted | measured: mean (s.d., n) |", "|---|---|---|---|"]
     for name, arm in v["arms"].items():
         lines.append(
-            f"| {name} | {arm['label']} | {arm['predicted']:.4f} | {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |"
+            f"| {name} | {arm['label']} | {arm['predicted']:.4f} |"
+            f" {arm['mean']:.4f} ({arm['sd']:.4f}, {v['difference']['n']}) |"
         )
     d, said = v["difference"], v["predicted_difference"]
     low, high = (said["low"], said["high"]) if said["low"] is not None else (said["estimate"],) * 2
@@ -95,7 +96,7 @@ def validation(study: str) -> str:
     lines += [
         "",
         f"At {v['train_flops']:.1e} training FLOPs each: {math.expm1(d['mean']):+.1%} loss, 90 % interval"
-        f" {math.expm1(d['low']):+.1%} to {math.expm1(d['high']):+.1%}, predicted {math.expm1(v['predicted_difference']['estimate']):+.1%}."
+        f" {math.expm1(d['low']):+.1%} to {math.expm1(d['high']):+.1%}, predicted {math.expm1(said['estimate']):+.1%}."
         f" Verdict by the rule: **{v['verdict']}**." + missed,
     ]
     return "\n".join(lines)

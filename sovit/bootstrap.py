@@ -3,7 +3,7 @@
 RE-t: new data from the fitted law plus a trunk and a row error of the estimated s.d., refitted with the same whitening;
 percentiles are stretched by t(nu)/z because the s.d. are themselves estimated from nu degrees of freedom.
 Pairs: whole trunks drawn with replacement within each arm of the star; it does not use the noise model.
-Percentiles and nothing else: draws on a bound make every reflected or standard-error interval fail (law_findings 3).
+Percentiles and nothing else: draws on a bound make every reflected or standard-error interval fail.
 """
 
 from __future__ import annotations

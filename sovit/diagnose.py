@@ -9,12 +9,14 @@ from sovit.allocate import optimum
 from sovit.bootstrap import interval
 from sovit.fitter import free_columns, solve
 from sovit.forms import PerArm
-from sovit.rows import DIMS, Rows, positive, prepare
+from sovit.rows import Rows, positive, prepare
+from sovit.shape import DIMENSIONS
 
 MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not determined
 MAX_ABSENT = 0.25  # share of draws without the dimension's amplitude beyond which it is not determined
 EXPONENT_FLOOR = 1e-3  # stands for "does not grow" on the log scale
 CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
+MIN_SPAN = 1.5  # ratio of largest to smallest compute below which nothing is said of growth or extrapolation
 BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
 
 
@@ -62,6 +64,11 @@ def amplitudes(form, theta: np.ndarray) -> np.ndarray:
 def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict, dict]:
     """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None."""
     names = list(grid)
+    if ends[1] < MIN_SPAN * ends[0]:
+        nothing = dict(estimate=None, low=None, high=None, pairs_low=None, pairs_high=None, status="unidentified")
+        kind = "marginal" if isinstance(form, PerArm) else "joint"
+        note = f"the rows span a factor {ends[1] / ends[0]:.3g} in compute; growth needs budgets further apart"
+        return {name: nothing | dict(kind=kind, compute_range=list(ends), note=note) for name in names}, {}
     point = growth(form, centre, theta[None], geometry, grid, ends)[0]
     present = amplitudes(form, theta[None])[0] > 0
     top = optimum_of(form, centre, theta[None], geometry, grid, np.log(ends[1]))[0]
@@ -100,19 +107,30 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
 
 
 def seed_noise(table, y, index, solved) -> dict:
-    """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals."""
-    names = [n for n in (*DIMS, "head_dim", "pool", "num_params", "num_examples", "peak_lr") if n in table]
-    key = np.stack([np.unique(table[n].astype(str), return_inverse=True)[1] for n in names], 1)
-    group = np.unique(key, axis=0, return_inverse=True)[1].ravel()
-    squares = dof = 0
+    """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals.
+
+    n: degrees of freedom between trunks (branches of one trunk share its seed); seeded trunks less seeded shapes.
+    num_rows: the rows that the s.d. was read from.
+    """
+    names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
+    columns = [np.unique(table[n].astype(str), return_inverse=True)[1] for n in (*names, "num_examples") if n in table]
+    columns = columns or [np.arange(len(y))]
+    group = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].ravel()
+    shapes = [tuple(row) for row in np.stack(columns[: len(names)] or [np.zeros(len(y), int)], 1).tolist()]
+    squares = dof = num_rows = 0
+    seeded: dict = {}
     for g in np.unique(group):
         rows = np.flatnonzero(group == g)
         if len(np.unique(index[rows])) > 1:
             values = np.log(y[rows])
             squares, dof = squares + ((values - values.mean()) ** 2).sum(), dof + len(rows) - 1
+            num_rows += len(rows)
+            seeded.setdefault(shapes[rows[0]], set()).update(index[rows].tolist())
     if dof:
-        return dict(sd=float(np.sqrt(squares / dof)), source="seeds", n=int(dof))
-    return dict(sd=float(np.hypot(solved.trunk_sd, solved.row_sd)), source="residuals", n=int(round(solved.dof)))
+        n = sum(len(trunks) - 1 for trunks in seeded.values())
+        return dict(sd=float(np.sqrt(squares / dof)), source="seeds", n=n, num_rows=num_rows)
+    sd = float(np.hypot(solved.trunk_sd, solved.row_sd))
+    return dict(sd=sd, source="residuals", n=int(round(solved.dof)), num_rows=len(y))
 
 
 def compute_cut(compute: np.ndarray) -> float:
@@ -131,15 +149,24 @@ def compute_cut(compute: np.ndarray) -> float:
 def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> dict:
     """Fit below a compute cut, score above it; RMSE and signed bias of ln(predicted / measured), baselines beside it.
 
+    `forms` holds {rmse, bias, n, rows, predicted} by form: the rows scored (each once) and their predicted losses; what
+    cannot be scored has rmse None and a note. Where no test is possible: n = 0 and a note, and no cut.
+
     Baselines: `chinchilla` (size N and images, no shape), `compute_only` (E + A t^-a: constant proportions, all that
     matters is compute), `nearest` (the loss of the nearest run below the cut, which is what no law at all would say).
     """
     if "compute" not in table:
         return dict(n=0, note="no compute column")
     compute = positive(table, "compute")
+    if compute.max() < MIN_SPAN * compute.min():
+        return dict(
+            n=0, note=f"the rows span a factor {compute.max() / compute.min():.3g} in compute, too little for one"
+        )
     rule = "given" if cut else CUT_RULE
     cut = cut or compute_cut(compute)
     below, above = compute < cut, compute >= cut
+    if not (below.any() and above.any()):
+        return dict(n=0, note=f"no row is {'above' if below.any() else 'below'} the cut at compute {cut:.3g}")
     out = dict(cut=cut, rule=rule, n_fit=int(below.sum()), n=int(above.sum()), forms={})
     tries = {form_name: (form_name, options["terms"]), "compute_only": ("additive", ("compute",))}
     if {"num_params", "num_examples"} <= set(table):
@@ -151,10 +178,9 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
             scored = dict(rmse=None, bias=None, n=0, note=str(error))
         out["forms"][label] = scored
     logs = np.log(np.stack([positive(table, n) for n in (*dims, "num_examples") if n in table], 1))
-    if below.any() and above.any():
-        spread = logs.std(0) + 1e-12
-        distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
-        out["forms"]["nearest"] = _score(np.log(y[below])[distance.argmin(1)] - np.log(y[above]))
+    spread = logs.std(0) + 1e-12
+    distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
+    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][distance.argmin(1)])
     return out
 
 
@@ -167,11 +193,15 @@ def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> di
     u, source = features(train.form, train.centre, parts[1], arms[above])
     if not len(source):
         return dict(rmse=None, bias=None, n=0, note="no row above the cut that the form describes")
-    return _score(train.form.evaluate(fitted.theta[None], u)[0][0] - np.log(y[above][source]))
+    value = np.exp(train.form.evaluate(fitted.theta[None], u)[0][0])
+    rows, place = np.unique(source, return_inverse=True)  # a row at the centre gets the mean of its arms
+    return _score(y, np.flatnonzero(above)[rows], np.bincount(place, value) / np.bincount(place))
 
 
-def _score(residual: np.ndarray) -> dict:
-    return dict(rmse=float(np.sqrt((residual**2).mean())), bias=float(residual.mean()), n=len(residual))
+def _score(y, rows: np.ndarray, predicted: np.ndarray) -> dict:
+    residual = np.log(predicted / y[rows])
+    score = dict(rmse=float(np.sqrt((residual**2).mean())), bias=float(residual.mean()), n=len(rows))
+    return score | dict(rows=rows.tolist(), predicted=predicted.tolist())
 
 
 def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ DATA_GRID = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
 DATA_COLUMNS = ("num_examples", "tokens", "compute")
 NUM_STARTS = 8
 MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
-BOUND_POWER = 4.0  # sharpness of the zero line in `bounded` (stream_findings section 4)
+BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
 
 
 def nnls(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Fit a law to measured losses, with intervals that are honest about trunks: `fit` -> `Fit`, JSON both ways.
 
-    fit = law.fit("joint", ledger.columns(), loss, clusters=trunk_ids, bootstrap=1000)
+    data = measurements(["results/stream_star.jsonl"])
+    fit = law.fit("joint", data.columns, data.y, bootstrap=1000)
     fit.exponents["width"]      # {estimate, low, high, status, ...} of width* ~ compute^s
     fit.predict(columns)        # losses
     Fit.from_json(fit.to_json())
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -299,3 +301,13 @@ def _size_growth(rows, theta, draws, widen, data) -> dict:
             note=note,
         )
     )
+
+
+def read_law(path: Path | str) -> Fit:
+    """Read a law.json. Raises UserError where it is missing or not a law."""
+    try:
+        return Fit.from_json(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a law ({error}); make one with sovit fit") from None

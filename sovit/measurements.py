@@ -14,12 +14,16 @@ import numpy as np
 
 from sovit import UserError
 from sovit.ledger import merge, read_exclusions, read_ledger
-from sovit.shape import Shape
+from sovit.shape import DIMENSIONS, Shape
 
-SHAPE_FIELDS = ("width", "depth", "mlp_dim", "patch_size", "image_size")
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
 # columns handed to a law where every row has them
-COLUMNS = (*SHAPE_FIELDS, "head_dim", "num_classes", "num_examples", *COUNTED, "peak_lr", "init_seed", "data_seed")
+COLUMNS = (*DIMENSIONS, "head_dim", "num_classes", "num_examples", *COUNTED, "peak_lr", "init_seed", "data_seed")
+# what a usable row may lack but not hold as text
+NUMBERS = (
+    *(*DIMENSIONS, "head_dim", "num_registers", "num_classes", "num_examples", *COUNTED, "head_flops", "zero_line"),
+    *("peak_lr", "weight_decay", "batch_size"),
+)
 SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
 WHOLE_SHAPE = ("joint", "bounded", "power_mean")  # law forms that describe every row and can rank whole shapes
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
@@ -53,7 +57,7 @@ class Measurements:
 
     def shapes(self) -> list[tuple]:
         """Each row's shape as the tuple of the shape columns there are."""
-        names = [n for n in SHAPE_FIELDS if n in self.columns]
+        names = [n for n in DIMENSIONS if n in self.columns]
         return [tuple(self.columns[n][i].item() for n in names) for i in range(len(self.y))]
 
 
@@ -91,6 +95,11 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
                 " give ledgers of one"
             )
     for row in kept:
+        for name in NUMBERS:
+            if row.get(name) is not None and not _is_number(row[name]):
+                raise UserError(
+                    f"row {row['run_id']} has {name}={row[name]!r}, which is not a number; give one or leave it empty"
+                )
         value = row.get(metric)
         if value is None and all(other.get(metric) is None for other in kept):
             known = sorted(k for k, v in row.items() if k.startswith("val_") and v is not None)
@@ -104,6 +113,8 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
             )
     kept = [_counted(row) for row in kept]
     columns = {name: _column(kept, name) for name in COLUMNS if all(_is_number(row.get(name)) for row in kept)}
+    if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
+        columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
     columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
     y = np.array([row[metric] for row in kept], float)
     return Measurements(metric, columns, y, kept, left_out, statuses, [str(p) for p in paths])
@@ -122,8 +133,8 @@ def _column(rows: list[dict], name: str) -> np.ndarray:
 def _counted(row: dict) -> dict:
     """The row with `COUNTED` filled in where it lacks them and its shape is known. No count needs head_dim."""
     row = dict(row)
-    if all(_is_number(row.get(name)) for name in SHAPE_FIELDS) and row.get("pool"):
-        more: dict = {name: int(row[name]) for name in SHAPE_FIELDS}
+    if all(_is_number(row.get(name)) for name in DIMENSIONS) and row.get("pool"):
+        more: dict = {name: int(row[name]) for name in DIMENSIONS}
         more |= {n: row[n] for n in ("num_registers", "qkv_bias", "layer_scale") if row.get(n) is not None}
         try:
             shape = Shape(**more, head_dim=int(row.get("head_dim") or row["width"]), pool=row["pool"])

@@ -461,7 +461,7 @@ def validation(result: dict) -> Figure:
 
     result: as `sovit.validate.verdict` makes it. arms {name: {label, losses [S], predicted, predicted_low,
     predicted_high}} (seed s of both is paired; ends of a prediction may lack), difference {mean, low, high} of ln loss,
-    first arm less second, predicted_difference (or absent), train_flops, verdict.
+    first arm less second, predicted_difference {estimate, low, high} (ends may be None), train_flops, verdict.
     """
     names, arms = list(result["arms"]), list(result["arms"].values())
     figure, (left, right) = _panels(
@@ -488,9 +488,11 @@ def validation(result: dict) -> Figure:
     right.plot([100 * difference["low"], 100 * difference["high"]], [0.38] * 2, color=INK, lw=1.4)
     right.plot(100 * difference["mean"], 0.38, marker="o", ms=4.5, color=INK)
     rows = {0.75: "by\nseed", 0.38: "mean,\n90 %"}
-    if result.get("predicted_difference") is not None:
-        right.plot(100 * result["predicted_difference"], 0.13, marker="|", ms=9, mew=1.5, color=INK)
-        rows[0.13] = "predicted"
+    said = result["predicted_difference"]
+    if said["low"] is not None:
+        right.plot([100 * said["low"], 100 * said["high"]], [0.13] * 2, color=GREY, lw=1.2)
+    right.plot(100 * said["estimate"], 0.13, marker="|", ms=9, mew=1.5, color=INK)
+    rows[0.13] = "predicted"
     right.axvline(0, color=GREY, lw=0.7, ls=":")
     right.set_ylim(0, 1)
     right.set_yticks(list(rows), list(rows.values()))

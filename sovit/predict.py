@@ -18,10 +18,10 @@ from sovit.allocate import Geometry
 from sovit.bootstrap import interval
 from sovit.diagnose import amplitudes, optimum_of
 from sovit.law import Fit
-from sovit.rows import DIMS
-from sovit.shape import Shape
+from sovit.shape import DIMENSIONS, Shape
 
 FAR_DECADES = 2.0  # extrapolation beyond which the recommendation carries a warning
+MAX_DECADES = 6.0  # budgets further than this from the data are refused
 SEARCH = 8.0  # the search for feasible shapes spans this factor below and above the real optimum
 LATTICE = dict(width=32, depth=32, mlp_dim=48)  # most values a dimension in the survey of the flat region
 MAX_LISTED = 50  # shapes of the flat region that are listed
@@ -33,9 +33,12 @@ class Recommendation:
     """What to train at a budget. Losses are predictions of the law; intervals are at `level`.
 
     shape: the best feasible integers. optimum: by dimension of the law {estimate, low, high, pairs_low, pairs_high,
-    status, note, grid}: the real-valued optimum. flat_region: feasible shapes within one noise s.d. of the best.
+    status, note, grid}: the real-valued optimum. flat_region: surveyed shapes (a thinned lattice of the feasible ones)
+    within one noise s.d. of the best. proportional: the usual proportions at that budget, see `proportional_shape`.
+    difference: {estimate, low, high} of ln loss(shape) - ln loss(proportional), see `predicted_difference`.
     rounding_regret: relative excess of the loss of `shape` over the real optimum's. regret: excess of `shape` over
-    the best shape if a bootstrap draw were the truth (median, high). decades: of compute beyond the largest run.
+    the best shape if a bootstrap draw were the truth (median, high). decades: of compute from the
+    largest run, negative below it.
     """
 
     form: str
@@ -56,6 +59,7 @@ class Recommendation:
     regret: dict | None
     flat_region: dict
     proportional: dict
+    difference: dict
     decades: float
     warnings: list
 
@@ -67,7 +71,8 @@ def best_shape(fit: Fit, train_flops: float, *, head_dim: int | None = None, mlp
     """The best shape for a training budget in FLOPs, head included.
 
     Width is a multiple of head_dim (None = that of the data), mlp_dim of mlp_multiple; patch and image size are
-    values that were run. Raises UserError for a law that cannot rank shapes and for a budget without one image.
+    values that were run. Raises UserError for a law that cannot rank shapes, for a budget without one image, and for
+    one more than MAX_DECADES from the budgets run.
     """
     geometry = _geometry(fit, train_flops)
     head_dim = head_dim or geometry.head_dim
@@ -97,7 +102,8 @@ def best_shape(fit: Fit, train_flops: float, *, head_dim: int | None = None, mlp
     optimum, regret = _uncertainty(fit, geometry, log_budget, names, real, best)
     ends = {kind: _loss_interval(fit, kind, best, geometry, log_budget) for kind in fit.draws}
     (low, high), (pairs_low, pairs_high) = (ends.get(k, (None, None)) for k in ("random_effects", "pairs"))
-    decades = max(0.0, float(np.log10(train_flops / _largest_budget(fit, geometry))))
+    decades = float(np.log10(train_flops / _budgets_run(fit)[1]))
+    proportional = proportional_shape(fit, train_flops, head_dim=head_dim, reference=best_loss)
     return Recommendation(
         form=fit.form,
         train_flops=float(train_flops),
@@ -116,7 +122,8 @@ def best_shape(fit: Fit, train_flops: float, *, head_dim: int | None = None, mlp
         rounding_regret=best_loss / real_loss - 1,
         regret=regret,
         flat_region=_flat_region(fit, table, loss, best, best_loss, names),
-        proportional=proportional_shape(fit, train_flops, head_dim=head_dim, reference=best_loss),
+        proportional=proportional,
+        difference=predicted_difference(fit, shape, Shape(**proportional["shape"]), train_flops),
         decades=decades,
         warnings=_warnings(fit, optimum, decades),
     )
@@ -128,11 +135,29 @@ def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.
     return _loss(fit, _columns(shapes), geometry, np.log(train_flops / 3))
 
 
+def predicted_difference(fit: Fit, shape_a: Shape, shape_b: Shape, train_flops: float) -> dict:
+    """{estimate, low, high} of ln loss(a) - ln loss(b), both trained for the same budget; negative = a is better.
+
+    The headline interval, at `fit.level`, of the expected losses' difference: draw by draw, so that what both shapes
+    share cancels. low and high are None for a law fitted without draws.
+    """
+    geometry, log_budget = _geometry(fit, train_flops), np.log(train_flops / 3)
+    table = _columns([shape_a, shape_b])
+    first, second = np.log(_loss(fit, table, geometry, log_budget))
+    low = high = None
+    if "random_effects" in fit.draws:
+        theta, widen = _draws(fit, "random_effects")
+        many = np.log(_loss(fit, table, geometry, log_budget, theta))  # [R, 2]
+        low, high = interval(many[:, 0] - many[:, 1], widen, floor=None)
+    return dict(estimate=float(first - second), low=low, high=high)
+
+
 def proportional_shape(fit: Fit, train_flops: float, *, head_dim: int | None = None, reference: float | None = None):
     """The best shape of ViT-B's proportions (width w, depth w/64 rounded and at least 1, mlp_dim 4w) at a budget.
 
     w is the multiple of head_dim that the law itself thinks best at that budget: the strongest opponent that constant
-    proportions allow. Returns {shape, num_examples, loss, loss_excess, note}; loss_excess is relative to `reference`.
+    proportions allow. Returns {shape, num_examples, loss, loss_low, loss_high, loss_excess, note}; the interval is
+    the headline one (None without draws), loss_excess is relative to `reference`.
     """
     geometry = _geometry(fit, train_flops)
     head_dim = head_dim or geometry.head_dim
@@ -143,12 +168,24 @@ def proportional_shape(fit: Fit, train_flops: float, *, head_dim: int | None = N
     table |= {n: np.full(len(widths), float(v)) for n, v in fixed.items()}
     loss = _loss(fit, table, geometry, np.log(train_flops / 3))
     i = int(loss.argmin())
-    shape = _shape({n: float(column[i]) for n, column in table.items()}, geometry, head_dim)
+    chosen = {n: float(column[i]) for n, column in table.items()}
+    shape = _shape(chosen, geometry, head_dim)
+    low = high = None
+    if "random_effects" in fit.draws:
+        low, high = _loss_interval(fit, "random_effects", chosen, geometry, np.log(train_flops / 3))
     images = int(train_flops // (3 * geometry.flops(_columns([shape]), head=True)[0]))
     excess = None if reference is None else float(loss[i] / reference - 1)
     blind = [n for n in ("width", "depth", "mlp_dim") if n not in fit.model["dims"]]
     note = f"the law knows nothing of {', '.join(blind)}" if blind else ""
-    return dict(shape=shape.to_dict(), num_examples=images, loss=float(loss[i]), loss_excess=excess, note=note)
+    return dict(
+        shape=shape.to_dict(),
+        num_examples=images,
+        loss=float(loss[i]),
+        loss_low=low,
+        loss_high=high,
+        loss_excess=excess,
+        note=note,
+    )
 
 
 def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
@@ -172,8 +209,16 @@ def _geometry(fit: Fit, train_flops: float) -> Geometry:
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
     if fit.geometry is None:
         raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
+    if "compute_range" not in fit.data:
+        raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
+    low, high = _budgets_run(fit)
+    if not low / 10**MAX_DECADES <= train_flops <= high * 10**MAX_DECADES:
+        raise UserError(
+            f"train_flops={train_flops:g} is more than {MAX_DECADES:g} decades from the budgets run, {low:.3g} to"
+            f" {high:.3g}; name one nearer to them"
+        )
     return Geometry(**fit.geometry)
 
 
@@ -256,7 +301,7 @@ def _descend(fit, table, loss, geometry, log_budget, floors) -> tuple[dict, floa
 
 
 def _shape(values: Mapping, geometry, head_dim) -> Shape:
-    width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMS)
+    width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMENSIONS)
     return Shape(
         width,
         depth,
@@ -270,7 +315,7 @@ def _shape(values: Mapping, geometry, head_dim) -> Shape:
 
 
 def _columns(shapes: Sequence[Shape]) -> dict[str, np.ndarray]:
-    return {n: np.array([getattr(s, n) for s in shapes], float) for n in DIMS}
+    return {n: np.array([getattr(s, n) for s in shapes], float) for n in DIMENSIONS}
 
 
 def _draws(fit: Fit, kind: str) -> tuple[np.ndarray, float]:
@@ -345,11 +390,12 @@ def _flat_region(fit, table, loss, best, best_loss, names) -> dict:
     )
 
 
-def _largest_budget(fit, geometry) -> float:
-    """Largest training FLOPs in the data; from its compute where the rows do not carry train_flops."""
+def _budgets_run(fit) -> tuple[float, float]:
+    """Least and largest training FLOPs in the data; from its compute where the rows do not carry train_flops."""
     if "train_flops_range" in fit.data:
-        return fit.data["train_flops_range"][1]
-    return 3 * fit.data["compute_range"][1]
+        return tuple(fit.data["train_flops_range"])
+    low, high = fit.data["compute_range"]
+    return 3 * low, 3 * high
 
 
 def _warnings(fit, optimum, decades) -> list[str]:
@@ -360,6 +406,12 @@ def _warnings(fit, optimum, decades) -> list[str]:
         )
     if fit.noise["source"] != "seeds":
         out.append("no repeated seeds in the data: the flat region uses the noise of the residuals")
+    elif fit.diagnostics["residual_rms"] > fit.noise["sd"]:
+        out.append(
+            f"the law misses its own rows by {100 * fit.diagnostics['residual_rms']:.2f} %, more than the"
+            f" {100 * fit.noise['sd']:.2f} % of noise that bound the flat region: that region is narrower than what"
+            " the law can resolve"
+        )
     for name, value in optimum.items():
         if value["status"] != "ok":
             out.append(f"{name} is {value['status']}: {value['note']}")

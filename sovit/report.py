@@ -14,9 +14,10 @@ from sovit import UserError, law, predict
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
-from sovit.words import extrapolation_table, own_rmse, percent, report_text, summary_text
+from sovit.words import extrapolation_scores, extrapolation_table, own_rmse, percent, report_text, summary_text
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+MIN_DRAWS = 100  # fewer do not give a 90 % interval
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
 
@@ -35,7 +36,7 @@ def fit_ledgers(
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
     out          folder; None = `<stem of the first ledger>_law` beside it
-    bootstrap    draws of each interval; 0 = none
+    bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
@@ -46,14 +47,20 @@ def fit_ledgers(
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     if bootstrap < 0:
         raise UserError(f"bootstrap={bootstrap} is negative; give the number of draws, or 0 for no intervals")
+    if 0 < bootstrap < MIN_DRAWS:
+        raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
     for name in dict.fromkeys((*FORMS, *([form] if form else []))):
         try:
             fits[name] = law.fit(name, data.columns, data.y, bootstrap=bootstrap, seed=seed, **_options(name, data))
+        except np.linalg.LinAlgError as error:
+            refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
         except UserError as error:
             if name == form:
                 raise
             refused[name] = str(error)
+    if form in refused:
+        raise UserError(refused[form])
     if not fits or (not form and "width" in data.columns and not any(LAWS[name].uses_dims for name in fits)):
         raise UserError(next(iter(refused.values())))  # a law blind to shape is no answer where shapes were run
     headline, why = choose_headline(fits, form)
@@ -115,39 +122,22 @@ def choose_headline(fits: dict, form: str | None) -> tuple[str, str]:
 def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     """Predicted and measured losses of the rows above the compute cut, by laws fitted below it; the headline first.
 
-    [{label, measured [n], predicted [n], rmse, bias}] as `plot.extrapolation` takes them; [] where there is no cut.
+    [{label, measured [n], predicted [n], rmse, bias}] as `plot.extrapolation` takes them, read from the fits' own test
+    (`diagnose.extrapolation`); [] where none was possible.
     """
-    cut = fits[headline].extrapolation.get("cut")
-    if cut is None:
-        return []
-    compute = np.asarray(data.columns["compute"], float)
-    below, above = ({k: v[rows] for k, v in data.columns.items()} for rows in (compute < cut, compute >= cut))
-    tries: dict[str, tuple[str, dict]] = {name: (name, {}) for name in sorted(fits, key=lambda n: n != headline)}
-    tries["compute only"] = ("additive", dict(terms=("compute",)))
-    scores = []
-    for label, (name, more) in tries.items():
-        options = _options(name, data) | more
-        if label in fits and fits[label].model["dims"]:
-            options["dims"] = fits[label].model["dims"]
-        try:
-            fitted = law.fit(name, below, data.y[compute < cut], extrapolate=False, **options)
-            predicted = fitted.predict(above)
-        except UserError:  # the report's table says why
-            continue
-        known = np.isfinite(predicted)
-        if not known.any():
-            continue
-        residual = np.log(predicted[known] / data.y[compute >= cut][known])
-        scores.append(
-            dict(
-                label=label,
-                measured=data.y[compute >= cut][known],
-                predicted=predicted[known],
-                rmse=float(np.sqrt((residual**2).mean())),
-                bias=float(residual.mean()),
-            )
+    table = extrapolation_scores(fits)
+    order = [*sorted(fits, key=lambda n: n != headline), "compute_only"]
+    return [
+        dict(
+            label=name if name in fits else name.replace("_", " "),
+            measured=data.y[table[name]["rows"]],
+            predicted=np.array(table[name]["predicted"]),
+            rmse=table[name]["rmse"],
+            bias=table[name]["bias"],
         )
-    return scores
+        for name in order
+        if table.get(name, {}).get("rows")
+    ]
 
 
 def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[str, str]:

@@ -11,10 +11,9 @@ import numpy as np
 from sovit import UserError
 from sovit.allocate import Geometry
 from sovit.forms import LAWS, Form, PerArm
-from sovit.shape import POOLS
+from sovit.shape import DIMENSIONS, POOLS
 
-DIMS = ("width", "depth", "mlp_dim", "patch_size", "image_size")
-IDENTITY = (*DIMS, "head_dim", "pool", "num_params", "init_seed", "data_seed", "peak_lr")
+IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "init_seed", "data_seed", "peak_lr")
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,12 @@ def positive(table: Mapping, name: str) -> np.ndarray:
 
 def varied_dims(table: Mapping, dims: Sequence[str] | None) -> tuple[str, ...]:
     """The dimensions of the law: those named, or those of width, depth, mlp_dim, patch and image size that vary."""
-    found = tuple(d for d in dims or DIMS if d in table and len(np.unique(positive(table, d))) > 1)
+    found = tuple(d for d in dims or DIMENSIONS if d in table and len(np.unique(positive(table, d))) > 1)
     missing = [d for d in dims or () if d not in found]
     if missing:
         raise UserError(f"dimension {missing[0]!r} does not vary in the data; leave it out of dims or run more values")
     if not found:
-        raise UserError(f"none of {', '.join(DIMS)} varies in the data; a shape law needs at least two shapes")
+        raise UserError(f"none of {', '.join(DIMENSIONS)} varies in the data; a shape law needs at least two shapes")
     return found
 
 
@@ -155,31 +154,36 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
     None where the rows do not say enough to count (no patch_size, or no width, as in language-model data).
     """
     known: dict = {}
-    names = (*DIMS, "head_dim", "num_classes", "pool", "num_prefix_tokens")
+    names = (*DIMENSIONS, "head_dim", "num_classes", "pool", "num_registers", "num_prefix_tokens")
     for name in names:
         given_here = [v for v in table[name].tolist() if v is not None] if name in table else []
         if given_here:
             values, counts = np.unique(given_here, return_counts=True)
             known[name] = values[counts.argmax()].item()
     known |= dict(given or {})
-    for name in ("head_dim", "num_classes", "num_prefix_tokens"):  # a ledger's columns are floats
+    for name in ("head_dim", "num_classes", "num_registers", "num_prefix_tokens"):  # a ledger's columns are floats
         if name in known:
             known[name] = int(known[name])
     unknown = [name for name in known if name not in (*names, "flops_scale")]
     if unknown:
         raise UserError(f"geometry has {unknown[0]!r}; it takes {', '.join(names)}")
-    if any(known.get(name) is None for name in DIMS):
+    if any(known.get(name) is None for name in DIMENSIONS):
         return None
+    registers = known.pop("num_registers", 0)
+
+    def with_pool(pool: str) -> Geometry:
+        return Geometry(**({"num_prefix_tokens": registers + (pool == "token")} | known | {"pool": pool}))
+
     if "forward_flops" not in table:
-        return Geometry(**known)
-    dims = {d: positive(table, d) for d in DIMS if d in table}
+        return with_pool(known.get("pool", "avg"))
+    dims = {d: positive(table, d) for d in DIMENSIONS if d in table}
     forward = positive(table, "forward_flops")
     spent = None  # per image, head included: what tells "none" from "avg", whose encoders cost the same
     if {"train_flops", "num_examples"} <= set(table):
         spent = positive(table, "train_flops") / positive(table, "num_examples") / 3
     tried: list[tuple] = []
     for pool in [known["pool"]] if "pool" in known else POOLS:
-        candidate = Geometry(**({"num_prefix_tokens": int(pool == "token")} | known | {"pool": pool}))
+        candidate = with_pool(pool)
         ratio = np.log(forward / candidate.flops(dims, head=False))
         off = [np.abs(ratio).max(), 0.0 if spent is None else np.abs(np.log(spent / candidate.flops(dims, True))).max()]
         tried.append((round(sum(off), 9), len(tried), candidate, off[0], float(np.exp(ratio.mean()))))

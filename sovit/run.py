@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sovit import UserError
 from sovit.shape import Shape
@@ -65,7 +65,7 @@ class Run:
     preset: str = "cpu"
     init_seed: int = 0
     data_seed: int = 0
-    study: str = field(default="", metadata={"hash": False})
+    study: str = ""  # not part of any id
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from sovit.law import LAWS
-from sovit.measurements import SHAPE_FIELDS, WHOLE_SHAPE, Measurements, levels
+from sovit.measurements import WHOLE_SHAPE, Measurements, levels
 from sovit.rows import star
-from sovit.shape import named_shape
+from sovit.shape import DIMENSIONS, named_shape
 
 MIN_SEEDS, MIN_SEEDED_SHAPES = 3, 2  # what every study owes: 3 seeds at 2 shapes
 NAMES = {
@@ -205,8 +205,29 @@ def _rates(data) -> str:
             f"Learning rate: not said by the rows; {said}. Whether it was fair to every shape cannot be told from them."
         )
     low, high = min(rates), max(rates)
-    text = f"peak learning rate {low:g}" if low == high else f"peak learning rates from {low:g} to {high:g}"
+    if low == high:
+        text = f"the same peak learning rate, {low:g}, throughout, whatever the shape"
+    else:
+        text = rate_rule(data) or f"peak learning rates from {low:g} to {high:g}, by no power of width and depth"
     return f"Recipe, as the rows carry it: {text}; {said}."
+
+
+def rate_rule(data) -> str:
+    """The rule peak_lr = base (32 / width)^p (2 / depth)^q where the rows' rates keep to it within 1 %, else ""."""
+    if not {"width", "depth"} <= set(data.columns) or not all(row.get("peak_lr") for row in data.rows):
+        return ""
+    found = sorted({(row["width"], row["depth"], row["peak_lr"]) for row in data.rows})
+    width, depth, rates = np.array(found, float).T
+    terms = [np.ones(len(rates)), np.log(32 / width), np.log(2 / depth)]
+    basis = np.stack([t for t in terms if np.ptp(t) > 0 or t is terms[0]], 1)
+    power, _, rank, _ = np.linalg.lstsq(basis, np.log(rates), rcond=None)
+    if rank < basis.shape[1] or len(found) <= rank:  # no one rule, or any rates would keep to some rule
+        return ""
+    if np.abs(basis @ power - np.log(rates)).max() > 0.01:
+        return ""
+    names = [n for n, t in (("(32 / width)", terms[1]), ("(2 / depth)", terms[2])) if np.ptp(t) > 0]
+    factors = " · ".join(f"{name}^{round(p, 2) + 0.0:.2f}" for name, p in zip(names, power[1:]))
+    return f"peak learning rate {np.exp(power[0]):.3g} · {factors}, from {rates.min():g} to {rates.max():g}"
 
 
 def misfits(fit) -> float | None:
@@ -230,6 +251,10 @@ def _cautions(data) -> list[str]:
         )
     if len({row.get("parametrisation") for row in data.rows}) > 1:
         out.append("The rows mix parametrisations; their laws may differ.")
+    for name in ("batch_size", "weight_decay"):
+        values = sorted({_value(row.get(name)) for row in data.rows})
+        if len(values) > 1:
+            out.append(f"The rows differ in {name} ({_and(values)}), for which the law has no term.")
     if data.zero_line is not None and data.y.max() > data.zero_line:
         out.append(
             f"{int((data.y > data.zero_line).sum())} rows are above the zero line {data.zero_line:.4g}, the loss of"
@@ -349,7 +374,8 @@ def _disagreement(fit) -> str:
 def _quality(fit) -> str:
     d, noise = fit.diagnostics, fit.noise
     source = {
-        "seeds": f"between seeds of one shape ({noise['n']} degrees of freedom)",
+        "seeds": f"between seeds of one shape ({noise['n']} degrees of freedom between trunks, read from"
+        f" {noise['num_rows']} rows)",
         "residuals": "read from the residuals",
     }
     lines = [
@@ -414,9 +440,8 @@ def _extrapolation(fits, headline, refused) -> str:
     counts = {table[n]["n"] for n in order if table[n]["rmse"] is not None}
     if len(counts) > 1:
         lines.append(
-            "Forms that describe one arm at a time are scored on their own rows (the centre counts once an arm,"
-            " corners not at"
-            " all): compare their error, not their rank."
+            "Forms that describe one arm at a time are scored on their own rows (no corners; a row at the centre gets the"
+            " mean of its arms): compare their error, not their rank."
         )
     lines += [f"`{name}` was not fitted: {_sentence(reason)}" for name, reason in refused.items()]
     better = _better_baseline(fits, headline)
@@ -426,7 +451,13 @@ def _extrapolation(fits, headline, refused) -> str:
 
 
 def extrapolation_table(fits: dict) -> dict:
-    """Scores by form and baseline {rmse, bias, n}, each form's own fit speaking for it."""
+    """`extrapolation_scores` without the rows: {rmse, bias, n} by form and baseline."""
+    scores = extrapolation_scores(fits)
+    return {name: {k: v for k, v in s.items() if k not in ("rows", "predicted")} for name, s in scores.items()}
+
+
+def extrapolation_scores(fits: dict) -> dict:
+    """Scores by form and baseline as `diagnose.extrapolation` gives them, each form's own fit speaking for it."""
     table: dict = {}
     for name, fitted in fits.items():
         for label, score in fitted.extrapolation.get("forms", {}).items():
@@ -453,7 +484,8 @@ def _recommendation(fit, r, reason, dependence) -> str:
     if r is None:
         return f"None: {_sentence(reason)}"
     lines = [
-        f"For **{_flops(r.train_flops)} training FLOPs** ({r.decades:.2f} decades beyond the largest run):"
+        f"For **{_flops(r.train_flops)} training FLOPs** ({abs(r.decades):.2f} decades"
+        f" {'below' if r.decades < 0 else 'beyond'} the largest run):"
         f" **{_shape_words(r.shape)}**,"
         f" {r.num_params:,} parameters, {_flops(r.forward_flops)} forward FLOPs an image, {r.num_examples:,} images."
         " Predicted loss"
@@ -488,19 +520,19 @@ def _recommendation(fit, r, reason, dependence) -> str:
     usual = (
         "- ViT-B proportions at the same FLOPs, at the width that the law itself thinks best"
         f" ({_shape_words(p['shape'])},"
-        f" {p['num_examples']:,} images): predicted loss {p['loss']:.4g}, {percent(p['loss_excess'], True)} against"
-        " the recommended shape."
+        f" {p['num_examples']:,} images): predicted loss {_with_interval(p['loss'], p['loss_low'], p['loss_high'])},"
+        f" {percent(p['loss_excess'], True)} against the recommended shape."
     )
+    d = r.difference
+    if d["low"] is not None:
+        usual += (
+            f" ln of recommended over usual: {percent(d['estimate'], True)} ({percent(d['low'], True)} to"
+            f" {percent(d['high'], True)})."
+        )
     if abs(p["loss_excess"]) <= flat["within"]:
         usual += " That is within one noise s.d.: the law does not claim a difference that a run could show."
-    missed = fit.diagnostics["residual_rms"]
-    if misfits(fit):
-        region += (
-            f" The law itself misses by {percent(missed)}, so that it cannot tell apart shapes closer than about that:"
-            " the true region is wider."
-        )
-        if flat["within"] < abs(p["loss_excess"]) <= missed:
-            usual += " That is within what the law itself misses by: only paired runs can settle it."
+    if misfits(fit) and flat["within"] < abs(p["loss_excess"]) <= fit.diagnostics["residual_rms"]:
+        usual += " That is within what the law itself misses by: only paired runs can settle it."
     lines.append("\n".join([regret, region, usual]))
     if len(dependence) > 1:
         forms = [d["form"] for d in dependence]
@@ -543,7 +575,7 @@ def _not_shown(data, fits, headline, recommendation) -> str:
             f" million images takes {_flops(usual)}: {np.log10(usual / high):.1f} decades more."
         )
     if recommendation is not None:
-        run = any(all(recommendation.shape[n] == row.get(n) for n in SHAPE_FIELDS) for row in data.rows)
+        run = any(all(recommendation.shape[n] == row.get(n) for n in DIMENSIONS) for row in data.rows)
         lines.append(
             "- The recommendation is a prediction; "
             + ("that shape was run, but not at that budget." if run else "that shape was never run.")
@@ -567,7 +599,7 @@ def _not_shown(data, fits, headline, recommendation) -> str:
 
 
 def _checklist(data, fit) -> str:
-    noise = f"{fit.noise['source']}, {fit.noise['n']} degrees of freedom"
+    noise = f"{fit.noise['source']}, {fit.noise['n']} degrees of freedom between trunks"
     pools = sorted({str(row["pool"]) for row in data.rows if row.get("pool")})
     draws = fit.diagnostics.get("draws", {})
     lines = [

@@ -79,6 +79,28 @@ def test_client_that_leaves_nothing(pinned):
         assets.fetch("toy")
 
 
+def test_cache_that_cannot_be_written(pinned, tmp_path, monkeypatch):
+    pinned(f"open('toy.tgz', 'wb').write({CONTENT!r})")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match="the cache folder .*/file/assets cannot be written .*; set SOVIT_CACHE"
+    ) as caught:
+        assets.fetch("toy")
+    assert "\n" not in str(caught.value)
+
+
+def test_read_only_disk_is_noticed_and_nothing_is_left_on_another(tmp_path, monkeypatch):
+    assert assets.writable(tmp_path / "new") == tmp_path / "new" and not list((tmp_path / "new").iterdir())
+
+    def refuse(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(assets.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match="Read-only file system"):
+        assets.writable(tmp_path)
+
+
 def test_path_prefers_the_environment_then_says_the_command(pinned, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run: sovit assets fetch toy"):
         assets.path("toy")
@@ -117,6 +139,10 @@ def test_pins_are_complete(asset):
     assert asset.registry in assets.CLIENTS and len(bytes.fromhex(asset.sha256)) == 32
     assert asset.size > 0 and asset.version in asset.file and "/" not in asset.file
     assert all(isinstance(word, str) for word in assets.CLIENTS[asset.registry](asset.package, asset.version))
+
+
+def test_every_client_has_a_pin_and_a_remedy():
+    assert assets.CLIENTS.keys() == assets.REMEDIES.keys() == {pin.registry for pin in assets.load_pins().values()}
 
 
 def test_import_needs_only_the_standard_library():

@@ -42,7 +42,7 @@ def ledger(tmp_path_factory, rows):
 
 @pytest.fixture(scope="module")
 def summary(ledger):
-    return fit_ledgers([ledger], bootstrap=40)
+    return fit_ledgers([ledger], bootstrap=100)
 
 
 def contents(folder):
@@ -70,7 +70,7 @@ def test_law_json_holds_the_contract(summary):
     for exponent in body["exponents"].values():
         assert {"estimate", "low", "high", "kind", "compute_range", "status"} <= set(exponent)
         assert exponent["low"] < exponent["estimate"] < exponent["high"]
-    assert set(body["noise"]) == {"sd", "source", "n"} and body["noise"]["source"] == "seeds"
+    assert set(body["noise"]) == {"sd", "source", "n", "num_rows"} and body["noise"]["source"] == "seeds"
 
 
 def test_the_form_that_was_planted_is_the_headline(summary):
@@ -116,7 +116,7 @@ def test_figures_are_embedded_by_relative_path(summary):
 
 
 def test_a_rerun_writes_the_same_bytes(summary, ledger, tmp_path):
-    fit_ledgers([ledger], bootstrap=40, out=tmp_path)
+    fit_ledgers([ledger], bootstrap=100, out=tmp_path)
     first, again = contents(summary["out"]), contents(tmp_path)
     assert [name for name in first if first[name] != again[name]] == []
 
@@ -174,7 +174,8 @@ def test_forward_flops_are_the_rows_own_where_given(rows, tmp_path):
 def test_rows_are_left_out_with_a_reason(rows, tmp_path):
     rows = [dict(row) for row in rows]
     rows[0] |= dict(status="diverged", val_loss=None)
-    rows[1] |= dict(status="failed", val_loss=None)
+    costs = ("num_params", "forward_flops", "head_flops", "compute", "train_flops", "spent_flops")
+    rows[1] |= dict(status="failed", val_loss=None) | dict.fromkeys(costs)
     path = planted.write_ledger(tmp_path / "a.jsonl", rows)
     (tmp_path / "exclusions.csv").write_text(f"run_id,reason\n{rows[2]['run_id']},power cut\n")
     data = measurements([path])
@@ -220,6 +221,7 @@ def bad_ledgers(rows):
     yield "diverged", [r | dict(status="diverged", val_loss=None) for r in rows], "none of the 95 rows is usable"
     yield "null", [rows[0] | dict(val_loss=None), *rows[1:]], "has val_loss=None"
     yield "negative", [rows[0] | dict(val_loss=-1.0), *rows[1:]], "needs a number above 0"
+    yield "text", [rows[0] | dict(forward_flops="much"), *rows[1:]], "has forward_flops='much', which is not a number"
     yield (
         "width",
         [{k: v for k, v in r.items() if k not in ("forward_flops", "num_params")} | dict(image_size=17) for r in rows],
@@ -237,7 +239,7 @@ def test_bad_input_is_one_line_and_status_2(name, rows, tmp_path, capsys):
         path.write_text(body)
     elif body is not None:
         path.write_text("".join(json.dumps(row) + "\n" for row in body))
-    assert main(["fit", str(path), "--bootstrap", "3"]) == 2
+    assert main(["fit", str(path), "--bootstrap", "0"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("sovit: ") and message in err
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
@@ -250,6 +252,7 @@ def test_bad_input_is_one_line_and_status_2(name, rows, tmp_path, capsys):
         (["--form", "spline"], "form='spline' is unknown"),
         (["--train-flops", "-1"], "not a positive number"),
         (["--bootstrap", "-1"], "negative"),
+        (["--bootstrap", "99"], "at least 100, or 0 for none"),
         (["--out", "/dev/null/x"], "cannot write"),
     ],
 )

@@ -58,6 +58,11 @@ def typed(count: int):
     return datasets.Dataset.from_dict(rows_of(count), features=features)
 
 
+def pixels(row: dict, size=8) -> np.ndarray:
+    """The decoded pixels of a file, [S, S, 3]."""
+    return hub.decode(row, size)[0]
+
+
 def told_colour(images: torch.Tensor) -> torch.Tensor:
     """The class of each image by its strongest channel, [B, 3, H, W] -> [B] in the order blue, green, red."""
     return 2 - images.mean((2, 3)).argmax(1)
@@ -130,6 +135,24 @@ def test_folder_with_train_and_test(cache, tmp_path):
     assert (source.info["num_train"], source.num_val) == (15, 9)
 
 
+def test_links(cache, folder, tmp_path):
+    for name, colour in COLOURS.items():
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i in range(3):
+            photo(colour, i).save(tmp_path / "set" / name / f"{i}.png")
+    whole = open_data("hub", str(tmp_path / "set"), 8, 4, 0)
+    (tmp_path / "set" / "red" / "linked.png").symlink_to(folder / "red" / "05.png")
+    (tmp_path / "set" / "red" / "dead.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "set" / "dead").symlink_to(tmp_path / "gone")
+    source = open_data("hub", str(tmp_path / "set"), 8, 4, 0)
+    assert source.info["broken"] == 1 and source.info["num_train"] + source.num_val == 10
+    assert source.content_key != whole.content_key
+    (tmp_path / "set" / "train.parquet").symlink_to(tmp_path / "gone.parquet")
+    check(str(tmp_path / "set"), "train.parquet is a link that leads nowhere; mend or remove it")
+    (tmp_path / "set" / "grey").symlink_to(folder / "red")
+    check(str(tmp_path / "set"), "grey is a link to a folder; put the folder itself there")
+
+
 @pytest.mark.parametrize("single", [True, False], ids=["file", "folder"])
 def test_parquet(cache, tmp_path, single):
     typed(30).to_parquet(tmp_path / "train-00000.parquet")
@@ -184,27 +207,45 @@ def saved(image: Image.Image, kind: str, **options) -> dict:
 
 def test_every_mode_becomes_rgb():
     grey = saved(Image.new("L", (20, 16), 90), "PNG")
-    assert (hub.decode(grey, 8) == 90).all()
+    assert (pixels(grey) == 90).all()
     half = saved(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), "PNG")
-    assert (hub.decode(half, 8) == 255).all()  # transparent black is white paper
+    assert (pixels(half) == 255).all()  # transparent black is white paper
     cmyk = saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG")
-    assert np.abs(hub.decode(cmyk, 8).astype(int) - (255, 0, 0)).max() < 8
+    assert np.abs(pixels(cmyk).astype(int) - (255, 0, 0)).max() < 8
     palette = saved(photo(COLOURS["green"], 0).quantize(16), "PNG")
-    assert hub.decode(palette, 8).shape == (8, 8, 3) and hub.decode(palette, 8).mean((0, 1)).argmax() == 1
+    assert pixels(palette).shape == (8, 8, 3) and pixels(palette).mean((0, 1)).argmax() == 1
     clear = Image.new("P", (16, 16), 1)
     clear.putpalette([0, 0, 0, 200, 10, 10])
-    assert (hub.decode(saved(clear, "PNG", transparency=1), 8) == 255).all()
+    assert (pixels(saved(clear, "PNG", transparency=1)) == 255).all()
     deep = saved(Image.fromarray(np.full((16, 16), 40_000, np.uint16)), "PNG")
-    assert (hub.decode(deep, 8) == 40_000 >> 8).all()
-    assert hub.decode(saved(Image.new("1", (16, 16), 1), "PNG"), 8).min() == 255
+    assert (pixels(deep) == 40_000 >> 8).all()
+    assert pixels(saved(Image.new("1", (16, 16), 1), "PNG")).min() == 255
+
+
+def test_images_that_are_not_rgb_are_counted(cache, tmp_path, capfd):
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        (tmp_path / name).mkdir()
+        for k, mode in enumerate(["RGB", "P", "L", "L", "RGBA", "CMYK"]):
+            photo(colour, 10 * i + k).convert(mode).save(tmp_path / name / f"{k}.{'jpg' if mode == 'CMYK' else 'png'}")
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(tmp_path / "red" / "deep.png")
+    (tmp_path / "red" / "no.png").write_bytes(b"this is text")
+    source = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert source.info["converted"] == {"L": 6, "P": 3, "RGBA": 3, "CMYK": 3, "I;16": 1}
+    assert source.info["broken"] == 1 and source.info["num_train"] + source.num_val == 19
+    said = capfd.readouterr().err
+    assert "left out 1 broken and 0 unlabelled; made RGB: 6 of mode L, 3 of mode" in said and "1 of mode I;16" in said
+
+
+def test_no_image_of_another_mode_is_said_too(cache, folder):
+    assert open_data("hub", str(folder), 8, 4, 0).info["converted"] == {}
 
 
 def test_centre_square_is_kept():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 200
-    assert (hub.decode(saved(Image.fromarray(wide), "PNG"), 8) == 200).all()
+    assert (pixels(saved(Image.fromarray(wide), "PNG")) == 200).all()
     tall = saved(Image.fromarray(wide.swapaxes(0, 1)), "PNG")
-    assert (hub.decode(tall, 8) == 200).all()
+    assert (pixels(tall) == 200).all()
 
 
 def test_orientation_tag_is_obeyed():
@@ -212,7 +253,7 @@ def test_orientation_tag_is_obeyed():
     picture[:8] = 255  # bright on top
     exif = Image.Exif()
     exif[0x0112] = 3  # rotated by half a turn
-    shown = hub.decode(saved(Image.fromarray(picture), "PNG", exif=exif), 16)
+    shown = pixels(saved(Image.fromarray(picture), "PNG", exif=exif), 16)
     assert shown[8:].mean() > 200 > 50 > shown[:8].mean()
 
 
@@ -224,7 +265,7 @@ def test_damaged_and_enormous_files_are_left_out(monkeypatch, tmp_path):
     assert hub.decode({"bytes": None, "path": str(tmp_path / "gone.png")}, 8) is None
     assert hub.decode(None, 8) is None
     strip = saved(Image.new("L", (200_000, 1), 7), "PNG")
-    assert (hub.decode(strip, 8) == 7).all()
+    assert (pixels(strip) == 7).all()
     monkeypatch.setattr(hub, "MAX_PIXELS", 10_000)
     assert hub.decode(whole, 8) is None
 
@@ -243,8 +284,10 @@ def test_cache_is_reused_until_the_folder_changes(cache, tmp_path):
     stamp = (made / "images.npy").stat().st_mtime_ns
     open_data("hub", str(tmp_path), 8, 4, 5)
     assert (made / "images.npy").stat().st_mtime_ns == stamp
+    assert first.content_key == made.name == open_data("hub", f"{tmp_path}?flip=0", 8, 4, 0).content_key
     photo(COLOURS["red"], 9).save(tmp_path / "red" / "9.png")
     second = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert second.content_key != first.content_key
     assert second.info["num_train"] + second.info["num_val"] == first.info["num_train"] + first.info["num_val"] + 1
 
 
@@ -270,7 +313,8 @@ def check(preset: str, message: str, image_size=8, patch_size=4, seed=0) -> None
 
 
 def test_bad_presets_are_said_in_one_line(cache, folder, tmp_path):
-    check("", "needs a preset")
+    check("", "needs a preset; name a folder of images, or a hub name")
+    check("?flip=0", "needs a preset")  # not the current folder
     check("/no/such/folder", "preset='/no/such/folder' is neither a file or folder here nor a hub name")
     check("missing.parquet", "correct the path")
     check(f"{folder}?labels=x", r"unknown option; the options are \?label=COLUMN")
@@ -281,6 +325,11 @@ def test_bad_presets_are_said_in_one_line(cache, folder, tmp_path):
     check(str(folder), "data_seed=-1 is negative", seed=-1)
     (tmp_path / "empty").mkdir()
     check(str(tmp_path / "empty"), "holds no images and no parquet files")
+
+
+def test_a_cache_that_cannot_be_written(folder, monkeypatch):
+    monkeypatch.setenv("SOVIT_CACHE", str(folder / "red" / "00.png"))  # permission bits do not hold back root
+    check(str(folder), "the cache folder .*00.png/hub cannot be written .*; set SOVIT_CACHE to a writable folder")
 
 
 def test_sets_without_images_or_classes(cache, tmp_path):

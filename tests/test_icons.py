@@ -1,74 +1,19 @@
-"""The icon source on a small package of hand-written drawings in the shape of @iconify/json."""
+"""The icon source on a small package of hand-written drawings (see icon_package)."""
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
-import tarfile
-from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from icon_package import CONCEPTS, small_package, write_package
 
 from sovit import UserError
-from sovit.data import icons, open_data
+from sovit.data import PRESETS, icon_labels, icons, open_data
 from sovit.evaluate import cells
-
-CONCEPTS = tuple(f"thing{a}{b}" for a in "abcde" for b in "abcdefgh")  # forty nouns that no table of words knows
-FAMILIES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu")
-
-
-def drawing(concept: int, family: int) -> str:
-    """A bar whose height says the concept and whose width says the family, so that a pixel test can tell the class."""
-    return f'<path fill="currentColor" d="M0 0h{12 + family}v{4 + concept / 2}H0z"/>'
-
-
-def icon_set(prefix: str, bodies: dict[str, str], licence="MIT", palette=False, category="UI 24px") -> dict:
-    info = {"author": {"name": f"Author of {prefix}"}, "license": {"spdx": licence}, "palette": palette}
-    info["category"] = category
-    return {
-        "prefix": prefix,
-        "info": info,
-        "icons": {k: {"body": v} for k, v in bodies.items()},
-        "height": 24,
-        "width": 24,
-    }
-
-
-def write_package(path, sets: list[dict]) -> None:
-    with tarfile.open(path, "w:gz") as archive:
-        for data in sets:
-            raw = json.dumps(data).encode()
-            member = tarfile.TarInfo(f"package/json/{data['prefix']}.json")
-            member.size = len(raw)
-            archive.addfile(member, io.BytesIO(raw))
-
-
-def small_package() -> list[dict]:
-    sets = []
-    for f, family in enumerate(FAMILIES):
-        bodies = {concept: drawing(c, f) for c, concept in enumerate(CONCEPTS)}
-        sets.append(icon_set(f"{family}-set", bodies, licence="Apache-2.0" if f % 2 else "MIT"))
-    extra = {
-        "thingaa-off-outline": drawing(0, 12.5),
-        "thingaa-thingab": "<path d='M1 1h9v9'/>",
-        "google-thingaa": "<path/>",
-    }
-    extra["circle"] = '<circle cx="12" cy="12" r="9"/>'
-    extra["thingab-24"] = drawing(1, 0)  # byte for byte the drawing of alpha-set:thingab
-    extra["thingac-off"] = drawing(3, 0)  # the drawing of alpha-set:thingad under another name: neither can be trusted
-    extra["thingae-blank"], extra["thingae-bad"] = "<g></g>", "<path d='M0 0h3'><broken"
-    sets.append(icon_set("alpha-more", extra))
-    for prefix, change in {
-        "beta-gpl": {"licence": "GPL-3.0"},
-        "beta-sharealike": {"licence": "CC-BY-SA-4.0"},
-        "beta-colour": {"palette": True},
-        "beta-brands": {"category": "Logos"},
-    }.items():
-        sets.append(icon_set(prefix, {"thingaa": f"<path d='M0 0h{len(prefix)}v9z'/>"}, **change))
-    return sets
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +30,7 @@ def cache(package, tmp_path_factory, monkeypatch, request):
     folder = package.parent / "cache"
     monkeypatch.setenv("SOVIT_ICONIFY", str(package))
     monkeypatch.setenv("SOVIT_CACHE", str(folder))
-    monkeypatch.setattr(icons, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
+    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
     return folder
 
 
@@ -97,67 +42,15 @@ def same(a, b) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
-# labels
-
-
-@pytest.mark.parametrize(
-    ("name", "concept"),
-    [
-        ("calendar-off-outline", "calendar"),
-        ("calendar-24-filled", "calendar"),
-        ("plus-circle", "plus"),
-        ("folder-plus", "folder"),
-        ("house", "home"),
-        ("folder-music", None),  # two concepts
-        ("unheard-plus", None),  # a noun that is no concept: the plus is not the subject
-        ("google-calendar", None),
-        ("circle", None),
-    ],
-)
-def test_concept_of_a_name(name, concept):
-    vocabulary = frozenset({"calendar", "plus", "folder", "home", "music"})
-    assert icons.find_concept(icons.content_words(name), vocabulary) == concept
-
-
-def test_licences_colours_logos_and_brands_are_left_out(package):
-    read = icons.read_icons(package)
-    assert {i.licence for i in read} == {"MIT", "Apache-2.0"}
-    assert not {"beta-gpl", "beta-sharealike", "beta-colour", "beta-brands"} & {i.title.split(":")[0] for i in read}
-    chosen, classes = icons.choose(read, 40)
-    assert classes == sorted(CONCEPTS)
-    titles = {i.title for i in chosen}
-    assert "alpha-more:thingaa-off-outline" in titles
-    assert not titles & {"alpha-more:thingaa-thingab", "alpha-more:google-thingaa", "alpha-more:circle"}
-    assert all(i.author == f"Author of {i.title.split(':')[0]}" for i in chosen)
-
-
-def test_identical_drawings_are_kept_once_or_not_at_all(package):
-    chosen, _ = icons.choose(icons.read_icons(package), 40)
-    drawings = Counter((i.box, i.body) for i in chosen)
-    assert set(drawings.values()) == {1}
-    titles = {i.title for i in chosen}
-    assert "alpha-set:thingab" in titles and "alpha-more:thingab-24" not in titles
-    assert not titles & {"alpha-set:thingad", "alpha-more:thingac-off"}
-
-
-def test_split_is_by_family_and_independent_of_the_order():
-    counts = Counter({f"family{i}": 10 + i for i in range(60)} | {"giant": 5000})
-    val = icons.split_families(counts)
-    assert val == icons.split_families(Counter(dict(reversed(counts.items()))))
-    assert "giant" not in val  # larger than a quarter of the validation set
-    total = sum(counts.values())
-    assert 0.5 * icons.VAL_SHARE * total < sum(counts[f] for f in val) <= icons.VAL_SHARE * total
-    with pytest.raises(UserError, match="1 icon families cannot be split"):
-        icons.split_families(Counter(one=5))
-
-
 def test_choice_of_the_pinned_package_is_frozen():
     """Cached masks and committed results rest on this choice. Where it has to change, RECIPE must change with it."""
     try:
         package = icons.assets.path("iconify")
     except UserError as error:
         pytest.skip(str(error))
-    chosen, _ = icons.choose(icons.read_icons(package), 40)
+    read = icons.read_icons(package)
+    assert len(icons.choose(read, 1000)[1]) == 1000
+    chosen, _ = icons.choose(read, 40)
     digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
     assert (icons.RECIPE, len(chosen), digest[:12]) == (1, 50_648, "15be724ae92f")
 
@@ -212,7 +105,7 @@ def test_every_token_has_the_class_of_the_drawing_under_it(cache):
     assert (labels == labels[:, :, :1, :, :1]).all()
     told = 4 + number[labels[:, :, 0, :, 0]] / 2
     assert (height - told).abs().max() < 1.0
-    assert torch.equal(icon_labels(source, batch.labels), labels[:, :, 0, :, 0].reshape(64, 4))
+    assert torch.equal(tile_labels(source, batch.labels), labels[:, :, 0, :, 0].reshape(64, 4))
 
 
 def test_summed_tokens_of_a_tile_answer_for_its_icon(cache):
@@ -221,10 +114,10 @@ def test_summed_tokens_of_a_tile_answer_for_its_icon(cache):
     logits = torch.nn.functional.one_hot(labels, 40).float()
     summed = cells(logits, source.label_grid).sum(2)
     assert summed.shape == (8, 4, 40) and summed.max() == 16
-    assert torch.equal(summed.argmax(-1), icon_labels(source, labels))
+    assert torch.equal(summed.argmax(-1), tile_labels(source, labels))
 
 
-def icon_labels(source, labels):
+def tile_labels(source, labels):
     """The label of each tile, [B, N] -> [B, tiles]."""
     return cells(labels[..., None], source.label_grid)[:, :, 0, 0]
 
@@ -232,7 +125,7 @@ def icon_labels(source, labels):
 def test_a_larger_image_is_the_same_drawing_with_more_detail(cache):
     small, large = mosaic(), mosaic(image_size=64)
     assert large.train(0, 1).labels.shape == (1, 256)
-    assert torch.equal(icon_labels(small, small.train(0, 64).labels), icon_labels(large, large.train(0, 64).labels))
+    assert torch.equal(tile_labels(small, small.train(0, 64).labels), tile_labels(large, large.train(0, 64).labels))
     a = small.val(0, 64).images.mean(1)
     b = torch.nn.functional.avg_pool2d(large.val(0, 64).images, 2).mean(1)
     assert np.corrcoef(a.flatten(), b.flatten())[0, 1] > 0.95
@@ -260,11 +153,12 @@ def test_cache_is_reused(cache):
     folder = icons.masks_folder(40, 16)
     before = (folder / "masks.npy").stat().st_mtime_ns
     mosaic()
+    assert mosaic(seed=1).content_key == folder.name != mosaic(image_size=64).content_key
     assert icons.masks_folder(40, 16) == folder and (folder / "masks.npy").stat().st_mtime_ns == before
 
 
 def build(number: int) -> str:
-    icons.VAL_FAMILY_SHARE = 1.0
+    icon_labels.VAL_FAMILY_SHARE = 1.0
     return str(icons.masks_folder(40, 10))
 
 
@@ -289,6 +183,28 @@ def test_rendered_masks_do_not_need_the_package(cache, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
     assert same(mosaic().val(0, 4), first)
+
+
+def test_cache_key_is_frozen(monkeypatch):
+    """Masks that were rendered by an earlier version are found again, unless RECIPE or the pinned package changed."""
+    monkeypatch.delenv("SOVIT_ICONIFY", raising=False)
+    monkeypatch.setattr(icons, "build_once", lambda kind, key, build: f"{kind}/{key}")
+    assert icons.masks_folder(40, 16) == "icons/80d501b4a1b68b84"
+
+
+@pytest.mark.parametrize("preset", PRESETS["icons"])
+def test_listed_presets_work_at_their_listed_size(cache, monkeypatch, preset):
+    image_size, what = PRESETS["icons"][preset]
+    assert f"{icons.PRESETS[preset].num_classes:,} classes" in what
+    monkeypatch.setitem(icons.PRESETS, preset, replace(icons.PRESETS[preset], num_classes=40))  # what the package has
+    source = open_data("icons", preset, image_size, 4, 0)
+    for batch in (source.train(0, 3), source.val(0, 3)):
+        assert batch.images.shape == (3, 3, 32, 32)
+        assert batch.labels.shape == ((3, 64) if source.readout == "tokens" else (3,))
+
+
+def test_both_tables_of_presets_agree():
+    assert PRESETS["icons"].keys() == icons.PRESETS.keys()
 
 
 # errors

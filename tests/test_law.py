@@ -10,6 +10,7 @@ import planted
 import pytest
 
 from sovit import UserError, law
+from sovit.allocate import Geometry
 from sovit.fitter import Groups, components, loss_of, polish, solve
 from sovit.forms import LAWS, nnls
 from sovit.rows import prepare, star, trunks
@@ -125,12 +126,14 @@ def test_twenty_planted_laws_are_recovered():
             if e["estimate"] is not None:
                 errors.append(np.log(e["estimate"] / s))
             for kind, hit in hits.items():
-                hit.append(e[kind + "low"] is None or e[kind + "low"] <= s <= e[kind + "high"])
+                hit.append(e[kind + "low"] is not None and e[kind + "low"] <= s <= e[kind + "high"])
             print(
-                f"{seed:3} {dim:8} true {s:.3f}  found {e['estimate'] or float('nan'):.3f}  {e['low']:.3f} to {e['high']:.3f}"
+                f"{seed:3} {dim:8} true {s:.3f}  found {e['estimate'] or float('nan'):.3f} "
+                f" {e['low']:.3f} to {e['high']:.3f}"
             )
     print(
-        f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs); median error {np.median(errors):+.1%}"
+        f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs);"
+        f" median error {np.median(errors):+.1%}"
     )
     # nominal 90 %; 60 correlated trials have a standard error of about 5 points
     assert np.mean(hits[""]) >= 0.78 and np.mean(hits["pairs_"]) >= 0.75
@@ -215,7 +218,8 @@ def test_seeds_give_the_noise():
     table, trunk = planted.star(extra=shapes)
     y = planted.loss(table) * planted.noise(trunk, 0.01, 0)
     found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY)
-    assert found.noise["source"] == "seeds" and found.noise["n"] == 18
+    # four trunks each (one of the star) at two shapes, three branches a trunk
+    assert {k: found.noise[k] for k in ("source", "n", "num_rows")} == dict(source="seeds", n=6, num_rows=24)
     assert found.noise["sd"] == pytest.approx(0.01, rel=0.5)
 
 
@@ -253,6 +257,37 @@ def test_extrapolation_ranks_the_true_form_first():
     rmse = {name: s["rmse"] for name, s in scored["forms"].items()}
     assert set(rmse) == {"joint", "chinchilla", "compute_only", "nearest"}
     assert rmse["joint"] == min(rmse.values()) and rmse["joint"] < 0.01
+
+
+@pytest.mark.parametrize("form", ["joint", "sovit"])
+def test_one_compute_gives_no_growth_and_no_extrapolation(form):
+    table, trunk = planted.star()
+    shapes = np.stack([table[d] for d in planted.DIMS], 1)
+    y_of = planted.columns(shapes, 1e21 * np.tile([0.9, 1.0, 1.1], 18) / table["forward_flops"])
+    y = planted.loss(y_of) * planted.noise(trunk, 0.005, 0)
+    found = law.fit(form, y_of, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=20)
+    assert found.extrapolation["n"] == 0 and "factor 1.22 in compute" in found.extrapolation["note"]
+    assert {(e["status"], e["estimate"]) for e in found.exponents.values()} == {("unidentified", None)}
+    found.to_json()
+
+
+def test_a_cut_beyond_the_rows_is_no_test():
+    for cut, side in ((1e9, "below"), (1e99, "above")):
+        extra = fit(cut=cut).extrapolation
+        assert extra["n"] == 0 and "cut" not in extra and f"no row is {side}" in extra["note"]
+
+
+def test_registers_and_class_tokens_are_counted():
+    table, trunk = planted.star()
+    flops = Geometry(14, 14, 14, 14, 224, pool="token", num_prefix_tokens=5).flops(table, head=False)
+    table |= dict(num_registers=np.full(54, 4.0), forward_flops=flops, compute=flops * table["num_examples"])
+    options = dict(clusters=trunk, geometry=planted.GEOMETRY | dict(pool="token"), extrapolate=False)
+    found = law.fit("joint", table, planted.loss(table), **options).geometry
+    assert found["num_prefix_tokens"] == 5 and found["flops_scale"] == 1.0
+    found = law.fit(
+        "joint", {k: v for k, v in table.items() if "flops" not in k}, planted.loss(table), **options
+    ).geometry
+    assert found["num_prefix_tokens"] == 5 and found["flops_scale"] == 1.0
 
 
 def test_the_cut_holds_out_the_largest_budget_level():

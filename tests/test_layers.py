@@ -1,4 +1,4 @@
-"""The three layers: arithmetic, torch, edges. Imports point downwards, and each outside package has its one importer."""
+"""The three layers: arithmetic, torch, edges. Imports point downwards; each outside package has its one importer."""
 
 import ast
 import json

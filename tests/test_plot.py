@@ -166,7 +166,8 @@ def test_validation_figure_joins_seeds(tmp_path):
         "usual": dict(label="96x2x384", losses=[1.47, 1.45, 1.48], predicted=1.46),
     }
     difference = dict(mean=-0.037, low=-0.043, high=-0.031)
-    result = dict(arms=arms, difference=difference, predicted_difference=-0.04, train_flops=1e12, verdict="better")
+    result = dict(arms=arms, difference=difference, predicted_difference=dict(estimate=-0.04, low=-0.06, high=-0.02))
+    result |= dict(train_flops=1e12, verdict="better")
     left, right = plot.validation(result).axes
     assert np.allclose(np.sort(points(left)[:, 1]), np.sort(np.concatenate([a["losses"] for a in arms.values()])))
     assert np.allclose(

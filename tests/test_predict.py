@@ -1,5 +1,6 @@
 """Prediction: the optimum against closed form and brute force, the flat region, intervals, warnings, refusals."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from sovit import UserError, law
 from sovit.allocate import Geometry, optimum
-from sovit.predict import best_shape, form_dependence, predicted_loss, proportional_shape
+from sovit.predict import best_shape, form_dependence, predicted_difference, predicted_loss, proportional_shape
 from sovit.shape import Shape
 
 BUDGET = 3 * 600e6 * 25e9
@@ -128,6 +129,43 @@ def test_far_extrapolation_is_warned_of(fits):
     near, far = (best_shape(fits["joint"], largest * factor) for factor in (50, 1e3))
     assert near.decades == pytest.approx(np.log10(50)) and far.decades == pytest.approx(3)
     assert any("decades" in w for w in far.warnings) and not any("decades" in w for w in near.warnings)
+    assert best_shape(fits["joint"], largest / 100).decades == pytest.approx(-2)
+
+
+def test_a_law_that_misses_more_than_noise_warns_of_its_flat_region(fits):
+    fit = fits["joint"]
+    for sd, warned in ((0.1, 0), (0.5, 0), (2, 1)):
+        noise = dict(sd=fit.diagnostics["residual_rms"] / sd, source="seeds", n=4, num_rows=12)
+        found = best_shape(dataclasses.replace(fit, noise=noise), BUDGET).warnings
+        assert sum("narrower than what the law can resolve" in w for w in found) == warned
+
+
+def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(fits):
+    found = best_shape(fits["joint"], BUDGET)
+    usual, d = found.proportional, found.difference
+    assert d["estimate"] == pytest.approx(np.log(found.loss / usual["loss"])) and d["low"] < d["estimate"] < d["high"]
+    assert usual["loss_low"] < usual["loss"] < usual["loss_high"]
+    apart = np.log(found.loss_high / usual["loss_low"]) - np.log(found.loss_low / usual["loss_high"])
+    assert d["high"] - d["low"] < apart
+    shapes = Shape(**found.shape), Shape(**usual["shape"])
+    back = predicted_difference(fits["joint"], *reversed(shapes), BUDGET)
+    assert [back[k] for k in ("estimate", "low", "high")] == pytest.approx([-d["estimate"], -d["high"], -d["low"]])
+    # draw by draw, by hand
+    theta, widen = np.array(fits["joint"].draws["random_effects"]), fits["joint"].diagnostics["draws"]["t_over_z"]
+    many = [
+        np.subtract(
+            *np.log(
+                predicted_loss(
+                    dataclasses.replace(fits["joint"], model=fits["joint"].model | dict(theta=t)), shapes, BUDGET
+                )
+            )
+        )
+        for t in theta
+    ]
+    low, middle, high = np.quantile(many, [0.05, 0.5, 0.95])
+    assert d["low"] == pytest.approx(middle + widen * (low - middle)) and d["high"] == pytest.approx(
+        middle + widen * (high - middle)
+    )
 
 
 def test_proportional_shape_is_of_the_proportions_and_no_better(fits):
@@ -163,11 +201,18 @@ def test_to_dict_is_json(fits):
 def test_a_fit_without_draws_predicts_without_intervals():
     table, trunk = planted.star()
     found = best_shape(law.fit("joint", table, planted.loss(table), clusters=trunk, geometry=planted.GEOMETRY), BUDGET)
+    assert found.proportional["loss_low"] is None and found.difference["low"] is None
     assert found.loss_low is None and found.regret is None and "bootstrap=0" in found.optimum["width"]["note"]
 
 
 @pytest.mark.parametrize(
-    "budget, words", [(-1.0, "train_flops=-1.0"), (float("nan"), "train_flops=nan"), (1e5, "one image")]
+    "budget, words",
+    [
+        (-1.0, "train_flops=-1.0"),
+        (float("nan"), "train_flops=nan"),
+        (1e5, r"train_flops=100000 is more than 6 decades from the budgets run, \d.*e\+\d\d to \d"),
+        (1e30, "more than 6 decades"),
+    ],
 )
 def test_bad_budgets_are_refused(fits, budget, words):
     with pytest.raises(UserError, match=words):
@@ -178,6 +223,14 @@ def test_a_law_of_single_arms_cannot_rank_shapes():
     table, trunk = planted.star()
     with pytest.raises(UserError, match="joint"):
         best_shape(law.fit("sovit", table, planted.loss(table), clusters=trunk), BUDGET)
+
+
+def test_a_law_of_rows_without_costs_cannot_rank_shapes():
+    table, trunk = planted.star()
+    table = {n: table[n] for n in (*planted.DIMS, "num_examples")}
+    found = law.fit("joint", table, planted.loss(table), clusters=trunk, geometry=planted.GEOMETRY)
+    with pytest.raises(UserError, match="without forward_flops"):
+        best_shape(found, BUDGET)
 
 
 def test_prediction_needs_neither_scipy_nor_torch(fits, tmp_path):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ def test_study(path):
     assert f"python studies/{path.name}" in study.__doc__ and "Cost:" in study.__doc__ and "Expected" in study.__doc__
     runs = study.runs()
     assert len({run.trunk_id for run in runs}) == len(runs) > 0
+    said = re.search(r"Cost: (\d+) trunks", study.__doc__)
+    assert said is None or path.stem == "validate_prediction" or int(said[1]) == len(runs)
 
 
 def test_the_paper_star_is_54_runs_at_the_published_compute():

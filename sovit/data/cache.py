@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from sovit.assets import cache_dir
+from sovit.assets import cache_dir, writable
+from sovit.ledger import locked
 
 
 def content_key(**identity) -> str:
@@ -28,13 +27,14 @@ def build_once(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder <cache>/<kind>/<key>, filled by `build(folder)` if it is not there yet.
 
     A folder under its final name is always complete: it is built under another name and renamed. Processes that ask
-    for the same key at the same time wait for the first one; the lock dies with its process.
+    for the same key at the same time wait for the first one; the lock dies with its process. Raises UserError where
+    the folder has to be built and the cache cannot be written.
     """
     parent = cache_dir() / kind
     folder = parent / key
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, and no error, in a parent that may not be read
         return folder
-    parent.mkdir(parents=True, exist_ok=True)
+    writable(parent)
     with locked(parent / f".{key}.lock"):
         if folder.is_dir():
             return folder
@@ -47,14 +47,6 @@ def build_once(kind: str, key: str, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(building, ignore_errors=True)
             raise
     return folder
-
-
-@contextlib.contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `file`, which is created and left behind empty."""
-    with open(file, "a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def track(items: Iterable, description: str, total: int) -> Iterable:

@@ -11,6 +11,7 @@ digits, text, left and right), `?label=coarse_label&flip=0` (both).
 
 Images are decoded once, resized to the short side, centre-cropped and kept as a memory-mapped uint8 array. A hub set
 without a revision is taken as it is on the day it is decoded; its revision stands in info.json beside the images.
+Files that are no image and rows without a label are left out, images of other modes become RGB: info.json counts them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sovit import UserError
 from sovit.data import Batch
 from sovit.data.cache import build_once, content_key, prior_cross_entropy, say, track
 
-RECIPE = 1  # part of the cache key: raise it when the decoding below changes
+RECIPE = 2  # part of the cache key: raise it when the decoding below changes, or what info.json tells of it
 NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
 SPLIT_KEY = 0x53504C4954  # hold-out and validation order do not depend on data_seed
@@ -64,12 +65,14 @@ class Location:
 class Hub:
     """An opened data set. images [I, S, S, 3] uint8, memory-mapped; see sovit.data.Source for the rest.
 
+    `content_key` is the key of the cache: another one when the files of a folder, the revision, label or size differ.
     Images come as value / 127.5 - 1, between -1 and 1. A training epoch shows every image once, in an order that
     depends on (data_seed, epoch) alone, mirrored or not.
     """
 
     def __init__(self, folder: Path, flip: bool, data_seed: int, device: str):
         self.flip, self.data_seed, self.device = flip, data_seed, device
+        self.content_key = folder.name
         self.info = json.loads((folder / "info.json").read_text())
         self.class_names: tuple[str, ...] = tuple(self.info["classes"])
         self.label_grid = 1
@@ -144,9 +147,9 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
 
 def locate(preset: str) -> Location:
     """Take a preset apart. Raises UserError for an empty one, an unknown option or a path that does not exist."""
-    if not preset:
-        raise UserError("data='hub' needs a preset; give a hub name such as uoft-cs/cifar10, or a folder of images")
     base, _, query = preset.partition("?")
+    if not base:
+        raise UserError("data='hub' needs a preset; name a folder of images, or a hub name such as uoft-cs/cifar10")
     options = dict(parse_qsl(query, keep_blank_values=True))
     if options.keys() - OPTIONS.keys() or (query and not options) or options.get("flip", "1") not in ("0", "1"):
         raise UserError(f"preset={preset!r} has an unknown option; the options are ?label=COLUMN and ?flip=0 or 1")
@@ -162,7 +165,10 @@ def locate(preset: str) -> Location:
 
 
 def fingerprint(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, bytes, time of change) of every file below `path`, sorted: changes when the data set does."""
+    """(name, bytes, time of change) of every file below `path`, sorted: changes when the data set does.
+
+    An image link that leads nowhere has -1 bytes. Raises UserError for links whose absence would not be noticed.
+    """
     if path.is_file():
         stat = path.stat()
         yield str(path), stat.st_size, stat.st_mtime_ns
@@ -170,9 +176,25 @@ def fingerprint(path: Path) -> Iterator[tuple[str, int, int]]:
     yield str(path), 0, 0
     for folder, folders, files in os.walk(path):
         folders.sort()
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):  # `datasets` would leave its classes out without a word
+                raise UserError(f"{os.path.join(folder, name)} is a link to a folder; put the folder itself there")
         for name in sorted(files):
-            stat = os.stat(os.path.join(folder, name))
-            yield os.path.relpath(os.path.join(folder, name), path), stat.st_size, stat.st_mtime_ns
+            file = os.path.join(folder, name)
+            try:
+                stat = os.stat(file)
+            except OSError:
+                if name.endswith(".parquet"):
+                    raise UserError(f"{file} is a link that leads nowhere; mend or remove it") from None
+                yield os.path.relpath(file, path), -1, 0
+            else:
+                yield os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns
+
+
+def num_dead_links(path: Path | None) -> int:
+    """Image links below `path` that lead nowhere: `datasets` passes them over, so that decoding does not see them."""
+    files = fingerprint(path) if path else ()
+    return sum(size < 0 and Path(name).suffix.lower() in IMAGE_FILES for name, size, _ in files)
 
 
 def decode_all(location: Location, size: int, folder: Path) -> None:
@@ -202,11 +224,14 @@ def decode_all(location: Location, size: int, folder: Path) -> None:
             folder / "images.npy", mode="w+", dtype=np.uint8, shape=(total, size, size, 3)
         )
         found: list[tuple[int, bool]] = []  # label and side of each image kept
-        left_out = Counter(broken=0, unlabelled=0)
+        left_out = Counter(broken=num_dead_links(location.path), unlabelled=0)
+        modes: Counter[str] = Counter()  # of the images kept
         for row, val in track(decoded(parts, image_column, Image(decode=False), size, left_out), "decoding", total):
             if row is not None:
-                images[len(found)] = row[0]
-                found.append((row[1], val))
+                image, mode, label = row
+                images[len(found)] = image
+                found.append((label, val))
+                modes[mode] += 1
         images.flush()
         del images, splits, train, parts
 
@@ -220,6 +245,7 @@ def decode_all(location: Location, size: int, folder: Path) -> None:
         raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; give a fuller set")
     np.save(folder / "labels.npy", labels)
     np.save(folder / "is_val.npy", is_val)
+    converted = {mode: count for mode, count in modes.most_common() if mode != "RGB"}
     info = {
         "preset": location.preset,
         "revision": revision,
@@ -229,13 +255,15 @@ def decode_all(location: Location, size: int, folder: Path) -> None:
         "num_train": int((~is_val).sum()),
         "num_val": int(is_val.sum()),
         **left_out,
+        "converted": converted,
         "classes": classes,
     }
     (folder / "info.json").write_text(json.dumps(info, indent=1))
     say(
         f"hub: {info['num_train']:,} training images ({train_name}), {info['num_val']:,} validation images"
         f" ({val_name}), {len(classes)} classes in column {label_column!r}; left out {left_out['broken']} broken and"
-        f" {left_out['unlabelled']} unlabelled"
+        f" {left_out['unlabelled']} unlabelled; made RGB: "
+        + (", ".join(f"{count:,} of mode {mode}" for mode, count in converted.items()) or "none")
     )
 
 
@@ -356,7 +384,7 @@ def apply_numbers(split, column: str, classes: list[str]) -> np.ndarray:
 
 
 def decoded(parts: list, column: str, undecoded, size: int, left_out: Counter) -> Iterator[tuple]:
-    """((image [S, S, 3] uint8, label) or None, is_val) for each row; None for those counted in `left_out`."""
+    """((image [S, S, 3] uint8, mode, label) or None, is_val) for each row; None for those counted in `left_out`."""
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes and resizes outside the GIL
         for split, labels, is_val in parts:
             split = split.select_columns(column).cast_column(column, undecoded)
@@ -368,11 +396,14 @@ def decoded(parts: list, column: str, undecoded, size: int, left_out: Counter) -
                         left_out["unlabelled" if label < 0 else "broken"] += 1
                         yield None, is_val
                     else:
-                        yield (image, int(label)), is_val
+                        yield (*image, int(label)), is_val
 
 
-def decode(row: dict | None, size: int) -> np.ndarray | None:
-    """A file's bytes or path -> RGB [S, S, 3] uint8, the centre square resized; None for a file that is no image."""
+def decode(row: dict | None, size: int) -> tuple[np.ndarray, str] | None:
+    """A file's bytes or path -> RGB [S, S, 3] uint8, the centre square resized, and the file's mode in Pillow's words.
+
+    None for a file that is no image.
+    """
     from PIL import Image, ImageOps
 
     if row is None:
@@ -381,13 +412,14 @@ def decode(row: dict | None, size: int) -> np.ndarray | None:
         with Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"]) as file:
             if file.width * file.height > MAX_PIXELS:
                 return None
+            mode = file.mode
             file.draft(None, (2 * size, 2 * size))  # JPEG: decode no more detail than is kept
             image = ImageOps.exif_transpose(file)
             side = min(image.size)
             left, top = (image.width - side) / 2, (image.height - side) / 2
             # crop and resize in one step: a strip of 1 x 10^7 pixels must not grow on the way
             box = (left, top, left + side, top + side)
-            return np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+            return np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)), mode
     except Exception:  # whatever Pillow's forty decoders raise on damaged files, one image must not end the run
         return None
 
