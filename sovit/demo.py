@@ -61,10 +61,12 @@ def demo(out: Path, workers: int) -> int:
     print("\npredicted against measured:\n" + verdict_text(result))
     print(f"\nreport   {summary['report']}\nverdict  {out / 'validation' / 'validation.json'}")
     print(f"encoder  {encoder['out']}    timm.create_model('local-dir:{encoder['out']}', pretrained=True)")
+    if not new:
+        print(f"\n{wall / 60:.1f} minutes: all was trained before")
+        return 0
     trained = sum(row.get("spent_seconds") or 0 for row in rows if row["run_id"] in new)
-    launcher, worker = (
-        resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    launcher = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     print(
         f"\n{wall / 60:.1f} minutes with {workers} workers, {1 - trained / (wall * workers):.0%} of their time outside"
         f" training steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"
