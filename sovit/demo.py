@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from sovit.design import star, to_runs
+from sovit.launch import run_sweep
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
-from sovit.sweep import Sweep, run_sweep
+from sovit.sweep import Sweep
 
 CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 ARMS = {"width": (16, 24, 48, 64), "depth": (1, 3, 4), "mlp_dim": (32, 64, 256, 512)}

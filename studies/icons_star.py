@@ -11,7 +11,7 @@ Cost: 17 trunks, 3.7e13 FLOPs, about 40 minutes of two cores. Expected: the best
 32 x 2 or larger at 2e12; whether a law can be fitted across the drop is the question.
 """
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import star, to_runs
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -33,4 +33,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(sweep.main(__doc__, "icons_star", runs))
+    raise SystemExit(launch.main(__doc__, "icons_star", runs))

@@ -10,7 +10,7 @@ with recipe.peak_lr=0.004 and so on under other names.
 Cost: 18 trunks of at most 1e13 training FLOPs, about three hours of two cores. Expected: nothing yet; it is your question.
 """
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import star, to_runs
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -31,4 +31,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(sweep.main(__doc__, "image_star", runs))
+    raise SystemExit(launch.main(__doc__, "image_star", runs))

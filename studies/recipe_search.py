@@ -10,7 +10,7 @@ Cost: 40 trunks, about 15 minutes of two cores. Expected: 0.009 at width 32 and 
 falling about as width^-0.65 and depth^-0.75.
 """
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import to_runs
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -38,4 +38,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(sweep.main(__doc__, "recipe_search", runs))
+    raise SystemExit(launch.main(__doc__, "recipe_search", runs))

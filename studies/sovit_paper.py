@@ -11,7 +11,7 @@ it is printed (batch 128, rate 8e-4, rsqrt, 10k warm-up steps); the data, JFT-3B
 
 import sys
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import grid, star
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -57,4 +57,4 @@ runs = star_runs
 if __name__ == "__main__":
     arguments = [a for a in sys.argv[1:] if a != "--grid"]
     chosen = ("sovit_paper_grid", grid_runs) if "--grid" in sys.argv else ("sovit_paper", star_runs)
-    raise SystemExit(sweep.main(__doc__, *chosen, arguments))
+    raise SystemExit(launch.main(__doc__, *chosen, arguments))

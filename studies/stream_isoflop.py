@@ -5,11 +5,11 @@
 Five sizes with width : depth : MLP as 32 : 2 : 128, each cooled down at the same training FLOPs: the N-D (Chinchilla)
 side of the question, for comparison with the shape law.
 
-Cost: 5 trunks, 1.8e12 FLOPs, about 4 minutes of two cores. Expected: the best width moves from 24 at 1e11 to about 32
-at 3.2e11.
+Cost: 5 trunks, 1.8e12 FLOPs, about 4 minutes of two cores. Expected: the best width moves from 32 at 1e11 to 48 at
+3.2e11.
 """
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import isoflop, to_runs
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -28,4 +28,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(sweep.main(__doc__, "stream_isoflop", runs))
+    raise SystemExit(launch.main(__doc__, "stream_isoflop", runs))

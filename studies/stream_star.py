@@ -9,7 +9,7 @@ Cost: 22 trunks, 2.4e13 FLOPs, about 45 minutes of two cores. Expected: valleys 
 from 1e11 on, the MLP dimension growing fastest; loss near 1.4 at 1e12.
 """
 
-from sovit import sweep
+from sovit import launch
 from sovit.design import star, to_runs
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -30,4 +30,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(sweep.main(__doc__, "stream_star", runs))
+    raise SystemExit(launch.main(__doc__, "stream_star", runs))

@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-from sovit import UserError, sweep
+from sovit import UserError, launch
 from sovit.ledger import read_ledger
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         def runs() -> list[Run]:
             return runs_of(prediction, prediction["num_classes"], recipe, data=data, preset=preset)
 
-        launch = [*rest, "--name", options.name, "--results", str(options.results)]
-        status = sweep.main(__doc__, options.name, runs, launch)
+        options_of_sweep = [*rest, "--name", options.name, "--results", str(options.results)]
+        status = launch.main(__doc__, options.name, runs, options_of_sweep)
         if status or "--dry-run" in rest:
             return status
         rows = read_ledger(options.results / f"{options.name}.jsonl")

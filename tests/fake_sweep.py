@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from sovit import sweep
+from sovit.launch import launch as launch_sweep
 from sovit.ledger import new_row, provenance, read_record, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -63,7 +64,7 @@ def opened(folder, some_runs, name="s", storage=None):
 
 def launch(folder, some_runs, workers=1, **more):
     found = opened(folder, some_runs, **more)
-    return sweep.launch(found, workers, worker_command=[sys.executable, __file__])
+    return launch_sweep(found, workers, worker_command=[sys.executable, __file__])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
 TORCH = {"data", "model", "encoder", "loop", "train", "finetune", "evaluate", "export", "vlm"}
-EDGES = {"sweep", "track", "plot", "plan", "cli", "demo", "report", "validate", "__main__"}  # all else is arithmetic
+EDGES = {
+    "sweep",
+    "launch",
+    "track",
+    "plot",
+    "plan",
+    "cli",
+    "demo",
+    "report",
+    "validate",
+    "__main__",
+}  # all else is arithmetic
 ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}}
 HEAVY = {"torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "datasets", "peft"}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sovit import sweep
+from sovit import launch
 from sovit.plan import plan_of
 from sovit.sweep import Sweep
 
@@ -44,7 +44,7 @@ def test_the_paper_star_is_54_runs_at_the_published_compute():
 def test_dry_run_prints_the_totals_and_trains_nothing(tmp_path, capsys):
     study = load(next(p for p in STUDIES if p.stem == "sovit_paper"))
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    assert sweep.main(study.__doc__, "paper", study.star_runs, ["--dry-run", "--json", *folders]) == 0
+    assert launch.main(study.__doc__, "paper", study.star_runs, ["--dry-run", "--json", *folders]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["totals"]["measurements"] == 54 and plan["totals"]["pending"] == 18
     assert plan["totals"]["compute"] == sum(row["compute"] for row in plan["trunks"])

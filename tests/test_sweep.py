@@ -18,7 +18,7 @@ import pytest
 from fake_sweep import loss_of, runs
 from optuna.trial import TrialState
 
-from sovit import UserError, sweep
+from sovit import UserError, launch, sweep
 from sovit.ledger import locked, read_ledger, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -29,7 +29,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @pytest.fixture(autouse=True)
 def short_polls(monkeypatch):
-    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
 
 
 def executions(folder, word="end"):
@@ -420,7 +420,7 @@ def tiny_runs():
 
 def study_main(folder, *arguments):
     paths = ["--runs", str(folder / "runs"), "--results", str(folder / "results")]
-    return sweep.main("A tiny study.", "tiny", tiny_runs, [*paths, *arguments])
+    return launch.main("A tiny study.", "tiny", tiny_runs, [*paths, *arguments])
 
 
 def test_a_study_from_the_command_line_with_real_training(tmp_path, capsys):
@@ -464,9 +464,9 @@ def test_exit_status_of_a_study_that_is_not_done(tmp_path, capsys, monkeypatch):
     """Workers that cannot even start leave trunks undone: that is not success."""
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit(3)\n")
-    real = sweep.launch
+    real = launch.launch
     monkeypatch.setattr(
-        sweep, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)])
+        launch, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)])
     )
     assert study_main(tmp_path) == 1
     assert "2 trunks are not done" in capsys.readouterr().err
