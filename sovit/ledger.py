@@ -203,7 +203,7 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
     """Sort rows by run_id and collapse identical duplicates; a failed row gives way to an answer.
 
     Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit,
-    and one of them may lack a column that was added later; the fuller row stays.
+    and one of them may lack a column that was added later; the first stays, so that a ledger does not change in place.
     Raises UserError for conflicting rows with one run_id.
     """
     by_id: dict[str, dict] = {}
@@ -220,7 +220,6 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
                     f"{where}: two rows of run_id {row['run_id']} disagree on {k} ({other.get(k)} and {row.get(k)});"
                     " remove one of them"
                 )
-            by_id[row["run_id"]] = max(other, row, key=lambda r: len(set(r) - INCIDENTAL))
     return [by_id[k] for k in sorted(by_id)]
 
 

@@ -20,7 +20,7 @@ def seconds(f) -> float:
 
 
 def scipy_multistart(table: dict, y: np.ndarray, starts: int) -> float:
-    """Best sum of squared log residuals of the joint law over random starts; log-amplitudes, all parameters free."""
+    """Best half sum of squared log residuals of the joint law over random starts; log-amplitudes, all parameters free."""
     x = np.stack([table[d] for d in planted.DIMS] + [table["num_examples"]], 1)
     u = np.log(x) - np.log(x).mean(0)
     rng = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def scipy_multistart(table: dict, y: np.ndarray, starts: int) -> float:
     def one():
         start = np.concatenate([rng.normal(-3, 1.5, 4), rng.uniform(0.1, 2, 4), [-2]])
         bounds = ([-30] * 4 + [0.05] * 4 + [-30], [10] * 4 + [4] * 4 + [1])
-        return 2 * least_squares(residual, start, bounds=bounds, max_nfev=2000).cost
+        return least_squares(residual, start, bounds=bounds, max_nfev=2000).cost
 
     return min(one() for _ in range(starts))
 
