@@ -179,7 +179,9 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
         sweep = Sweep(options.name, runs, options.runs, options.results / f"{options.name}.jsonl", options.storage)
         if options.dry_run:
             from sovit.plan import print_plan
+            from sovit.train import check_device
 
+            check_device(options.device)
             print_plan(sweep, options.workers, options.device, options.json)
             return 0
         run_sweep(sweep, options.workers, options.device)

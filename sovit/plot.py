@@ -75,14 +75,17 @@ styled = matplotlib.rc_context(STYLE)  # as a decorator: the style holds inside 
 
 
 @styled
-def fit_by_dimension(fit, data) -> Figure:
+def fit_by_dimension(fit, data) -> Figure | None:
     """One panel a dimension: measured losses of its arm against it, the law at each budget, the optimum marked.
 
     Along a curve the other dimensions stay at the centre of the design and the budget is spent exactly, on as many
-    images as it pays for; where the runs stand on no common FLOPs, a curve is a number of images instead.
+    images as it pays for; where the runs stand on no common FLOPs, a curve is a number of images instead. None where the
+    design is no star (an isoFLOP line has no shape that differs in one dimension alone).
     """
     dims = fit.model["dims"]
     _, arms = star(data.columns, dims)
+    if not all(dim in arms for dim in dims):
+        return None
     kind, group, budgets = budget_levels(fit, data)
     colours = ramp(len(budgets))
     shown = set(np.linspace(0, len(budgets) - 1, min(len(budgets), 7)).round().astype(int).tolist())

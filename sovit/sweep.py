@@ -52,7 +52,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     kind, _, rest = url.partition(":")
     if kind == "journal":
         path = Path(rest)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
         backend = optuna.storages.journal.JournalFileBackend(str(path), JournalLock(path))
         try:
             return optuna.storages.JournalStorage(backend)

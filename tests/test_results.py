@@ -96,3 +96,12 @@ def test_golden_ids():
     shape = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
     run = Run(shape, Recipe(learning_rate(shape)), budgets=(7392,))
     assert run.run_ids == ("d1d4a0632f-7392",)
+
+
+def test_an_isoflop_line_draws_what_it_can_and_determines_no_exponent(tmp_path):
+    """Constant proportions move all dimensions together: the fit must say that it cannot tell them apart."""
+    from sovit.report import fit_ledgers
+
+    summary = fit_ledgers([RESULTS / "stream_isoflop.jsonl"], out=tmp_path, bootstrap=100)
+    assert {e["status"] for e in summary["exponents"].values()} == {"unidentified"}
+    assert "fit_by_dimension.png" not in summary["figures"] and "isoflop.png" in summary["figures"]

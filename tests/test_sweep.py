@@ -450,6 +450,10 @@ def test_a_study_from_the_command_line_with_real_training(tmp_path, capsys):
         (["preset=tpu"], "preset='tpu' is unknown"),
         (["--storage", "sqlite:///x.db"], "SQLite"),
         (["shape.patch_size=8"], "patch_size=8 does not divide"),
+        (["shape.pool=avg"], "use pool=none"),
+        (["--device", "warp"], "--device warp cannot be used"),
+        (["--device", "warp", "--dry-run"], "--device warp cannot be used"),
+        (["--runs", "/proc/nowhere"], "cannot write /proc/nowhere"),
     ],
 )
 def test_bad_input_stops_a_study_before_it_starts(tmp_path, capsys, arguments, message):
