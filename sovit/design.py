@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sovit import UserError
 from sovit.run import Recipe, Run, budgets_for
@@ -58,7 +58,7 @@ def to_runs(
     shapes: Iterable[Shape],
     train_flops: Sequence[float],
     num_classes: int,
-    recipe: callable,
+    recipe: Callable[[Shape], Recipe],
     seeds: Mapping[Shape, int] | None = None,
     min_steps: int = 100,
     **run_fields,

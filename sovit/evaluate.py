@@ -12,7 +12,7 @@ BATCH = 256
 
 
 @torch.no_grad()
-def validate(model: nn.Module, source: Source) -> dict[str, float]:
+def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
     """Mean cross-entropy (nats) and error over all validation labels, and by skill as `val_loss/<skill>`.
 
     Where several patches carry the label of one cell, also `val_cell_error`: the error of the cell's summed logits.
@@ -32,7 +32,7 @@ def validate(model: nn.Module, source: Source) -> dict[str, float]:
             skills.append(batch.skills.flatten())
     model.train()
     loss, error = torch.cat(losses).double(), torch.cat(wrong)
-    metrics = {"val_loss": loss.mean().item(), "val_error": error.mean().item()}
+    metrics: dict[str, float | None] = {"val_loss": loss.mean().item(), "val_error": error.mean().item()}
     if wrong_cells:
         metrics["val_cell_error"] = torch.cat(wrong_cells).mean().item()
     if skills:

@@ -173,7 +173,7 @@ def _compare(model, shape: Shape, folder: Path) -> dict:
 def _save_timm(model, run: Run, folder: Path) -> None:
     import timm.models
 
-    timm.models.save_for_hf(model, folder, model_args=run.shape.timm_kwargs, safe_serialization=True)
+    timm.models.save_for_hf(model, str(folder), model_args=run.shape.timm_kwargs, safe_serialization=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)  # given twice, transformers' TimmWrapper refuses it

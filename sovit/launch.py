@@ -115,7 +115,7 @@ def _display(sweep: Sweep):
             if trunk not in done and sweep.is_done(run):
                 done.add(trunk)
                 sweep.collect()
-                last = sweep.rows(run)[-1]
+                last = sweep.last(run)
                 loss = f"loss {last['val_loss']:.4f}" if last["val_loss"] is not None else last["status"]
                 console.print(
                     f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.shape.label} seed {run.init_seed}"

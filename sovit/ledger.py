@@ -163,11 +163,11 @@ def write_record(runs_dir: Path, row: dict) -> None:
     write_atomic(record_path(runs_dir, row["trunk_id"], row["run_id"]), dump_row(row) + "\n")
 
 
-def record_path(runs_dir: Path, trunk_id: str, run_id: str) -> Path:
+def record_path(runs_dir: Path | str, trunk_id: str, run_id: str) -> Path:
     return Path(runs_dir) / trunk_id / "records" / f"{run_id}.json"
 
 
-def read_record(runs_dir: Path, trunk_id: str, run_id: str) -> dict | None:
+def read_record(runs_dir: Path | str, trunk_id: str, run_id: str) -> dict | None:
     """The record of one branch, or None where there is none that answers the question (failed ones are tried again)."""
     path = record_path(runs_dir, trunk_id, run_id)
     if not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ class Diverged(RuntimeError):
 def fit(
     parameters: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
-    batch_at: Callable[[int], object],
-    loss_fn: Callable[[object], Tensor],
+    batch_at: Callable[[int], Any],
+    loss_fn: Callable[[Any], Tensor],
     learning_rate_at: Callable[[int], float],
     steps: range,
     *,

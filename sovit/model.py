@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -48,7 +50,7 @@ def build(
     return model
 
 
-def init_fan_in(model: nn.Module) -> None:
+def init_fan_in(model: Any) -> None:
     """Standard parametrisation: matrices ~ fan_in^-0.5, a block's two output matrices also x (2 depth)^-0.5.
 
     timm's own initialisation (0.02 everywhere) suits width 768 = 0.02^-2 / 3.3; at width 32 it starts every block
@@ -73,10 +75,11 @@ def init_fan_in(model: nn.Module) -> None:
         nn.init.zeros_(model.head.bias)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: Any, weight_decay: float) -> list[dict]:
     """Two AdamW groups: matrices decay; vectors, tokens and positions do not."""
     skip = model.no_weight_decay() | {"attn_pool.latent", "reg_token"}
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (keep if p.ndim < 2 or name in skip else decay).append(p)

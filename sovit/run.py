@@ -153,7 +153,8 @@ def override(run: Run, assignments: typing.Iterable[str]) -> Run:
     d = run.to_dict()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        owner, path = d, key.split(".")
+        path = key.split(".")
+        owner: dict | None = d
         for part in path[:-1]:
             owner = owner.get(part) if isinstance(owner, dict) else None
         if not equals or not isinstance(owner, dict) or path[-1] not in owner or isinstance(owner[path[-1]], dict):
@@ -203,7 +204,7 @@ def _from_dict(cls, d: dict, where: str):
 
 
 def _typed(hint, value, where: str):
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _from_dict(hint, value, where)
     if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
         if not isinstance(value, (list, tuple)):

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sovit import UserError
@@ -56,7 +57,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-        backend = optuna.storages.journal.JournalFileBackend(str(path), JournalLock(path))
+        backend = JournalFileBackend(str(path), JournalLock(path))  # type: ignore[arg-type]  # Optuna exports no base
         try:
             return optuna.storages.JournalStorage(backend)
         except ValueError as error:  # json's error is one
@@ -150,6 +151,12 @@ class Sweep:
         """What is not done and held by a living process, of this launch or another."""
         return [run for run in self.pending() if is_locked(self.runs_dir / run.trunk_id / "lock")]
 
+    def last(self, run: Run) -> dict:
+        """The row of the largest budget of a run that is done."""
+        row = self.rows(run)[-1]
+        assert row is not None
+        return row
+
     def is_done(self, run: Run) -> bool:
         return all(self.rows(run))
 
@@ -168,9 +175,10 @@ class Sweep:
 
 def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
     """Make the queue agree with the records. Call it under `sweep.lock()`."""
-    waiting_or_running, attempts, answered = set(), {}, set()
+    waiting_or_running, answered = set(), set()
+    attempts: dict[str, int] = {}
     for trial in study.get_trials(deepcopy=False):
-        trunk = trial.user_attrs.get("trunk_id")
+        trunk = trial.user_attrs.get("trunk_id", "")
         run = sweep.runs.get(trunk)
         if trial.state == TrialState.RUNNING and not is_locked(sweep.runs_dir / str(trunk) / "lock"):
             study.tell(trial.number, state=TrialState.FAIL)
@@ -184,7 +192,7 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
     for trunk, run in sweep.runs.items():
         attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
         if sweep.is_done(run):
-            value = sweep.rows(run)[-1]["val_loss"]
+            value = sweep.last(run)["val_loss"]
             if trunk not in answered | waiting_or_running and value is not None:  # the store was deleted: rebuild it
                 study.add_trial(
                     optuna.create_trial(
@@ -276,7 +284,7 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run,
         _record_failure(sweep, todo, reason)
         _tell(study, trial, None, reason)
         return 1
-    last = sweep.rows(run)[-1]
+    last = sweep.last(run)
     _tell(study, trial, last["val_loss"], f"{last['status']}: {last.get('error')}")
     return 0
 

@@ -56,7 +56,8 @@ def train(
     pending = [n for n in run.budgets if read_record(runs_dir, run.trunk_id, run.run_id(n)) is None]
     if pending:
         Trainer(run, Path(runs_dir), device, on_progress, save_seconds).train(pending)
-    return [read_record(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets]
+    rows = [read_record(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets]
+    return [row for row in rows if row is not None]  # none lacks by now
 
 
 class Trainer:

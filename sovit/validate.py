@@ -42,7 +42,7 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dic
         **_identity_of(law_path, train_flops, seeds),
         "form": best["form"],
         "decades": best["decades"],
-        "num_classes": law.geometry["num_classes"],
+        "num_classes": (law.geometry or {}).get("num_classes", 0),
         "arms": {
             "recommended": {
                 "shape": best["shape"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from sovit import UserError
 
@@ -14,9 +14,9 @@ class Batch(NamedTuple):
     `skills` holds, for each label, the index into `Source.skills` of the family that it belongs to.
     """
 
-    images: object
-    labels: object
-    skills: object
+    images: Any  # torch.Tensor, which this module need not import
+    labels: Any
+    skills: Any
 
 
 class Source(Protocol):

@@ -289,7 +289,8 @@ class Stream:
         scene = self.latents(VAL_SEED + 1, torch.arange(2**18 // w.grid**2, device=self.device))
         column, question = self.columns(scene).flatten(), scene["question"].flatten()
         share = _zipf(w.num_questions, w.question_power).to(self.device)
-        entropy, marginal = {}, torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
+        entropy: dict[str, list] = {}
+        marginal = torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
         for s, name in enumerate(self.skills):
             probes = range(w.num_colours) if name == "hist" else (None,)
             entropy[name] = []
