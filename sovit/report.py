@@ -145,17 +145,13 @@ def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[
     from sovit import plot
 
     captions = {
-        "fit_by_dimension": "Measured losses (points; seeds as separate points) against each dimension of the star,"
-        " with the law at"
-        " each budget (lines). Along a line the other dimensions stay at the centre of the design and the images make"
-        " up"
-        " the budget; the diamond is the minimum of that line, not the joint optimum.",
+        "fit_by_dimension": "Measured losses (points; seeds as separate points) against each dimension of the star, with"
+        " the law at each budget (lines). Along a line the other dimensions stay at the centre of the design and the"
+        " images make up the budget; the diamond is the minimum of that line, not the joint optimum.",
         "isoflop": "The same runs against model size. Lines: shapes on the law's own optimal path, trained for the"
-        " budget; diamonds:"
-        " the law's optimum at each budget. Runs above a line have other proportions.",
+        " budget; diamonds: the law's optimum at each budget. Runs above a line have other proportions.",
         "optimal_shape": "The optimal value of each dimension against compute with both 90 % bands; dashed beyond the"
-        " runs (dotted"
-        " line), the range of values run shaded.",
+        " runs (dotted line), the range of values run shaded.",
         "residuals": "Measured over fitted loss, against compute and by shape; the band is one noise standard"
         " deviation.",
         "extrapolation": "The most expensive rows, predicted by laws fitted to the cheaper ones only; the headline"

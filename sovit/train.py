@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -97,6 +98,9 @@ class Trainer:
             try:
                 self._advance(range(self.step, n // batch), n, pending[i:])
                 metrics = validate(self.model, self.source)
+                loss = metrics["val_loss"]
+                if loss is None or not math.isfinite(loss):
+                    raise Diverged(self.step)  # the last step spoilt the weights after its own loss was found finite
                 weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
                 path = self.folder / f"{self.run.run_id(n)}.safetensors"
                 safetensors.torch.save_file(weights, f"{path}.tmp", {"run_id": self.run.run_id(n)})

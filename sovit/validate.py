@@ -29,7 +29,10 @@ LEVEL = 0.90
 
 
 def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
-    """What the law says of both arms at `train_flops`, with its intervals. Raises UserError for fewer than three seeds."""
+    """What the law says of both arms at `train_flops`, with its intervals.
+
+    Raises UserError for fewer than three seeds, and for a law that cannot rank shapes or count a task head.
+    """
     from sovit.law import read_law
     from sovit.predict import best_shape
 
@@ -37,12 +40,15 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dic
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
     law = read_law(law_path)
     best = best_shape(law, train_flops).to_dict()
+    num_classes = (law.geometry or {}).get("num_classes")
+    if num_classes is None:
+        raise UserError(f"{law_path} does not know its num_classes; give its ledger that column and fit again")
     usual = best["proportional"]
     return {
         **_identity_of(law_path, train_flops, seeds),
         "form": best["form"],
         "decades": best["decades"],
-        "num_classes": (law.geometry or {}).get("num_classes", 0),
+        "num_classes": num_classes,
         "arms": {
             "recommended": {
                 "shape": best["shape"],
@@ -136,7 +142,7 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         "arms": arms,
         "difference": {"mean": mean, "sd": sd, "n": n, "low": low, "high": high, "level": LEVEL},
         "predicted_difference": prediction["predicted_difference"],
-        "same_shape": arms["recommended"]["label"] == arms["usual"]["label"],
+        "same_shape": arms["recommended"]["shape"] == arms["usual"]["shape"],
         "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
         "verdict": "better" if high < 0 else "worse" if low > 0 else "not distinguishable",
     }
@@ -171,8 +177,8 @@ def verdict_text(result: dict) -> str:
     low, high = (said["low"], said["high"]) if known else (said["estimate"],) * 2
     predicted += f" ({math.expm1(low):+.2%} to {math.expm1(high):+.2%})" if known else ""
     missed = high < d["low"] or low > d["high"]
-    predicted += ", apart from the measured interval: the law missed." if missed else ", within what was measured."
-    return "\n".join([*lines, predicted])
+    apart, meets = "apart from the measured interval: the law missed", "which meets the measured interval"
+    return "\n".join([*lines, f"{predicted}, {apart if missed else meets}."])
 
 
 def validation_report(prediction: dict, rows: list[dict], out: Path, metric: str = "val_loss") -> dict:

@@ -5,7 +5,7 @@
 Writes the prediction down (results/<name>_prediction.json) before anything is trained, then trains both shapes with
 three paired seeds, and states the verdict by the rule in sovit/validate.py. The seeds are not among those of the star.
 
-Cost: 6 trunks of --train-flops each; at 3.2e12 about 30 minutes of two cores. Expected: the recommended shape a few per
+Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. Expected: the recommended shape a few per
 cent lower in loss; the interval says whether three seeds can tell.
 """
 

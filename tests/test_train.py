@@ -266,6 +266,21 @@ def test_divergence_is_recorded_with_its_step_and_without_a_loss(tmp_path):
     assert train(run, tmp_path, on_progress=lambda p: pytest.fail("trained again")) == rows
 
 
+def test_a_validation_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
+    """The last step can spoil the weights after its own loss was found finite."""
+
+    def open_poisoned(*arguments):
+        source = open_data(*arguments)
+        draw = source.val
+        monkeypatch.setattr(source, "val", lambda *a: (b := draw(*a))._replace(images=b.images * float("nan")))
+        return source
+
+    monkeypatch.setattr(train_module, "open_data", open_poisoned)
+    rows = train(RUN, tmp_path)
+    assert [(row["status"], row["val_loss"]) for row in rows] == [("diverged", None)] * 2
+    assert rows[0]["error"] == f"cooldown: not finite at step {RUN.budgets[0] // 16}"
+
+
 @pytest.mark.parametrize(
     ("step", "expected"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import stats
 from sovit import UserError
 from sovit.run import Recipe
 from sovit.shape import Shape
-from sovit.validate import RULE, runs_of, verdict, verdict_text, write_prediction
+from sovit.validate import RULE, make_prediction, runs_of, verdict, verdict_text, write_prediction
 
 A = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 B = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
@@ -74,6 +75,16 @@ def test_both_arms_get_equal_flops_and_paired_seeds():
     assert sorted((r.shape.width, r.init_seed) for r in runs) == [(w, s) for w in (32, 64) for s in (10, 11, 12)]
 
 
+def test_a_law_that_cannot_count_a_head_predicts_no_budgets(tmp_path):
+    """A missing number of classes is said, not taken for 0."""
+    committed = Path(__file__).resolve().parent.parent / "results" / "stream_star_law" / "law.json"
+    law = json.loads(committed.read_text())
+    del law["geometry"]["num_classes"]
+    (tmp_path / "law.json").write_text(json.dumps(law))
+    with pytest.raises(UserError, match="num_classes"):
+        make_prediction(tmp_path / "law.json", 1e12, [1, 2, 3])
+
+
 def test_two_seeds_cannot_decide(tmp_path):
     with pytest.raises(UserError, match="at least 3"):
         write_prediction(tmp_path / "law.json", 1e12, [1, 2], tmp_path / "p.json")
@@ -101,4 +112,5 @@ def test_a_prediction_that_missed_is_called_that():
     result = verdict(prediction(), rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
     assert result["verdict"] == "better" and "the law missed" in verdict_text(result)
     near = prediction() | {"predicted_difference": {"estimate": -0.05, "low": -0.1, "high": 0.0}}
-    assert "within what was measured" in verdict_text(verdict(near, rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01))))
+    result = verdict(near, rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
+    assert "which meets the measured interval" in verdict_text(result)
