@@ -309,5 +309,7 @@ def read_law(path: Path | str) -> Fit:
         return Fit.from_json(Path(path).read_text())
     except OSError as error:
         raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a law ({error}); make one with sovit fit") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a law.json (not text); make one with sovit fit") from None

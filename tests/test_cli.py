@@ -66,7 +66,7 @@ def test_a_file_that_is_no_law_is_refused(tmp_path, capsys):
     path = tmp_path / "law.json"
     path.write_text('{"form": "joint"}')
     assert main(["predict", str(path), "--train-flops", "1e12"]) == 2
-    assert "is not a law" in capsys.readouterr().err
+    assert f"{path}: not a law.json" in capsys.readouterr().err
 
 
 def test_contact_sheet_of_the_stream_is_written(tmp_path, capsys):
