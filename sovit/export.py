@@ -87,30 +87,6 @@ def write_config(shape: Shape, format: str, out: Path) -> Path:
     return path
 
 
-def load_branch(run_id: str, runs_dir: Path | str):
-    """Rebuild the trained model of one branch in eval mode: (model, run). Raises UserError where it is not there."""
-    import safetensors
-    import safetensors.torch
-
-    from sovit.data import NORMALISATION
-    from sovit.model import build
-
-    folder = Path(runs_dir) / run_id.rpartition("-")[0]
-    weights = folder / f"{run_id}.safetensors"
-    if not (folder / "config.json").exists() or not weights.exists():
-        known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
-        hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
-        raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
-    try:
-        run = Run.from_dict(json.loads((folder / "config.json").read_text()))
-        state = safetensors.torch.load_file(weights)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"the trained run {run_id} is damaged ({error}); train it again") from None
-    model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
-    model.load_state_dict(state)
-    return model.eval(), run
-
-
 TOLERANCE = 1e-5  # of transformers' reload: it runs the same timm model, but may choose another attention kernel
 
 
@@ -121,6 +97,8 @@ def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
     installed)}. Raises UserError for a run that is not there and for an `out` that holds something else, RuntimeError
     if timm's reload differs in a bit or transformers' by more than TOLERANCE; `out` is written in full or not at all.
     """
+    from sovit.encoder import load_branch
+
     model, run = load_branch(run_id, runs_dir)
     out = Path(out)
     _check_replaceable(out)

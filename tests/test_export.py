@@ -7,7 +7,8 @@ import timm
 import torch
 
 from sovit import UserError
-from sovit.export import CONFIGS, config_of, export_timm, load_branch, write_config
+from sovit.encoder import load_branch
+from sovit.export import CONFIGS, config_of, export_timm, write_config
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.train import train

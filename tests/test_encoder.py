@@ -1,0 +1,178 @@
+"""Encoder: the same tokens as the tower gives by itself, whoever made it; hooks on its blocks are the reference."""
+
+import pytest
+import torch
+
+from sovit import UserError
+from sovit.encoder import TOWERS, load_branch, open_encoder, timm_encoder
+from sovit.model import build
+from sovit.run import Recipe, Run
+from sovit.shape import Shape
+from sovit.train import train
+
+SHAPE = Shape(16, 2, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
+IMAGES = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+def block_outputs(blocks, forward):
+    """Outputs of every block while `forward()` runs, by hooks: independent of how an Encoder reads them."""
+    found = []
+    hooks = [
+        b.register_forward_hook(lambda m, i, out: found.append(out if torch.is_tensor(out) else out[0])) for b in blocks
+    ]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pool", "registers", "prefix"), [("none", 0, 0), ("avg", 0, 0), ("avg", 2, 2), ("map", 0, 0), ("token", 1, 2)]
+)
+def test_tokens_of_a_vit_of_ours(pool, registers, prefix):
+    shape = Shape(16, 3, 32, head_dim=8, patch_size=7, image_size=28, pool=pool, num_registers=registers)
+    model = build(shape, 0, "fan_in", seed=0).eval()
+    encoder = timm_encoder("ours", model)
+    assert (encoder.width, encoder.depth, encoder.grid, encoder.num_prefix_tokens) == (16, 3, 4, prefix)
+    assert encoder.num_params == shape.num_params
+    outputs = block_outputs(model.blocks, lambda: model(IMAGES))
+    for layer in (0, 1, 2, -1, -3):
+        assert torch.equal(encoder.tokens(IMAGES, layer, norm=False), outputs[layer][:, prefix:])
+    assert encoder.tokens(IMAGES).shape == (3, 16, 16)
+    normed = encoder.tokens(IMAGES)
+    torch.testing.assert_close(normed.mean(-1), torch.zeros(3, 16), atol=1e-5, rtol=0)  # a new LayerNorm
+    if pool != "avg":
+        assert torch.equal(normed, model.forward_features(IMAGES)[:, prefix:])
+    assert torch.equal(encoder.pooled(IMAGES), normed.mean(1) if pool == "none" else model(IMAGES))
+    assert not any(p.requires_grad for p in encoder.module.parameters())
+
+
+def test_a_block_that_is_not_there():
+    encoder = timm_encoder("ours", build(Shape(16, 2, 32, 8, patch_size=7, image_size=28), 0))
+    for layer in (2, -3):
+        with pytest.raises(UserError, match="give -2 to 1"):
+            encoder.tokens(IMAGES, layer)
+
+
+# a trained run of ours -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    runs_dir = tmp_path_factory.mktemp("runs")
+    run = Run(SHAPE, Recipe(peak_lr=0.01, warmup_examples=80), (320,))
+    train(run, runs_dir)
+    return runs_dir, run
+
+
+def test_a_trained_branch_and_the_same_network_before_training(trained):
+    runs_dir, run = trained
+    run_id = run.run_ids[0]
+    encoder, start = (open_encoder(name, runs_dir) for name in (run_id, f"random:{run_id}"))
+    model, _ = load_branch(run_id, runs_dir)
+    images = IMAGES[..., :16, :16]
+    assert torch.equal(model.head(encoder.tokens(images)), model(images))
+    before = build(SHAPE, 16, run.recipe.parametrisation, run.init_seed).eval()
+    assert torch.equal(start.tokens(images), before.forward_features(images))
+    assert not torch.allclose(start.tokens(images), encoder.tokens(images), atol=0.1)
+    assert encoder.preprocess.mean == (0.4,) * 3 and encoder.preprocess.std == (0.5,) * 3
+    assert (encoder.preprocess.image_size, encoder.preprocess.crop_pct) == (16, 1.0)
+
+
+def test_what_cannot_be_opened_is_said(trained, tmp_path):
+    runs_dir, run = trained
+    for name, message in (
+        ("ffffffffff-320", "no trained run"),
+        (f"{run.trunk_id}-640", "no trained run"),
+        ("jax:vit", "of no known kind"),
+        ("timm:no_such_model", "cannot be opened"),
+        (f"hf:{tmp_path}", "cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_encoder(name, runs_dir)
+
+
+def test_another_family_is_refused():
+    import timm
+
+    with pytest.raises(UserError, match="no plain Vision Transformer"):
+        timm_encoder("timm:resnet18", timm.create_model("resnet18", num_classes=0))
+
+
+# timm and transformers -------------------------------------------------------------------------------------------------
+
+
+def test_a_timm_folder(trained, tmp_path):
+    from sovit.export import export_timm
+
+    runs_dir, run = trained
+    export_timm(run.run_ids[0], runs_dir, tmp_path / "out")
+    ours, theirs = open_encoder(run.run_ids[0], runs_dir), open_encoder(f"timm:local-dir:{tmp_path / 'out'}")
+    images = IMAGES[..., :16, :16]
+    assert torch.equal(ours.tokens(images), theirs.tokens(images))
+    assert ours.preprocess == theirs.preprocess
+
+
+SMALL = dict(
+    hidden_size=16, image_size=28, patch_size=7, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+)
+# model_type -> (config class, prefix tokens, the blocks' place, the final norm's name)
+REFERENCE = {
+    "siglip_vision_model": ("SiglipVisionConfig", 0, "encoder.layers", "post_layernorm"),
+    "clip_vision_model": ("CLIPVisionConfig", 1, "encoder.layers", "post_layernorm"),
+    "vit": ("ViTConfig", 1, "layers", "layernorm"),
+    "dinov2": ("Dinov2Config", 1, "encoder.layer", "layernorm"),
+    "dinov2_with_registers": ("Dinov2WithRegistersConfig", 5, "encoder.layer", "layernorm"),
+}
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+
+
+@pytest.mark.parametrize("kind", REFERENCE)
+def test_a_transformers_tower(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config_class, prefix, blocks, norm = REFERENCE[kind]
+    torch.manual_seed(0)
+    tower = getattr(transformers, TOWERS[kind])(getattr(transformers, config_class)(**SMALL)).eval()
+    tower.save_pretrained(tmp_path)
+    transformers.SiglipImageProcessor(
+        size={"height": 28, "width": 28}, image_mean=MEAN, image_std=STD, resample=2
+    ).save_pretrained(tmp_path)
+    encoder = open_encoder(f"hf:{tmp_path}")
+    assert (encoder.width, encoder.depth, encoder.grid, encoder.num_prefix_tokens) == (16, 3, 4, prefix)
+    with torch.no_grad():
+        outputs = block_outputs(tower.get_submodule(blocks), lambda: tower(IMAGES))
+        for layer in (0, 1, -1):
+            assert torch.equal(encoder.tokens(IMAGES, layer, norm=False), outputs[layer][:, prefix:])
+            expected = tower.get_submodule(norm)(outputs[layer])
+            assert torch.equal(encoder.tokens(IMAGES, layer), expected[:, prefix:])
+        result = tower(IMAGES)
+        if kind not in ("clip_vision_model",):  # CLIP's own last_hidden_state is left unnormed
+            assert torch.equal(encoder.tokens(IMAGES), result.last_hidden_state[:, prefix:])
+        pooled = result.last_hidden_state[:, 0] if kind == "vit" else result.pooler_output
+        assert torch.equal(encoder.pooled(IMAGES), pooled)
+    record = encoder.preprocess
+    assert (record.image_size, record.mean, record.std) == (28, tuple(MEAN), tuple(STD))
+    assert (record.resample, record.crop, record.crop_pct) == ("bilinear", "squash", 1.0)
+
+
+def test_a_processor_that_crops_is_recorded(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        tmp_path
+    )
+    record = open_encoder(f"hf:{tmp_path}").preprocess
+    assert (record.crop, record.crop_pct, record.resample) == ("center", 28 / 32, "bicubic")
+
+
+def test_preprocessing_is_the_processors(tmp_path):
+    """A photograph-sized image in [0, 1] through our record and through transformers' own processor."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.SiglipImageProcessor(size={"height": 28, "width": 28}, image_mean=MEAN, image_std=STD)
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = torch.rand(3, 50, 50, generator=torch.Generator().manual_seed(0))
+    image = torch.nn.functional.interpolate(image[None, :, :10, :10], (50, 50), mode="bicubic").clamp(0, 1)[0]
+    theirs = processor((image * 255).round().byte(), return_tensors="pt")["pixel_values"]
+    ours = open_encoder(f"hf:{tmp_path}").preprocess(((image * 255).round() / 255)[None])
+    torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0)  # they round to 8 bits between the two steps
