@@ -27,6 +27,7 @@ from sovit.data import Batch
 CYCLE = ("attr", "fact", "hist", "attr", "major", "fact", "group", "same")
 POINTING_CYCLE = CYCLE * 7 + CYCLE[:-1] + ("right",)  # one question in 64 points at the cell to the right
 NUM_ANSWERS = 16
+COLOURS = ("grey", "blue", "green", "cyan", "red", "magenta", "yellow", "white")  # in the order of the palette
 CHUNK = 256  # samples drawn at once; a sample does not depend on how it is asked for
 WORLD_SEED = 2305_13035  # of the fixed tables: glyphs, marks, answers; the same for every run
 VAL_SEED = 1 << 40  # validation samples come from a key that no data_seed (below 2^32) can reach
@@ -142,6 +143,7 @@ class Stream:
         palette[0] = 0.5  # grey stands in for black, on which a glyph would not show
         palette = torch.cat([palette, 0.25 + 0.5 * palette])[: w.num_colours]  # [c, 3]
         self.palette = palette.to(self.device)
+        self.colour_names = (COLOURS + tuple(f"pale-{name}" for name in COLOURS))[: w.num_colours]
         mark = torch.randint(0, 2, (w.num_questions, w.cell, w.cell, 3), generator=generator).float()
         table = torch.randint(
             0, NUM_ANSWERS, (w.num_questions, max(f(w) for f in COLUMNS.values())), generator=generator

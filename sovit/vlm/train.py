@@ -1,0 +1,233 @@
+"""VlmRun -> one ledger row: a projector and a small language model, trained on a frozen encoder's tokens.
+
+`python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]` trains one; studies/vlm_thread.py trains an encoder beside its controls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sovit import UserError
+from sovit.data.stream import PRESETS, Stream
+from sovit.encoder import load_branch, open_encoder
+from sovit.ledger import SCHEMA, locked, provenance, read_record, write_atomic, write_record
+from sovit.loop import Diverged, fit, schedule
+from sovit.model import parameter_groups
+from sovit.progress import progress_text
+from sovit.run import Recipe
+from sovit.shape import DIMENSIONS
+from sovit.train import device_name
+from sovit.vlm.data import FAMILIES, NO_LABEL, Questions, StreamQuestions
+from sovit.vlm.model import VisionLanguageModel, small_language_model
+
+VAL_IMAGES = 2048
+VAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class VlmRun:
+    """What is trained. `encoder` is a name of sovit.encoder, a trained run's, or "" for the blind model."""
+
+    encoder: str
+    recipe: Recipe
+    num_examples: int  # images; each is asked every question
+    preset: str = "cpu"  # of the stream
+    layer: int = -1
+    norm: bool = True
+    lm_width: int = 64
+    lm_depth: int = 2
+    init_seed: int = 0
+    data_seed: int = 0
+
+    @property
+    def control(self) -> str:
+        """What the run is a control for: "blind", "random" (an encoder before training), or "none"."""
+        return "blind" if not self.encoder else "random" if self.encoder.startswith("random:") else "none"
+
+    @property
+    def trunk_id(self) -> str:
+        identity = {k: v for k, v in dataclasses.asdict(self).items() if k != "num_examples"}
+        canonical = json.dumps({"vlm": identity}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.trunk_id}-{self.num_examples}"
+
+    @classmethod
+    def from_dict(cls, d: dict) -> VlmRun:
+        """Read what dataclasses.asdict wrote, or its JSON. Raises UserError for what is no VlmRun."""
+        try:
+            return cls(**{**d, "recipe": Recipe(**d["recipe"])})
+        except (TypeError, KeyError) as error:
+            raise UserError(f"not a VLM run ({error}); give encoder, recipe, num_examples ...") from None
+
+
+def train(
+    run: VlmRun,
+    runs_dir: Path | str = "runs",
+    device: str = "cpu",
+    on_progress: Callable[[dict], None] = lambda progress: None,
+) -> dict:
+    """Train `run` unless it has a record; return its row. Weights stand beside the record, the encoder's apart.
+
+    A loss that is not finite is recorded as `diverged`. Raises UserError where the encoder is not there or does not
+    read the stream's images.
+    """
+    runs_dir = Path(runs_dir)
+    known = read_record(runs_dir, run.trunk_id, run.run_id)
+    if known is not None:
+        return known
+    encoder = open_encoder(run.encoder, runs_dir, device) if run.encoder else None
+    shape = load_branch(run.encoder.rpartition(":")[2], runs_dir)[1].shape if run.encoder else None
+    sizes = (shape.image_size, shape.patch_size) if shape else (PRESETS[run.preset].image_size, 1)
+    questions = StreamQuestions(Stream(PRESETS[run.preset], *sizes, run.data_seed, device))
+    language_model = small_language_model(len(questions.words), run.lm_width, run.lm_depth, run.init_seed)
+    model = VisionLanguageModel(encoder, language_model, run.layer, run.norm, run.init_seed).to(device)
+    recipe, steps = run.recipe, run.num_examples // run.recipe.batch_size
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
+    )
+    warmup, cooldown = recipe.warmup_examples // recipe.batch_size, range(round((1 - recipe.cooldown) * steps), steps)
+    trained_flops = forward_flops(model, questions.train(0, 1))  # of one image: projector and language model
+    frozen_flops = shape.forward_flops if shape else 0
+    seconds = 0.0
+
+    def loss_fn(b: Questions) -> torch.Tensor:
+        return F.cross_entropy(model(b.images, b.words).flatten(0, -2), b.labels.flatten(), ignore_index=NO_LABEL)
+
+    def on_window(step: int, loss: float, window_seconds: float) -> None:
+        nonlocal seconds
+        seconds += window_seconds
+        rate = step * recipe.batch_size / seconds
+        on_progress(
+            {
+                "trunk_id": run.trunk_id,
+                "shape": f"vlm {run.control}",
+                "phase": "vlm",
+                "examples": step * recipe.batch_size,
+                "share": step / steps,
+                "loss": loss,
+                "images_per_second": rate,
+                "flops_per_second": rate * (frozen_flops + 3 * trained_flops),
+                "seconds_left": (steps - step) * recipe.batch_size / rate,
+            }
+        )
+
+    row = {
+        "schema": SCHEMA,
+        "run_id": run.run_id,
+        "trunk_id": run.trunk_id,
+        "study": "",
+        "objective": "vlm",
+        "control": run.control,
+        **{k: v for k, v in dataclasses.asdict(run).items() if k != "recipe"},
+        **{k: getattr(recipe, k) for k in ("batch_size", "peak_lr", "weight_decay")},
+        "data": "stream",
+        **({k: getattr(shape, k) for k in (*DIMENSIONS, "head_dim", "pool", "num_params")} if shape else {}),
+        "lm_params": sum(p.numel() for p in model.parameters()),
+        "forward_flops": frozen_flops + trained_flops,
+        "train_flops": (frozen_flops + 3 * trained_flops) * steps * recipe.batch_size,
+    }
+    write_atomic(runs_dir / run.trunk_id / "config.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    try:
+        fit(
+            model.parameters(),
+            optimizer,
+            lambda step: questions.train(step * recipe.batch_size, recipe.batch_size),
+            loss_fn,
+            lambda step: recipe.peak_lr * schedule(step, warmup=warmup, timescale=None, cooldown=cooldown),
+            range(steps),
+            clip_norm=recipe.clip_norm,
+            on_window=on_window,
+        )
+        path = runs_dir / run.trunk_id / f"{run.run_id}.safetensors"
+        safetensors.torch.save_model(model, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        row |= {"status": "ok", **validate(model, questions)}
+    except Diverged as error:
+        row |= {"status": "diverged", "error": str(error), "val_loss": None, "val_error": None}
+    row |= {"seconds": round(seconds, 3), **provenance(device_name(device))}
+    write_record(runs_dir, row)
+    return row
+
+
+@torch.no_grad()
+def validate(model: VisionLanguageModel, questions: StreamQuestions) -> dict[str, float]:
+    """Mean cross-entropy (nats) and error over the answer words of VAL_IMAGES images, in all and by family.
+
+    Each word is judged given the right words before it (teacher forcing).
+    """
+    model.eval()
+    losses, wrong = [], []
+    for start in range(0, VAL_IMAGES, VAL_BATCH):
+        b = questions.val(start, VAL_BATCH)
+        logits = model(b.images, b.words).flatten(0, -2)  # [BQT, V]
+        loss = F.cross_entropy(logits, b.labels.flatten(), ignore_index=NO_LABEL, reduction="none")
+        losses.append(loss.view(b.labels.shape))
+        wrong.append(logits.argmax(-1).view(b.labels.shape) != b.labels)
+    model.train()
+    loss, error = torch.cat(losses).double(), torch.cat(wrong).double()  # [I, Q, T]
+    asked = (b.labels[0] != NO_LABEL).expand_as(loss)
+    metrics = {"val_loss": loss[asked].mean().item(), "val_error": error[asked].mean().item()}
+    for q, family in enumerate(FAMILIES):
+        metrics[f"val_loss/{family}"] = loss[:, q][asked[:, q]].mean().item()
+        metrics[f"val_error/{family}"] = error[:, q][asked[:, q]].mean().item()
+    return metrics
+
+
+def forward_flops(model: VisionLanguageModel, sample: Questions) -> int:
+    """FLOPs that projector and language model spend on the questions of one image, counted by torch on `sample`."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(sample.images, sample.words)
+    counts = counter.get_flop_counts()
+    whole = sum(counts["Global"].values())
+    if model.encoder is None:
+        return whole
+    with torch.no_grad(), FlopCounterMode(display=False) as of_encoder:
+        model.encoder.tokens(sample.images, model.layer, model.norm)
+    return whole - sum(of_encoder.get_flop_counts()["Global"].values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]`. Returns 0 done, 1 diverged, 2 bad input."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not 1 <= len(arguments) <= 2:
+        print("usage: python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]", file=sys.stderr)
+        return 2
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    live = sys.stderr.isatty()
+
+    def show(progress: dict) -> None:
+        if live:
+            print("\r\033[K" + progress_text(progress), end="", file=sys.stderr, flush=True)
+
+    try:
+        try:
+            run = VlmRun.from_dict(json.loads(Path(arguments[0]).read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
+        runs_dir = Path(arguments[1] if len(arguments) > 1 else "runs")
+        with locked(runs_dir / run.trunk_id / "lock"):
+            row = train(run, runs_dir, on_progress=show)
+    except UserError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({k: row[k] for k in ("run_id", "status", "control", "val_loss", "val_error")}))
+    return 0 if row["status"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
