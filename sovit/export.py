@@ -131,9 +131,11 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _compare(model, shape: Shape, folder: Path) -> dict:
-    """Reload the folder by timm and by transformers and compare outputs on random images."""
+    """Reload the folder by timm and by transformers and compare outputs, tokens and preprocessing on random images."""
     import timm
     import torch
+
+    from sovit.encoder import open_encoder, timm_encoder
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 3, shape.image_size, shape.image_size, generator=generator)  # [B, 3, H, W]
@@ -141,10 +143,15 @@ def _compare(model, shape: Shape, folder: Path) -> dict:
         reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         by_timm = (reloaded(images) - model(images)).abs().max().item()
         by_transformers = _transformers_difference(folder, images, model.forward_features(images))
+        ours, theirs = timm_encoder("trained", model), open_encoder(f"timm:local-dir:{folder}")
+        same_tokens = torch.equal(theirs.tokens(images), ours.tokens(images))
     if by_timm != 0.0:
         raise RuntimeError(f"timm's reload of the export differs by {by_timm:g}; nothing was written")
     if by_transformers is not None and by_transformers > TOLERANCE:
         raise RuntimeError(f"transformers' reload of the export differs by {by_transformers:g}; nothing was written")
+    if not same_tokens or theirs.preprocess != ours.preprocess:
+        what = "preprocessing" if same_tokens else "tokens"
+        raise RuntimeError(f"timm's reload of the export has other {what}; nothing was written")
     return {"timm_max_difference": by_timm, "transformers_max_difference": by_transformers}
 
 
