@@ -15,6 +15,7 @@ TORCH = {"data", "model", "encoder", "loop", "train", "finetune", "evaluate", "e
 EDGES = {
     "sweep",
     "launch",
+    "status",
     "track",
     "plot",
     "plan",
