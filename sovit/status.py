@@ -47,7 +47,8 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
     measurements     total, ok, diverged, failed, missing
     train_flops      done (billed by the rows, and run by live workers since), left, total; 3 x (encoder + task head)
     flops_per_second of the live workers together
-    seconds_left     None where nothing runs or nothing was measured yet; worker_seconds_left: of one worker, for all
+    seconds_left     None where nothing runs, a worker is silent or nothing was measured yet; worker_seconds_left: of
+                     one worker, for all that is left
     workers          one for each running trunk: its last progress, `silent_seconds` since, `stale` if that is long
     waiting, problems (failed and diverged branches, with why), best (of each budget, the largest first)
 
@@ -81,6 +82,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
     cost = _costs(design, rows, runs_dir)
     workers = [_worker(design.runs[t], runs_dir) for t in running]
     left, in_flight = _left(design, rows, missing, workers, cost, runs_dir)
+    silent = any(w["stale"] for w in workers)
     statuses = [row["status"] for row in rows.values()]
     billed = sum(row.get("spent_flops") or 0 for row in rows.values())
     speeds = _speeds(rows.values(), workers, design)
@@ -115,7 +117,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
             "head_counted": all(cost[t] > r.shape.train_flops_per_image() for t, r in design.runs.items()),
         },
         "flops_per_second": sum(w["flops_per_second"] or 0 for w in workers if not w["stale"]),
-        "seconds_left": _finish(running, waiting, seconds) if running else None,
+        "seconds_left": _finish(running, waiting, seconds) if running and not silent else None,
         "worker_seconds_left": None if None in seconds.values() else sum(v or 0 for v in seconds.values()),
         "workers": [w | {"train_flops_left": left[w["trunk_id"]]} for w in workers],
         "waiting": [_named(design.runs[t]) | {"train_flops_left": left[t]} for t in waiting],
@@ -374,7 +376,10 @@ def _time_lines(s: dict) -> list[str]:
             return ["  time   workers are starting"] if t["waiting"] else []
         rate = f"{s['flops_per_second'] / 1e9:.3g} GFLOP/s by {t['running']} worker{'s' * (t['running'] != 1)}"
         if s["seconds_left"] is None:
-            return [f"  time   {rate}; no estimate before the first measurement"]
+            silent = any(w["stale"] for w in s["workers"])
+            return [
+                f"  time   {rate}; no estimate {'while one is silent' if silent else 'before the first measurement'}"
+            ]
         lines = [f"  time   about {clock(s['seconds_left'])} left; {rate}"]
         made = "running at their own pace, waiting at the nearest measured shape's"
         return lines + [f"         (training steps alone; {made})"] * (t["waiting"] > 0)

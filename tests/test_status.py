@@ -208,7 +208,7 @@ def test_a_lock_that_is_held_in_silence_is_said(tmp_path):
         s = status(tmp_path)
         assert s["workers"][0]["stale"] and s["workers"][0]["silent_seconds"] == pytest.approx(200, abs=5)
         assert s["flops_per_second"] == 0  # it may be dead: it is not counted
-        assert "silent for 3 min" in status_text(s)
+        assert "silent for 3 min" in status_text(s) and "no estimate while one is silent" in status_text(s)
         backdate(paths[:1], 300)  # what an earlier attempt said is not what this one does
         assert status(tmp_path)["workers"][0]["phase"] == "starting"
 
