@@ -66,6 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
     p.set_defaults(run=_fit)
 
+    p = commands.add_parser("report", help="the law of ledgers as one HTML file, figures and tables in it")
+    p.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="JSON lines, or CSV with the same columns")
+    p.add_argument("--out", type=Path, metavar="FILE.html", help="default: the ledger's name with _report.html")
+    p.add_argument("--metric", default="val_loss")
+    p.add_argument("--form", help="a law form (default: the fitted law's, or chosen by extrapolation)")
+    p.add_argument("--law", type=Path, metavar="DIR", help="a folder that sovit fit wrote of these rows")
+    p.set_defaults(run=_report)
+
     p = commands.add_parser("status", help="what of a study is done, running, waiting, failed, and the best so far")
     p.add_argument("study", metavar="STUDY", help="its name, which its ledger and its store bear")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
@@ -178,6 +186,12 @@ def _fit(options) -> None:
         train_flops=options.train_flops,
     )
     print(json.dumps(summary, indent=2) if options.json else summary["text"])
+
+
+def _report(options) -> None:
+    from sovit.html import write_page
+
+    print(write_page(options.ledgers, metric=options.metric, form=options.form, law=options.law, out=options.out))
 
 
 def _status(options) -> None:

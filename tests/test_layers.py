@@ -16,6 +16,7 @@ EDGES = {
     "sweep",
     "launch",
     "status",
+    "html",
     "track",
     "plot",
     "plan",
@@ -25,7 +26,7 @@ EDGES = {
     "validate",
     "__main__",
 }  # all else is arithmetic
-ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}}
+ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}, "markdown_it": {"html"}}
 HEAVY = {"torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "datasets", "peft"}
 
 
