@@ -16,7 +16,6 @@ import platform
 import subprocess
 import tempfile
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from sovit import UserError
@@ -98,6 +97,8 @@ def provenance(device: str) -> dict:
 
     Both are None where this file is not tracked by git: an installed copy must not take its user's commit for its own.
     """
+    from importlib import metadata  # slow to import, and only training needs it
+
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
