@@ -63,7 +63,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
     for trunk, run in design.runs.items():
         for run_id in run.run_ids:
             row = _read_json(record_path(runs_dir, trunk, run_id))
-            if row and not (row["status"] == "failed" and _answered(rows.get(run_id))):
+            if row and "status" in row and not (row["status"] == "failed" and _answered(rows.get(run_id))):
                 rows[run_id] = row
     asked = {i for run in design.runs.values() for i in run.run_ids}
     if design.known:
@@ -135,6 +135,8 @@ def _design(name: str, runs_dir: Path, results_dir: Path | None) -> Design:
     path = runs_dir / f"{name}.design.json"
     ledger = Path(results_dir or "results") / f"{name}.jsonl"
     written = _read_json(path)
+    if written is None and path.exists():
+        raise UserError(f"{path} is damaged; delete it: the next launch writes it again")
     if written is None:
         configs = [c for c in map(_read_json, sorted(runs_dir.glob("*/config.json"))) if c and c.get("study") == name]
         runs = [_run(c, runs_dir / "*/config.json") for c in configs]
@@ -160,12 +162,12 @@ def _run(d: dict, path: Path) -> Run:
 
 
 def _read_json(path: Path) -> dict | None:
+    """The object in a file; None where there is none, or a damaged one: it tells nothing, and is no reason to be silent."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; mend or delete it") from None
+    return found if isinstance(found, dict) else None
 
 
 def _ledger_rows(path: Path) -> dict[str, dict]:

@@ -16,7 +16,7 @@ from fake_sweep import SHAPE, runs
 
 from sovit import UserError, sweep
 from sovit.cli import main
-from sovit.ledger import locked, new_row, write_atomic, write_record
+from sovit.ledger import locked, new_row, record_path, write_atomic, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.status import status_text, study_status, watch
@@ -213,6 +213,15 @@ def test_a_lock_that_is_held_in_silence_is_said(tmp_path):
         assert status(tmp_path)["workers"][0]["phase"] == "starting"
 
 
+def test_damaged_files_count_as_missing(tmp_path):
+    design, lock, paths = planted(tmp_path)
+    paths[0].write_text('{"share": 0.')
+    record_path(tmp_path / "runs", design[0].trunk_id, design[0].run_ids[0]).write_text("[]")
+    with lock:
+        s = status(tmp_path)
+    assert s["workers"][0]["phase"] == "starting" and s["measurements"]["missing"] == 5
+
+
 def test_progress_of_the_dead_is_no_progress(tmp_path):
     design, _, _ = planted(tmp_path)
     s = status(tmp_path)
@@ -276,7 +285,7 @@ def test_a_study_whose_name_begins_like_anothers_is_not_it(tmp_path):
         (["nope"], r"no study 'nope' in .*; there are (.*, )?other, s$"),
         (["s", "--watch", "0"], "--watch 0 must be above 0"),
         (["s", "--watch", "--json"], "leave out --json"),
-        (["spoilt"], r"spoilt.design.json: .*; mend or delete it"),
+        (["spoilt"], r"spoilt.design.json is damaged; delete it"),
         (["short"], r"short.design.json lacks 'runs'; delete it"),
     ],
 )
