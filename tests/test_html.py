@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,10 +15,9 @@ from sovit import UserError
 from sovit.cli import main
 from sovit.html import mismatch, page_of, render, write_page
 from sovit.measurements import measurements
-from sovit.report import fit_ledgers
 
 VOID = {"meta", "img", "br", "hr", "link"}
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 class Page(HTMLParser):
@@ -60,15 +60,18 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory):
-    path = planted.write_ledger(tmp_path_factory.mktemp("html") / "planted.jsonl", planted.planted_rows())
-    fit_ledgers([path], bootstrap=100)
-    return path
+    """A ledger, and beside it the law that `sovit fit` made of it."""
+    folder = tmp_path_factory.mktemp("html")
+    shutil.copy(RESULTS / "stream_star.jsonl", folder)
+    shutil.copy(RESULTS / "exclusions.csv", folder)
+    shutil.copytree(RESULTS / "stream_star_law", folder / "stream_star_law")
+    return folder / "stream_star.jsonl"
 
 
 @pytest.fixture(scope="module")
 def page(ledger):
     write_page([ledger])
-    return Page(ledger.with_name("planted_report.html").read_text())
+    return Page(ledger.with_name("stream_star_report.html").read_text())
 
 
 def svgs(page):
@@ -76,9 +79,11 @@ def svgs(page):
 
 
 def test_the_numbers_are_those_of_the_law(page, ledger):
-    law = json.loads((ledger.with_name("planted_law") / "law.json").read_text())
+    law = json.loads((ledger.with_name("stream_star_law") / "law.json").read_text())
     (parameters,) = [t for t in page.tables if t[0][0] == "parameter"]
-    assert [row[:2] for row in parameters[1:]] == [[name, repr(value)] for name, value in law["params"].items()]
+    bound = {name: f" ({side} bound)" for name, side in law["diagnostics"]["active_bounds"].items()}
+    said = [[name, repr(value) + bound.get(name, "")] for name, value in law["params"].items()]
+    assert [row[:2] for row in parameters[1:]] == said
     for row, ends in zip(parameters[1:], law["intervals"].values()):
         assert [float(cell) for cell in row[2:]] == pytest.approx(list(ends.values()), rel=1e-3)
     (growth,) = [t for t in page.tables if t[0][0] == "dimension" and t[0][1] == "s"]
@@ -88,7 +93,7 @@ def test_the_numbers_are_those_of_the_law(page, ledger):
 
 
 def test_every_word_and_table_of_the_report_is_there(page, ledger):
-    text = (ledger.with_name("planted_law") / "report.md").read_text()
+    text = (ledger.with_name("stream_star_law") / "report.md").read_text()
     rows = [
         line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and not line.startswith("|--")
     ]
@@ -102,7 +107,7 @@ def test_every_word_and_table_of_the_report_is_there(page, ledger):
 
 
 def test_figures_are_those_of_the_law_with_words_for_who_cannot_see_them(page, ledger):
-    folder = ledger.with_name("planted_law")
+    folder = ledger.with_name("stream_star_law")
     names = ["fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation"]
     assert svgs(page) == [(folder / f"{name}.svg").read_bytes() for name in names]
     assert [image["alt"] for image in page.all("img")] == [name.replace("_", " ") for name in names]
@@ -136,11 +141,11 @@ def test_contents_lead_to_the_sections(page):
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) == 9
     assert [a["href"] for a in page.all("a")] == [f"#{i}" for i in ids]
-    assert page.all("html")[0]["lang"] == "en" and "Shape law of planted.jsonl" in page.text
+    assert page.all("html")[0]["lang"] == "en" and "Shape law of stream_star.jsonl" in page.text
 
 
 def test_the_same_bytes_again_and_no_law_touched(ledger):
-    folder, path = ledger.with_name("planted_law"), ledger.with_name("planted_report.html")
+    folder, path = ledger.with_name("stream_star_law"), ledger.with_name("stream_star_report.html")
     before, text = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}, page_of(folder)
     assert "made of these very rows" in write_page([ledger])
     assert path.read_text() == text
@@ -149,12 +154,12 @@ def test_the_same_bytes_again_and_no_law_touched(ledger):
 
 def test_a_law_of_something_else_is_not_shown(ledger, tmp_path, capsys):
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]
-    folder = ledger.with_name("planted_law")
+    folder = ledger.with_name("stream_star_law")
     assert mismatch(folder, measurements([ledger]), None) == mismatch(folder, measurements([ledger]), "bounded") == ""
     assert "is of form bounded" in mismatch(folder, measurements([ledger]), "joint")
     assert "is of other metric" in mismatch(folder, measurements([ledger], "val_error"), None)
     rows[0]["val_loss"] += 1e-9
-    other = planted.write_ledger(tmp_path / "planted.jsonl", rows)
+    other = planted.write_ledger(tmp_path / "stream_star.jsonl", rows)
     assert "is of other rows" in mismatch(folder, measurements([other]), None)
     rows[0] |= {"status": "diverged"}  # no row of the law, but its report counts it
     assert "is of other rows" in mismatch(folder, measurements([planted.write_ledger(other, rows)]), None)
@@ -188,7 +193,7 @@ def test_links_that_lead_nowhere_from_the_page_are_plain_words():
     ] and "here and there" in page.text
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "results").glob("*_law")), ids=lambda p: p.name)
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*_law")), ids=lambda p: p.name)
 def test_committed_reports_are_of_the_committed_rows(folder):
     ledger = folder.with_name(folder.name.removesuffix("_law") + ".jsonl")
     assert mismatch(folder, measurements([ledger]), None) == ""

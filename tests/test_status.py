@@ -94,6 +94,7 @@ def test_while_it_runs_and_when_it_is_done(tmp_path, capsys):
 
 
 STUDY = """
+import os
 from pathlib import Path
 from sovit.launch import launch
 from sovit.run import Recipe, Run
@@ -102,7 +103,8 @@ from sovit.sweep import Sweep
 
 shapes = [Shape(w, 1, 2 * w, head_dim=8, patch_size=4, image_size=16, pool="none") for w in (16, 8)]
 runs = [Run(s, Recipe(peak_lr=0.008, warmup_examples=160), (1600, 6400), study="tiny") for s in shapes]
-launch(Sweep("tiny", runs, Path("runs"), Path("mine/tiny.jsonl")), workers=1)
+worker = os.environ.get("SOVIT_TEST_WORKER", "").split()
+launch(Sweep("tiny", runs, Path("runs"), Path("mine/tiny.jsonl")), workers=1, worker_command=worker)
 """
 
 
@@ -133,7 +135,8 @@ def test_real_training_watched_killed_and_resumed_by_the_command_that_it_names(t
     assert s["launches"] == 0 and s["trunks"]["running"] == 0 and s["measurements"]["ok"] == len(records)
     assert s["train_flops"]["done"] == sum(r["spent_flops"] for r in records)
     assert s["resume"].endswith("study.py 'and arguments'")
-    subprocess.run(s["resume"], shell=True, check=True, capture_output=True)
+    quick = os.environ | {"SOVIT_TEST_WORKER": f"{sys.executable} {fake_sweep.__file__}"}  # what is left is made up
+    subprocess.run(s["resume"], shell=True, check=True, capture_output=True, env=quick)
     s = status(".", "tiny")
     assert s["state"] == "done" and s["train_flops"]["done"] == total and s["ledger"] == str(Path("mine/tiny.jsonl"))
     rows = [json.loads(line) for line in Path("mine/tiny.jsonl").read_text().splitlines()]
