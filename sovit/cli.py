@@ -66,6 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
     p.set_defaults(run=_fit)
 
+    p = commands.add_parser("report", help="the law of ledgers as one HTML file, figures and tables in it")
+    p.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="JSON lines, or CSV with the same columns")
+    p.add_argument("--out", type=Path, metavar="FILE.html", help="default: the ledger's name with _report.html")
+    p.add_argument("--metric", default="val_loss")
+    p.add_argument("--form", help="a law form (default: the fitted law's, or chosen by extrapolation)")
+    p.add_argument("--law", type=Path, metavar="DIR", help="a folder that sovit fit wrote of these rows")
+    p.set_defaults(run=_report)
+
+    p = commands.add_parser("status", help="what of a study is done, running, waiting, failed, and the best so far")
+    p.add_argument("study", metavar="STUDY", help="its name, which its ledger and its store bear")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--results", type=Path, help="where the ledger is kept (default: as launched, else results)")
+    p.add_argument(
+        "--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="draw anew (every 2 s) while it runs"
+    )
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_status)
+
     p = commands.add_parser("predict", help="best shape for a budget, its interval, and the shapes as good as it")
     p.add_argument("law", type=Path, metavar="LAW.json")
     p.add_argument("--train-flops", type=float, required=True, help="budget: 3 x forward FLOPs x images, head included")
@@ -168,6 +186,27 @@ def _fit(options) -> None:
         train_flops=options.train_flops,
     )
     print(json.dumps(summary, indent=2) if options.json else summary["text"])
+
+
+def _report(options) -> None:
+    from sovit.html import write_page
+
+    print(write_page(options.ledgers, metric=options.metric, form=options.form, law=options.law, out=options.out))
+
+
+def _status(options) -> None:
+    from sovit.status import status_text, study_status, watch
+
+    place = (options.study, options.runs, options.results)
+    if options.watch is not None:
+        if options.json:
+            raise UserError("--watch draws on a terminal; leave out --json")
+        if not options.watch > 0:
+            raise UserError(f"--watch {options.watch:g} must be above 0 seconds")
+        watch(*place, options.watch)
+        return
+    status = study_status(*place)
+    print(json.dumps(status, indent=2) if options.json else status_text(status))
 
 
 def _predict(options) -> None:

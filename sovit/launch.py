@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sovit import UserError
-from sovit.ledger import locked, write_atomic
+from sovit.ledger import is_locked, locked, write_atomic
 from sovit.run import Run, override
-from sovit.sweep import MAX_ATTEMPTS, Sweep, is_locked, open_storage, open_study, reconcile
+from sovit.sweep import MAX_ATTEMPTS, Sweep, open_storage, open_study, reconcile
 
 POLL_SECONDS = 0.5
 
@@ -44,6 +44,8 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     }
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
+    design = plan | {"metric": "val_loss", "command": sys.orig_argv, "folder": os.getcwd()}
+    write_atomic(sweep.runs_dir / f"{sweep.name}.design.json", json.dumps(design))  # stays, for `sovit status`
     command = list(worker_command) or [sys.executable, "-m", "sovit.sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
     log = open(sweep.runs_dir / f"{sweep.name}.log", "a")
@@ -58,7 +60,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     restarts, waited = MAX_ATTEMPTS * max(pending, 1), False
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     try:
-        with _display(sweep) as show:
+        with locked(plan_path), _display(sweep) as show:  # the lock says that this launch is alive
             while True:
                 if not processes and not sweep.in_training():
                     if not (waited and restarts and sweep.pending()):

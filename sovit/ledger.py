@@ -16,7 +16,6 @@ import platform
 import subprocess
 import tempfile
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from sovit import UserError
@@ -98,6 +97,8 @@ def provenance(device: str) -> dict:
 
     Both are None where this file is not tracked by git: an installed copy must not take its user's commit for its own.
     """
+    from importlib import metadata  # slow to import, and only training needs it
+
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
@@ -142,7 +143,7 @@ def write_atomic(path: Path, text: str) -> None:
 def locked(path: Path):
     """Hold an exclusive lock on `path` (made if absent); the kernel releases it if the process dies.
 
-    Raises UserError where the folder cannot be written.
+    The file's date says since when it is held. Raises UserError where the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,22 @@ def locked(path: Path):
         raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(file.fileno())
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock on `path`; looking does not take it."""
+    try:
+        file = open(path)
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look at once do not see each other
+        except BlockingIOError:
+            return True
+    return False
 
 
 def dump_row(row: dict) -> str:

@@ -5,6 +5,8 @@ Rows may come from anyone: what a row does not say (FLOPs, parameters) is counte
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +56,13 @@ class Measurements:
             return float(max(known))
         classes = self.rows[0].get("num_classes")
         return math.log(classes) if classes and classes > 1 else None
+
+    @property
+    def identity(self) -> dict:
+        """What tells these measurements from others: a report is a function of it alone, its options apart."""
+        content = json.dumps([self.rows, self.left_out, self.statuses], sort_keys=True)
+        names = [Path(p).name for p in self.paths]
+        return {"ledgers": names, "metric": self.metric, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
     def shapes(self) -> list[tuple]:
         """Each row's shape as the tuple of the shape columns there are."""

@@ -5,6 +5,7 @@ No clock and no torch: the same ledgers give the same bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sovit.words import extrapolation_scores, extrapolation_table, own_rmse, per
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
+INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
 
@@ -32,10 +34,10 @@ def fit_ledgers(
     seed: int = 0,
     figures: bool = True,
 ) -> dict:
-    """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md and figures into `out`.
+    """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
-    out          folder; None = `<stem of the first ledger>_law` beside it
+    out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
@@ -67,7 +69,8 @@ def fit_ledgers(
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
 
-    folder = Path(out) if out is not None else Path(data.paths[0]).with_name(Path(data.paths[0]).stem + "_law")
+    folder = Path(out) if out is not None else law_folder(data.paths)
+    (folder / INPUTS).unlink(missing_ok=True)
     write_atomic(folder / "law.json", fits[headline].to_json())
     for name, fitted in fits.items():
         if name != headline:
@@ -75,6 +78,8 @@ def fit_ledgers(
     drawn = draw(fits[headline], data, recommendation, scores, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, drawn)
     write_atomic(folder / "report.md", text)
+    if figures:
+        write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
     summary = dict(
         out=str(folder),
         law=str(folder / "law.json"),
@@ -95,6 +100,11 @@ def fit_ledgers(
         figures=[f"{n}.png" for n in drawn],
     )
     return summary | dict(text=summary_text(summary, no_recommendation))
+
+
+def law_folder(paths: Sequence[Path | str]) -> Path:
+    """Where the law of these ledgers is kept unless another folder is named."""
+    return Path(paths[0]).with_name(Path(paths[0]).stem + "_law")
 
 
 def choose_headline(fits: dict, form: str | None) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from optuna.trial import TrialState
 from sovit import UserError
 from sovit.ledger import (
     ANSWERED,
+    is_locked,
     locked,
     new_row,
     provenance,
@@ -220,17 +221,6 @@ def distributions(run: Run) -> dict:
     return fixed | {"peak_lr": optuna.distributions.FloatDistribution(0.0, 1e3)}
 
 
-def is_locked(path: Path) -> bool:
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look at once do not see each other
-        except BlockingIOError:
-            return True
-    return False
-
-
 # a worker ------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +248,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
             ours = _try_lock(holder)
         if not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
             fcntl.flock(holder, fcntl.LOCK_EX)
+        os.utime(holder.fileno())  # since when it is held
         for name, d in distributions(run).items():  # takes the enqueued values up into the trial
             suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
             suggest(name, d.low, d.high)

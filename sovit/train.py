@@ -139,6 +139,7 @@ class Trainer:
                 {
                     "trunk_id": run.trunk_id,
                     "shape": run.shape.label,
+                    "num_classes": self.num_classes,
                     "phase": "trunk" if branch is None else "cooldown",
                     "examples": step * batch,
                     "share": 1 - todo * batch / run.total_examples,
@@ -146,6 +147,7 @@ class Trainer:
                     "images_per_second": rate * batch,
                     "flops_per_second": rate * self.flops_per_step,
                     "seconds_left": todo / rate,
+                    "window_seconds": seconds,
                 }
             )
             if time.monotonic() - self.saved_at > self.save_seconds:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from bench_start import COMMANDS, ROOT
 
 from sovit.cli import main
 
@@ -26,16 +27,21 @@ def test_several_shapes_make_a_table_and_flags_override_names(capsys):
     assert "vit_base_patch16_224" in out and "577" in out and "576" in out  # with and without a class token
 
 
-def test_counting_and_help_import_neither_torch_nor_scipy():
+HEAVY = {"torch", "timm", "scipy", "optuna", "mlflow", "matplotlib", "datasets", "pandas", "transformers", "sqlalchemy"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
+def test_a_command_that_must_start_at_once_imports_nothing_heavy(command, tmp_path):
     code = (
-        "import sys\nfrom sovit.cli import main\n"
-        f"main(['count', *'{PAPER}'.split()])\n"
-        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'timm', 'scipy', 'optuna', 'matplotlib', 'datasets'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
+        "import json, sys\nfrom sovit.cli import main\n"
+        "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as exit:\n    status = exit.code\n"
+        "print(json.dumps([status, sorted(sys.modules)]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = command.format(out=tmp_path / "out").split()
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+    status, modules = json.loads(done.stdout.splitlines()[-1])
+    assert status == 0 and done.stdout.count("\n") > 1
+    assert not HEAVY & {name.split(".")[0] for name in modules}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ TORCH = {"data", "model", "encoder", "loop", "train", "finetune", "evaluate", "e
 EDGES = {
     "sweep",
     "launch",
+    "status",
+    "html",
     "track",
     "plot",
     "plan",
@@ -24,7 +26,7 @@ EDGES = {
     "validate",
     "__main__",
 }  # all else is arithmetic
-ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}}
+ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}, "markdown_it": {"html"}}
 HEAVY = {"torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "datasets", "peft"}
 
 
