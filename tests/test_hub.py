@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sovit import UserError
-from sovit.data import decode, hub, open_data
+from sovit.data import decode, open_data
 
 datasets = pytest.importorskip("datasets")
 

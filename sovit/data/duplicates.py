@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 BITS, ROWS, COLUMNS = 64, 8, 9  # a bit for each two neighbours in a row of 9 cells
-FLAT = 1e-3  # neighbours that differ by less, of 255, are equal: a flat area gives 0, not what rounding makes of it
+FLAT = 0.25  # neighbours that differ by less, of 255, are equal: rounding and compression must not decide a flat area
 CHUNK = 1 << 22  # pairs compared at once
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 

@@ -134,18 +134,19 @@ class Hub:
         return self._batch(self._val_rows[start : start + count], np.zeros(count, bool), boxes)
 
     def _batch(self, rows: np.ndarray, mirrored: np.ndarray, boxes: np.ndarray | None) -> Batch:
-        order = np.argsort(rows)  # rising reads of a memory map are several times faster than random ones
-        raw = np.empty((len(rows), *self._images.shape[1:]), np.uint8)  # [B, S, S, 3]
-        raw[order] = self._images[rows[order]]
-        side = raw.shape[1]
+        side = self._images.shape[1]
         if boxes is None and side != self.image_size:
             boxes = np.tile([0, 0, side, side], (len(rows), 1))
-        if boxes is None:
-            raw[mirrored] = raw[mirrored, :, ::-1]
-            pixels = torch.from_numpy(raw).to(self.device).permute(0, 3, 1, 2).float().contiguous()  # [B, 3, H, W]
-        else:
-            pixels = resized_crop(torch.from_numpy(raw).to(self.device), boxes, mirrored, self.image_size)
-        return Batch(pixels.div_(127.5).sub_(1), torch.from_numpy(self._labels[rows]).to(self.device), None)
+        labels = torch.from_numpy(self._labels[rows]).to(self.device)
+        if boxes is not None:
+            pixels = resized_crop(self._images, rows, boxes, mirrored, self.image_size, self.device)
+            return Batch(pixels, labels, None)
+        order = np.argsort(rows)  # rising reads of a memory map are several times faster than random ones
+        raw = np.empty((len(rows), *self._images.shape[1:]), np.uint8)  # [B, H, W, 3]
+        raw[order] = self._images[rows[order]]
+        raw[mirrored] = raw[mirrored, :, ::-1]
+        pixels = torch.from_numpy(raw).to(self.device).permute(0, 3, 1, 2).contiguous().float()  # [B, 3, H, W]
+        return Batch(pixels.div_(127.5).sub_(1), labels, None)
 
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the images of an epoch in their order, and whether each is mirrored; the last epoch is kept."""
