@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sovit import UserError
-from sovit.data import hub, open_data
+from sovit.data import decode, open_data
 
 datasets = pytest.importorskip("datasets")
 
@@ -60,7 +60,7 @@ def typed(count: int):
 
 def pixels(row: dict, size=8) -> np.ndarray:
     """The decoded pixels of a file, [S, S, 3]."""
-    return hub.decode(row, size)[0]
+    return decode.decode(row, size)[0]
 
 
 def told_colour(images: torch.Tensor) -> torch.Tensor:
@@ -259,15 +259,15 @@ def test_orientation_tag_is_obeyed():
 
 def test_damaged_and_enormous_files_are_left_out(monkeypatch, tmp_path):
     whole = saved(photo(COLOURS["red"], 0, (200, 160)), "JPEG")
-    assert hub.decode(whole, 8) is not None
-    assert hub.decode({"bytes": whole["bytes"][:900], "path": None}, 8) is None
-    assert hub.decode({"bytes": b"", "path": None}, 8) is None
-    assert hub.decode({"bytes": None, "path": str(tmp_path / "gone.png")}, 8) is None
-    assert hub.decode(None, 8) is None
+    assert decode.decode(whole, 8) is not None
+    assert decode.decode({"bytes": whole["bytes"][:900], "path": None}, 8) is None
+    assert decode.decode({"bytes": b"", "path": None}, 8) is None
+    assert decode.decode({"bytes": None, "path": str(tmp_path / "gone.png")}, 8) is None
+    assert decode.decode(None, 8) is None
     strip = saved(Image.new("L", (200_000, 1), 7), "PNG")
     assert (pixels(strip) == 7).all()
-    monkeypatch.setattr(hub, "MAX_PIXELS", 10_000)
-    assert hub.decode(whole, 8) is None
+    monkeypatch.setattr(decode, "MAX_PIXELS", 10_000)
+    assert decode.decode(whole, 8) is None
 
 
 # the cache

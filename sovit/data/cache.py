@@ -49,8 +49,8 @@ def build_once(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def track(items: Iterable, description: str, total: int) -> Iterable:
-    """`items`, with a progress bar on standard error where rich is installed."""
+def track(items: Iterable, description: str, total: int | None) -> Iterable:
+    """`items`, with a progress bar on standard error where rich is installed; `total` None: nobody knows."""
     try:
         from rich.console import Console
         from rich.progress import track as rich_track

@@ -1,0 +1,188 @@
+"""Random crops against torchvision: the boxes' distribution, the pixels for given boxes; and the samples of a set."""
+
+import numpy as np
+import pytest
+import torch
+from photographs import crop, write_folder
+from PIL import Image
+
+from sovit.data import open_data
+from sovit.data.augment import affine_crop, box_affine, crop_boxes, resized_crop
+
+pytest.importorskip("datasets")
+transforms = pytest.importorskip("torchvision.transforms")
+
+
+def photos(side: int, count: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.asarray(crop(i, side, side)) for i in range(count)]))  # [B, S, S, 3]
+
+
+def resized(images: torch.Tensor, boxes: np.ndarray, mirrored: np.ndarray, size: int) -> torch.Tensor:
+    """Ours on a CPU, in 0 .. 255, the images asked for in another order than they lie."""
+    rows = np.arange(len(images))[::-1]
+    pixels = resized_crop(images.numpy(), rows, boxes[::-1], mirrored[::-1], size, "cpu")
+    return (pixels.flip(0) + 1) * 127.5
+
+
+def reference(images: torch.Tensor, boxes: np.ndarray, mirrored: np.ndarray, size: int) -> torch.Tensor:
+    """torchvision's own, through Pillow, one by one: [B, 3, size, size]."""
+    out = []
+    for image, box, flip in zip(images, boxes.tolist(), mirrored, strict=True):
+        pixels = transforms.functional.resized_crop(Image.fromarray(image.numpy()), *box, [size, size])
+        out.append(
+            torch.from_numpy(np.array(pixels)).permute(2, 0, 1).flip(-1)
+            if flip
+            else transforms.functional.pil_to_tensor(pixels)
+        )
+    return torch.stack(out).float()
+
+
+# boxes
+
+
+@pytest.mark.parametrize("min_area", [0.05, 0.5])
+def test_boxes_are_distributed_as_torchvisions(min_area):
+    side, count = 256, 6000
+    torch.manual_seed(0)
+    image = torch.empty(3, side, side)
+    theirs = np.array(
+        [transforms.RandomResizedCrop.get_params(image, [min_area, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
+    )
+    ours = crop_boxes(7, 0, count, side, min_area)
+    assert ours.min() >= 0 and (ours[:, :2] + ours[:, 2:]).max() <= side
+    for what in (
+        lambda b: b[:, 2] * b[:, 3] / side**2,  # area
+        lambda b: b[:, 3] / b[:, 2],  # ratio
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2],
+        lambda b: b[:, 3],
+    ):
+        a, b = np.sort(what(ours)), np.sort(what(theirs))
+        steps = np.concatenate([a, b])
+        gap = np.abs(np.searchsorted(a, steps, "right") - np.searchsorted(b, steps, "right")).max() / count
+        assert gap < 1.95 * (2 / count) ** 0.5  # Kolmogorov-Smirnov at 0.1 %
+
+
+def test_a_box_depends_on_seed_and_index_alone():
+    whole = crop_boxes(3, 1000, 2100, 64, 0.05)
+    for size in (1, 7, 1024, 2000):
+        parts = [crop_boxes(3, 1000 + k, min(size, 2100 - k), 64, 0.05) for k in range(0, 2100, size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+    assert (crop_boxes(4, 1000, 2100, 64, 0.05) != whole).any(1).mean() > 0.95
+    assert len(np.unique(whole, axis=0)) > 1900
+    assert (crop_boxes(0, 0, 50, 64, 1.0)[:, 2:] == 64).mean() > 0.9  # a full box of another ratio never fits
+
+
+# pixels
+
+
+@pytest.mark.parametrize("side, size", [(256, 224), (73, 64), (128, 32), (37, 32)])
+def test_crops_on_a_cpu_are_torchvisions(side, size):
+    images = photos(side, 12)
+    boxes, mirrored = crop_boxes(0, 0, 12, side, 0.05), np.arange(12) % 2 == 1
+    ours = resized(images, boxes, mirrored, size)
+    assert ours.shape == (12, 3, size, size) and ours.dtype == torch.float32
+    assert (ours - reference(images, boxes, mirrored, size)).abs().max() <= 2  # of 255: Pillow rounds twice
+
+
+@pytest.mark.parametrize("side, size, mean", [(256, 224, 0.6), (73, 64, 1.0), (128, 64, 1.5), (256, 64, 2.5)])
+def test_crops_as_affine_views_are_close_to_torchvisions(side, size, mean):
+    """What a GPU does. Plain bilinear sampling, which aliases, is far off where the crop is much finer."""
+    images = photos(side, 12)
+    boxes, mirrored = crop_boxes(0, 0, 12, side, 0.05), np.arange(12) % 2 == 1
+    theta = box_affine(boxes, mirrored, side, side)
+    pixels = images.permute(0, 3, 1, 2).float()
+    wanted = reference(images, boxes, mirrored, size)
+    error = (affine_crop(pixels, theta, size, round(side / size)) - wanted).abs().mean()
+    assert error < mean
+    if side >= 4 * size:
+        assert (affine_crop(pixels, theta, size) - wanted).abs().mean() > 2 * error
+
+
+def test_a_box_of_the_wanted_size_is_copied():
+    images = photos(40, 3)
+    box = np.tile([3, 5, 32, 32], (3, 1))
+    there = images[:, 3:35, 5:37].permute(0, 3, 1, 2).float()
+    flips = np.array([False, True, False])
+    for ours in (
+        resized(images, box, flips, 32),
+        affine_crop(images.permute(0, 3, 1, 2).float(), box_affine(box, flips, 40, 40), 32),
+    ):
+        assert torch.allclose(ours[0::2], there[0::2], atol=1e-2) and torch.allclose(
+            ours[1], there[1].flip(-1), atol=1e-2
+        )
+
+
+def test_affine_views_turn_and_pad():
+    images = torch.rand(2, 1, 16, 16)
+    turn = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]]).repeat(2, 1, 1)
+    assert torch.allclose(affine_crop(images, turn, 16), images.rot90(1, (2, 3)), atol=1e-5)
+    away = torch.tensor([[[1.0, 0, 2], [0, 1, 0]]]).repeat(2, 1, 1)  # one image's width to the right
+    assert (affine_crop(images, away, 16, padding="zeros") == 0).all()
+    edge = affine_crop(images, away, 16)
+    assert torch.allclose(edge, images[..., -1:].expand_as(edge))
+    whole = torch.eye(2, 3).repeat(2, 1, 1)
+    blocks = images.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5))
+    assert torch.allclose(affine_crop(images, whole, 4, samples=4), blocks, atol=1e-5)
+
+
+# the samples of a set
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    write_folder(root / "set", 45, 100, 75)
+    return root / "set"
+
+
+@pytest.fixture(autouse=True)
+def cache(folder, monkeypatch):
+    monkeypatch.setenv("SOVIT_CACHE", str(folder.parent / "cache"))
+
+
+def opened(preset: str, size: int = 32, seed: int = 0):
+    return open_data("hub", preset, size, 8, seed)
+
+
+def test_cropped_samples_are_pure_functions_of_seed_and_index(folder):
+    preset = f"{folder}?crop=0.1"
+    whole = opened(preset).train(30, 100)  # crosses three epochs
+    again = opened(preset)
+    for size in (1, 33, 64):
+        parts = [again.train(30 + k, min(size, 100 - k)) for k in range(0, 100, size)]
+        assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+        assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
+    assert not torch.equal(opened(preset, seed=1).train(30, 100).images, whole.images)
+    assert torch.equal(opened(preset, seed=1).val(0, 4).images, again.val(0, 4).images)
+
+
+def test_crops_are_cut_from_a_larger_cache(folder):
+    plain, cropped = opened(f"{folder}?flip=0"), opened(f"{folder}?flip=0&crop=0.05")
+    assert plain._images.shape[1] == 32 and cropped._images.shape[1] == 37  # 32 of 8/7
+    assert plain.content_key != cropped.content_key != opened(f"{folder}?crop=0.1").content_key
+    assert opened(f"{folder}?crop=0.1&cache_size=64")._images.shape[1] == 64
+    first = cropped.train(0, 40)
+    assert torch.equal(first.labels, plain.train(0, 40).labels)  # the order is that of the whole images
+    rows = cropped._epoch_order(0)[0]
+    boxes = crop_boxes(0, 0, 40, 37, 0.05)
+    shown = resized_crop(cropped._images, rows[:40], boxes, np.zeros(40, bool), 32, "cpu")
+    assert torch.equal(first.images, shown)
+    middle = torch.from_numpy(cropped._images[cropped._val_rows][:, 2:34, 2:34]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(cropped.val(0, cropped.num_val).images, middle, atol=1e-6)  # as decoded, not resampled
+    assert cropped.zero_line == plain.zero_line
+
+
+def test_a_larger_cache_alone_is_shown_whole(folder):
+    large, small = opened(f"{folder}?cache_size=96"), opened(str(folder))
+    difference = (large.train(0, 40).images - small.train(0, 40).images).abs()
+    assert 0 < difference.mean() < 0.06  # another filter, not another picture
+    assert large.content_key != small.content_key
+
+
+def test_mirrored_crops_mirror(folder):
+    plain, mirrored = opened(f"{folder}?flip=0&crop=0.3"), opened(f"{folder}?crop=0.3")
+    a, b = plain.train(0, 40).images, mirrored.train(0, 40).images
+    flipped = (a != b).any((1, 2, 3))
+    assert 8 < flipped.sum() < 32 and torch.equal(b[flipped], a[flipped].flip(-1))
