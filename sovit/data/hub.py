@@ -85,7 +85,7 @@ class Hub:
         is_val = np.load(folder / "is_val.npy")  # [I]
         self._train_rows, val_rows = np.flatnonzero(~is_val), np.flatnonzero(is_val)
         self._val_rows = np.random.Generator(np.random.Philox(key=SPLIT_KEY)).permutation(val_rows)[:NUM_VAL]
-        self.num_val = len(self._val_rows)
+        self.num_train, self.num_val = len(self._train_rows), len(self._val_rows)
         self.zero_line = prior_cross_entropy(
             self._labels[self._train_rows], self._labels[self._val_rows], self.num_classes
         )
