@@ -90,6 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
 
+    p = commands.add_parser(
+        "probe", help="few-shot error of encoders on labelled images: a linear probe, SoViT's metric"
+    )
+    p.add_argument(
+        "encoders", nargs="*", metavar="ENCODER", help="RUN_ID, random:RUN_ID, timm:NAME, hf:NAME, pixels:SIZE"
+    )
+    p.add_argument("--data", required=True, metavar="SOURCE:PRESET", help="such as icons:single40 or hub:FOLDER")
+    p.add_argument("--study", metavar="NAME", help="probe every branch of a study instead, into its ledger")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_probe)
+
     p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
     p.add_argument("source", metavar="RUN_ID|LAW.json")
     p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
@@ -247,6 +261,30 @@ def recommendation_text(r) -> str:
         f" ({usual['loss_excess']:+.2%})"
     )
     return "\n".join(lines + [f"warning: {w}" for w in r.warnings])
+
+
+def _probe(options) -> None:
+    from sovit.fewshot import column
+    from sovit.probe import compare, comparison_text, probe_ledger
+    from sovit.train import check_device
+
+    if bool(options.study) == bool(options.encoders):
+        raise UserError("name encoders to probe, or one --study (not both)")
+    check_device(options.device)
+    if options.encoders:
+        result = compare(options.encoders, options.data, options.runs, options.device)
+        print(json.dumps(result, indent=2) if options.json else comparison_text(result))
+        return
+    ledger = options.results / f"{options.study}.jsonl"
+    result = probe_ledger(ledger, options.runs, options.data, options.device)
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(
+        f"{ledger}: {result['probed']} branches probed on {options.data}, {result['probed_before']} were before,"
+        f" {result['without_weights']} have no weights in {options.runs}"
+    )
+    print(f"next: sovit fit {ledger} --metric {column(10, options.data)}")
 
 
 def _export(options) -> int:

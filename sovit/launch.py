@@ -25,11 +25,12 @@ POLL_SECONDS = 0.5
 def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequence[str] = ()) -> list[dict]:
     """Run what is pending with `workers` processes and return the ledger's rows. Ctrl-C stops it; relaunch resumes."""
     sweep.refuse_other_rows()
+    sweep.restore_records()
     storage = open_storage(sweep.storage)
     with locked(sweep.ledger.with_suffix(".lock")):
         pass  # a folder that cannot be written is found now, not after the training
     with sweep.lock():
-        study = open_study(sweep.name, storage, list(sweep.runs.values()))
+        study = open_study(sweep.name, storage, list(sweep.runs.values()), sweep.metric)
         token = hashlib.sha256(f"{os.getpid()} {time.time_ns()}".encode()).hexdigest()[:8]
         reconcile(sweep, study, token)
     plan = {
@@ -40,6 +41,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         "launch": token,
         "launcher": os.getpid(),
         "device": device,
+        "metric": sweep.metric,
         "runs": [run.to_dict() for run in sweep.runs.values()],
     }
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
@@ -118,7 +120,8 @@ def _display(sweep: Sweep):
                 done.add(trunk)
                 sweep.collect()
                 last = sweep.last(run)
-                loss = f"loss {last['val_loss']:.4f}" if last["val_loss"] is not None else last["status"]
+                value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
+                loss = f"{name} {value:.4f}" if value is not None else last["status"]
                 console.print(
                     f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.shape.label} seed {run.init_seed}"
                     f" lr {run.recipe.peak_lr:g}: {loss} at {last['train_flops']:.2e} FLOPs, {last['seconds'] or 0:.0f} s",
@@ -150,8 +153,17 @@ def _display(sweep: Sweep):
 # the command line of a study file ------------------------------------------------------------------------------------
 
 
-def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence[str] | None = None) -> int:
-    """What `python studies/X.py` does. Returns the exit status: 0 done, 1 a run failed, 2 bad input."""
+def main(
+    doc: str,
+    name: str,
+    make_runs: Callable[[], list[Run]],
+    argv: Sequence[str] | None = None,
+    metric: str = "val_loss",
+) -> int:
+    """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
+
+    Returns the exit status: 0 done, 1 a run failed, 2 bad input.
+    """
     parser = argparse.ArgumentParser(
         prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,7 +190,8 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} must be at least 1")
         runs = [override(run, options.overrides).replace(study=options.name) for run in make_runs()]
-        sweep = Sweep(options.name, runs, options.runs, options.results / f"{options.name}.jsonl", options.storage)
+        ledger = options.results / f"{options.name}.jsonl"
+        sweep = Sweep(options.name, runs, options.runs, ledger, options.storage, metric)
         if options.dry_run:
             from sovit.plan import print_plan
             from sovit.train import check_device
@@ -187,7 +200,8 @@ def main(doc: str, name: str, make_runs: Callable[[], list[Run]], argv: Sequence
             print_plan(sweep, options.workers, options.device, options.json)
             return 0
         run_sweep(sweep, options.workers, options.device)
-        print(f"next: python analysis/fit_laws.py {sweep.ledger}")
+        choice = "" if metric == "val_loss" else f" --metric {metric}"
+        print(f"next: python analysis/fit_laws.py {sweep.ledger}{choice}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
@@ -203,10 +217,11 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     since a part of the study was trained.
     """
     from sovit.data import baselines, open_data
+    from sovit.probe import check_same_data, open_probe
     from sovit.train import check_device, check_readout
 
     check_device(device)
-    pending, sources = sweep.pending(), {}
+    pending, sources, probes = sweep.pending(), {}, set()
     for run in sweep.runs.values() if pending else ():
         shape = run.shape
         key = (run.data, run.preset, shape.image_size, shape.patch_size)
@@ -214,6 +229,11 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
             sources[key] = open_data(*key, 0, device)
             print(f"{run.data}:{run.preset} at {shape.image_size} px: {baselines(sources[key])}", flush=True)
         check_readout(run, sources[key].readout)
+        if run.probe and (run.probe, shape.image_size, shape.patch_size) not in probes:
+            probes.add((run.probe, shape.image_size, shape.patch_size))
+            probe_data = open_probe(run.probe, shape.image_size, shape.patch_size, device)
+            print(f"probe: {probe_data}", flush=True)
+            check_same_data(sweep.in_ledger.values(), probe_data)
         for row in filter(None, sweep.rows(run)):
             if row.get("data_key", sources[key].content_key) != sources[key].content_key:
                 raise UserError(

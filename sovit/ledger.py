@@ -216,10 +216,11 @@ def read_ledger(path: Path | str) -> list[dict]:
 
 
 def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
-    """Sort rows by run_id and collapse identical duplicates; a failed row gives way to an answer.
+    """Sort rows by run_id and make one of those that agree; a failed row gives way to an answer.
 
-    Rows are identical when all that was measured agrees: two runs of one measurement differ in date, speed and commit,
-    and one of them may lack a column that was added later; the first stays, so that a ledger does not change in place.
+    Rows agree when all that was measured does, as far as both say it: two runs of one measurement differ in date, speed
+    and commit, of which the first row's stay. A measurement that only one of them holds (a probe made later) is kept;
+    null says nothing, so that a number takes its place.
     Raises UserError for conflicting rows with one run_id.
     """
     by_id: dict[str, dict] = {}
@@ -228,14 +229,15 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
         if other is None or (other["status"] == "failed" and row["status"] != "failed"):
             by_id[row["run_id"]] = row
         elif row["status"] != "failed":
-            keys = (set(row) & set(other)) - INCIDENTAL
-            differing = sorted(k for k in keys if row.get(k) != other.get(k))
+            measured = {k: v for k, v in row.items() if k not in INCIDENTAL}
+            differing = sorted(k for k, v in measured.items() if None not in (v, other.get(k)) and v != other[k])
             if differing:
                 k = differing[0]
                 raise UserError(
                     f"{where}: two rows of run_id {row['run_id']} disagree on {k} ({other.get(k)} and {row.get(k)});"
                     " remove one of them"
                 )
+            by_id[row["run_id"]] = other | {k: v for k, v in measured.items() if other.get(k) is None}
     return [by_id[k] for k in sorted(by_id)]
 
 

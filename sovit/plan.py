@@ -13,7 +13,8 @@ MEASURABLE_FLOPS = 2e10  # a training step above this is not tried out, its time
 def plan_of(sweep, workers: int, device: str) -> dict:
     """Rows and totals. `compute` counts every branch as if trained alone, as SoViT did; `spent` counts trunks once."""
     pending = {run.trunk_id for run in sweep.pending()}
-    seconds = step_seconds([run for run in sweep.runs.values() if run.trunk_id in pending], device)
+    untrained = {trunk for trunk in pending if not all(sweep.rows(sweep.runs[trunk]))}  # the rest is only to be probed
+    seconds = step_seconds([sweep.runs[trunk] for trunk in sweep.runs if trunk in untrained], device)
     rows = []
     for trunk, run in sweep.runs.items():
         forward, batch = run.shape.forward_flops, run.recipe.batch_size
@@ -32,7 +33,7 @@ def plan_of(sweep, workers: int, device: str) -> dict:
                 "compute": sum(forward * n for n in run.budgets),
                 "spent_compute": forward * run.total_examples,
                 "done": trunk not in pending,
-                "seconds": None if trunk not in pending else run.total_examples / batch * seconds[_key(run)],
+                "seconds": run.total_examples / batch * seconds[_key(run)] if trunk in untrained else None,
             }
         )
     left = sum(row["seconds"] or 0 for row in rows)
@@ -85,7 +86,7 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
             " ".join(_short(n) for n in row["budgets"]),
             f"{row['steps']:,}",
             f"{row['compute'] / 1e9:.4g}",
-            "done" if row["done"] else clock(row["seconds"]),
+            "done" if row["done"] else "probe" if row["seconds"] is None else clock(row["seconds"]),
         )
     Console(width=150 if not Console().is_terminal else None).print(table)
     t = plan["totals"]

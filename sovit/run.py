@@ -20,6 +20,7 @@ from sovit.shape import Shape
 
 SCHEDULES = ("constant", "rsqrt")
 PARAMETRISATIONS = ("fan_in", "timm")
+NO_IDENTITY = ("budgets", "study", "probe")  # fields of Run that no id depends on
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ class Run:
     init_seed: int = 0
     data_seed: int = 0
     study: str = ""  # not part of any id
+    probe: str = ""  # labelled data, such as icons:single40, on which each branch is probed; not part of any id
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.probe and not self.probe.partition(":")[2]:
+            raise UserError(f"probe={self.probe!r} names no SOURCE:PRESET; give one, such as icons:single40")
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 1 << 32:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
@@ -86,7 +90,7 @@ class Run:
         identity = {
             "shape": _non_default(self.shape),
             "recipe": _non_default(self.recipe),
-            **{k: v for k, v in _non_default(self).items() if k not in ("shape", "recipe", "budgets", "study")},
+            **{k: v for k, v in _non_default(self).items() if k not in NO_IDENTITY and k not in ("shape", "recipe")},
         }
         canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:10]

@@ -26,6 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sovit import UserError
+from sovit.fewshot import is_probed, probe_of
 from sovit.ledger import (
     ANSWERED,
     is_locked,
@@ -103,30 +104,51 @@ def design_of(runs: Sequence[Run]) -> dict[str, list[int]]:
     return {run.trunk_id: list(run.budgets) for run in runs}
 
 
-def open_study(name: str, storage: optuna.storages.BaseStorage, runs: Sequence[Run]) -> optuna.Study:
+def open_study(
+    name: str, storage: optuna.storages.BaseStorage, runs: Sequence[Run], metric: str = "val_loss"
+) -> optuna.Study:
     """Create or reopen the study. A design may grow, by trunks or budgets; anything else is another study.
 
-    Raises UserError where the name is taken by a different design.
+    Raises UserError where the name is taken by a different design or by one with another metric as its value.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
     design, before = design_of(runs), study.user_attrs.get("design", {})
     if any(not set(budgets) <= set(design.get(trunk, ())) for trunk, budgets in before.items()):
         raise UserError(f"a study named {name!r} with another design exists; give this one another name with --name")
+    value = study.user_attrs.get("metric", "val_loss" if before else metric)
+    if value != metric:
+        raise UserError(f"the study {name!r} exists with {value} as its value, not {metric}; give another --name")
+    if "metric" not in study.user_attrs:
+        study.set_user_attr("metric", metric)
     if design != before:
         study.set_user_attr("design", design)
     return study
 
 
 class Sweep:
-    """Where a study keeps its things, and what is done of it."""
+    """Where a study keeps its things, and what is done of it. `metric`: the column that is a trial's value."""
 
-    def __init__(self, name: str, runs: Sequence[Run], runs_dir: Path, ledger: Path, storage: str | None = None):
-        self.name, self.runs_dir, self.ledger = name, Path(runs_dir), Path(ledger)
+    def __init__(
+        self,
+        name: str,
+        runs: Sequence[Run],
+        runs_dir: Path,
+        ledger: Path,
+        storage: str | None = None,
+        metric: str = "val_loss",
+    ):
+        self.name, self.runs_dir, self.ledger, self.metric = name, Path(runs_dir), Path(ledger), metric
         self.storage = storage or f"journal:{self.runs_dir / name}.journal"
         self.runs = {run.trunk_id: run for run in runs}
         if len(self.runs) != len(runs):
             raise UserError(f"study {name!r} names one trunk twice; remove the repeat")
+        needed = probe_of(metric)
+        for run in runs:
+            if needed not in ("", run.probe):
+                raise UserError(
+                    f"the metric {metric} of study {name!r} needs probe={needed}, its runs have {run.probe or 'none'}"
+                )
         self.in_ledger = {}
         if self.ledger.exists() and self.ledger.stat().st_size:
             self.in_ledger = {row["run_id"]: row for row in read_ledger(self.ledger) if row["status"] in ANSWERED}
@@ -135,8 +157,9 @@ class Sweep:
         return locked(self.runs_dir / f"{self.name}.lock")
 
     def rows(self, run: Run) -> list[dict | None]:
-        """The answered row of each branch, from its record or the ledger; None where it is still to be had."""
-        return [read_record(self.runs_dir, run.trunk_id, i) or self.in_ledger.get(i) for i in run.run_ids]
+        """The answered row of each branch, from its record and the ledger; None where it is still to be had."""
+        found = ((self.in_ledger.get(i), read_record(self.runs_dir, run.trunk_id, i)) for i in run.run_ids)
+        return [{**(known or {}), **(record or {})} or None for known, record in found]
 
     def refuse_other_rows(self) -> None:
         """Raise UserError where the ledger holds rows of another design, as the study's own guard may be deleted."""
@@ -159,7 +182,24 @@ class Sweep:
         return row
 
     def is_done(self, run: Run) -> bool:
-        return all(self.rows(run))
+        return all(row and not lacks_probe(run, row) for row in self.rows(run))
+
+    def restore_records(self) -> None:
+        """What stands in the ledger but is still to be probed gets its record back: it is probed, not trained again.
+
+        Raises UserError where its weights are gone.
+        """
+        for run in self.runs.values():
+            for run_id, row in zip(run.run_ids, self.rows(run)):
+                if row is None or not lacks_probe(run, row):
+                    continue
+                if not (self.runs_dir / run.trunk_id / f"{run_id}.safetensors").exists():
+                    raise UserError(
+                        f"{run_id} is not probed on {run.probe}, and its weights are not in {self.runs_dir};"
+                        " copy them there, or train anew with other --runs and --results"
+                    )
+                if read_record(self.runs_dir, run.trunk_id, run_id) is None:
+                    write_record(self.runs_dir, row)
 
     def pending(self) -> list[Run]:
         return [run for run in self.runs.values() if not self.is_done(run)]
@@ -172,6 +212,11 @@ class Sweep:
                 if path.stem in run.run_ids:
                     rows.append(json.loads(path.read_text()) | {"study": self.name})
         return update_ledger(self.ledger, rows) if rows else list(self.in_ledger.values())
+
+
+def lacks_probe(run: Run, row: dict) -> bool:
+    """Whether the row of a branch of `run` is to be probed still."""
+    return bool(run.probe) and row["status"] == "ok" and not is_probed(row, run.probe)
 
 
 def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
@@ -193,7 +238,7 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
     for trunk, run in sweep.runs.items():
         attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
         if sweep.is_done(run):
-            value = sweep.last(run)["val_loss"]
+            value = sweep.last(run).get(sweep.metric)
             if trunk not in answered | waiting_or_running and value is not None:  # the store was deleted: rebuild it
                 study.add_trial(
                     optuna.create_trial(
@@ -234,6 +279,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
         Path(plan["runs_dir"]),
         Path(plan["ledger"]),
         plan["storage"],
+        plan["metric"],
     )
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
     failed = 0
@@ -276,7 +322,7 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run,
         _tell(study, trial, None, reason)
         return 1
     last = sweep.last(run)
-    _tell(study, trial, last["val_loss"], f"{last['status']}: {last.get('error')}")
+    _tell(study, trial, last.get(sweep.metric), f"{last['status']}: {last.get('error')}")
     return 0
 
 

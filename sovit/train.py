@@ -35,6 +35,7 @@ from sovit.evaluate import validate
 from sovit.ledger import locked, new_row, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, fit, schedule
 from sovit.model import build, parameter_groups
+from sovit.probe import probe_branches
 from sovit.progress import progress_text
 from sovit.run import Run
 
@@ -48,7 +49,7 @@ def train(
     on_progress: Callable[[dict], None] = lambda progress: None,
     save_seconds: float = SAVE_SECONDS,
 ) -> list[dict]:
-    """Train whatever branches of `run` have no record yet and return the rows of all of them.
+    """Train whatever branches of `run` have no record yet, probe those without one, and return the rows of all of them.
 
     Resumes from the checkpoints of an earlier, killed or shorter, call; on a CPU the records are then bit for bit
     those of an uninterrupted run. A non-finite loss ends its branch (or, on the trunk, all later ones) as `diverged`.
@@ -57,6 +58,8 @@ def train(
     pending = [n for n in run.budgets if read_record(runs_dir, run.trunk_id, run.run_id(n)) is None]
     if pending:
         Trainer(run, Path(runs_dir), device, on_progress, save_seconds).train(pending)
+    if run.probe:
+        probe_branches(run, runs_dir, device)
     rows = [read_record(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets]
     return [row for row in rows if row is not None]  # none lacks by now
 

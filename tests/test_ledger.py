@@ -105,9 +105,36 @@ def test_conflicting_rows_are_an_error(name, value):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_column_added_later_is_no_conflict_and_the_first_row_stays(order):
-    before, after = row(seconds=9.0), row() | {"zero_line": 2.77}
-    assert merge([before, after][::order]) == [[before, after][::order][0]]
+def test_a_column_added_later_is_kept_and_what_describes_the_first_run_stays(order):
+    before, after = row(seconds=9.0), row(seconds=8.0) | {"zero_line": 2.77}
+    first = [before, after][::order][0]
+    (merged,) = merge([before, after][::order])
+    assert merged == first | {"zero_line": 2.77}
+    assert list(merged)[: len(before)] == list(before)  # in their order, so that a ledger changes at its ends only
+    assert merge([merged, before]) == merge([merged, after]) == [merged]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_null_says_nothing_and_gives_way_to_a_number(order):
+    unknown, known = row() | {"val_error_10shot/x": None, "b": None}, row() | {"val_error_10shot/x": 0.5}
+    (merged,) = merge([unknown, known][::order])
+    assert merged == row() | {"val_error_10shot/x": 0.5, "b": None}
+    other = row() | {"val_error_10shot/x": 0.6}
+    for rows_ in ([unknown, known, other], [known, other, unknown], [other, unknown, known]):
+        with pytest.raises(UserError, match="disagree on val_error_10shot/x"):
+            merge(rows_)
+
+
+def test_lists_are_compared_like_numbers():
+    one, two = row() | {"seeds": [0.1, 0.2]}, row() | {"seeds": [0.1, 0.3]}
+    assert merge([one, dict(one)]) == [one]
+    with pytest.raises(UserError, match="disagree on seeds"):
+        merge([one, two])
+
+
+def test_a_machine_fact_that_one_row_lacks_is_not_taken_from_another_run():
+    (merged,) = merge([row(seconds=4.0), row(seconds=5.0, device="cuda")])
+    assert "device" not in merged and merged["seconds"] == 4.0
 
 
 def test_provenance_sees_changed_code_and_nothing_of_a_foreign_repository(tmp_path):

@@ -44,8 +44,8 @@ def test_golden_trunk_ids(run, trunk_id):
     assert run.run_ids == tuple(f"{trunk_id}-{n}" for n in run.budgets)
 
 
-def test_budgets_and_study_are_not_identity():
-    assert RUN.replace(budgets=(800,), study="other").trunk_id == RUN.trunk_id
+def test_budgets_study_and_probe_are_not_identity():
+    assert RUN.replace(budgets=(800,), study="other", probe="icons:single40").trunk_id == RUN.trunk_id
 
 
 # one other value for each field; a field added without an entry here fails the test below
@@ -76,7 +76,7 @@ CHANGES = {
     "qkv_bias": False,
     "layer_scale": True,
 }
-NOT_IDENTITY = {"shape", "recipe", "budgets", "study"}
+NOT_IDENTITY = {"shape", "recipe", "budgets", "study", "probe"}
 
 
 @pytest.mark.parametrize("owner", ["recipe", "shape", None])
@@ -167,11 +167,12 @@ def test_overrides_are_typed():
         "shape.pool=map",
         "budgets=[800]",
         "preset=7",
+        "probe=icons:single40",
     ]
     run = override(RUN, assignments)
     assert run.recipe.peak_lr == 1.0 and isinstance(run.recipe.peak_lr, float)
     assert (run.shape.width, run.shape.qkv_bias, run.shape.pool) == (64, False, "map")
-    assert run.budgets == (800,)
+    assert run.budgets == (800,) and run.probe == "icons:single40"
     assert run.preset == "7"
     assert override(RUN, []) == RUN
 

@@ -100,7 +100,7 @@ class Hub:
         self.skills: tuple[str, ...] = ()
         self.blind: dict[str, float] = {}
         self._val_rows = fixed_random(0, 0).permutation(val_rows)[:NUM_VAL]
-        self.num_val = len(self._val_rows)
+        self.num_train, self.num_val = len(self._train_rows), len(self._val_rows)
         self.zero_line = prior_cross_entropy(
             self._labels[self._train_rows], self._labels[self._val_rows], self.num_classes
         )
