@@ -16,6 +16,7 @@ EDGES = {
     "sweep",
     "launch",
     "track",
+    "ui",
     "plot",
     "plan",
     "cli",
@@ -24,7 +25,7 @@ EDGES = {
     "validate",
     "__main__",
 }  # all else is arithmetic
-ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}}
+ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}, "optuna_dashboard": {"ui"}}
 HEAVY = {"torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "datasets", "peft"}
 
 
