@@ -113,6 +113,22 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--train-flops", type=float, help="budget of --config-only")
     p.set_defaults(run=_export)
 
+    for name, what in (
+        ("track", "fill MLflow's store with a study, from its ledger and its training curves"),
+        ("ui", "open a study in MLflow and, where there is one, its queue in Optuna's dashboard"),
+    ):
+        p = commands.add_parser(name, help=what)
+        p.add_argument("study", metavar="STUDY", help="a study's name, or the path of a ledger")
+        p.add_argument("--results", type=Path, default=Path("results"), help="where ledgers are kept (default results)")
+        p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+        p.add_argument("--store", type=Path, help="the SQLite file, made again if deleted (default RUNS/mlflow.db)")
+        if name == "track":
+            p.add_argument("--json", action="store_true")
+            p.set_defaults(run=_track)
+        else:
+            p.add_argument("--port", type=int, help="of MLflow; the dashboard takes the next (default 5000, or next free)")
+            p.set_defaults(run=_ui)
+
     p = commands.add_parser("data", help="look at a data source, or build its cache")
     p.add_argument("action", choices=("show", "cache", "list"))
     p.add_argument(
@@ -312,6 +328,19 @@ def _export(options) -> int:
         checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
     print(f"{report['out']}: {checked}")
     return 0
+
+
+def _track(options) -> None:
+    from sovit.track import fill, fill_text
+
+    done = fill(options.study, options.results, options.runs, options.store)
+    print(json.dumps(done, indent=2) if options.json else fill_text(done))
+
+
+def _ui(options) -> int:
+    from sovit.ui import serve
+
+    return serve(options.study, options.results, options.runs, options.store, options.port)
 
 
 def _data(options) -> None:

@@ -18,6 +18,7 @@ EDGES = {
     "status",
     "html",
     "track",
+    "ui",
     "plot",
     "plan",
     "cli",
@@ -26,7 +27,13 @@ EDGES = {
     "validate",
     "__main__",
 }  # all else is arithmetic
-ONE_IMPORTER = {"optuna": {"sweep"}, "mlflow": {"track"}, "matplotlib": {"plot"}, "markdown_it": {"html"}}
+ONE_IMPORTER = {
+    "optuna": {"sweep"},
+    "mlflow": {"track"},
+    "matplotlib": {"plot"},
+    "markdown_it": {"html"},
+    "optuna_dashboard": {"ui"},
+}
 HEAVY = {"torch", "torchvision", "timm", "transformers", "tokenizers", "safetensors", "datasets", "peft"}
 
 

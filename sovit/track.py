@@ -1,0 +1,435 @@
+"""MLflow, filled from the ledger and never written by training: `sovit track STUDY`.
+
+One experiment a study, one flat run a row of its ledger: a shape at a budget with a seed. What stands in a run:
+
+    params        what was chosen: shape, recipe, seeds, data
+    final/...     what came out, once, at step 0; skill/... the same for each skill; a column like probe/error as it is
+    size/...      parameters and FLOPs of one image; compute/... what the run cost
+    train/loss    the row's own curve: the trunk up to where its branch leaves it, then that branch's cooldown. A step is
+                  an image seen; the training FLOPs, and their log10, stand at the same steps, for the x-axis
+    tags          where the row comes from; `shape` and `budget` to group and to filter by
+
+The store can be deleted: it is made again. A second fill adds only what is new, and the next fill completes one that was
+killed. A row that changed (a failed run that was tried again) gets a new run; a row that left the ledger loses its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError
+from sovit.ledger import locked, read_exclusions, read_ledger
+from sovit.measurements import levels
+from sovit.run import Recipe
+from sovit.shape import DIMENSIONS, Shape
+
+LAYOUT = 1  # of what is written for a row; another number makes the next fill look at every run again
+RUN_ID, FILLED = "run_id", "sovit.filled"  # tags: the row that a run shows; what it was filled from, written last
+STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")  # the rest of a shape only where
+# it is not the default
+SHAPE_AND_RECIPE = (*(f.name for f in dataclasses.fields(Shape)), *(f.name for f in dataclasses.fields(Recipe)))
+PARAMS = (*SHAPE_AND_RECIPE, "init_seed", "data_seed", "data", "preset", "num_classes", "objective")
+GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its like are final, their parts are skills
+    "final": ("zero_line",),
+    "skill": (),
+    "other": (),
+    "size": ("num_params", "head_params", "num_heads", "forward_flops", "head_flops"),
+    "compute": (
+        *("compute", "train_flops", "spent_flops", "num_examples", "trunk_examples", "cooldown_examples"),
+        *("seconds", "spent_seconds"),
+    ),
+}
+GROUP_OF = {column: group for group, columns in GROUPS.items() for column in columns}
+LOSS, FLOPS, LOG_FLOPS = CURVE = ("train/loss", "compute/train_flops", "compute/log10_train_flops")
+PRIMARY = "final/val_loss"
+LAW = "shape, compute and loss"  # the section of charts that a saved view opens with
+EXPLAINED = """One run is one row of the ledger {ledger}: a shape trained up to one budget with one seed. `train/loss` is
+its own curve, cooldown included, over images seen; `compute/train_flops` and its log10 stand at the same steps, for the
+x-axis. Group by the tag `shape` or `budget` to average seeds; `tags.budget = "1e12"` keeps one budget. MLflow shows 100
+runs until more are loaded."""
+
+
+def fill(
+    study: str,
+    results: Path = Path("results"),
+    runs: Path = Path("runs"),
+    store: Path | None = None,
+) -> dict:
+    """Make the store agree with a study's ledger. Returns what was done, as plain data.
+
+    `study`: a name, whose ledger is RESULTS/<name>.jsonl, or the path of a ledger. Curves are read from
+    RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db unless said otherwise.
+    Raises UserError for a ledger or a store that cannot be read.
+    """
+    ledger = ledger_path(study, results)
+    rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
+    store, name, started = store_path(store, runs), ledger.stem, time.monotonic()
+    done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)
+    with locked(store.with_suffix(".lock")):
+        client = open_store(store)
+        described = describe(name, rows, reasons)
+        experiment = _experiment(client, name, ledger, store, views(described))
+        present = _runs(client, experiment)
+        for i, wanted in enumerate(described):
+            metrics_file = runs / wanted["row"]["trunk_id"] / "metrics.jsonl"
+            mark = _mark(wanted, metrics_file)
+            run = present.pop(wanted["row"]["run_id"], None)
+            if run and run.data.tags[FILLED] == mark:
+                continue
+            if run and _contradicts(run, wanted):
+                client.delete_run(run.info.run_id)
+                run, done["runs_removed"] = None, done["runs_removed"] + 1
+            done["runs_updated" if run else "runs_added"] += 1
+            done["points_added"] += _write(client, experiment, run, wanted, curve(wanted["row"], metrics_file), mark)
+            _progress(f"{i + 1}/{len(rows)} runs")
+        _progress("")
+        for run in present.values():
+            client.delete_run(run.info.run_id)
+            done["runs_removed"] += 1
+    return {
+        **dict(study=name, ledger=str(ledger), store=str(store), experiment_id=experiment, rows=len(rows)),
+        **dict(**done, seconds=round(time.monotonic() - started, 2)),
+    }
+
+
+def fill_text(done: dict) -> str:
+    """What `fill` did, in one line."""
+    words = {"runs_added": "runs added", "runs_updated": "runs updated", "runs_removed": "runs removed"}
+    said = [f"{done[key]:,} {word}" for key, word in words.items() if done[key]]
+    said = [*said, f"{done['points_added']:,} points"] if said else ["nothing new"]
+    return f"{done['study']}: {done['rows']} rows in {done['store']}: {', '.join(said)}, {done['seconds']:.1f} s"
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def ledger_path(study: str, results: Path) -> Path:
+    """The ledger of a study, said by name or by path."""
+    path = Path(study)
+    return path if path.suffix in (".jsonl", ".csv") else results / f"{study}.jsonl"
+
+
+def store_path(store: Path | None, runs: Path) -> Path:
+    return store or runs / "mlflow.db"
+
+
+# a row as MLflow shows it ---------------------------------------------------------------------------------------------
+
+
+def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict]:
+    """Each row as {name, row, params, metrics, tags}: params and tags are text, metrics finite numbers.
+
+    A column that is not known here becomes a metric where it holds a number, in the group of its own name where it has
+    one (probe/error) and else in other/; anything else becomes a tag. A missing value (null) is left out.
+    """
+    said = {column for row in rows for column in row}
+    defaults = {f.name: f.default for f in dataclasses.fields(Shape) if f.name in said - set(STATED)}
+    budgets = _budgets(rows)
+    found = []
+    for row, budget in zip(rows, budgets):
+        failed = row["status"] != "ok"
+        params: dict = {column: None for column in PARAMS}  # which gives them their order
+        metrics: dict = {}
+        tags: dict = {"status": row["status"], "shape": _shape_label(row), "budget": budget, "study": study}
+        tags |= {column: row.get(column) for column in ("data", "preset")}  # params too: to filter by one or the other
+        tags["excluded"] = reasons.get(row["run_id"])
+        tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}" if failed else None
+        tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
+        for column, value in (defaults | row).items():
+            if column in PARAMS:
+                params[column] = value
+            elif _is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
+                metrics[_free(_grouped(column), metrics)] = float(value)
+            elif not _is_number(value) and column not in tags:
+                tags[_free(column, tags)] = value
+        name = f"{tags['shape']} @{budget or row['num_examples']} s{row.get('init_seed', 0)}"
+        order = [*GROUPS, *sorted({metric.partition("/")[0] for metric in metrics} - set(GROUPS))]
+        metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
+        found.append(dict(name=name, row=row, params=_texts(params), metrics=metrics, tags=_texts(tags)))
+    return _told_apart(found)
+
+
+def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, float | None]]:
+    """(images seen, training loss, seconds) along a row: its part of the trunk, then its own cooldown.
+
+    A row that is ok ends at its budget, with or without a file; a line that a kill cut short is passed over.
+    """
+    n = row["num_examples"]
+    points: dict[int, tuple[float | None, float | None]] = {}
+    leaves = row.get("trunk_examples") or n
+    with contextlib.suppress(FileNotFoundError):
+        for line in metrics_file.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                point = json.loads(line)
+                if point["branch"] == n or (point["branch"] is None and point["examples"] <= leaves):
+                    points[point["examples"]] = float(point["train_loss"]), point["seconds"]
+    if row["status"] == "ok":
+        points.setdefault(n, (None, row.get("seconds")))
+    return [(examples, loss, seconds) for examples, (loss, seconds) in sorted(points.items())]
+
+
+def _grouped(column: str) -> str:
+    kind, slash, _ = column.partition("/")
+    if slash:
+        return f"skill/{column}" if kind in ("val_loss", "val_error") else column
+    return f"{GROUP_OF.get(column, 'final' if column.startswith('val_') else 'other')}/{column}"
+
+
+def _free(name: str, taken: dict) -> str:
+    """The name in the characters that MLflow takes, and not one that is taken."""
+    parts = re.sub(r"[^\w.\- :/]", "_", name).split("/")
+    name = "/".join(part for part in parts if part.strip(".")) or "_"
+    return _free(f"{name}_", taken) if name in taken else name
+
+
+def _texts(values: dict) -> dict[str, str]:
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shape_label(row: dict) -> str:
+    return "x".join(str(row.get(dimension, "?")) for dimension in ("width", "depth", "mlp_dim"))
+
+
+def _budgets(rows: list[dict]) -> list[str | None]:
+    """The training FLOPs of each row to two digits, the same for rows that whole batches alone keep apart: 3.2e11."""
+    known = [row for row in rows if _is_number(row.get("train_flops")) and row["train_flops"] > 0]
+    if not known:
+        return [None] * len(rows)
+    group, centres = levels(np.array([row["train_flops"] for row in known]))
+    labels = {row["run_id"]: f"{centres[g]:.1e}".replace(".0e", "e").replace("e+", "e") for row, g in zip(known, group)}
+    return [labels.get(row["run_id"]) for row in rows]
+
+
+def _told_apart(found: list[dict]) -> list[dict]:
+    """Names that several rows have say in what else these rows differ."""
+    by_name: dict[str, list[dict]] = {}
+    for wanted in found:
+        by_name.setdefault(wanted["name"], []).append(wanted)
+    for name, group in by_name.items():
+        differing = varying(group) if len(group) > 1 else []
+        for wanted in group:
+            wanted["name"] = " ".join([name, *(f"{p} {wanted['params'].get(p, '-')}" for p in differing)])
+    return found
+
+
+def varying(described: list[dict]) -> list[str]:
+    """The params that are not the same in all rows."""
+    return [p for p in PARAMS if len({wanted["params"].get(p) for wanted in described}) > 1]
+
+
+# the charts that the UI opens with -------------------------------------------------------------------------------------
+
+
+def views(described: list[dict]) -> dict[str, dict]:
+    """Saved views of MLflow's runs page, key -> {name, state}: every budget, and the largest alone, where valleys show."""
+    chosen = _axes(described)
+    flops = {wanted["tags"].get("budget"): wanted["row"].get("train_flops") or 0 for wanted in described}
+    largest = max(flops, key=lambda budget: flops[budget])
+    found = {"sovit": dict(name="every budget", state=_view_state(chosen, [LOG_FLOPS, PRIMARY], ""))}
+    if largest and len(flops) > 1:
+        only = f'tags.budget = "{largest}"'
+        found["sovit-largest"] = dict(name=f"{largest} training FLOPs", state=_view_state(chosen, [PRIMARY], only))
+    return found
+
+
+def _axes(described: list[dict]) -> list[str]:
+    """The dimensions that vary, and of the rest of shape and recipe what does not follow from these."""
+
+    def num_points(params: list[str]) -> int:
+        return len({tuple(wanted["params"].get(p) for p in params) for wanted in described})
+
+    varied = [p for p in varying(described) if p in SHAPE_AND_RECIPE]
+    axes = [p for p in varied if p in DIMENSIONS]
+    for param in varied:
+        if num_points([*axes, param]) > num_points(axes):
+            axes.append(param)
+    return axes
+
+
+def _view_state(chosen: list[str], metrics: list[str], search: str) -> dict:
+    """MLflow's own JSON of a view: charts of the law first, then a section a group of metrics."""
+
+    def axis(kind: str, key: str) -> dict:
+        return {"type": kind, "key": key}
+
+    def scatter(x: dict) -> dict:
+        return {"type": "SCATTER", "xaxis": x, "yaxis": axis("METRIC", PRIMARY)}
+
+    charts: list[dict] = [
+        {"type": "PARALLEL", "selectedParams": chosen[:6], "selectedMetrics": metrics, "showAllRuns": True},
+        {
+            **{"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "yAxisKey": "metric", "range": {}},
+            **{"useGlobalXaxisKey": False, "xAxisKey": "metric", "selectedXAxisMetricKey": LOG_FLOPS},
+        },
+        *(scatter(axis("METRIC", metric)) for metric in metrics if metric != PRIMARY),
+        *(scatter(axis("PARAM", param)) for param in chosen),
+    ]
+    fixed = {"metricSectionId": LAW, "deleted": False, "isGenerated": False}
+    sections = {LAW: True, "final": True, "train": True}
+    return {
+        "compareRunCharts": [{"uuid": f"sovit-{i}", **fixed, **chart} for i, chart in enumerate(charts)],
+        "compareRunSections": [
+            {"uuid": name, "name": name, "display": shown, "isReordered": True, "deleted": False, "isGenerated": False}
+            for name, shown in sections.items()
+        ],
+        "isAccordionReordered": True,
+        "runsHiddenMode": "SHOW_ALL",
+        "selectedColumns": [
+            *(f"params.`{p}`" for p in chosen),
+            *(f"metrics.`{m}`" for m in (FLOPS, PRIMARY, "final/val_error")),
+            "tags.`status`",
+        ],
+        "searchFilter": search,
+        "orderByKey": f"metrics.`{PRIMARY}`",
+        "orderByAsc": True,
+    }
+
+
+# the store ------------------------------------------------------------------------------------------------------------
+
+
+def open_store(store: Path):
+    """MLflow's client on an SQLite file, made if absent. Raises UserError for a file that is no such store."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with open(store, "rb") as file:  # what is no database at all, MLflow would try for minutes to open
+            if file.read(16) not in (b"", b"SQLite format 3\0"):
+                raise OSError("not an SQLite file")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _no_store(store, error) from None
+    try:
+        client = MlflowClient(store_uri(store))
+        client.search_experiments(max_results=1)
+    except Exception as error:  # SQLAlchemy, sqlite3 and MLflow raise many kinds
+        raise _no_store(store, error) from None
+    return client
+
+
+def _no_store(store: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{store} cannot be used as a store ({str(error).splitlines()[0]}); give another --store, or delete it: it is made"
+        " again from the ledger"
+    )
+
+
+def store_uri(store: Path) -> str:
+    return f"sqlite:///{store.resolve()}"
+
+
+def _experiment(client, name: str, ledger: Path, store: Path, saved_views: dict[str, dict]) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        artifacts = store.parent.resolve() / "mlartifacts" / name
+        experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifacts.as_uri()))
+    elif experiment.lifecycle_stage != "active":
+        client.restore_experiment(experiment.experiment_id)
+    note = "\n\n".join(filter(None, [_question(name), EXPLAINED.format(ledger=ledger)]))
+    tags = {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
+    tags = {key: value for key, value in tags.items() if key not in experiment.tags}  # a user may have rewritten them
+    for key, view in saved_views.items():
+        key, state = f"mlflow.sharedViewState.{key}", json.dumps(view["state"])
+        if json.loads(experiment.tags.get(key, "{}")).get("state") != state:
+            tags[key] = json.dumps({"name": view["name"], "createdAt": int(1000 * time.time()), "state": state})
+    for key, value in tags.items():
+        client.set_experiment_tag(experiment.experiment_id, key, value)
+    return experiment.experiment_id
+
+
+def _question(study: str) -> str | None:
+    """The docstring of studies/<study>.py where there is such a file: what the study asks."""
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        return ast.get_docstring(ast.parse((Path("studies") / f"{study}.py").read_text()))
+    return None
+
+
+def _runs(client, experiment: str) -> dict:
+    """run_id of a row -> the run that shows it. Runs that others have put there are left alone."""
+    found: dict = {}
+    token = None
+    while True:
+        page = client.search_runs([experiment], max_results=1000, page_token=token)
+        found |= {run.data.tags[RUN_ID]: run for run in page if FILLED in run.data.tags}
+        token = page.token
+        if not token:
+            return found
+
+
+def _mark(wanted: dict, metrics_file: Path) -> str:
+    """Changes when anything that a run is filled from does."""
+    stat = metrics_file.stat() if metrics_file.exists() else None
+    source = [LAYOUT, wanted, stat and [stat.st_size, stat.st_mtime_ns]]
+    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _contradicts(run, wanted: dict) -> bool:
+    """A param that is written cannot be changed, a metric only by a second point: such a run is made anew."""
+    data = run.data
+    return (
+        any(data.params.get(k, v) != v for k, v in wanted["params"].items())
+        or any(data.metrics.get(k, v) != v for k, v in wanted["metrics"].items())
+        or any(data.tags.get(k) != wanted["tags"].get(k) for k in ("status", "excluded") if "status" in data.tags)
+    )
+
+
+def _write(client, experiment: str, run, wanted: dict, along: list[tuple], mark: str) -> int:
+    """Write what a run lacks, its mark last; return the number of points. `run`: None for a row that has none."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    row = wanted["row"]
+    end = _milliseconds(row.get("date"))
+    start = end - int(1000 * (row.get("seconds") or 0))
+    have = set()
+    if run is None:
+        first = {RUN_ID: row["run_id"], FILLED: "not yet"}
+        run = client.create_run(experiment, start_time=start, tags=first, run_name=wanted["name"])
+    else:
+        have = {(m.key, m.step) for key in CURVE for m in client.get_metric_history(run.info.run_id, key)}
+    tags = {"mlflow.runName": wanted["name"], **wanted["tags"]}
+    points = [Metric(k, v, end, 0) for k, v in wanted["metrics"].items() if k not in run.data.metrics]
+    for examples, loss, seconds in along:
+        flops = (row.get("train_flops") or math.nan) * examples / row["num_examples"]
+        at = end if seconds is None else start + int(1000 * seconds)
+        for key, value in zip(CURVE, (loss, flops, math.log10(flops))):
+            if value is not None and math.isfinite(value) and (key, examples) not in have:
+                points.append(Metric(key, value, at, examples))
+    client.log_batch(  # which sends no more than MLflow takes at once, 1000 points or 100 params
+        run.info.run_id,
+        points,
+        [Param(k, v) for k, v in wanted["params"].items() if k not in run.data.params],
+        [RunTag(k, v) for k, v in tags.items() if run.data.tags.get(k) != v],
+    )
+    client.set_terminated(run.info.run_id, "FINISHED" if row["status"] == "ok" else "FAILED", end_time=end)
+    client.set_tag(run.info.run_id, FILLED, mark)
+    return len(points)
+
+
+def _milliseconds(date: str | None) -> int:
+    with contextlib.suppress(ValueError, TypeError):
+        return int(1000 * datetime.fromisoformat(date or "").timestamp())
+    return int(1000 * time.time())

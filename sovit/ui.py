@@ -1,0 +1,162 @@
+"""`sovit ui STUDY`: MLflow's pages on a study's ledger and Optuna's dashboard on its journal, both on loopback alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from sovit import UserError
+from sovit.track import fill, fill_text, ledger_path, store_path, store_uri
+
+HOST = "127.0.0.1"
+FIRST_PORT = 5000  # MLflow's own; the next free one is taken where no --port was asked for
+POLL_SECONDS = 0.5
+START_SECONDS = 180.0  # for a server to answer; MLflow takes about 10 s on a free core
+ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def serve(study: str, results: Path, runs: Path, store: Path | None = None, port: int | None = None) -> int:
+    """Fill the store, start the servers, print where they are, and refill as the ledger grows, until Ctrl-C or a kill.
+
+    Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a --port that is in use.
+    """
+    port = _asked_port(port) if port is not None else _free_port(FIRST_PORT)
+    store, ledger = store_path(store, runs), ledger_path(study, results)
+    done = fill(study, results, runs, store)
+    seen = ledger.stat().st_mtime_ns
+    print(f"{fill_text(done)}; starting", flush=True)
+    servers, pages = {"MLflow": mlflow_command(store, port)}, {}
+    # the saved view of sovit.track, on the page for training runs
+    page = "workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=sovit"
+    pages["MLflow"] = f"http://{HOST}:{port}/#/experiments/{done['experiment_id']}/runs?{page}"
+    journal = runs / f"{done['study']}.journal"
+    if not journal.exists():
+        print(f"no Optuna dashboard: there is no journal at {journal}", flush=True)
+    elif importlib.util.find_spec("optuna_dashboard") is None:
+        print("no Optuna dashboard: it is not installed; pip install 'sovit[dashboard]'", flush=True)
+    else:
+        second = _free_port(port + 1)
+        servers["Optuna"] = [sys.executable, "-m", "sovit.ui", str(journal), str(second)]
+        pages["Optuna"] = f"http://{HOST}:{second}/dashboard/studies/0"
+
+    log_path = store.with_suffix(".log")
+    processes: dict[str, subprocess.Popen] = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    with open(log_path, "w") as log:
+        try:
+            for name, command in servers.items():
+                processes[name] = _start(command, log)
+            for name, page in pages.items():
+                if not _answers(page, processes[name]):
+                    print(f"sovit: {name} did not start; see {log_path}", file=sys.stderr)
+                    return 1
+                print(f"{name:<7} {page}", flush=True)
+            print("Ctrl-C stops", flush=True)
+            while True:
+                time.sleep(POLL_SECONDS)
+                for name, process in processes.items():
+                    if process.poll() is not None:
+                        print(f"sovit: {name} ended; see {log_path}", file=sys.stderr)
+                        return 1
+                if ledger.exists() and ledger.stat().st_mtime_ns != seen:
+                    seen = ledger.stat().st_mtime_ns
+                    print(fill_text(fill(study, results, runs, store)), flush=True)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            _stop(list(processes.values()))
+
+
+def mlflow_command(store: Path, port: int) -> list[str]:
+    uri = store_uri(store)
+    where = ["--backend-store-uri", uri, "--registry-store-uri", uri, "--host", HOST, "--port", str(port)]
+    return [sys.executable, "-m", "mlflow", "server", *where, "--workers", "1"]
+
+
+def dashboard(journal: Path, port: int) -> None:
+    """Optuna's dashboard, through the storage that the sweep uses: its lock, and its mending of a torn line."""
+    from optuna_dashboard import run_server
+
+    from sovit.sweep import open_storage
+
+    run_server(open_storage(f"journal:{journal}"), host=HOST, port=port)
+
+
+# ports and processes ---------------------------------------------------------------------------------------------------
+
+
+def _asked_port(port: int) -> int:
+    if not 0 < port < 65535:
+        raise UserError(f"--port {port} is no port; give a number from 1 to 65534")
+    if not _is_free(port):
+        raise UserError(f"--port {port} is in use; give another, or none for the next free one")
+    return port
+
+
+def _free_port(first: int) -> int:
+    for port in range(first, min(first + 100, 65536)):
+        if _is_free(port):
+            return port
+    raise UserError(f"no port from {first} to {first + 99} is free; give another with --port")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # which a listener still refuses
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
+
+
+def _start(command: list[str], log) -> subprocess.Popen:
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
+    # a session of its own: Ctrl-C reaches us alone, and we end whatever the server has started
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def _answers(page: str, process: subprocess.Popen) -> bool:
+    """Wait until the page answers; False where its server ends, or takes too long."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            with direct.open(page.partition("#")[0], timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(POLL_SECONDS)
+    return False
+
+
+def _stop(processes: list[subprocess.Popen]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them behind
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        for process in processes:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                continue
+        for process in processes:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+if __name__ == "__main__":
+    dashboard(Path(sys.argv[1]), int(sys.argv[2]))
