@@ -89,9 +89,7 @@ def write_config(shape: Shape, format: str, out: Path) -> Path:
 
 def load_branch(run_id: str, runs_dir: Path | str):
     """Rebuild the trained model of one branch in eval mode: (model, run). Raises UserError where it is not there."""
-    import safetensors
-    import safetensors.torch
-
+    from sovit.checkpoint import load_weights
     from sovit.data import NORMALISATION
     from sovit.model import build
 
@@ -103,9 +101,10 @@ def load_branch(run_id: str, runs_dir: Path | str):
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
     try:
         run = Run.from_dict(json.loads((folder / "config.json").read_text()))
-        state = safetensors.torch.load_file(weights)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"the trained run {run_id} is damaged ({error}); train it again") from None
+        state = load_weights(weights)
+    except ValueError as error:
+        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
+        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
     model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
     model.load_state_dict(state)
     return model.eval(), run

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
-TORCH = {"data", "model", "encoder", "loop", "train", "finetune", "evaluate", "export", "vlm"}
+TORCH = {"data", "model", "encoder", "loop", "checkpoint", "train", "finetune", "evaluate", "export", "vlm"}
 EDGES = {
     "sweep",
     "launch",
