@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has left
         sys.stderr.close()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
+from sovit.checkpoint import load_weights
 from sovit.data import NORMALISATION
 from sovit.model import build
 from sovit.run import Run
@@ -113,9 +114,6 @@ def open_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
 
 def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
     """Rebuild the trained model of one branch, task head and all, in eval mode. Raises UserError where it is not there."""
-    import safetensors
-    import safetensors.torch
-
     folder = Path(runs_dir) / run_id.rpartition("-")[0]
     weights = folder / f"{run_id}.safetensors"
     if not (folder / "config.json").exists() or not weights.exists():
@@ -124,9 +122,10 @@ def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
     try:
         run = Run.from_dict(json.loads((folder / "config.json").read_text()))
-        state = safetensors.torch.load_file(weights)
-    except (ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"the trained run {run_id} is damaged ({error}); train it again") from None
+        state = load_weights(weights)
+    except ValueError as error:
+        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
+        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
     model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
     model.load_state_dict(state)
     return model.eval(), run

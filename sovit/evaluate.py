@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sovit.data import Source
+from sovit.data import Batch, Source
+from sovit.loop import within_memory
 
-BATCH = 256
+BATCH = 256  # images at a time, or half as many ... where memory runs out
 
 
 @torch.no_grad()
@@ -19,9 +22,10 @@ def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
     """
     model.eval()
     losses, wrong, skills, wrong_cells = [], [], [], []
-    for start in range(0, source.num_val, BATCH):
-        batch = source.val(start, min(BATCH, source.num_val - start))
-        logits = model(batch.images)  # [B, C] or [B, N, C]
+    start, rows = 0, BATCH
+    while start < source.num_val:
+        (batch, logits), rows = within_memory(partial(_answers, model, source, start), rows)
+        start += len(logits)
         flat, labels = logits.flatten(0, -2), batch.labels.flatten()
         losses.append(F.cross_entropy(flat, labels, reduction="none"))
         wrong.append((flat.argmax(-1) != labels).double())
@@ -42,6 +46,11 @@ def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
             metrics[f"val_loss/{name}"] = loss[ours].mean().item() if ours.any() else None
             metrics[f"val_error/{name}"] = error[ours].mean().item() if ours.any() else None
     return metrics
+
+
+def _answers(model: nn.Module, source: Source, start: int, rows: int) -> tuple[Batch, torch.Tensor]:
+    batch = source.val(start, min(rows, source.num_val - start))
+    return batch, model(batch.images)  # [B, C] or [B, N, C]
 
 
 def cells(tokens: torch.Tensor, grid: int) -> torch.Tensor:

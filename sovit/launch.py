@@ -17,13 +17,19 @@ from pathlib import Path
 from sovit import UserError
 from sovit.ledger import is_locked, locked, write_atomic
 from sovit.run import Run, override
-from sovit.sweep import MAX_ATTEMPTS, Sweep, open_storage, open_study, reconcile
+from sovit.stop import stop_on_signal, this_command
+from sovit.sweep import MAX_ATTEMPTS, Sweep, is_waiting, open_storage, open_study, reconcile
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 30.0  # that workers have to save what they are at
 
 
 def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequence[str] = ()) -> list[dict]:
-    """Run what is pending with `workers` processes and return the ledger's rows. Ctrl-C stops it; relaunch resumes."""
+    """Run what is pending with `workers` processes and return the ledger's rows.
+
+    SIGINT (Ctrl-C) and SIGTERM are passed on to the workers, which save what they are at and leave; then KeyboardInterrupt
+    is raised with the words to be said. A second Ctrl-C kills the workers. Nothing is lost by either: a relaunch resumes.
+    """
     sweep.refuse_other_rows()
     sweep.restore_records()
     storage = open_storage(sweep.storage)
@@ -57,41 +63,71 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
             [*command, str(plan_path)], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
 
+    def waits() -> bool:
+        with sweep.lock():
+            reconcile(sweep, study, token)
+            return is_waiting(study)
+
+    processes: list[subprocess.Popen] = []
+    alive = locked(plan_path)  # what says that this launch is
+    with alive, stop_on_signal(second_interrupt=signal.default_int_handler) as should_stop:
+        try:
+            _attend(sweep, workers, processes, start, waits, should_stop)
+        except KeyboardInterrupt:  # a second Ctrl-C
+            for process in processes:
+                process.kill()
+        finally:
+            _end(processes)
+            log.close()
+            plan_path.unlink(missing_ok=True)
+            rows = sweep.collect()
+        waits()  # what ended last is told so
+        if should_stop() and (left := sweep.pending()):
+            done = f"{len(sweep.runs) - len(left)} of {len(sweep.runs)} trunks done"
+            raise KeyboardInterrupt(f"{sweep.name}: stopped with {done}; go on with: {this_command()}")
+    return rows
+
+
+def _attend(sweep: Sweep, workers: int, processes: list[subprocess.Popen], start, waits, should_stop) -> None:
+    """Start workers, replace those that were killed, and show how things stand, until all is done or should stop.
+
+    A worker that left of its own accord, asked to or because it cannot write, is not replaced.
+    """
     pending = len(sweep.pending())
-    processes = [start() for _ in range(min(workers, pending))]
-    restarts, waited = MAX_ATTEMPTS * max(pending, 1), False
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
-    try:
-        with locked(plan_path), _display(sweep) as show:  # the lock says that this launch is alive
-            while True:
-                if not processes and not sweep.in_training():
-                    if not (waited and restarts and sweep.pending()):
-                        break
-                    restarts, waited = restarts - 1, False  # who trained it without us has died: do it again
+    processes += [start() for _ in range(min(workers, pending))]
+    restarts, willing = MAX_ATTEMPTS * pending, True
+    with _display(sweep) as show:
+        while not should_stop():
+            if not processes and not sweep.in_training():
+                if not (willing and restarts and waits()):
+                    break
+                restarts -= 1  # who trained it for another launch has died: do it again
+                processes.append(start())
+            time.sleep(POLL_SECONDS)
+            for process in [p for p in processes if p.poll() is not None]:
+                processes.remove(process)
+                willing = willing and process.returncode <= 0
+                if process.returncode < 0 and restarts and sweep.pending() and not should_stop():
+                    restarts -= 1
                     processes.append(start())
-                time.sleep(POLL_SECONDS)
-                for process in [p for p in processes if p.poll() is not None]:
-                    processes.remove(process)
-                    if process.returncode < 0 and restarts and sweep.pending():  # killed: another takes its place
-                        restarts -= 1
-                        processes.append(start())
-                waited = waited or not processes  # for a worker of another launch, whose launcher may be gone
-                show(len(processes))
-    except KeyboardInterrupt:
-        print(f"\nstopped; run the same command again to go on with {sweep.name}", file=sys.stderr)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            show(len(processes))
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Ask the workers to save and leave; kill those that have not within STOP_SECONDS, or at a second Ctrl-C."""
+    until = time.monotonic() + STOP_SECONDS
+    try:
         for process in processes:
             process.terminate()
+        if processes:
+            print(f"\nstopping: waiting for {len(processes)} workers to save (Ctrl-C: leave at once)", file=sys.stderr)
         for process in processes:
-            process.wait()
-        log.close()
-        plan_path.unlink(missing_ok=True)
-        rows = sweep.collect()
-    with sweep.lock():  # what died last is told so
-        reconcile(sweep, study, token)
-    return rows
+            process.wait(max(0.0, until - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def _python_path() -> str:
@@ -205,7 +241,8 @@ def main(
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130
     return int(bool(sweep.pending()))
 

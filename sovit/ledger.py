@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import fcntl
+import functools
+import glob
 import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +41,7 @@ INCIDENTAL = set(
         "date",
         "study",
         "error",
+        "micro_batch",
     ]
 )
 REQUIRED = ("run_id", "trunk_id", "status", "num_examples")
@@ -102,7 +107,9 @@ def provenance(device: str) -> dict:
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        # without locks: a lock of git's outlives who is killed with kill -9, and then git refuses to commit
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = dirty = None
@@ -121,11 +128,21 @@ def provenance(device: str) -> dict:
 # files -------------------------------------------------------------------------------------------------------------------
 
 
+class CannotWrite(UserError):
+    """The disk is full, or the folder not ours. What stood at `path` before still does."""
+
+    def __init__(self, path: Path | str, error: OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space, and run the same command again" if full else "choose a folder that can be written"
+        super().__init__(f"cannot write {path}: {error.strerror}; {remedy}")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
 
-    Raises UserError where the folder cannot be written.
+    Raises CannotWrite, a UserError.
     """
+    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -136,7 +153,9 @@ def write_atomic(path: Path, text: str) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise CannotWrite(path, error) from error
 
 
 @contextlib.contextmanager
@@ -184,12 +203,36 @@ def record_path(runs_dir: Path | str, trunk_id: str, run_id: str) -> Path:
 
 
 def read_record(runs_dir: Path | str, trunk_id: str, run_id: str) -> dict | None:
-    """The record of one branch, or None where there is none that answers the question (failed ones are tried again)."""
-    path = record_path(runs_dir, trunk_id, run_id)
-    if not path.exists():
+    """The record of one branch, or None where there is none that answers the question.
+
+    That is where it failed, and where the file is damaged or another branch's (which is said).
+    """
+    row = record_row(record_path(runs_dir, trunk_id, run_id))
+    return row if row and row["status"] in ANSWERED else None
+
+
+def record_row(path: Path) -> dict | None:
+    """The row in a record file, or None where there is none or a damaged one, which is said once.
+
+    Raises UserError for one that may not be read.
+    """
+    try:
+        row = _parse_row(path.read_text(), str(path))
+        if row["run_id"] != path.stem:
+            raise UserError(f"{path} holds {row['run_id']}")
+    except FileNotFoundError:
         return None
-    row = _parse_row(path.read_text(), str(path))
-    return row if row["status"] in ANSWERED else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; mend or delete it") from None
+    except ValueError as error:  # a UserError is one, and what is no UTF-8
+        _say_once(f"sovit: the record {path} is damaged and counts as missing ({error})")
+        return None
+    return row
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_ledger(path: Path | str) -> list[dict]:
@@ -245,6 +288,8 @@ def update_ledger(path: Path, rows: list[dict]) -> list[dict]:
     """Merge `rows` into the ledger file, atomically and under a lock; calling it again changes nothing."""
     path = Path(path)
     with locked(path.with_suffix(".lock")):
+        for left_by_a_kill in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
+            left_by_a_kill.unlink()
         old = read_ledger(path) if path.exists() and path.stat().st_size else []
         merged = merge(old + rows, str(path))
         text = "".join(dump_row(row) + "\n" for row in merged)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from sovit import UserError
+
 WINDOW = 50  # steps between two looks at the loss: looking costs a synchronisation on a GPU
+
+T = TypeVar("T")
 
 
 class Diverged(RuntimeError):
@@ -20,44 +25,139 @@ class Diverged(RuntimeError):
         self.step = step
 
 
+class Interrupted(KeyboardInterrupt):
+    """A stop was asked for. No failure, so what catches errors lets it pass.
+
+    `.step` is the next step to take, `.window` [k, 2] what `fit` must be given to go on as if nothing had happened, and
+    `.seconds` what the steps in it took.
+    """
+
+    def __init__(self, step: int, window: Tensor | None, seconds: float):
+        super().__init__(f"stopped after {step} steps")
+        self.step, self.window, self.seconds = step, window, seconds
+
+
 def fit(
     parameters: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Any],
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: Callable[[Any], tuple[Tensor, Tensor | int]],
     learning_rate_at: Callable[[int], float],
     steps: range,
     *,
     clip_norm: float,
     on_window: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    window: Tensor | None = None,
+    micro_batch: int | None = None,
+    on_split: Callable[[int], None] = lambda micro_batch: None,
 ) -> None:
     """Take one optimiser step for each number in `steps`.
 
     `batch_at(step)` and `learning_rate_at(step)` are pure functions of the step, so that a run resumed from a
-    checkpoint repeats exactly what the uninterrupted one did. `on_window(next_step, mean_loss, seconds)` is called at
-    least every WINDOW steps, at multiples of WINDOW and at the end, after the losses were found finite.
+    checkpoint repeats exactly what the uninterrupted one did. A batch is a (named) tuple of tensors [B, ...], or None;
+    `loss_fn(batch)` returns the sum of its losses and the number of their terms, and the step descends their mean.
+    `on_window(next_step, mean_loss, seconds)` is called at least every WINDOW steps, at multiples of WINDOW and at the
+    end, after the losses were found finite.
 
-    Raises Diverged at the end of the window that holds the first non-finite loss or gradient norm.
+    Where a batch does not fit into memory its step is taken again in two, four ... parts of at most `micro_batch` rows,
+    with the same gradient but for rounding, and so are all later steps; `on_split(micro_batch)` is told.
+
+    Raises Diverged at the end of the window that holds the first non-finite loss or gradient norm; Interrupted between
+    two steps, as soon as `should_stop()`; OutOfMemory where one row does not fit.
     """
     parameters = list(parameters)
-    window, started = [], time.perf_counter()
+    seen: list[Tensor] = [] if window is None else list(window)  # of [2]: loss, gradient norm
+    started = time.perf_counter()
     for step in steps:
+        if should_stop():
+            raise Interrupted(step, torch.stack(seen) if seen else None, time.perf_counter() - started)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step)
-        loss = loss_fn(batch_at(step))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = batch_at(step)
+        rows = min(micro_batch or len(batch[0]), len(batch[0]))
+        loss, fitting = within_memory(partial(_backward, loss_fn, parameters, batch), rows)
+        if fitting < rows:
+            micro_batch = fitting
+            on_split(fitting)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
         optimizer.step()
-        window.append(torch.stack((loss.detach(), norm.detach())))
+        seen.append(torch.stack((loss, norm.detach())))
         if (step + 1) % WINDOW == 0 or step + 1 == steps.stop:
-            values = torch.stack(window)  # [window, 2]
+            values = torch.stack(seen)  # [window, 2]
             bad = (~values.isfinite()).any(1).nonzero()
             if len(bad):
-                raise Diverged(step + 1 - len(window) + int(bad[0]))
+                raise Diverged(step + 1 - len(seen) + int(bad[0]))
             now = time.perf_counter()
             on_window(step + 1, values[:, 0].mean().item(), now - started)
-            window, started = [], now
+            seen, started = [], now
+    if steps and should_stop():  # before whatever the caller does next, which may take long
+        raise Interrupted(steps.stop, None, 0.0)
+
+
+def _backward(loss_fn, parameters: list[Tensor], batch, rows: int) -> Tensor:
+    """Leave the gradient of the batch's mean loss in `parameters`, computed `rows` at a time; return that loss."""
+    for p in parameters:
+        p.grad = None
+    if rows >= len(batch[0]):
+        total, count = loss_fn(batch)
+        loss = total / count
+        loss.backward()
+        return loss.detach()
+    sums, counts = [], []
+    for part in _parts(batch, rows):
+        total, count = loss_fn(part)
+        total.backward()
+        sums.append(total.detach())
+        counts.append(count)
+    for p in parameters:
+        if p.grad is not None:
+            p.grad /= sum(counts)  # parts may differ in their number of terms: only the whole batch's makes a mean
+    return torch.stack(sums).sum() / sum(counts)
+
+
+def _parts(batch, rows: int) -> Iterator[Any]:
+    for start in range(0, len(batch[0]), rows):
+        columns = [None if t is None else t[start : start + rows] for t in batch]
+        yield batch._make(columns) if hasattr(batch, "_make") else tuple(columns)
+
+
+# memory --------------------------------------------------------------------------------------------------------------
+
+
+class OutOfMemory(UserError):
+    """Even one row at a time does not fit."""
+
+
+def within_memory(attempt: Callable[[int], T], rows: int) -> tuple[T, int]:
+    """`attempt(rows)`, with half as many rows each time that memory runs out: its result, and the rows that fitted.
+
+    Raises OutOfMemory where one row does not fit.
+    """
+    while True:
+        try:
+            return attempt(rows), rows
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows == 1:
+                raise OutOfMemory(
+                    f"out of memory with one sample at a time ({str(error).partition(chr(10))[0]}); take a smaller shape,"
+                    " or a device with more memory"
+                ) from error
+        # here, and not above: as long as the error lives, so does what was computed before it
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        rows = -(-rows // 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a device's, an allocator's or Python's way to say so."""
+    said = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
+
+
+# schedule ------------------------------------------------------------------------------------------------------------
 
 
 def schedule(step: int, *, warmup: int, timescale: int | None, cooldown: range | None) -> float:

@@ -1,6 +1,18 @@
-"""One line of text for a run in training."""
+"""What a run in training says of itself: the file that others read, and one line of text."""
 
 from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from sovit.ledger import write_atomic
+
+
+def write_progress(runs_dir: Path | str, progress: dict) -> None:
+    """Write `runs/<trunk_id>/progress.json`; `updated` in it is the unix time of this writing, in seconds."""
+    path = Path(runs_dir) / progress["trunk_id"] / "progress.json"
+    write_atomic(path, json.dumps({**progress, "updated": time.time()}))
 
 
 def progress_text(progress: dict) -> str:

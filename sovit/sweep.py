@@ -18,7 +18,9 @@ import fcntl
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -29,19 +31,24 @@ from sovit import UserError
 from sovit.fewshot import is_probed, probe_of
 from sovit.ledger import (
     ANSWERED,
+    CannotWrite,
     is_locked,
     locked,
     new_row,
     provenance,
     read_ledger,
     read_record,
+    record_row,
     update_ledger,
-    write_atomic,
     write_record,
 )
+from sovit.progress import write_progress
 from sovit.run import Run
+from sovit.stop import stop_on_signal
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
+STOPPED = 130  # exit status of a worker that was asked to leave
+WAIT_SECONDS = 0.2  # between two looks at the lock of a trunk that another study trains
 
 
 # the study -----------------------------------------------------------------------------------------------------------
@@ -209,8 +216,8 @@ class Sweep:
         rows = []
         for run in self.runs.values():
             for path in sorted((self.runs_dir / run.trunk_id / "records").glob("*.json")):
-                if path.stem in run.run_ids:
-                    rows.append(json.loads(path.read_text()) | {"study": self.name})
+                if path.stem in run.run_ids and (row := record_row(path)):
+                    rows.append(row | {"study": self.name})
         return update_ledger(self.ledger, rows) if rows else list(self.in_ledger.values())
 
 
@@ -249,6 +256,10 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
             study.enqueue_trial(params(run), user_attrs=attributes)
 
 
+def is_waiting(study: optuna.Study) -> bool:
+    return any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+
+
 def params(run: Run) -> dict:
     """What Optuna's tables and plots show of a run."""
     shape, recipe = run.shape, run.recipe
@@ -270,8 +281,19 @@ def distributions(run: Run) -> dict:
 
 
 def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int:
-    """Pull trials until none waits. One process, one thread; `train` is sovit.train.train where none is given."""
-    plan = json.loads(Path(plan_path).read_text())
+    """Pull trials until none waits (exit status 0), a stop is asked for (130) or nothing can be written (1).
+
+    One process, one thread; `train` is sovit.train.train where none is given.
+    """
+    with stop_on_signal() as should_stop:
+        try:
+            return _work(json.loads(Path(plan_path).read_text()), train, should_stop)
+        except CannotWrite as error:  # no run's failure: a full disk would fail all that waits, too
+            print(f"sovit: {error}", file=sys.stderr)
+            return 1
+
+
+def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Callable[[], bool]) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep = Sweep(
         plan["name"],
@@ -282,48 +304,60 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
         plan["metric"],
     )
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
-    failed = 0
-    while os.getppid() == plan["launcher"]:  # without its launcher a worker ends the trunk it is on, and stops
+
+    def go_on() -> bool:  # without its launcher a worker ends the trunk it is on, and stops
+        return os.getppid() == plan["launcher"] and not should_stop()
+
+    while go_on():
         with sweep.lock():
             reconcile(sweep, study, plan["launch"])
-            if not any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False)):
-                return failed
+            if not is_waiting(study):
+                return 0
             trial = study.ask()
             run = Run.from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
             holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
             ours = _try_lock(holder)
-        if not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
-            fcntl.flock(holder, fcntl.LOCK_EX)
+        while not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
+            time.sleep(WAIT_SECONDS)
+            if not go_on():
+                return STOPPED
+            ours = _try_lock(holder)
         os.utime(holder.fileno())  # since when it is held
         for name, d in distributions(run).items():  # takes the enqueued values up into the trial
             suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
             suggest(name, d.low, d.high)
         try:
-            failed += _run_trial(sweep, study, trial, run, train or _torch_train(), plan["device"])
+            _run_trial(sweep, study, trial, run, train or _torch_train(), plan["device"], should_stop)
+        except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial
+            print(f"sovit: {run.trunk_id} {stop}; launch the study again to go on", file=sys.stderr)
         finally:
             holder.close()
-    return failed
+    return STOPPED
 
 
-def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run, train, device: str) -> int:
+def _run_trial(
+    sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run, train, device: str, should_stop
+) -> None:
     def only_in_ledger(n: int) -> bool:
         return run.run_id(n) in sweep.in_ledger and not read_record(sweep.runs_dir, run.trunk_id, run.run_id(n))
 
     # branches that have a record stay in the run, which says what of the trunk is paid for
     budgets = tuple(n for n in run.budgets if not only_in_ledger(n))
     todo = run.replace(budgets=budgets or run.budgets)
-    progress_path = sweep.runs_dir / run.trunk_id / "progress.json"
     try:
         if not sweep.is_done(run):
-            train(todo, sweep.runs_dir, device, on_progress=lambda p: write_atomic(progress_path, json.dumps(p)))
+            on_progress = partial(write_progress, sweep.runs_dir)
+            train(todo, sweep.runs_dir, device, on_progress=on_progress, should_stop=should_stop)
+    except CannotWrite:
+        raise
     except Exception as error:  # whatever a run dies of is recorded, and the sweep goes on
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = kind + str(error).partition("\n")[0]
         _record_failure(sweep, todo, reason)
         _tell(study, trial, None, reason)
-        return 1
+        return
     last = sweep.last(run)
     _tell(study, trial, last.get(sweep.metric), f"{last['status']}: {last.get('error')}")
-    return 0
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, error: str) -> None:
@@ -367,4 +401,4 @@ def _made(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(min(work(Path(sys.argv[1])), 1))
+    sys.exit(work(Path(sys.argv[1])))

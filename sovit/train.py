@@ -8,7 +8,8 @@
     config.json            the Run
     metrics.jsonl          mean training loss, a line every WINDOW steps and one for each branch
     trunk-<examples>.pt    trunk state where a branch leaves it; kept, so that a new budget reuses the trunk
-    latest.pt              state at the last periodic save, for resuming after a kill
+    latest.pt              state at the last periodic save, or where a stop was asked for
+    previous.pt            the one before it, should latest.pt be damaged
     <run_id>.safetensors   the cooled-down model of one branch
     records/<run_id>.json  the measurement
     progress.json          what is being done now, for whoever watches
@@ -23,21 +24,23 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 from sovit import UserError
+from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
-from sovit.ledger import locked, new_row, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, fit, schedule
+from sovit.ledger import CannotWrite, locked, new_row, provenance, read_record, write_atomic, write_record
+from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, schedule
 from sovit.model import build, parameter_groups
 from sovit.probe import probe_branches
-from sovit.progress import progress_text
+from sovit.progress import progress_text, write_progress
 from sovit.run import Run
+from sovit.stop import stop_on_signal, this_command
 
 SAVE_SECONDS = 60.0  # between periodic checkpoints
 
@@ -48,16 +51,21 @@ def train(
     device: str = "cpu",
     on_progress: Callable[[dict], None] = lambda progress: None,
     save_seconds: float = SAVE_SECONDS,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict]:
     """Train whatever branches of `run` have no record yet, probe those without one, and return the rows of all of them.
 
     Resumes from the checkpoints of an earlier, killed or shorter, call; on a CPU the records are then bit for bit
-    those of an uninterrupted run. A non-finite loss ends its branch (or, on the trunk, all later ones) as `diverged`.
-    Raises UserError where data and shape do not fit together.
+    those of an uninterrupted run. A damaged checkpoint is said on standard error and the one before it taken. A
+    non-finite loss ends its branch (or, on the trunk, all later ones) as `diverged`.
+
+    Raises UserError where data and shape do not fit together, OutOfMemory where one image does not fit into memory and
+    CannotWrite where a state that is needed cannot be kept, both of them UserErrors; Interrupted, its state saved, as
+    soon as `should_stop()`.
     """
     pending = [n for n in run.budgets if read_record(runs_dir, run.trunk_id, run.run_id(n)) is None]
     if pending:
-        Trainer(run, Path(runs_dir), device, on_progress, save_seconds).train(pending)
+        Trainer(run, Path(runs_dir), device, on_progress, save_seconds, should_stop).train(pending)
     if run.probe:
         probe_branches(run, runs_dir, device)
     rows = [read_record(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets]
@@ -67,56 +75,79 @@ def train(
 class Trainer:
     """The state of one trunk in training: model, optimiser, position, and the seconds it has taken."""
 
-    def __init__(self, run: Run, runs_dir: Path, device: str, on_progress: Callable[[dict], None], save_seconds: float):
+    def __init__(
+        self,
+        run: Run,
+        runs_dir: Path,
+        device: str,
+        on_progress: Callable[[dict], None],
+        save_seconds: float,
+        should_stop: Callable[[], bool],
+    ):
         self.run, self.runs_dir, self.device, self.on_progress = run, runs_dir, device, on_progress
-        self.save_seconds = save_seconds
+        self.save_seconds, self.should_stop = save_seconds, should_stop
         self.folder = runs_dir / run.trunk_id
-        shape, recipe = run.shape, run.recipe
+        shape = run.shape
         self.source = open_data(run.data, run.preset, shape.image_size, shape.patch_size, run.data_seed, device)
         check_readout(run, self.source.readout)
         self.num_classes = self.source.num_classes
-        self.model = build(shape, self.num_classes, recipe.parametrisation, run.init_seed).to(device)
+        self.flops_per_step = shape.train_flops_per_image(self.num_classes) * run.recipe.batch_size
+        self.micro_batch: int | None = None  # where a batch did not fit into memory: images that did
+        self.saved_at = time.monotonic()
+        self._begin()
+        self.checkpoints = Checkpoints(self.folder, run.trunk_id, run.recipe.batch_size)
+        write_atomic(self.folder / "config.json", json.dumps(run.to_dict(), indent=2) + "\n")
+
+    def _begin(self) -> None:
+        """The state before the first step."""
+        recipe = self.run.recipe
+        self.model = build(self.run.shape, self.num_classes, recipe.parametrisation, self.run.init_seed).to(self.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
         )
         self.step, self.seconds, self.spent = 0, 0.0, 0.0  # spent: seconds since the last record, for its bill
-        self.saved_at = time.monotonic()
-        self.flops_per_step = shape.train_flops_per_image(self.num_classes) * recipe.batch_size
-        write_atomic(self.folder / "config.json", json.dumps(run.to_dict(), indent=2) + "\n")
+        self.window: torch.Tensor | None = None  # of `fit`, where a stop cut one
 
     def train(self, pending: list[int]) -> None:
-        batch = self.run.recipe.batch_size
-        interrupted = self._resume(pending)
-        self._forget(pending, interrupted)
         for i, n in enumerate(pending):
+            branch = self._resume(n)
+            self._forget(n)
             try:
-                if interrupted != n:
-                    self._advance(range(self.step, self.run.trunk_examples(n) // batch), None, pending[i:])
-                    self._save(self._trunk_path(n), None)
+                if branch is None:
+                    self._train_trunk(n, pending[i:])
             except Diverged as error:
                 for later in pending[i:]:
                     self._record(later, "diverged", error=f"trunk: {error}", spent_flops=None)
-                return
+                break
             # the branch leaves the trunk here; its own state is dropped afterwards
             try:
-                self._advance(range(self.step, n // batch), n, pending[i:])
-                metrics = validate(self.model, self.source)
-                loss = metrics["val_loss"]
-                if loss is None or not math.isfinite(loss):
-                    raise Diverged(self.step)  # the last step spoilt the weights after its own loss was found finite
-                weights = {k: v.contiguous() for k, v in self.model.state_dict().items()}
-                path = self.folder / f"{self.run.run_id(n)}.safetensors"
-                safetensors.torch.save_file(weights, f"{path}.tmp", {"run_id": self.run.run_id(n)})
-                os.replace(f"{path}.tmp", path)
+                self._advance(n // self.run.recipe.batch_size, n, pending[i:])
+                metrics = self._measure()
+                save_weights(self.model, self.folder / f"{self.run.run_id(n)}.safetensors", self.run.run_id(n))
                 self._record(n, "ok", **metrics)  # last: a record says that its branch is complete, weights included
             except Diverged as error:
                 self._record(n, "diverged", error=f"cooldown: {error}", spent_flops=None)
-            interrupted = None
-            self._load(self._trunk_path(n))
-        (self.folder / "latest.pt").unlink(missing_ok=True)
+        self.checkpoints.drop_latest()
 
-    def _advance(self, steps: range, branch: int | None, pending: list[int]) -> None:
-        """Train over `steps`: on the trunk (branch=None), or in the cooldown towards `branch` examples."""
+    def _train_trunk(self, num_examples: int, pending: list[int]) -> None:
+        """Train up to where the branch to `num_examples` leaves the trunk; keep the state there and where others left."""
+        batch = self.run.recipe.batch_size
+        end = self.run.trunk_examples(num_examples)
+        others = {self.run.trunk_examples(n) for n in self.run.budgets}
+        for examples in sorted({n for n in others if self.step * batch < n < end} | {end}):
+            self._advance(examples // batch, None, pending)
+            self.checkpoints.save_point(self._state(None), examples)
+
+    def _measure(self) -> dict[str, float | None]:
+        """The metrics of the cooled-down model, for its row. Raises Diverged where they are not finite."""
+        metrics = validate(self.model, self.source)
+        loss = metrics["val_loss"]
+        if loss is None or not math.isfinite(loss):
+            raise Diverged(self.step)  # the last step spoilt the weights after its own loss was found finite
+        return metrics
+
+    def _advance(self, end: int, branch: int | None, pending: list[int]) -> None:
+        """Train up to step `end`: on the trunk (branch=None), or in the cooldown towards `branch` examples."""
         run, recipe = self.run, self.run.recipe
         batch = recipe.batch_size
         cooldown = None if branch is None else range(run.trunk_examples(branch) // batch, branch // batch)
@@ -125,8 +156,9 @@ class Trainer:
         def batch_at(step: int) -> Batch:
             return self.source.train(step * batch, batch)
 
-        def loss_fn(b: Batch) -> torch.Tensor:
-            return F.cross_entropy(self.model(b.images).flatten(0, -2), b.labels.flatten())
+        def loss_fn(b: Batch) -> tuple[torch.Tensor, int]:
+            logits = self.model(b.images).flatten(0, -2)
+            return F.cross_entropy(logits, b.labels.flatten(), reduction="sum"), b.labels.numel()
 
         def learning_rate_at(step: int) -> float:
             factor = schedule(step, warmup=recipe.warmup_examples // batch, timescale=timescale, cooldown=cooldown)
@@ -134,7 +166,7 @@ class Trainer:
 
         def on_window(step: int, loss: float, seconds: float) -> None:
             done_now = step - self.step
-            self.step, self.seconds, self.spent = step, self.seconds + seconds, self.spent + seconds
+            self._reached(step, seconds, None)
             self._log(branch, loss)
             todo = self._examples_left(branch, pending) / batch
             rate = done_now / seconds
@@ -154,18 +186,39 @@ class Trainer:
                 }
             )
             if time.monotonic() - self.saved_at > self.save_seconds:
-                self._save(self.folder / "latest.pt", branch)
+                try:
+                    self._save_latest(branch)
+                except CannotWrite as error:  # there may be room the next time
+                    self.saved_at = time.monotonic()
+                    say(f"{error}; training goes on")
 
-        fit(
-            self.model.parameters(),
-            self.optimizer,
-            batch_at,
-            loss_fn,
-            learning_rate_at,
-            steps,
-            clip_norm=recipe.clip_norm,
-            on_window=on_window,
-        )
+        def on_split(micro_batch: int) -> None:
+            self.micro_batch = micro_batch
+            say(f"out of memory: {run.trunk_id} goes on with {micro_batch} images at a time, the same batch a step")
+
+        try:
+            fit(
+                self.model.parameters(),
+                self.optimizer,
+                batch_at,
+                loss_fn,
+                learning_rate_at,
+                range(self.step, end),
+                clip_norm=recipe.clip_norm,
+                on_window=on_window,
+                should_stop=self.should_stop,
+                window=self.window,
+                micro_batch=self.micro_batch,
+                on_split=on_split,
+            )
+        except Interrupted as stop:
+            self._reached(stop.step, stop.seconds, stop.window)
+            self._save_latest(branch)
+            raise
+
+    def _reached(self, step: int, seconds: float, window: torch.Tensor | None) -> None:
+        self.step, self.seconds, self.spent = step, self.seconds + seconds, self.spent + seconds
+        self.window = window
 
     def _examples_left(self, branch: int | None, pending: list[int]) -> int:
         run, position = self.run, self.step * self.run.recipe.batch_size
@@ -177,73 +230,67 @@ class Trainer:
 
     # files -------------------------------------------------------------------------------------------------------------
 
-    def _trunk_path(self, num_examples: int) -> Path:
-        return self.folder / f"trunk-{self.run.trunk_examples(num_examples)}.pt"
-
-    def _save(self, path: Path, branch: int | None) -> None:
-        state = {
+    def _state(self, branch: int | None) -> dict:
+        return {
+            "trunk_id": self.run.trunk_id,
             "branch": branch,
             "step": self.step,
             "seconds": self.seconds,
             "spent": self.spent,
+            "window": self.window,
+            "micro_batch": self.micro_batch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+
+    def _save_latest(self, branch: int | None) -> None:
+        self.checkpoints.save_latest(self._state(branch))
         self.saved_at = time.monotonic()
 
-    def _load(self, path: Path) -> dict:
-        state = torch.load(path, map_location=self.device, weights_only=True)
+    def _resume(self, num_examples: int) -> int | None:
+        """Go on from the furthest sound state from which the branch to `num_examples` can be reached.
+
+        Returns the branch that it is on: `num_examples`, or None for the trunk, be it at its very beginning.
+        """
+        leaves = self.run.trunk_examples(num_examples)
+        check = partial(check_fits, model=self.model, optimizer=self.optimizer)
+        state = self.checkpoints.furthest(num_examples, leaves, check)
+        if state is None:
+            if self.step:
+                self._begin()
+            return None
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        return state
+        self.step, self.seconds, self.spent = state["step"], state["seconds"], state["spent"]
+        window = state.get("window")  # older files lack it and the next one
+        self.window = None if window is None else window.to(self.device)
+        self.micro_batch = self.micro_batch or state.get("micro_batch")
+        return state["branch"]
 
-    def _resume(self, pending: list[int]) -> int | None:
-        """Load the furthest state from which the first pending branch can be reached; return the branch it is on."""
-        batch = self.run.recipe.batch_size
-        first = self.run.trunk_examples(pending[0]) // batch
-        reached = [(int(p.stem.split("-")[1]), p) for p in self.folder.glob("trunk-*.pt")]
-        usable = [(examples, p) for examples, p in reached if examples // batch <= first]
-        furthest = max((examples // batch for examples, _ in usable), default=0)
-        latest = self.folder / "latest.pt"
-        if latest.exists():
-            state = torch.load(latest, map_location="cpu", weights_only=True)
-            if state["branch"] == pending[0] or (state["branch"] is None and furthest < state["step"] <= first):
-                self.spent = self._load(latest)["spent"]
-                return state["branch"]
-        if usable:
-            examples, path = max(usable)
-            spent = self._load(path)["spent"]
-            self.spent = spent if examples // batch == first else 0.0  # what an earlier branch point spent is recorded
-        return None
-
-    def _forget(self, pending: list[int], branch: int | None) -> None:
+    def _forget(self, num_examples: int) -> None:
         """Drop the lines of metrics.jsonl that will be written again, and one that a kill cut short."""
-        path, batch = self.folder / "metrics.jsonl", self.run.recipe.batch_size
+        path = self.folder / "metrics.jsonl"
+        leaves = self.run.trunk_examples(num_examples) // self.run.recipe.batch_size
         if not path.exists():
             return
-        first, last = (self.run.trunk_examples(n) // batch for n in (pending[0], pending[-1]))
         kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 metrics = json.loads(line)
-                if metrics["branch"] is None:
-                    again = min(self.step, first) < metrics["step"] <= last
-                else:
-                    again = metrics["branch"] in pending and (
-                        metrics["branch"] != branch or metrics["step"] > self.step
-                    )
+                step, branch = metrics["step"], metrics["branch"]
+                again = step > self.step and (branch == num_examples or (branch is None and step <= leaves))
                 if not again:
                     kept.append(line + "\n")
         write_atomic(path, "".join(kept))
 
     def _log(self, branch: int | None, loss: float) -> None:
         position = {"step": self.step, "examples": self.step * self.run.recipe.batch_size, "branch": branch}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({**position, "train_loss": loss, "seconds": round(self.seconds, 3)}) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({**position, "train_loss": loss, "seconds": round(self.seconds, 3)}) + "\n")
+        except OSError as error:
+            raise CannotWrite(path, error) from error
 
     def _record(self, num_examples: int, status: str, **more) -> None:
         row = new_row(
@@ -254,12 +301,17 @@ class Trainer:
             **more,
             zero_line=self.source.zero_line,
             data_key=self.source.content_key,
+            micro_batch=self.micro_batch or self.run.recipe.batch_size,
             seconds=round(self.seconds, 3),
             spent_seconds=round(self.spent, 3),
             **provenance(device_name(self.device)),
         )
         write_record(self.runs_dir, row)
         self.spent = 0.0
+
+
+def say(line: str) -> None:
+    print(f"sovit: {line}", file=sys.stderr, flush=True)
 
 
 def check_readout(run: Run, readout: str) -> None:
@@ -296,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     live = sys.stderr.isatty()
 
     def show(progress: dict) -> None:
+        write_progress(runs_dir, progress)
         if live:
             print("\r\033[K" + progress_text(progress), end="", file=sys.stderr, flush=True)
 
@@ -306,10 +359,17 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
         run, runs_dir, device = Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :])
         check_device(device)
-        with locked(Path(runs_dir) / run.trunk_id / "lock"):  # the one that a sweep's workers hold
-            rows = train(run, runs_dir, device, show)
+        lock = Path(runs_dir) / run.trunk_id / "lock"  # the one that a sweep's workers hold
+        with locked(lock), stop_on_signal() as should_stop:
+            rows = train(run, runs_dir, device, show, should_stop=should_stop)
+    except Interrupted as stop:
+        say(f"{stop}, with the state in {Path(runs_dir) / run.trunk_id}; go on with: {this_command()}")
+        return 130
+    except OutOfMemory as error:
+        say(str(error))
+        return 1
     except UserError as error:
-        print(f"sovit: {error}", file=sys.stderr)
+        say(str(error))
         return 2
     if live:
         print(file=sys.stderr)

@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from sovit import sweep
+from sovit import UserError, sweep
 from sovit.launch import launch as launch_sweep
-from sovit.ledger import new_row, provenance, read_record, write_record
+from sovit.ledger import CannotWrite, new_row, provenance, read_record, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 
@@ -37,14 +37,23 @@ def note(folder, *words):
     os.close(handle)
 
 
-def fake_train(run, runs_dir, device, on_progress):
-    """Like sovit.train.train: trains the branches that have no record. Seed 666 fails, 777 diverges, 888 kills."""
+def fake_train(run, runs_dir, device, on_progress, should_stop):
+    """Like sovit.train.train: trains the branches that have no record.
+
+    Seed 555 needs more memory than there is, 666 fails, 777 diverges, 888 kills, 999 finds the disk full.
+    """
     folder = Path(runs_dir).parent
     for n in run.budgets:
         if read_record(runs_dir, run.trunk_id, run.run_id(n)):
             continue
+        if should_stop():
+            raise KeyboardInterrupt("stopped")
         note(folder, "begin", run.run_id(n), os.getpid())
         time.sleep(PAUSE)
+        if run.init_seed == 555:
+            raise UserError("out of memory with one sample at a time")
+        if run.init_seed == 999:
+            raise CannotWrite("trunk-1280.pt", OSError(28, "No space left on device"))
         if run.init_seed == 666:
             raise RuntimeError("out of memory\nwith a second line")
         if run.init_seed == 888:
@@ -71,4 +80,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "launch":
         launch(Path(sys.argv[2]), runs(int(sys.argv[3])), int(sys.argv[4]))
     else:
-        sys.exit(min(sweep.work(Path(sys.argv[1]), fake_train), 1))
+        sys.exit(sweep.work(Path(sys.argv[1]), fake_train))

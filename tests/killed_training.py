@@ -1,7 +1,8 @@
-"""Train a run in a child process and kill it when its log has so many lines: RUN.json RUNS_DIR LINES [LINES ...].
+"""Train a run in a child process and end it when its log has so many lines: RUN.json RUNS_DIR SIGNAL:LINES ...
 
-Not a test: test_train.py starts it. One process imports torch, and each attempt is a fork of it, so that ten kills cost
-no more than one start.
+KILL kills a training that saves at every window; INT and TERM ask the command `python -m sovit.train` to stop, which
+saves by the clock alone. Prints how each child ended. Not a test: test_train.py starts it. One process imports torch,
+and each attempt is a fork of it, so that ten kills cost no more than one start.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sovit.run import Run
+from sovit.train import main as command
 from sovit.train import train
 
 
@@ -27,18 +29,21 @@ def main(run_path, runs_dir, *targets):
     run = Run.from_dict(json.loads(Path(run_path).read_text()))
     log = Path(runs_dir) / run.trunk_id / "metrics.jsonl"
     rng = random.Random(0)
-    for target in map(int, targets):
+    for target in targets:
+        name, lines = target.split(":")
         child = os.fork()
         if not child:
+            if name != "KILL":
+                os._exit(command([run_path, runs_dir]))
             train(run, runs_dir, save_seconds=0)
             os._exit(0)
-        while num_lines(log) < target:
+        while num_lines(log) < int(lines):
             if os.waitpid(child, os.WNOHANG)[0]:
-                sys.exit(f"training ended before line {target}")
+                sys.exit(f"training ended before line {lines}")
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
-        os.kill(child, signal.SIGKILL)
-        print(os.waitpid(child, 0)[1], flush=True)
+        os.kill(child, signal.Signals[f"SIG{name}"])
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,11 @@ def test_provenance_sees_changed_code_and_nothing_of_a_foreign_repository(tmp_pa
     git("add", "sovit")
     git("commit", "-q", "-m", "ours")
     assert asked()["commit"] and asked()["commit_dirty"] is False
+    # an index whose dates are old is not brought up to date: git locks it for that, and a kill would leave the lock
+    os.utime(tmp_path / "clone" / "sovit" / "model.py", (1, 1))
+    index = (tmp_path / "clone" / ".git" / "index").read_bytes()
+    assert asked()["commit_dirty"] is False
+    assert (tmp_path / "clone" / ".git" / "index").read_bytes() == index
     with (tmp_path / "clone" / "sovit" / "model.py").open("a") as file:
         file.write("# changed\n")
     assert asked()["commit_dirty"] is True
@@ -282,6 +287,24 @@ def test_records_round_trip_and_failed_ones_are_tried_again(tmp_path):
     assert path == tmp_path / RUN.trunk_id / "records" / f"{RUN.run_id(1600)}.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps(row(n=3200)), json.dumps(row() | {"status": "?"})])
+def test_a_damaged_record_counts_as_missing_and_is_said_once(tmp_path, capsys, content):
+    path = record_path(tmp_path, RUN.trunk_id, RUN.run_id(1600))
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    for _ in range(3):
+        assert read_record(tmp_path, RUN.trunk_id, RUN.run_id(1600)) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sovit: the record {path} is damaged and counts as missing (")
+
+
+def test_what_a_kill_left_beside_a_ledger_is_cleared(tmp_path):
+    (tmp_path / "s.jsonlabcd.tmp").write_text("{")
+    (tmp_path / "t.jsonlabcd.tmp").write_text("another's")
+    update_ledger(tmp_path / "s.jsonl", [row()])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.jsonl", "s.lock", "t.jsonlabcd.tmp"]
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):

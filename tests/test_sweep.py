@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ import fake_sweep
 import optuna
 import pytest
 from fake_sweep import loss_of, runs
+from kill_rounds import kill_rounds
 from optuna.trial import TrialState
 
 from sovit import UserError, launch, sweep
@@ -196,17 +198,91 @@ def test_rows_of_another_design_are_refused_without_a_journal_too(tmp_path):
     assert (tmp_path / "s.jsonl").read_text() == before
 
 
-def test_a_polite_kill_stops_the_workers(tmp_path):
-    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "8", "2"]
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE)
-    wait_for(lambda: pids_begun(tmp_path))
-    pids = pids_begun(tmp_path)
-    launcher.terminate()
-    assert launcher.wait(30) != 0
-    assert b"stopped; run the same command again" in launcher.stderr.read()
+def test_rounds_of_kills(tmp_path):
+    """The short form of `python tests/kill_rounds.py`."""
+    found = kill_rounds(2, workers=2)
+    faults = ("lost", "doubled", "unasked", "trials wrong", "launches failed")
+    assert {name: found[name] for name in faults} == dict.fromkeys(faults, 0), found
+    assert found["kills"] >= 4
+
+
+# stopping ------------------------------------------------------------------------------------------------------------
+
+
+def expect_dead(pids):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_polite_kill_stops_the_workers_and_names_the_command_that_goes_on(tmp_path):
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "8", "2"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(pids_begun(tmp_path)) == 2)
+    pids = pids_begun(tmp_path)
+    launcher.terminate()
+    assert launcher.wait(30) != 0
+    said = launcher.stderr.read()
+    assert "stopping: waiting for 2 workers to save" in said
+    assert "s: stopped with 2 of 8 trunks done; go on with: " in said  # each ended what it was at
+    assert len(read_ledger(tmp_path / "s.jsonl")) == 2
+    expect_dead(pids)
+    subprocess.run(re.search("8 trunks done; go on with: (.*)", said)[1], shell=True, check=True)
+    expect_exactly_once(tmp_path, runs(8), read_ledger(tmp_path / "s.jsonl"))
+    assert not [t for t in trials(tmp_path) if "error" in t.user_attrs]
+
+
+def test_a_worker_that_is_stopped_leaves_its_trunk_to_the_others(tmp_path):
+    launcher = subprocess.Popen([sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "6", "2"])
+    wait_for(lambda: num_ended(tmp_path) and len(pids_begun(tmp_path)) == 2)
+    stopped = pids_begun(tmp_path)[0]
+    os.kill(stopped, signal.SIGTERM)
+    assert launcher.wait(60) == 0
+    expect_exactly_once(tmp_path, runs(6), read_ledger(tmp_path / "s.jsonl"))
+    lines = [line.split() for line in (tmp_path / "executions").read_text().splitlines()]
+    assert len({pid for _, _, pid in lines}) == 2  # nobody took its place: it was asked to leave
+    assert len([pid for word, _, pid in lines if word == "begin" and int(pid) == stopped]) < 4
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "3", "2"]
+    slow = os.environ | {"SOVIT_TEST_PAUSE": "60"}
+    launcher = subprocess.Popen(command, env=slow, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(pids_begun(tmp_path)) == 2)
+    pids = pids_begun(tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    while "stopping" not in launcher.stderr.readline():
+        pass
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(10) != 0
+    assert "stopped with 0 of 3 trunks done; go on with: " in launcher.stderr.read()
+    expect_dead(pids)
+    assert not fake_sweep.opened(tmp_path, runs(3)).in_training() and not list((tmp_path / "runs").glob("*.plan.json"))
+
+
+def test_a_worker_that_does_not_leave_is_killed_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "STOP_SECONDS", 0.5)
+    monkeypatch.setenv("SOVIT_TEST_PAUSE", "60")
+
+    def interrupt():
+        wait_for(lambda: pids_begun(tmp_path))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt, match="stopped with 0 of 1 trunks done; go on with: "):
+        fake_sweep.launch(tmp_path, runs(1))
+    expect_dead(pids_begun(tmp_path))
+
+
+def test_a_full_disk_stops_the_workers_and_is_no_runs_failure(tmp_path):
+    design = [runs(1)[0].replace(init_seed=999), *runs(2)]
+    assert fake_sweep.launch(tmp_path, design) == []
+    log = (tmp_path / "runs" / "s.log").read_text().splitlines()
+    assert (
+        log[-1]
+        == "sovit: cannot write trunk-1280.pt: No space left on device; free some space, and run the same command again"
+    )
+    assert set(executions(tmp_path, "begin")) == {design[0].run_ids[0]}  # nor were the others tried in vain
 
 
 def test_a_trunk_that_kills_its_worker_is_given_up(tmp_path):
@@ -365,6 +441,14 @@ def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path):
     assert sum(executions(tmp_path).values()) == 3
 
 
+def test_a_run_that_does_not_fit_into_memory_fails_by_itself(tmp_path):
+    rows = fake_sweep.launch(tmp_path, [runs(1)[0].replace(init_seed=555), *runs(2)])
+    assert sorted((row["status"], row.get("error")) for row in rows if row["init_seed"] == 555) == [
+        ("failed", "out of memory with one sample at a time")
+    ]
+    assert [row["status"] for row in rows if row["init_seed"] != 555] == ["ok"] * 2
+
+
 def test_a_diverged_run_is_a_result(tmp_path):
     design = [runs(1)[0].replace(init_seed=777), *runs(1)]
     rows = fake_sweep.launch(tmp_path, design)
@@ -389,6 +473,21 @@ def test_rows_of_the_ledger_count_as_done(tmp_path):
     assert len(again) == 6
     whole = {row["spent_flops"] for row in again if row["num_examples"] == 3200 and row["init_seed"]}
     assert whole == {3200 * fake_sweep.SHAPE.train_flops_per_image(16)}  # there was no trunk to go on from
+
+
+def test_a_damaged_record_is_measured_again_unless_the_ledger_has_it(tmp_path, capfd):
+    design = runs(2, (1600, 3200))
+    rows = fake_sweep.launch(tmp_path, design)
+    record = tmp_path / "runs" / design[0].trunk_id / "records" / f"{design[0].run_ids[0]}.json"
+    record.write_text(record.read_text()[:40])
+    assert fake_sweep.launch(tmp_path, design) == rows
+    assert set(executions(tmp_path).values()) == {1}
+    assert capfd.readouterr().err.count(f"the record {record} is damaged and counts as missing") == 1
+    (tmp_path / "s.jsonl").unlink()
+    again = fake_sweep.launch(tmp_path, design)
+    assert executions(tmp_path) == dict.fromkeys((i for run in design for i in run.run_ids), 1) | {record.stem: 2}
+    incidental = ("date", "commit_dirty", "seconds")
+    assert [r | dict.fromkeys(incidental) for r in again] == [r | dict.fromkeys(incidental) for r in rows]
 
 
 def test_a_trial_that_waits_for_what_is_done_meanwhile_trains_nothing(tmp_path):
@@ -439,6 +538,52 @@ def test_a_study_from_the_command_line_with_real_training(tmp_path, capsys):
     assert "all 2 trunks are done already" in capsys.readouterr().err
     alone = [train(r.replace(recipe=Recipe(0.004, warmup_examples=160)), tmp_path / "alone")[0] for r in tiny_runs()]
     assert {row["run_id"]: row["val_loss"] for row in alone} == {row["run_id"]: row["val_loss"] for row in rows}
+
+
+LAUNCH = """
+import json, sys
+from pathlib import Path
+from sovit.launch import launch
+from sovit.run import Run
+from sovit.sweep import Sweep
+try:
+    launch(Sweep("tiny", [Run.from_dict(json.loads(Path("run.json").read_text()))], Path("runs"), Path("tiny.jsonl")), 1)
+except KeyboardInterrupt as stop:
+    print(stop)
+"""
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
+    """Ctrl-C at a terminal: every process of the launch has it, and the workers the launcher's SIGTERM on top."""
+    design = tiny_runs()[0].replace(budgets=(9600,))
+    (tmp_path / "run.json").write_text(json.dumps(design.to_dict()))
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH], cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    folder = tmp_path / "runs" / design.trunk_id
+    wait_for((folder / "progress.json").exists, 120)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(60) == 0
+    assert launcher.stdout.read().startswith("tiny: stopped with 0 of 1 trunks done; go on with: ")
+    log = (tmp_path / "runs" / "tiny.log").read_text().splitlines()
+    assert re.search(rf"sovit: {design.trunk_id} stopped after \d+ steps; launch the study again to go on", log[-1])
+    assert (folder / "latest.pt").exists() and not (folder / "records").exists()  # nor one that says failed
+    seen = []
+    (row,) = train(design, tmp_path / "runs", on_progress=seen.append)
+    assert seen[0]["examples"] > 50 * 16
+    (alone,) = train(design, tmp_path / "alone")
+    assert {k: row[k] for k in row if k.startswith("val_")} == {k: alone[k] for k in alone if k.startswith("val_")}
+    weights = f"{design.trunk_id}/{design.run_ids[0]}.safetensors"
+    assert (tmp_path / "runs" / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
+
+
+def test_an_interrupted_study_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt("tiny: stopped; go on with: this")
+
+    monkeypatch.setattr(launch, "launch", interrupted)
+    assert study_main(tmp_path) == 130
+    assert capsys.readouterr().err == "\ntiny: stopped; go on with: this\n"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Training: records that depend on the run alone, whatever was killed, branched or added later."""
 
+import contextlib
 import json
 import os
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +15,13 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from sovit import UserError
+from sovit import UserError, checkpoint
 from sovit import train as train_module
 from sovit.data import open_data
 from sovit.evaluate import validate
-from sovit.ledger import merge, read_record
+from sovit.export import load_branch
+from sovit.ledger import CannotWrite, merge, read_record
+from sovit.loop import OutOfMemory
 from sovit.model import build
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -36,6 +41,7 @@ INCIDENTAL = {
     "commit_dirty",
     "date",
     "study",
+    "micro_batch",
 }
 
 
@@ -72,7 +78,7 @@ def test_a_row_has_the_columns_of_the_schema(trained):
         "schema run_id trunk_id study status init_seed data_seed data preset num_classes objective width depth mlp_dim"
         " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples"
         " cooldown_examples forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay"
-        " parametrisation val_loss val_error data_key zero_line seconds spent_seconds device versions commit"
+        " parametrisation val_loss val_error data_key zero_line micro_batch seconds spent_seconds device versions commit"
         " commit_dirty date"
     )
     skills = {
@@ -181,25 +187,51 @@ def test_seeds_change_the_number(trained, tmp_path):
     assert len({row["val_loss"], other["val_loss"], trained[1][0]["val_loss"]}) == 3
 
 
-def test_killed_training_resumes_to_the_same_bits(trained, tmp_path):
-    """SIGKILL on the trunk, in either cooldown and between them; then the run is finished here."""
-    (tmp_path / "run.json").write_text(json.dumps(RUN.to_dict()))
-    targets = ["1", "2", "3", "4", "5", "7", "8"]
+def end_training(folder, targets):
+    """Start RUN, end it as often as there are targets, then finish it here. Returns how each ended, what all of them
+    said, and the number of examples at which the last one went on."""
+    (folder / "run.json").write_text(json.dumps(RUN.to_dict()))
     script = Path(__file__).with_name("killed_training.py")
-    command = [sys.executable, str(script), str(tmp_path / "run.json"), str(tmp_path / "runs"), *targets]
+    command = [sys.executable, str(script), str(folder / "run.json"), str(folder / "runs"), *targets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["9"] * len(targets)  # each ended by signal 9
-    assert read_record(tmp_path / "runs", RUN.trunk_id, RUN.run_id(LONG)) is None
-
+    assert read_record(folder / "runs", RUN.trunk_id, RUN.run_id(LONG)) is None
     seen = []
-    rows = train(RUN, tmp_path / "runs", on_progress=seen.append)
-    assert min(p["examples"] for p in seen) > RUN.trunk_examples(SHORT)  # what had been reached is not trained again
+    train(RUN, folder / "runs", on_progress=seen.append)
+    return done.stdout.split(), done.stderr.splitlines(), min(p["examples"] for p in seen)
+
+
+def expect_the_same_bits(runs_dir, trained):
+    rows = [read_record(runs_dir, RUN.trunk_id, run_id) for run_id in RUN.run_ids]
     assert measured(rows) == measured(trained[1])
+    log, expected = metrics(runs_dir), metrics(trained[0])
+    assert sorted_like(log, expected) == expected
+    for run_id in RUN.run_ids:
+        name = f"{RUN.trunk_id}/{run_id}.safetensors"
+        assert (runs_dir / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_killed_training_resumes_to_the_same_bits(trained, tmp_path):
+    """SIGKILL on the trunk, in either cooldown and between them; then the run is finished here."""
+    ends, _, first = end_training(tmp_path, ["KILL:1", "KILL:2", "KILL:3", "KILL:4", "KILL:5", "KILL:7", "KILL:8"])
+    assert ends == ["-9"] * 7
+    assert first > RUN.trunk_examples(SHORT)  # what had been reached is not trained again
+    expect_the_same_bits(tmp_path / "runs", trained)
+    assert metrics(tmp_path / "runs") == metrics(trained[0])  # in their order, too
+
+
+def test_stopped_training_saves_says_how_to_go_on_and_resumes_to_the_same_bits(trained, tmp_path):
+    """SIGINT and SIGTERM, which come between two windows and long before a periodic save."""
+    ends, said, first = end_training(tmp_path, ["INT:1", "TERM:2", "INT:3", "TERM:4", "INT:5", "TERM:7", "INT:8"])
+    assert ends == ["130"] * 7
+    assert first > RUN.trunk_examples(LONG)
+    steps = [
+        int(re.search(r"sovit: stopped after (\d+) steps, with the state in .*; go on with: ", s)[1]) for s in said
+    ]
+    assert len(steps) == 7 and steps == sorted(steps) and any(step % 50 for step in steps)
+    expect_the_same_bits(tmp_path / "runs", trained)
     assert metrics(tmp_path / "runs") == metrics(trained[0])
-    for n in RUN.budgets:
-        name = f"{RUN.trunk_id}/{RUN.run_id(n)}.safetensors"
-        assert (tmp_path / "runs" / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert not [r for r in (tmp_path / "runs").rglob("records/*.json") if '"failed"' in r.read_text()]
 
 
 class Killed(BaseException):
@@ -251,6 +283,236 @@ def test_a_branch_with_a_record_has_its_weights(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         train(RUN.replace(budgets=(SHORT,)), tmp_path)
     assert read_record(tmp_path, RUN.trunk_id, RUN.run_id(SHORT)) is None
+
+
+# damage --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut_short(tmp_path_factory):
+    """RUN ended in its second cooldown: latest.pt at step 250, previous.pt at 240, and both branch points."""
+    runs_dir = tmp_path_factory.mktemp("cut_short")
+    seen = []
+
+    def stop(progress):
+        seen.append(progress)
+        if len(seen) == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(RUN, runs_dir, on_progress=stop, save_seconds=0)
+    return runs_dir
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def bit_flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def of_another_shape(path):
+    state = torch.load(path, weights_only=True)
+    state["model"]["head.weight"] = torch.zeros(7, 16)
+    torch.save(state, path)
+
+
+def of_another_trunk(path):
+    torch.save(torch.load(path, weights_only=True) | {"trunk_id": "0123456789"}, path)
+
+
+POINTS = [f"trunk-{RUN.trunk_examples(n)}.pt" for n in RUN.budgets]
+
+
+@pytest.mark.parametrize(
+    ("damage", "files", "first"),
+    [
+        (truncated, ["latest.pt"], 250),
+        (emptied, ["latest.pt", "previous.pt"], 250),
+        (bit_flipped, ["latest.pt"], 250),
+        (bit_flipped, ["latest.pt", POINTS[1]], 250),  # previous.pt stands where the branch leaves
+        (of_another_shape, ["latest.pt", "previous.pt", POINTS[1]], 150),
+        (of_another_trunk, ["latest.pt", "previous.pt", POINTS[1]], 150),
+        (bit_flipped, ["latest.pt", "previous.pt", *POINTS], 50),
+    ],
+)
+def test_damaged_checkpoints_are_said_and_cost_time_alone(trained, cut_short, tmp_path, capfd, damage, files, first):
+    shutil.copytree(cut_short, tmp_path / "runs")
+    folder = tmp_path / "runs" / RUN.trunk_id
+    for name in files:
+        damage(folder / name)
+    seen = []
+    train(RUN, tmp_path / "runs", on_progress=seen.append)
+    assert seen[0]["examples"] == 16 * first
+    said = capfd.readouterr().err.splitlines()
+    for name in files:
+        assert [f"{folder / name} is not used (" in line for line in said].count(True) == 1, said
+    assert len(said) == len(files)
+    expect_the_same_bits(tmp_path / "runs", trained)
+    if POINTS[0] in files:
+        assert checkpoint.load(folder / POINTS[0])["step"] == 120  # made again on the way, for a later branch
+
+
+def test_a_branch_point_damaged_during_its_own_branch(trained, tmp_path, capfd):
+    """The next branch cannot leave from it: the trunk is trained again, and nothing else."""
+    seen = []
+
+    def spoil(progress):
+        seen.append(progress["examples"] // 16)
+        if seen == [50, 100, 120, 150]:
+            bit_flipped(tmp_path / RUN.trunk_id / POINTS[0])
+
+    train(RUN, tmp_path, on_progress=spoil)
+    assert seen == [50, 100, 120, 150, 50, 100, 120, 150, 200, 240, 250, 300]
+    assert f"{POINTS[0]} is not used" in capfd.readouterr().err
+    expect_the_same_bits(tmp_path, trained)
+
+
+def test_a_damaged_log_keeps_its_sound_lines(trained, cut_short, tmp_path):
+    shutil.copytree(cut_short, tmp_path / "runs")
+    path = tmp_path / "runs" / RUN.trunk_id / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b"\xff\xfe{\n5\n[]\n{}\n" + b'{"step": "x", "branch": null}\n')
+    train(RUN, tmp_path / "runs")
+    expect_the_same_bits(tmp_path / "runs", trained)
+
+
+@pytest.mark.parametrize("content", ["", '{"run_id"', "null\n", "\xff", '{"run_id": "another-1"}'])
+def test_a_damaged_record_is_measured_again_from_its_branch_point(trained, tmp_path, capfd, content):
+    shutil.copytree(trained[0], tmp_path / "runs")
+    record = tmp_path / "runs" / RUN.trunk_id / "records" / f"{RUN.run_id(SHORT)}.json"
+    sound = json.loads(record.read_text())
+    if "another" in content:
+        content = json.dumps(sound | json.loads(content))
+    record.write_text(content, encoding="latin-1")
+    seen = []
+    rows = train(RUN, tmp_path / "runs", on_progress=seen.append)
+    assert [p["examples"] // 16 for p in seen] == [150]  # its cooldown alone
+    assert measured(rows) == measured(trained[1])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"sovit: the record {record} is damaged and counts as missing (")
+
+
+def test_damaged_weights_are_not_given_out_and_can_be_made_again(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "runs")
+    run_id = RUN.run_id(LONG)
+    weights = tmp_path / "runs" / RUN.trunk_id / f"{run_id}.safetensors"
+    bit_flipped(weights)
+    with pytest.raises(UserError, match=f"{run_id} is damaged .* delete .*{run_id}.json and run python -m") as caught:
+        load_branch(run_id, tmp_path / "runs")
+    remedy = re.search(r"delete (\S+) and run python -m sovit.train (\S+) (\S+)$", str(caught.value))
+    Path(remedy[1]).unlink()
+    assert main([remedy[2], remedy[3]]) == 0
+    expect_the_same_bits(tmp_path / "runs", trained)
+
+
+# a full disk ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_file_larger_than(num_bytes):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_said_and_loses_nothing(trained, tmp_path, capfd):
+    """Periodic saves are left out, the branch point is needed: there it ends, and goes on when there is room."""
+    folder, seen = tmp_path / RUN.trunk_id, []
+    with (
+        no_file_larger_than(20_000),
+        pytest.raises(
+            CannotWrite, match=f"cannot write {folder / POINTS[0]}: File too large; free some space, and run"
+        ),
+    ):
+        train(RUN, tmp_path, on_progress=seen.append, save_seconds=0)
+    assert len(seen) == 3
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 3 and all("latest.pt: File too large; free some" in line for line in said)
+    assert said[0].endswith("training goes on") and not list(folder.glob("*.pt*"))
+
+    def fill(progress):
+        if progress["examples"] == RUN.trunk_examples(LONG):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(RUN, tmp_path, on_progress=fill, save_seconds=0)
+    before = {p.name: p.read_bytes() for p in folder.glob("*.pt")}
+    with no_file_larger_than(20_000), pytest.raises(CannotWrite, match="trunk-3840.pt"):
+        train(RUN, tmp_path, save_seconds=0)
+    assert {p.name: p.read_bytes() for p in folder.glob("*.pt")} == before
+    train(RUN, tmp_path, save_seconds=0)
+    expect_the_same_bits(tmp_path, trained)
+
+
+# memory --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory_for(monkeypatch):
+    """A function that lets the models of training have room for so many images, and validation for so many."""
+
+    def limit(training, validation):
+        def build_small(*arguments):
+            model = build(*arguments)
+
+            def check(module, inputs):
+                if len(inputs[0]) > (training if module.training else validation):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+            model.register_forward_pre_hook(check)
+            return model
+
+        monkeypatch.setattr(train_module, "build", build_small)
+
+    return limit
+
+
+def test_a_batch_that_does_not_fit_is_trained_in_parts(trained, tmp_path, memory_for, capfd):
+    memory_for(5, 100)
+    rows = train(RUN, tmp_path)
+    assert [row["micro_batch"] for row in trained[1]] == [16, 16]
+    assert [row["micro_batch"] for row in rows] == [4, 4]
+    for row, whole in zip(rows, trained[1], strict=True):
+        for name in ("val_loss", "val_loss/attr"):
+            assert row[name] == pytest.approx(whole[name], rel=1e-5)
+        assert row["status"] == "ok" and row["val_error"] == pytest.approx(whole["val_error"], abs=1e-3)
+    (line,) = capfd.readouterr().err.splitlines()  # said once, also after the trunk was gone back to
+    assert line == f"sovit: out of memory: {RUN.trunk_id} goes on with 4 images at a time, the same batch a step"
+    assert merge([trained[1][0], trained[1][0] | {"micro_batch": 4}]) == trained[1][:1]
+
+
+def test_a_resumed_run_keeps_to_its_parts(tmp_path, memory_for):
+    def stop(progress):
+        if progress["examples"] > 1600:
+            raise Killed
+
+    memory_for(4, 256)
+    with pytest.raises(Killed):
+        train(RUN, tmp_path, on_progress=stop, save_seconds=0)
+    memory_for(16, 256)
+    assert [row["micro_batch"] for row in train(RUN, tmp_path)] == [4, 4]
+
+
+def test_an_image_that_does_not_fit_ends_the_run_in_one_line(tmp_path, memory_for, capsys):
+    memory_for(0, 0)
+    with pytest.raises(
+        OutOfMemory, match=r"^out of memory with one sample at a time \(CUDA out .* 2.00 GiB.\); take a"
+    ):
+        train(RUN, tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(RUN.to_dict()))
+    assert main([str(tmp_path / "run.json"), str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sovit: out of memory with one")
 
 
 # divergence ----------------------------------------------------------------------------------------------------------

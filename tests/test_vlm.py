@@ -1,6 +1,7 @@
 """The first vision-language model: exact questions, a blind control that is blind, a frozen encoder, one row."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,8 @@ import torch
 
 from sovit import UserError
 from sovit.data.stream import PRESETS, VAL_SEED, Stream
-from sovit.ledger import read_record
+from sovit.ledger import INCIDENTAL, read_record
+from sovit.loop import Interrupted
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.train import train as train_encoder
@@ -164,6 +166,25 @@ def test_a_run_gives_one_row_once(trained):
     assert row["train_flops"] == 160 * (SHAPE.forward_flops + 3 * (row["forward_flops"] - SHAPE.forward_flops))
     assert seen[-1]["share"] == 1.0
     assert train(run, runs_dir, on_progress=lambda p: pytest.fail("trained again")) == row
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path):
+    """Stopped within a window, and again: the row and the weights are those of an uninterrupted run."""
+    runs_dir, run_id = trained
+    shutil.copytree(runs_dir / run_id.partition("-")[0], tmp_path / run_id.partition("-")[0])
+    run = VlmRun(run_id, RECIPE, 960, lm_width=32, init_seed=1)
+    whole = train(run, runs_dir)
+    for at in (7, 46):  # steps of each call: 7, then 53, past the first window
+        calls = iter(range(10_000))
+        with pytest.raises(Interrupted):
+            train(run, tmp_path, should_stop=lambda calls=calls, at=at: next(calls) >= at)
+        assert (tmp_path / run.trunk_id / "latest.pt").exists()
+    row = train(run, tmp_path)
+    for key in set(whole) - INCIDENTAL:
+        assert row[key] == whole[key], key
+    weights = [(d / run.trunk_id / f"{run.run_id}.safetensors").read_bytes() for d in (runs_dir, tmp_path)]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / run.trunk_id / "latest.pt").exists()
 
 
 def test_validation_against_a_plain_loop(questions, trained, monkeypatch):

@@ -10,25 +10,28 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
+from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data.stream import PRESETS, Stream
 from sovit.encoder import load_branch, open_encoder
 from sovit.ledger import SCHEMA, locked, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, fit, schedule
+from sovit.loop import Diverged, Interrupted, fit, schedule
 from sovit.model import parameter_groups
-from sovit.progress import progress_text
+from sovit.progress import progress_text, write_progress
 from sovit.run import Recipe
 from sovit.shape import DIMENSIONS
-from sovit.train import device_name
+from sovit.stop import stop_on_signal, this_command
+from sovit.train import SAVE_SECONDS, device_name, say
 from sovit.vlm.data import FAMILIES, NO_LABEL, Questions, StreamQuestions
 from sovit.vlm.model import VisionLanguageModel, small_language_model
 
@@ -80,52 +83,33 @@ def train(
     runs_dir: Path | str = "runs",
     device: str = "cpu",
     on_progress: Callable[[dict], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    save_seconds: float = SAVE_SECONDS,
 ) -> dict:
     """Train `run` unless it has a record; return its row. Weights stand beside the record, the encoder's apart.
 
-    A loss that is not finite is recorded as `diverged`. Raises UserError where the encoder is not there or does not
-    read the stream's images.
+    Resumes from the last sound state that an earlier, killed, call has saved, to the same bits on a CPU. A loss that is
+    not finite is recorded as `diverged`. Raises UserError where the encoder is not there or does not read the stream's
+    images; Interrupted, its state saved, as soon as `should_stop()`.
     """
     runs_dir = Path(runs_dir)
     known = read_record(runs_dir, run.trunk_id, run.run_id)
     if known is not None:
         return known
+    folder, recipe = runs_dir / run.trunk_id, run.recipe
+    steps = run.num_examples // recipe.batch_size
     encoder = open_encoder(run.encoder, runs_dir, device) if run.encoder else None
     shape = load_branch(run.encoder.rpartition(":")[2], runs_dir)[1].shape if run.encoder else None
     sizes = (shape.image_size, shape.patch_size) if shape else (PRESETS[run.preset].image_size, 1)
     questions = StreamQuestions(Stream(PRESETS[run.preset], *sizes, run.data_seed, device))
     language_model = small_language_model(len(questions.words), run.lm_width, run.lm_depth, run.init_seed)
     model = VisionLanguageModel(encoder, language_model, run.layer, run.norm, run.init_seed).to(device)
-    recipe, steps = run.recipe, run.num_examples // run.recipe.batch_size
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
     )
     warmup, cooldown = recipe.warmup_examples // recipe.batch_size, range(round((1 - recipe.cooldown) * steps), steps)
     trained_flops = forward_flops(model, questions.train(0, 1))  # of one image: projector and language model
     frozen_flops = shape.forward_flops if shape else 0
-    seconds = 0.0
-
-    def loss_fn(b: Questions) -> torch.Tensor:
-        return F.cross_entropy(model(b.images, b.words).flatten(0, -2), b.labels.flatten(), ignore_index=NO_LABEL)
-
-    def on_window(step: int, loss: float, window_seconds: float) -> None:
-        nonlocal seconds
-        seconds += window_seconds
-        rate = step * recipe.batch_size / seconds
-        on_progress(
-            {
-                "trunk_id": run.trunk_id,
-                "shape": f"vlm {run.control}",
-                "phase": "vlm",
-                "examples": step * recipe.batch_size,
-                "share": step / steps,
-                "loss": loss,
-                "images_per_second": rate,
-                "flops_per_second": rate * (frozen_flops + 3 * trained_flops),
-                "seconds_left": (steps - step) * recipe.batch_size / rate,
-            }
-        )
-
     row = {
         "schema": SCHEMA,
         "run_id": run.run_id,
@@ -141,7 +125,49 @@ def train(
         "forward_flops": frozen_flops + trained_flops,
         "train_flops": (frozen_flops + 3 * trained_flops) * steps * recipe.batch_size,
     }
-    write_atomic(runs_dir / run.trunk_id / "config.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+    write_atomic(folder / "config.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+
+    checkpoints = Checkpoints(folder, run.trunk_id, recipe.batch_size)
+    state = checkpoints.furthest(
+        run.num_examples, run.num_examples, partial(check_fits, model=model, optimizer=optimizer)
+    )
+    at: dict = {"step": 0, "seconds": 0.0, "window": None, "micro_batch": None}
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        at = {key: state[key] for key in at}
+    saved_at = time.monotonic()
+
+    def save() -> None:
+        nonlocal saved_at
+        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoints.save_latest({"trunk_id": run.trunk_id, "branch": None, "spent": 0.0, **at, **states})
+        saved_at = time.monotonic()
+
+    def loss_fn(b: Questions) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, labels = model(b.images, b.words).flatten(0, -2), b.labels.flatten()
+        loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+        return loss, (labels != NO_LABEL).sum()
+
+    def on_window(step: int, loss: float, seconds: float) -> None:
+        rate = (step - at["step"]) * recipe.batch_size / seconds
+        at.update(step=step, seconds=at["seconds"] + seconds, window=None)
+        on_progress(
+            {
+                "trunk_id": run.trunk_id,
+                "shape": run.control if run.control != "none" else "trained",
+                "phase": "vlm",
+                "examples": step * recipe.batch_size,
+                "share": step / steps,
+                "loss": loss,
+                "images_per_second": rate,
+                "flops_per_second": rate * (frozen_flops + 3 * trained_flops),
+                "seconds_left": (steps - step) * recipe.batch_size / rate,
+            }
+        )
+        if time.monotonic() - saved_at > save_seconds:
+            save()
+
     try:
         fit(
             model.parameters(),
@@ -149,18 +175,26 @@ def train(
             lambda step: questions.train(step * recipe.batch_size, recipe.batch_size),
             loss_fn,
             lambda step: recipe.peak_lr * schedule(step, warmup=warmup, timescale=None, cooldown=cooldown),
-            range(steps),
+            range(at["step"], steps),
             clip_norm=recipe.clip_norm,
             on_window=on_window,
+            should_stop=should_stop,
+            window=at["window"],
+            micro_batch=at["micro_batch"],
+            on_split=lambda micro_batch: at.update(micro_batch=micro_batch),
         )
-        path = runs_dir / run.trunk_id / f"{run.run_id}.safetensors"
-        safetensors.torch.save_model(model, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        save_weights(model, folder / f"{run.run_id}.safetensors", run.run_id)
         row |= {"status": "ok", **validate(model, questions)}
+    except Interrupted as stop:
+        at.update(step=stop.step, seconds=at["seconds"] + stop.seconds, window=stop.window)
+        save()
+        raise
     except Diverged as error:
         row |= {"status": "diverged", "error": str(error), "val_loss": None, "val_error": None}
-    row |= {"seconds": round(seconds, 3), **provenance(device_name(device))}
+    row |= {"micro_batch": at["micro_batch"] or recipe.batch_size, "seconds": round(at["seconds"], 3)}
+    row |= provenance(device_name(device))
     write_record(runs_dir, row)
+    checkpoints.drop_latest()
     return row
 
 
@@ -211,6 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     live = sys.stderr.isatty()
 
     def show(progress: dict) -> None:
+        write_progress(runs_dir, progress)
         if live:
             print("\r\033[K" + progress_text(progress), end="", file=sys.stderr, flush=True)
 
@@ -220,11 +255,16 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
         runs_dir = Path(arguments[1] if len(arguments) > 1 else "runs")
-        with locked(runs_dir / run.trunk_id / "lock"):
-            row = train(run, runs_dir, on_progress=show)
+        with locked(runs_dir / run.trunk_id / "lock"), stop_on_signal() as should_stop:
+            row = train(run, runs_dir, on_progress=show, should_stop=should_stop)
+    except Interrupted as stop:
+        say(f"{stop}, with the state in {runs_dir / run.trunk_id}; go on with: {this_command()}")
+        return 130
     except UserError as error:
-        print(f"sovit: {error}", file=sys.stderr)
+        say(str(error))
         return 2
+    if live:
+        print(file=sys.stderr)
     print(json.dumps({k: row[k] for k in ("run_id", "status", "control", "val_loss", "val_error")}))
     return 0 if row["status"] == "ok" else 1
 
