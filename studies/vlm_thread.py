@@ -58,10 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="worker processes, one thread each (default 1)")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the encoders and the arms; train nothing")
     options = parser.parse_args(argv)
-    folders = ["--runs", str(options.runs), "--results", str(options.results), "--workers", str(options.workers)]
-    status = launch.main(__doc__, "vlm_encoders", runs, folders)
-    if status:
+    arguments = ["--runs", str(options.runs), "--results", str(options.results), "--workers", str(options.workers)]
+    status = launch.main(__doc__, "vlm_encoders", runs, arguments + ["--dry-run"] * options.dry_run)
+    if options.dry_run:
+        for run in vlm_runs():
+            print(f"{run.run_id}  encoder {run.encoder or 'none'}, seed {run.init_seed}: {run.num_examples:,} images")
+    if status or options.dry_run:
         return status
     ledger = options.results / "vlm_thread.jsonl"
     try:
