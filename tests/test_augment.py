@@ -6,7 +6,7 @@ import torch
 from photographs import crop, write_folder
 from PIL import Image
 
-from sovit.data import open_data
+from sovit.data import augment, open_data
 from sovit.data.augment import affine_crop, box_affine, crop_boxes, resized_crop
 
 pytest.importorskip("datasets")
@@ -98,6 +98,19 @@ def test_crops_as_affine_views_are_close_to_torchvisions(side, size, mean):
     assert error < mean
     if side >= 4 * size:
         assert (affine_crop(pixels, theta, size) - wanted).abs().mean() > 2 * error
+
+
+def test_batches_on_a_device_are_the_same_samples(monkeypatch):
+    """The code of a GPU, run on this CPU: same samples in the same places, whatever is asked for together."""
+    images = photos(73, 20)
+    rows = np.random.default_rng(0).permutation(20)
+    boxes, mirrored = crop_boxes(0, 0, 20, 73, 0.3), np.arange(20) % 3 == 1
+    arguments = images.numpy(), rows, boxes, mirrored, 64, "cpu", np.argsort(rows)
+    monkeypatch.setattr(augment, "AT_ONCE", 8)
+    one_by_one, in_batches = augment._one_by_one(*arguments), augment._in_batches(*arguments)
+    assert ((one_by_one - in_batches).abs().mean((1, 2, 3)) < 2 / 127.5).all()
+    monkeypatch.setattr(augment, "AT_ONCE", 3)
+    assert torch.equal(augment._in_batches(*arguments), in_batches)
 
 
 def test_a_box_of_the_wanted_size_is_copied():

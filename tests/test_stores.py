@@ -168,7 +168,8 @@ def test_a_folder_of_classes_says_that_its_first_images_are_no_sample(tmp_path, 
     source = opened(f"{tmp_path}?stream=15")
     assert source.info["num_train"] == 15 and source.info["broken"] == 1
     assert "2 of 3 classes came by in training" in capfd.readouterr().err
-    check(f"{tmp_path}?stream=5", "fewer than two classes")
+    check(f"{tmp_path}?stream=5", "5 training images of fewer than two classes are left")
+    check(f"{tmp_path}?stream=5", "fewer than two classes of readable images; read more of the stream", 12)
 
 
 # kills
@@ -235,6 +236,8 @@ def test_class_balanced_subsets(parquet, tmp_path):
     check(f"{tmp_path}?num_train=61", "num_train=61 is more than the 60 training images")
     check(f"{tmp_path}?num_train=1", "fewer than two classes are left")
     check(f"{tmp_path}?num_train=6&per_class=2", "gives per_class and num_train; give one of them")
+    write_parquet(tmp_path / "test.parquet", range(100, 103), [2, 2, 2])
+    check(f"{tmp_path}?classes=2", "no validation image is among those chosen; .* take more classes")
 
 
 def test_classes_of_equal_size_are_chosen_at_random_but_nested(tmp_path):

@@ -56,12 +56,12 @@ CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 OPTIONS = {
     "label": ("COLUMN", r".+", None),
     "flip": ("0 or 1", r"[01]", None),
-    "crop": ("LEAST_AREA, above 0 and up to 1", r"[\d.e-]+", (1e-9, 1)),
+    "crop": ("SHARE", r"[\d.e-]+", (1e-9, 1)),
     "cache_size": ("PIXELS", r"\d+", (1, 100_000)),
     "stream": ("NUMBER or all", r"\d+|all", (1, math.inf)),
     "num_train": ("NUMBER", r"\d+", (1, math.inf)),
     "per_class": ("NUMBER", r"\d+", (1, math.inf)),
-    "classes": ("NUMBER, 2 or more", r"\d+", (2, math.inf)),
+    "classes": ("NUMBER", r"\d+", (2, math.inf)),
 }
 
 
@@ -261,4 +261,7 @@ def choose(table: Table, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray
         rows = np.sort(rows[np.argsort(rank)[: view.num_train]])
     if len(np.unique(labels[rows])) < 2:
         raise UserError(f"{len(rows)} training images of fewer than two classes are left; give a larger subset")
-    return labels, rows, np.flatnonzero(table.is_val & (labels >= 0)), classes
+    val_rows = np.flatnonzero(table.is_val & (labels >= 0))
+    if not len(val_rows):
+        raise UserError("no validation image is among those chosen; read more of the stream, or take more classes")
+    return labels, rows, val_rows, classes

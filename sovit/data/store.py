@@ -165,7 +165,7 @@ def read_on(
         for name, dtype in COLUMNS.items()
     }
     numbers = {str(name): i for i, name in enumerate(classes if classes is not None else done["values"])}
-    held_out = fixed_random(0, 3)
+    held_out = fixed_random(0, 3)  # under this key the very first image is one, so that no stream is without
     held_out.random(done["num_rows"])  # a number for each image kept: go on after those that are there
     converted = Counter(done["converted"])
     saved_at = time.monotonic()
@@ -277,7 +277,8 @@ def finish(location: Location, classes: list[str] | None, splits: Splits, val_na
     if seen < 2:
         if not location.streamed:
             shutil.rmtree(folder)
-        raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; give a fuller set")
+        more = "read more of the stream" if location.streamed else "give a fuller set"
+        raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; {more}")
     hashes = read_rows(folder / "hashes.npy", num_rows)
     near = int(within(hashes[~is_val], hashes[is_val], NEAR).sum())
     val_name = val_name or f"{HOLDOUT:.0%} of {splits.train_name}, held out"
