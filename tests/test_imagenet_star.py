@@ -1,4 +1,4 @@
-"""The ImageNet study: its cost is what its docstring says, and it runs from end to end on a folder of photographs."""
+"""The ImageNet study: its cost is what its docstring says, and its runs train on a folder of photographs."""
 
 import importlib.util
 import json
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from photographs import write_folder
 
-from sovit import launch
-from sovit.ledger import read_ledger
 from sovit.plan import plan_of
+from sovit.run import override
 from sovit.sweep import Sweep
+from sovit.train import train
 
 pytest.importorskip("datasets")
 
@@ -38,7 +38,7 @@ def test_the_cost_said_is_the_cost_planned(study, tmp_path):
     assert gigabytes == round((1_281_167 + 10_000) * 256 * 256 * 3 / 1e9)
 
 
-def test_runs_on_a_folder_of_photographs(study, tmp_path, monkeypatch, capfd):
+def test_runs_on_a_folder_of_photographs(study, tmp_path, monkeypatch):
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
     write_folder(tmp_path / "photos" / "train", 60, 125, 94)  # neither square nor of the study's size
     write_folder(tmp_path / "photos" / "val", 18, 94, 125)
@@ -49,9 +49,7 @@ def test_runs_on_a_folder_of_photographs(study, tmp_path, monkeypatch, capfd):
         "shape.patch_size=8", "recipe.batch_size=16", "recipe.warmup_examples=160", "recipe.rsqrt_examples=1600",
         "recipe.peak_lr=0.004", "budgets=[480, 1440]",
     ]  # fmt: skip
-    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    assert launch.main(study.__doc__, "imagenet_star", lambda: two, [*overrides, *folders]) == 0, capfd.readouterr().err
-    rows = read_ledger(tmp_path / "results" / "imagenet_star.jsonl")
+    rows = [row for run in two for row in train(override(run, overrides), tmp_path / "runs")]
     assert len(rows) == 4 and {row["status"] for row in rows} == {"ok"} and {row["num_classes"] for row in rows} == {3}
     assert len({row["data_key"] for row in rows}) == 1
     longest = [row for row in rows if row["num_examples"] == 1440]

@@ -180,7 +180,8 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
     preset = f"{parquet}?stream=all" if streamed else str(parquet)
     script = Path(__file__).with_name("killed_decoding.py")
-    killed = subprocess.run([sys.executable, str(script), preset, "8", "10"], capture_output=True, text=True)
+    command = [sys.executable, str(script), str(parquet), str(streamed), "8", "10"]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = [p for p in (tmp_path / "hub").iterdir() if p.is_dir() and not p.name.startswith(".arrow")]
     kept = store._progress(folder)["num_rows"]
@@ -263,13 +264,15 @@ def test_bad_options(parquet):
 # a hub over HTTP
 
 ASK = """
-import json, sys
+import json, math, sys
 from sovit import UserError
-from sovit.data import open_data
-for preset in sys.argv[1:]:
+from sovit.data.splits import Location
+from sovit.data.store import decoded, read_table
+for name, limit, streamed in (("team/colours", 20, True), ("gated/imagenet", 20, True), ("gated/imagenet", math.inf, False)):
     try:
-        source = open_data("hub", preset, 8, 4, 0)
-        print(json.dumps([source.info["num_train"], source.info["revision"], source.class_names]))
+        location = Location(name, None, name, streamed=streamed)
+        table = read_table(decoded(location, 8, limit), location, limit)
+        print(json.dumps([int((~table.is_val).sum()), table.info["revision"], table.classes]))
     except UserError as error:
         print(error)
 """
@@ -286,9 +289,8 @@ def test_a_hub_over_http_is_read_in_parts_and_a_gated_set_names_the_remedy(tmp_p
             "HF_HOME": str(tmp_path / "home"),
             "SOVIT_CACHE": str(tmp_path / "cache"),
         }
-        presets = ["team/colours?stream=20", "gated/imagenet?stream=20", "gated/imagenet"]
         asked = subprocess.run(
-            [sys.executable, "-c", ASK, *presets], env=os.environ | environment, capture_output=True, text=True
+            [sys.executable, "-c", ASK], env=os.environ | environment, capture_output=True, text=True
         )
     assert asked.returncode == 0, asked.stderr
     opened_, *refused = asked.stdout.splitlines()

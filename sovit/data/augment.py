@@ -14,7 +14,7 @@ from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # width over height
 ATTEMPTS = 10  # boxes tried until one lies inside of the image; the whole image where none does
-CHUNK = 1024  # boxes drawn from one random stream, so that a batch's size and start cannot change a box
+CHUNK = 256  # boxes drawn from one random stream, so that a batch's size and start cannot change a box
 CROP_KEY = 0x43524F50  # apart from the streams that order the samples of an epoch
 AT_ONCE = 128  # images of a batch that are cropped together: their grids take as much memory as they do
 

@@ -46,10 +46,9 @@ from sovit import UserError
 from sovit.data import Batch
 from sovit.data.augment import crop_boxes, resized_crop
 from sovit.data.cache import content_key, prior_cross_entropy
-from sovit.data.splits import NUM_VAL, Location, fingerprint
+from sovit.data.splits import NUM_VAL, Location
 from sovit.data.store import Table, decoded, fixed_random, read_table
 
-RECIPE = 2  # part of the cache key: raise it when the decoding changes, or what info.json must tell of it
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 
 # option -> (what it takes, its pattern, the least and the largest number)
@@ -172,10 +171,8 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
     size = view.cache_size or (image_size if view.crop is None else round(image_size / CENTRE))
     if size < image_size:
         raise UserError(f"cache_size={size} is under image_size={image_size}; give that at least")
-    source = list(fingerprint(location.path)) if location.path else [location.name, location.revision, location.config]
-    streamed = {"streamed": True} if location.streamed else {}
-    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label, **streamed)
-    table = read_table(decoded(location, size, view.stream, key), location, view.stream)
+    folder = decoded(location, size, view.stream)
+    table, key = read_table(folder, location, view.stream), folder.name
     shown = {name: getattr(view, name) for name in ("crop", "num_train", "per_class", "classes")}
     shown["stream"] = None if math.isinf(view.stream) else view.stream
     if any(value is not None for value in shown.values()) or size != image_size:

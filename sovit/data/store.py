@@ -26,12 +26,23 @@ import numpy as np
 
 from sovit import UserError
 from sovit.assets import cache_dir, writable
-from sovit.data.cache import say, track
+from sovit.data.cache import content_key, say, track
 from sovit.data.decode import decode
 from sovit.data.duplicates import difference_hash, within
-from sovit.data.splits import NUM_VAL, Location, Part, Splits, check_label, num_dead_links, open_splits, parts_of
+from sovit.data.splits import (
+    NUM_VAL,
+    Location,
+    Part,
+    Splits,
+    check_label,
+    fingerprint,
+    num_dead_links,
+    open_splits,
+    parts_of,
+)
 from sovit.ledger import locked, write_atomic
 
+RECIPE = 2  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
 SPLIT_KEY = 0x53504C4954  # hold-out, validation order and subsets do not depend on data_seed
 BLOCK = 256  # images that are read and decoded together
@@ -57,12 +68,16 @@ def fixed_random(*counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=SPLIT_KEY, counter=[0, 0, *counter]))
 
 
-def decoded(location: Location, size: int, limit: float, key: str) -> Path:
+def decoded(location: Location, size: int, limit: float) -> Path:
     """The cache folder of a set at `size` pixels, decoded first where that has not been done.
 
-    `limit`: training images to read of a streamed set, or infinity. Processes that ask at the same time wait for the
-    first one. Raises UserError for what cannot be opened, read or written; what has been decoded is kept then.
+    Its name changes when the files of a folder, the revision, label or size differ. `limit`: training images to read of
+    a streamed set, or infinity. Processes that ask at the same time wait for the first one. Raises UserError for what
+    cannot be opened, read or written; what has been decoded is kept then.
     """
+    source = list(fingerprint(location.path)) if location.path else [location.name, location.revision, location.config]
+    streamed = {"streamed": True} if location.streamed else {}
+    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label, **streamed)
     folder = cache_dir() / "hub" / key
     if is_complete(folder, location, limit):
         return folder
