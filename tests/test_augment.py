@@ -61,7 +61,7 @@ def test_boxes_are_distributed_as_torchvisions(min_area):
         a, b = np.sort(what(ours)), np.sort(what(theirs))
         steps = np.concatenate([a, b])
         gap = np.abs(np.searchsorted(a, steps, "right") - np.searchsorted(b, steps, "right")).max() / count
-        assert gap < 1.95 * (2 / count) ** 0.5  # Kolmogorov-Smirnov at 0.1 %
+        assert gap < 2.23 * (2 / count) ** 0.5  # Kolmogorov-Smirnov at 0.01 %: there are twelve of these
 
 
 def test_a_box_depends_on_seed_and_index_alone():
