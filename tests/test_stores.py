@@ -1,5 +1,6 @@
 """Decoding into a folder that grows: streams of local files and of a hub over HTTP, kills, subsets of what is there."""
 
+import errno
 import io
 import json
 import os
@@ -195,6 +196,33 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     assert images_of(source) == images_of(whole) and np.array_equal(source._labels, whole._labels)
     assert images_of(source, "_val_rows") == images_of(whole, "_val_rows")
     assert source.content_key == whole.content_key and source.info == whole.info
+
+
+@pytest.mark.parametrize(
+    "owner, name, error, message",
+    [
+        (store.Part, "take", ConnectionError("gone"), r"cannot be read after \d+ images \(gone\); they are kept: run"),
+        (store.Growing, "append", OSError(errno.ENOSPC, "full"), r"the disk of .* is full after \d+ images; free some"),
+    ],
+    ids=["network", "disk"],
+)
+def test_what_breaks_off_is_gone_on_with(parquet, tmp_path, monkeypatch, owner, name, error, message):
+    preset, wanted = f"{parquet}?stream=all", images_of(opened(f"{parquet}?stream=all"))
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(store, "BLOCK", 16)
+    monkeypatch.setattr(store, "SAVE_SECONDS", 0.0)
+    left, work = [7], getattr(owner, name)
+
+    def fail_once(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return work(self, *arguments)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    check(preset, message)
+    left[0] = 10**6
+    assert images_of(opened(preset)) == wanted
 
 
 def test_a_set_that_does_not_fit_the_disk(parquet, monkeypatch):
