@@ -7,11 +7,15 @@ A preset is one of
     /data/birds.parquet, /data/birds     a parquet file, or a folder of them, as `datasets` writes and reads
     /data/birds.tar, /data/birds         a webdataset archive, or a folder of them
 
-and may end in options, ?NAME=VALUE&NAME=VALUE; those of the first group decode anew, the others are free:
+and may end in options, ?NAME=VALUE&NAME=VALUE. With another one of these a set is decoded anew (except that a stream
+is read on from where it was):
 
     label=COLUMN      which labels, where a set has several
-    cache_size=256    pixels of the decoded square, image_size if not given; with crop, 8/7 of that
+    cache_size=256    pixels of the decoded square: if not given image_size, or 8/7 of that with crop
     stream=50000      read rows as they come up to so many training images, or stream=all: nothing is downloaded whole
+
+These choose among what is decoded:
+
     flip=0            no mirrored training images: digits, text, left and right
     crop=0.05         random crops of at least that share of the area (sovit.data.augment), cut on the device
     classes=100       the classes with the most training images; a fixed chance decides among equals
@@ -20,7 +24,8 @@ and may end in options, ?NAME=VALUE&NAME=VALUE; those of the first group decode 
 
 Images are decoded once, resized to the short side, centre-cropped and kept as a memory-mapped uint8 array. Subsets are
 fixed random choices, the same for every seed, and nested: what is in a smaller one is in a larger one. A stream's first
-images are nested too, but they are a fair sample only where the set is stored in random order (as ImageNet-1k is).
+images (of validation: the first 10,000) are nested too, but a fair sample only where the set is stored in random order;
+how many classes came by is said after decoding.
 
 With crop, training images are resized random crops of the decoded square, antialiased; validation images are its centre
 7/8, the usual protocol (at image_size 224: 256 pixels decoded, the middle 224 shown as they are). Without, both are the

@@ -323,10 +323,11 @@ def finish(location: Location, classes: list[str] | None, splits: Splits, val_na
         f"hub: {near:,} of {info['num_val']:,} validation images ({near / max(1, info['num_val']):.1%}) have a"
         f" near-duplicate in training (64-bit difference hash within {NEAR} bits)"
     )
-    if location.streamed and seen < len(info["classes"]):
+    num_classes, seen_val = len(info["classes"]), len(np.unique(labels[is_val]))
+    if location.streamed and min(seen, seen_val / 0.9) < num_classes:
         say(
-            f"hub: {seen:,} of {len(info['classes']):,} classes came by in training; where a set is stored class by"
-            " class, its first images are no fair sample: leave ?stream out, or read on"
+            f"hub: of {num_classes:,} classes {seen:,} came by in training and {seen_val:,} in validation; where a set is"
+            " stored class by class, its first images are no fair sample: leave ?stream out, or read on"
         )
 
 
