@@ -7,6 +7,8 @@ import time
 
 from sovit.run import Run
 
+GPUS = {"H100": 989e12, "A100": 312e12}  # FLOP/s: dense bf16 peak, by their data sheets (SXM)
+UTILISATION = 0.4  # of that peak: an assumption, about what a well-fed ViT reaches in bf16
 MEASURABLE_FLOPS = 2e10  # a training step above this is not tried out, its time is taken from the matrix-product rate
 
 
@@ -37,6 +39,7 @@ def plan_of(sweep, workers: int, device: str) -> dict:
             }
         )
     left = sum(row["seconds"] or 0 for row in rows)
+    train_flops = 3 * sum(row["spent_compute"] for row in rows if not row["done"])
     totals = {
         "study": sweep.name,
         "trunks": len(rows),
@@ -47,6 +50,7 @@ def plan_of(sweep, workers: int, device: str) -> dict:
         "spent_compute": sum(row["spent_compute"] for row in rows),
         "seconds": left / workers,
         "workers": workers,
+        "gpu_hours": {gpu: train_flops / (UTILISATION * peak) / 3600 for gpu, peak in GPUS.items()},
     }
     return {"totals": totals, "trunks": rows}
 
@@ -97,6 +101,9 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
         f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
         f"\nestimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"
     )
+    if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
+        hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())
+        print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
 
 
 def step_seconds(runs: list[Run], device: str) -> dict[tuple, float]:

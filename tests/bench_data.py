@@ -4,8 +4,8 @@
 
 Baseline: torch's DataLoader over torchvision's ImageFolder with RandomResizedCrop, flip, ToTensor and Normalize, with 0
 and with 2 workers. Ours: sovit's hub source on the same folder, crops and flips included, on one thread of this process.
-Both give float32 batches [B, 3, S, S] on the CPU. The files are crops of real photographs at 500 x 375, as large in
-bytes as ImageNet's are on average (110 kB); they are in the page cache for both.
+Both give float32 batches [B, 3, S, S] on the CPU. The files are crops of real photographs at 500 x 375 and of about
+90 kB (ImageNet's have 110 kB on average); files and cache are in memory for both.
 """
 
 from __future__ import annotations
@@ -116,13 +116,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    print(f"{result['num_images']} files of {result['mean_bytes'] / 1e3:.0f} kB, batch {BATCH}, {options.repeats} repeats")
+    print(
+        f"{result['num_images']} files of {result['mean_bytes'] / 1e3:.0f} kB, batch {BATCH}, {options.repeats} repeats"
+    )
     print("images a second (median), and how many times the JPEG loader (least and median over the repeats)")
     print(f"{'size':>4} {'ours':26} {'cache':>5} {'ours':>7} {'jpeg 0w':>8} {'jpeg 2w':>8} {'x 0w':>12} {'x 2w':>12}")
     for row in result["rows"]:
-        ours, none, two = (
-            statistics.median(row[k]) for k in ("images_per_second", "jpeg_0_workers", "jpeg_2_workers")
-        )
+        ours, none, two = (statistics.median(row[k]) for k in ("images_per_second", "jpeg_0_workers", "jpeg_2_workers"))
         ratios = [f"{min(row[k]):.1f} {statistics.median(row[k]):5.1f}" for k in ("ratio_0_workers", "ratio_2_workers")]
         print(
             f"{row['image_size']:4} {row['preset']:26} {row['cache_size']:5} {ours:7,.0f} {none:8,.0f} {two:8,.0f}"

@@ -1,12 +1,15 @@
-"""Run by test_stores: decode a set, and die by SIGKILL after NUM saves. Arguments: PRESET IMAGE_SIZE NUM."""
+"""Run by test_stores: decode a set, and die by SIGKILL after NUM saves. Arguments: FOLDER STREAMED IMAGE_SIZE NUM."""
 
+import math
 import os
 import signal
 import sys
+from pathlib import Path
 
-from sovit.data import open_data, store
+from sovit.data import store
+from sovit.data.splits import Location
 
-left = int(sys.argv[3])
+folder, streamed, size, left = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), int(sys.argv[4])
 write = store.write_atomic
 
 
@@ -20,4 +23,4 @@ def write_and_die(path, text):
 
 store.write_atomic = write_and_die
 store.BLOCK, store.SAVE_SECONDS = 8, 0.0
-open_data("hub", sys.argv[1], int(sys.argv[2]), 4, 0)
+store.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)

@@ -1,5 +1,6 @@
 """Decoding into a folder that grows: streams of local files and of a hub over HTTP, kills, subsets of what is there."""
 
+import errno
 import io
 import json
 import os
@@ -167,8 +168,9 @@ def test_a_folder_of_classes_says_that_its_first_images_are_no_sample(tmp_path, 
     (tmp_path / "blue" / "no.png").write_bytes(b"this is text")
     source = opened(f"{tmp_path}?stream=15")
     assert source.info["num_train"] == 15 and source.info["broken"] == 1
-    assert "2 of 3 classes came by in training" in capfd.readouterr().err
-    check(f"{tmp_path}?stream=5", "fewer than two classes")
+    assert "of 3 classes 2 came by in training and" in capfd.readouterr().err
+    check(f"{tmp_path}?stream=5", "5 training images of fewer than two classes are left")
+    check(f"{tmp_path}?stream=5", "fewer than two classes of readable images; read more of the stream", 12)
 
 
 # kills
@@ -179,7 +181,8 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
     preset = f"{parquet}?stream=all" if streamed else str(parquet)
     script = Path(__file__).with_name("killed_decoding.py")
-    killed = subprocess.run([sys.executable, str(script), preset, "8", "10"], capture_output=True, text=True)
+    command = [sys.executable, str(script), str(parquet), str(streamed), "8", "10"]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = [p for p in (tmp_path / "hub").iterdir() if p.is_dir() and not p.name.startswith(".arrow")]
     kept = store._progress(folder)["num_rows"]
@@ -193,6 +196,33 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     assert images_of(source) == images_of(whole) and np.array_equal(source._labels, whole._labels)
     assert images_of(source, "_val_rows") == images_of(whole, "_val_rows")
     assert source.content_key == whole.content_key and source.info == whole.info
+
+
+@pytest.mark.parametrize(
+    "owner, name, error, message",
+    [
+        (store.Part, "take", ConnectionError("gone"), r"cannot be read after \d+ images \(gone\); they are kept: run"),
+        (store.Growing, "append", OSError(errno.ENOSPC, "full"), r"the disk of .* is full after \d+ images; free some"),
+    ],
+    ids=["network", "disk"],
+)
+def test_what_breaks_off_is_gone_on_with(parquet, tmp_path, monkeypatch, owner, name, error, message):
+    preset, wanted = f"{parquet}?stream=all", images_of(opened(f"{parquet}?stream=all"))
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(store, "BLOCK", 16)
+    monkeypatch.setattr(store, "SAVE_SECONDS", 0.0)
+    left, work = [7], getattr(owner, name)
+
+    def fail_once(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise error
+        return work(self, *arguments)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    check(preset, message)
+    left[0] = 10**6
+    assert images_of(opened(preset)) == wanted
 
 
 def test_a_set_that_does_not_fit_the_disk(parquet, monkeypatch):
@@ -235,6 +265,8 @@ def test_class_balanced_subsets(parquet, tmp_path):
     check(f"{tmp_path}?num_train=61", "num_train=61 is more than the 60 training images")
     check(f"{tmp_path}?num_train=1", "fewer than two classes are left")
     check(f"{tmp_path}?num_train=6&per_class=2", "gives per_class and num_train; give one of them")
+    write_parquet(tmp_path / "test.parquet", range(100, 103), [2, 2, 2])
+    check(f"{tmp_path}?classes=2", "no validation image is among those chosen; .* take more classes")
 
 
 def test_classes_of_equal_size_are_chosen_at_random_but_nested(tmp_path):
@@ -260,13 +292,15 @@ def test_bad_options(parquet):
 # a hub over HTTP
 
 ASK = """
-import json, sys
+import json, math, sys
 from sovit import UserError
-from sovit.data import open_data
-for preset in sys.argv[1:]:
+from sovit.data.splits import Location
+from sovit.data.store import decoded, read_table
+for name, limit, streamed in (("team/colours", 20, True), ("gated/imagenet", 20, True), ("gated/imagenet", math.inf, False)):
     try:
-        source = open_data("hub", preset, 8, 4, 0)
-        print(json.dumps([source.info["num_train"], source.info["revision"], source.class_names]))
+        location = Location(name, None, name, streamed=streamed)
+        table = read_table(decoded(location, 8, limit), location, limit)
+        print(json.dumps([int((~table.is_val).sum()), table.info["revision"], table.classes]))
     except UserError as error:
         print(error)
 """
@@ -283,9 +317,8 @@ def test_a_hub_over_http_is_read_in_parts_and_a_gated_set_names_the_remedy(tmp_p
             "HF_HOME": str(tmp_path / "home"),
             "SOVIT_CACHE": str(tmp_path / "cache"),
         }
-        presets = ["team/colours?stream=20", "gated/imagenet?stream=20", "gated/imagenet"]
         asked = subprocess.run(
-            [sys.executable, "-c", ASK, *presets], env=os.environ | environment, capture_output=True, text=True
+            [sys.executable, "-c", ASK], env=os.environ | environment, capture_output=True, text=True
         )
     assert asked.returncode == 0, asked.stderr
     opened_, *refused = asked.stdout.splitlines()

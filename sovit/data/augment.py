@@ -14,7 +14,7 @@ from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # width over height
 ATTEMPTS = 10  # boxes tried until one lies inside of the image; the whole image where none does
-CHUNK = 1024  # boxes drawn from one random stream, so that a batch's size and start cannot change a box
+CHUNK = 256  # boxes drawn from one random stream, so that a batch's size and start cannot change a box
 CROP_KEY = 0x43524F50  # apart from the streams that order the samples of an epoch
 AT_ONCE = 128  # images of a batch that are cropped together: their grids take as much memory as they do
 
@@ -53,17 +53,28 @@ def resized_crop(
     CPU each image goes through torch's own resize, whose result is torchvision's `resized_crop` to 1 of 255; elsewhere
     the batch goes through `affine_crop`, which agrees with that to about 1 of 255 in the mean.
     """
-    out = torch.empty((len(rows), 3, size, size), device=device)
     order = np.argsort(rows)  # rising reads of a memory map are several times faster than random ones
-    if out.device.type == "cpu":
-        for i in order:  # each image alone, which stays in a core's cache
-            out[i].copy_(_resized(images[rows[i]], boxes[i], mirrored[i], size)).div_(127.5).sub_(1)
-        return out
+    crop = _one_by_one if torch.device(device).type == "cpu" else _in_batches
+    return crop(images, rows, boxes, mirrored, size, device, order)
+
+
+def _one_by_one(images, rows, boxes, mirrored, size: int, device: str, order: np.ndarray) -> Tensor:
+    out = torch.empty((len(rows), 3, size, size), device=device)
+    for i in order:  # each image alone, which stays in a core's cache
+        out[i].copy_(_resized(images[rows[i]], boxes[i], mirrored[i], size)).div_(127.5).sub_(1)
+    return out
+
+
+def _in_batches(images, rows, boxes, mirrored, size: int, device: str, order: np.ndarray) -> Tensor:
+    out = torch.empty((len(rows), 3, size, size), device=device)
     theta = box_affine(boxes, mirrored, images.shape[1], images.shape[2])
     samples = max(1, round(max(images.shape[1:3]) / size))
     for start in range(0, len(rows), AT_ONCE):
         part = order[start : start + AT_ONCE]
-        pixels = torch.from_numpy(images[rows[part]]).to(device).permute(0, 3, 1, 2).float()
+        # pinned memory is copied while the GPU is busy with the step before and this process reads on
+        pixels = torch.empty((len(part), *images.shape[1:]), dtype=torch.uint8, pin_memory=out.is_cuda)
+        np.take(images, rows[part], axis=0, out=pixels.numpy(), mode="clip")  # unbuffered, unlike mode="raise"
+        pixels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # [b, 3, H, W]
         views = affine_crop(pixels, theta[part].to(device), size, samples)
         out[torch.from_numpy(part).to(device)] = views.div_(127.5).sub_(1)
     return out

@@ -7,11 +7,15 @@ A preset is one of
     /data/birds.parquet, /data/birds     a parquet file, or a folder of them, as `datasets` writes and reads
     /data/birds.tar, /data/birds         a webdataset archive, or a folder of them
 
-and may end in options, ?NAME=VALUE&NAME=VALUE; those of the first group decode anew, the others are free:
+and may end in options, ?NAME=VALUE&NAME=VALUE. With another one of these a set is decoded anew (except that a stream
+is read on from where it was):
 
     label=COLUMN      which labels, where a set has several
-    cache_size=256    pixels of the decoded square, image_size if not given; with crop, 8/7 of that
+    cache_size=256    pixels of the decoded square: if not given image_size, or 8/7 of that with crop
     stream=50000      read rows as they come up to so many training images, or stream=all: nothing is downloaded whole
+
+These choose among what is decoded:
+
     flip=0            no mirrored training images: digits, text, left and right
     crop=0.05         random crops of at least that share of the area (sovit.data.augment), cut on the device
     classes=100       the classes with the most training images; a fixed chance decides among equals
@@ -20,7 +24,8 @@ and may end in options, ?NAME=VALUE&NAME=VALUE; those of the first group decode 
 
 Images are decoded once, resized to the short side, centre-cropped and kept as a memory-mapped uint8 array. Subsets are
 fixed random choices, the same for every seed, and nested: what is in a smaller one is in a larger one. A stream's first
-images are nested too, but they are a fair sample only where the set is stored in random order (as ImageNet-1k is).
+images (of validation: the first 10,000) are nested too, but a fair sample only where the set is stored in random order;
+how many classes came by is said after decoding.
 
 With crop, training images are resized random crops of the decoded square, antialiased; validation images are its centre
 7/8, the usual protocol (at image_size 224: 256 pixels decoded, the middle 224 shown as they are). Without, both are the
@@ -46,22 +51,21 @@ from sovit import UserError
 from sovit.data import Batch
 from sovit.data.augment import crop_boxes, resized_crop
 from sovit.data.cache import content_key, prior_cross_entropy
-from sovit.data.splits import NUM_VAL, Location, fingerprint
+from sovit.data.splits import NUM_VAL, Location
 from sovit.data.store import Table, decoded, fixed_random, read_table
 
-RECIPE = 2  # part of the cache key: raise it when the decoding changes, or what info.json must tell of it
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 
 # option -> (what it takes, its pattern, the least and the largest number)
 OPTIONS = {
     "label": ("COLUMN", r".+", None),
     "flip": ("0 or 1", r"[01]", None),
-    "crop": ("LEAST_AREA, above 0 and up to 1", r"[\d.e-]+", (1e-9, 1)),
+    "crop": ("SHARE", r"[\d.e-]+", (1e-9, 1)),
     "cache_size": ("PIXELS", r"\d+", (1, 100_000)),
     "stream": ("NUMBER or all", r"\d+|all", (1, math.inf)),
     "num_train": ("NUMBER", r"\d+", (1, math.inf)),
     "per_class": ("NUMBER", r"\d+", (1, math.inf)),
-    "classes": ("NUMBER, 2 or more", r"\d+", (2, math.inf)),
+    "classes": ("NUMBER", r"\d+", (2, math.inf)),
 }
 
 
@@ -172,10 +176,8 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
     size = view.cache_size or (image_size if view.crop is None else round(image_size / CENTRE))
     if size < image_size:
         raise UserError(f"cache_size={size} is under image_size={image_size}; give that at least")
-    source = list(fingerprint(location.path)) if location.path else [location.name, location.revision, location.config]
-    streamed = {"streamed": True} if location.streamed else {}
-    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label, **streamed)
-    table = read_table(decoded(location, size, view.stream, key), location, view.stream)
+    folder = decoded(location, size, view.stream)
+    table, key = read_table(folder, location, view.stream), folder.name
     shown = {name: getattr(view, name) for name in ("crop", "num_train", "per_class", "classes")}
     shown["stream"] = None if math.isinf(view.stream) else view.stream
     if any(value is not None for value in shown.values()) or size != image_size:
@@ -261,4 +263,7 @@ def choose(table: Table, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray
         rows = np.sort(rows[np.argsort(rank)[: view.num_train]])
     if len(np.unique(labels[rows])) < 2:
         raise UserError(f"{len(rows)} training images of fewer than two classes are left; give a larger subset")
-    return labels, rows, np.flatnonzero(table.is_val & (labels >= 0)), classes
+    val_rows = np.flatnonzero(table.is_val & (labels >= 0))
+    if not len(val_rows):
+        raise UserError("no validation image is among those chosen; read more of the stream, or take more classes")
+    return labels, rows, val_rows, classes

@@ -94,7 +94,7 @@ def open_splits(location: Location, scratch: str, revision: str | None = None) -
     `revision`: the commit of a hub's set that an earlier, unfinished decoding has read from.
     Raises UserError for whatever does not open, and for a set without images or labels.
     """
-    splits, revision = _load(location, scratch, location.revision or revision)
+    splits, revision = _load(location, scratch, revision)
     train_name = next((name for name in TRAIN_SPLITS if name in splits), next(iter(splits)))
     train = splits[train_name]
     if train.features is None:
@@ -105,17 +105,18 @@ def open_splits(location: Location, scratch: str, revision: str | None = None) -
     return Splits(train, train_name, vals, image_column, label_column, revision)
 
 
-def _load(location: Location, scratch: str, revision: str | None) -> tuple[dict, str | None]:
+def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict, str | None]:
     """Split name -> datasets.Dataset or IterableDataset, and the hub's revision."""
     import datasets
 
+    revision = recorded or location.revision
     streaming = {"streaming": True} if location.streamed else {}
     try:
         if location.path is None:
-            if location.streamed and revision is None:
+            if location.streamed and recorded is None:  # rows read on another day must be of the same commit
                 from huggingface_hub import HfApi
 
-                revision = HfApi().dataset_info(location.name).sha  # rows read on another day must be of one revision
+                revision = HfApi().dataset_info(location.name, revision=revision).sha
             opened = datasets.load_dataset(location.name, location.config, revision=revision, **streaming)
         else:
             # what `datasets` makes of a folder's names is cached below scratch: the folder may change, its path not

@@ -26,12 +26,23 @@ import numpy as np
 
 from sovit import UserError
 from sovit.assets import cache_dir, writable
-from sovit.data.cache import say, track
+from sovit.data.cache import content_key, say, track
 from sovit.data.decode import decode
 from sovit.data.duplicates import difference_hash, within
-from sovit.data.splits import NUM_VAL, Location, Part, Splits, check_label, num_dead_links, open_splits, parts_of
+from sovit.data.splits import (
+    NUM_VAL,
+    Location,
+    Part,
+    Splits,
+    check_label,
+    fingerprint,
+    num_dead_links,
+    open_splits,
+    parts_of,
+)
 from sovit.ledger import locked, write_atomic
 
+RECIPE = 2  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
 SPLIT_KEY = 0x53504C4954  # hold-out, validation order and subsets do not depend on data_seed
 BLOCK = 256  # images that are read and decoded together
@@ -57,12 +68,16 @@ def fixed_random(*counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=SPLIT_KEY, counter=[0, 0, *counter]))
 
 
-def decoded(location: Location, size: int, limit: float, key: str) -> Path:
+def decoded(location: Location, size: int, limit: float) -> Path:
     """The cache folder of a set at `size` pixels, decoded first where that has not been done.
 
-    `limit`: training images to read of a streamed set, or infinity. Processes that ask at the same time wait for the
-    first one. Raises UserError for what cannot be opened, read or written; what has been decoded is kept then.
+    Its name changes when the files of a folder, the revision, label or size differ. `limit`: training images to read of
+    a streamed set, or infinity. Processes that ask at the same time wait for the first one. Raises UserError for what
+    cannot be opened, read or written; what has been decoded is kept then.
     """
+    source = list(fingerprint(location.path)) if location.path else [location.name, location.revision, location.config]
+    streamed = {"streamed": True} if location.streamed else {}
+    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label, **streamed)
     folder = cache_dir() / "hub" / key
     if is_complete(folder, location, limit):
         return folder
@@ -165,7 +180,7 @@ def read_on(
         for name, dtype in COLUMNS.items()
     }
     numbers = {str(name): i for i, name in enumerate(classes if classes is not None else done["values"])}
-    held_out = fixed_random(0, 3)
+    held_out = fixed_random(0, 3)  # under this key the very first image is one, so that no stream is without
     held_out.random(done["num_rows"])  # a number for each image kept: go on after those that are there
     converted = Counter(done["converted"])
     saved_at = time.monotonic()
@@ -277,7 +292,8 @@ def finish(location: Location, classes: list[str] | None, splits: Splits, val_na
     if seen < 2:
         if not location.streamed:
             shutil.rmtree(folder)
-        raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; give a fuller set")
+        more = "read more of the stream" if location.streamed else "give a fuller set"
+        raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; {more}")
     hashes = read_rows(folder / "hashes.npy", num_rows)
     near = int(within(hashes[~is_val], hashes[is_val], NEAR).sum())
     val_name = val_name or f"{HOLDOUT:.0%} of {splits.train_name}, held out"
@@ -307,10 +323,11 @@ def finish(location: Location, classes: list[str] | None, splits: Splits, val_na
         f"hub: {near:,} of {info['num_val']:,} validation images ({near / max(1, info['num_val']):.1%}) have a"
         f" near-duplicate in training (64-bit difference hash within {NEAR} bits)"
     )
-    if location.streamed and seen < len(info["classes"]):
+    num_classes, seen_val = len(info["classes"]), len(np.unique(labels[is_val]))
+    if location.streamed and min(seen, seen_val / 0.9) < num_classes:
         say(
-            f"hub: {seen:,} of {len(info['classes']):,} classes came by in training; where a set is stored class by"
-            " class, its first images are no fair sample: leave ?stream out, or read on"
+            f"hub: of {num_classes:,} classes {seen:,} came by in training and {seen_val:,} in validation; where a set is"
+            " stored class by class, its first images are no fair sample: leave ?stream out, or read on"
         )
 
 
