@@ -216,8 +216,13 @@ def _budgets(rows: list[dict]) -> list[str | None]:
     if not known:
         return [None] * len(rows)
     group, centres = levels(np.array([row["train_flops"] for row in known]))
-    labels = {row["run_id"]: f"{centres[g]:.1e}".replace(".0e", "e").replace("e+", "e") for row, g in zip(known, group)}
+    labels = {row["run_id"]: _short(centres[g]) for row, g in zip(known, group)}
     return [labels.get(row["run_id"]) for row in rows]
+
+
+def _short(number: float) -> str:
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _told_apart(found: list[dict]) -> list[dict]:
@@ -280,6 +285,10 @@ def _view_state(chosen: list[str], metrics: list[str], search: str) -> dict:
         {
             **{"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "yAxisKey": "metric", "range": {}},
             **{"useGlobalXaxisKey": False, "xAxisKey": "metric", "selectedXAxisMetricKey": LOG_FLOPS},
+            **{
+                "useGlobalLineSmoothing": False,
+                "lineSmoothness": 0,
+            },  # smoothing would draw a cooldown where there is none
         },
         *(scatter(axis("METRIC", metric)) for metric in metrics if metric != PRIMARY),
         *(scatter(axis("PARAM", param)) for param in chosen),
