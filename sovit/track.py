@@ -54,7 +54,7 @@ GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its
     ),
 }
 GROUP_OF = {column: group for group, columns in GROUPS.items() for column in columns}
-LOSS, FLOPS, LOG_FLOPS = CURVE = ("train/loss", "compute/train_flops", "compute/log10_train_flops")
+CURVE = LOSS, FLOPS, LOG_FLOPS = ("train/loss", "compute/train_flops", "compute/log10_train_flops")
 PRIMARY = "final/val_loss"
 LAW = "shape, compute and loss"  # the section of charts that a saved view opens with
 EXPLAINED = """One run is one row of the ledger {ledger}: a shape trained up to one budget with one seed. `train/loss` is
@@ -77,6 +77,11 @@ def fill(
     """
     ledger = ledger_path(study, results)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
+    for row in rows:
+        if not _is_number(row["num_examples"]):
+            raise UserError(
+                f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number"
+            )
     store, name, started = store_path(store, runs), ledger.stem, time.monotonic()
     done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)
     with locked(store.with_suffix(".lock")):
@@ -158,30 +163,37 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
                 metrics[_free(_grouped(column), metrics)] = float(value)
             elif not _is_number(value) and column not in tags:
                 tags[_free(column, tags)] = value
-        name = f"{tags['shape']} @{budget or row['num_examples']} s{row.get('init_seed', 0)}"
+        upto = budget or f"{int(row['num_examples'])} images"
+        name = f"{tags['shape']} @{upto} s{row.get('init_seed', 0)}"
         order = [*GROUPS, *sorted({metric.partition("/")[0] for metric in metrics} - set(GROUPS))]
         metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
         found.append(dict(name=name, row=row, params=_texts(params), metrics=metrics, tags=_texts(tags)))
     return _told_apart(found)
 
 
-def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, float | None]]:
-    """(images seen, training loss, seconds) along a row: its part of the trunk, then its own cooldown.
+def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:
+    """(images seen, seconds, {metric: value}) along a row: its part of the trunk, then its own cooldown.
 
     A row that is ok ends at its budget, with or without a file; a line that a kill cut short is passed over.
     """
-    n = row["num_examples"]
-    points: dict[int, tuple[float | None, float | None]] = {}
-    leaves = row.get("trunk_examples") or n
+    n, flops = int(row["num_examples"]), _number(row, "train_flops")
+    points: dict[int, tuple] = {}
+    leaves = _number(row, "trunk_examples") or n
     with contextlib.suppress(FileNotFoundError):
         for line in metrics_file.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 point = json.loads(line)
                 if point["branch"] == n or (point["branch"] is None and point["examples"] <= leaves):
-                    points[point["examples"]] = float(point["train_loss"]), point["seconds"]
+                    points[point["examples"]] = point["seconds"], {LOSS: point["train_loss"]}
     if row["status"] == "ok":
-        points.setdefault(n, (None, row.get("seconds")))
-    return [(examples, loss, seconds) for examples, (loss, seconds) in sorted(points.items())]
+        points.setdefault(n, (_number(row, "seconds"), {}))
+    if flops:
+        for examples, (_, values) in points.items():
+            values |= {FLOPS: flops * examples / n, LOG_FLOPS: math.log10(flops * examples / n)}
+    return [
+        (examples, seconds, {k: float(v) for k, v in values.items() if _is_number(v)})
+        for examples, (seconds, values) in sorted(points.items())
+    ]
 
 
 def _grouped(column: str) -> str:
@@ -206,18 +218,27 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _number(row: dict, column: str) -> float | None:
+    return row[column] if _is_number(row.get(column)) else None
+
+
 def _shape_label(row: dict) -> str:
     return "x".join(str(row.get(dimension, "?")) for dimension in ("width", "depth", "mlp_dim"))
 
 
 def _budgets(rows: list[dict]) -> list[str | None]:
     """The training FLOPs of each row to two digits, the same for rows that whole batches alone keep apart: 3.2e11."""
-    known = [row for row in rows if _is_number(row.get("train_flops")) and row["train_flops"] > 0]
+    known = [row for row in rows if (_number(row, "train_flops") or 0) > 0]
     if not known:
         return [None] * len(rows)
     group, centres = levels(np.array([row["train_flops"] for row in known]))
-    labels = {row["run_id"]: f"{centres[g]:.1e}".replace(".0e", "e").replace("e+", "e") for row, g in zip(known, group)}
+    labels = {row["run_id"]: _short(centres[g]) for row, g in zip(known, group)}
     return [labels.get(row["run_id"]) for row in rows]
+
+
+def _short(number: float) -> str:
+    mantissa, exponent = f"{number:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _told_apart(found: list[dict]) -> list[dict]:
@@ -243,7 +264,7 @@ def varying(described: list[dict]) -> list[str]:
 def views(described: list[dict]) -> dict[str, dict]:
     """Saved views of MLflow's runs page, key -> {name, state}: every budget, and the largest alone, where valleys show."""
     chosen = _axes(described)
-    flops = {wanted["tags"].get("budget"): wanted["row"].get("train_flops") or 0 for wanted in described}
+    flops = {wanted["tags"].get("budget"): _number(wanted["row"], "train_flops") or 0 for wanted in described}
     largest = max(flops, key=lambda budget: flops[budget])
     found = {"sovit": dict(name="every budget", state=_view_state(chosen, [LOG_FLOPS, PRIMARY], ""))}
     if largest and len(flops) > 1:
@@ -280,6 +301,10 @@ def _view_state(chosen: list[str], metrics: list[str], search: str) -> dict:
         {
             **{"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "yAxisKey": "metric", "range": {}},
             **{"useGlobalXaxisKey": False, "xAxisKey": "metric", "selectedXAxisMetricKey": LOG_FLOPS},
+            **{
+                "useGlobalLineSmoothing": False,
+                "lineSmoothness": 0,
+            },  # smoothing would draw a cooldown where there is none
         },
         *(scatter(axis("METRIC", metric)) for metric in metrics if metric != PRIMARY),
         *(scatter(axis("PARAM", param)) for param in chosen),
@@ -403,7 +428,7 @@ def _write(client, experiment: str, run, wanted: dict, along: list[tuple], mark:
 
     row = wanted["row"]
     end = _milliseconds(row.get("date"))
-    start = end - int(1000 * (row.get("seconds") or 0))
+    start = end - int(1000 * (_number(row, "seconds") or 0))
     have = set()
     if run is None:
         first = {RUN_ID: row["run_id"], FILLED: "not yet"}
@@ -412,12 +437,9 @@ def _write(client, experiment: str, run, wanted: dict, along: list[tuple], mark:
         have = {(m.key, m.step) for key in CURVE for m in client.get_metric_history(run.info.run_id, key)}
     tags = {"mlflow.runName": wanted["name"], **wanted["tags"]}
     points = [Metric(k, v, end, 0) for k, v in wanted["metrics"].items() if k not in run.data.metrics]
-    for examples, loss, seconds in along:
-        flops = (row.get("train_flops") or math.nan) * examples / row["num_examples"]
+    for examples, seconds, values in along:
         at = end if seconds is None else start + int(1000 * seconds)
-        for key, value in zip(CURVE, (loss, flops, math.log10(flops))):
-            if value is not None and math.isfinite(value) and (key, examples) not in have:
-                points.append(Metric(key, value, at, examples))
+        points += [Metric(k, v, at, examples) for k, v in values.items() if (k, examples) not in have]
     client.log_batch(  # which sends no more than MLflow takes at once, 1000 points or 100 params
         run.info.run_id,
         points,

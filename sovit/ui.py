@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from sovit import UserError
@@ -30,13 +32,13 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
     """
     port = _asked_port(port) if port is not None else _free_port(FIRST_PORT)
     store, ledger = store_path(store, runs), ledger_path(study, results)
+    seen = ledger.stat().st_mtime_ns if ledger.exists() else 0  # before the fill, which takes its time
     done = fill(study, results, runs, store)
-    seen = ledger.stat().st_mtime_ns
     print(f"{fill_text(done)}; starting", flush=True)
-    servers, pages = {"MLflow": mlflow_command(store, port)}, {}
     # the saved view of sovit.track, on the page for training runs
-    page = "workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=sovit"
-    pages["MLflow"] = f"http://{HOST}:{port}/#/experiments/{done['experiment_id']}/runs?{page}"
+    view = "workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=sovit"
+    pages = {"MLflow": f"http://{HOST}:{port}/#/experiments/{done['experiment_id']}/runs?{view}"}
+    commands = {"MLflow": mlflow_command(store, port)}
     journal = runs / f"{done['study']}.journal"
     if not journal.exists():
         print(f"no Optuna dashboard: there is no journal at {journal}", flush=True)
@@ -44,36 +46,48 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
         print("no Optuna dashboard: it is not installed; pip install 'sovit[dashboard]'", flush=True)
     else:
         second = _free_port(port + 1)
-        servers["Optuna"] = [sys.executable, "-m", "sovit.ui", str(journal), str(second)]
         pages["Optuna"] = f"http://{HOST}:{second}/dashboard/studies/0"
+        commands["Optuna"] = [sys.executable, "-m", "sovit.ui", str(journal), str(second)]
 
-    log_path = store.with_suffix(".log")
     processes: dict[str, subprocess.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    with open(log_path, "w") as log:
+    with open(store.with_suffix(".log"), "w") as log:
         try:
-            for name, command in servers.items():
+            for name, command in commands.items():
                 processes[name] = _start(command, log)
             for name, page in pages.items():
-                if not _answers(page, processes[name]):
-                    print(f"sovit: {name} did not start; see {log_path}", file=sys.stderr)
-                    return 1
-                print(f"{name:<7} {page}", flush=True)
-            print("Ctrl-C stops", flush=True)
-            while True:
-                time.sleep(POLL_SECONDS)
-                for name, process in processes.items():
-                    if process.poll() is not None:
-                        print(f"sovit: {name} ended; see {log_path}", file=sys.stderr)
-                        return 1
-                if ledger.exists() and ledger.stat().st_mtime_ns != seen:
-                    seen = ledger.stat().st_mtime_ns
-                    print(fill_text(fill(study, results, runs, store)), flush=True)
+                if _answers(page, processes[name]):
+                    print(f"{name:<7} {page}", flush=True)
+                else:
+                    print(f"sovit: {name} did not start; see {log.name}", file=sys.stderr)
+                    _stop([processes.pop(name)])
+            if "MLflow" in processes:
+                print("Ctrl-C stops", flush=True)
+                name = _watch(processes, ledger, seen, lambda: fill(study, results, runs, store))
+                print(f"sovit: {name} ended; see {log.name}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             return 0
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them behind
             _stop(list(processes.values()))
+
+
+def _watch(processes: dict[str, subprocess.Popen], ledger: Path, seen: int, refill: Callable[[], dict]) -> str:
+    """Refill whenever the ledger is no longer of the time `seen`, until a process ends; which."""
+    while True:
+        time.sleep(POLL_SECONDS)
+        for name, process in processes.items():
+            if process.poll() is not None:
+                return name
+        if ledger.exists() and ledger.stat().st_mtime_ns != seen:
+            seen = ledger.stat().st_mtime_ns
+            try:
+                print(fill_text(refill()), flush=True)
+            except UserError as error:  # a ledger that someone is mending is no reason to stop
+                print(f"sovit: {error}", file=sys.stderr)
 
 
 def mlflow_command(store: Path, port: int) -> list[str]:
@@ -143,19 +157,13 @@ def _answers(page: str, process: subprocess.Popen) -> bool:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave them behind
     for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         for process in processes:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
         for process in processes:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                continue
 
 
 if __name__ == "__main__":

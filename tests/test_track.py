@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sqlite3
+import sys
 import time
 from pathlib import Path
 
@@ -401,6 +402,55 @@ def test_thousands_of_points_take_seconds(tmp_path, empty_store):
     assert fill(str(ledger), runs=tmp_path / "runs", store=store)["points_added"] == 0
 
 
+def test_a_ledger_of_someone_elses_with_few_columns_is_filled_too(tmp_path, empty_store):
+    path = tmp_path / "theirs.csv"
+    path.write_text(
+        "run_id,trunk_id,status,num_examples,width,seconds,val_loss,date\n"
+        "a-1,a,ok,100.0,32,,1.5,yesterday\nb-1,b,diverged,200,64,long,,\n"
+    )
+    store = shutil.copy(empty_store, tmp_path / "mlflow.db")
+    fill(str(path), runs=tmp_path, store=store)
+    found = stored(store, "theirs")
+    assert found["a-1"].data.metrics["final/val_loss"] == 1.5 and found["a-1"].info.run_name == "32x?x? @100 images s0"
+    assert found["b-1"].info.status == "FAILED"
+    assert fill(str(path), runs=tmp_path, store=store)["points_added"] == 0
+
+
+def test_export_writes_the_same_curves_and_results_through_init_log_and_finish(study, capsys, monkeypatch):
+    from analysis.export_tracking import export
+    from analysis.export_tracking import main as export_main
+
+    results, runs, rows = study
+    said = []
+
+    class Tracker:  # what wandb and trackio have in common
+        init = staticmethod(lambda **given: said.append(given))
+        log = staticmethod(lambda values, step: said.append((step, values)))
+        finish = staticmethod(lambda: said.append("finish"))
+
+    assert export(Tracker, results / "planted.jsonl", runs) == len(rows)
+    assert said.count("finish") == len(rows)
+    by_name = {run["name"]: run for run in said if isinstance(run, dict)}
+    run = planted_runs()[0]
+    first = by_name["16x2x256 @8e9 s0"]
+    assert first["project"] == "planted" and first["config"]["width"] == 16 and first["config"]["peak_lr"] == 0.008
+    own = said[said.index(first) + 1 : said.index("finish", said.index(first))]
+    n = run.budgets[0]
+    leaves = run.trunk_examples(n)
+    expected = [p for p in lines(run) if p["branch"] == n or (p["branch"] is None and p["examples"] <= leaves)]
+    assert [(step, values["train/loss"]) for step, values in own[:-1]] == [
+        (p["examples"], p["train_loss"]) for p in expected
+    ]
+    assert (
+        own[-1][0] == n
+        and own[-1][1]["final/val_loss"] == next(r for r in rows if r["run_id"] == run.run_id(n))["val_loss"]
+    )
+
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as where it is not installed
+    assert export_main([str(results / "planted.jsonl"), "--to", "trackio"]) == 2
+    assert "pip install trackio" in capsys.readouterr().err
+
+
 # bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -413,6 +463,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
     with sqlite3.connect(other) as db:
         db.execute("create table alembic_version (version_num varchar(32))")
         db.execute("insert into alembic_version values ('of another program')")
+    words = '{"run_id": "a-1", "trunk_id": "a", "status": "ok", "num_examples": "many"}'
+    (results / "words.jsonl").write_text(words + "\n")
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     cases = [
@@ -423,6 +475,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
         (["track", "planted", *where, "--store", str(other)], "give another --store"),
         (["ui", "planted", *where, "--port", str(port)], f"--port {port} is in use"),
         (["ui", "planted", *where, "--port", "0"], "--port 0"),
+        (["track", "words", *where], "num_examples='many'"),
     ]
     for arguments, words in cases:
         assert main(arguments) == 2, arguments
