@@ -34,6 +34,16 @@ def cache(package, tmp_path_factory, monkeypatch, request):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pinned():
+    """All icons of the pinned package that may be drawn."""
+    try:
+        package = icons.assets.path("iconify")
+    except UserError as error:
+        pytest.skip(str(error))
+    return icons.read_icons(package)
+
+
 def mosaic(seed=0, image_size=32, patch_size=4) -> icons.Icons:
     return open_data("icons", "mosaic", image_size, patch_size, seed)
 
@@ -42,17 +52,16 @@ def same(a, b) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
-def test_choice_of_the_pinned_package_is_frozen():
-    """Cached masks and committed results rest on this choice. Where it has to change, RECIPE must change with it."""
-    try:
-        package = icons.assets.path("iconify")
-    except UserError as error:
-        pytest.skip(str(error))
-    read = icons.read_icons(package)
-    assert len(icons.choose(read, 1000)[1]) == 1000
-    chosen, _ = icons.choose(read, 40)
+@pytest.mark.parametrize(
+    ("num_classes", "frozen"),
+    [(40, (1, 50_648, "15be724ae92f")), (1000, (2, 150_263, "e557af6b209a"))],
+)
+def test_choice_of_the_pinned_package_is_frozen(pinned, num_classes, frozen):
+    """Cached masks and committed results rest on it. Where a choice has to change, the recipe of its rules must too."""
+    chosen, classes = icons.choose(pinned, num_classes)
     digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
-    assert (icons.RECIPE, len(chosen), digest[:12]) == (1, 50_648, "15be724ae92f")
+    assert len(classes) == num_classes
+    assert (icon_labels.rules(num_classes).recipe, len(chosen), digest[:12]) == frozen
 
 
 # samples
@@ -186,10 +195,12 @@ def test_rendered_masks_do_not_need_the_package(cache, monkeypatch, tmp_path):
 
 
 def test_cache_key_is_frozen(monkeypatch):
-    """Masks that were rendered by an earlier version are found again, unless RECIPE or the pinned package changed."""
+    """Masks that were rendered by an earlier version are found again, unless rules or the pinned package changed."""
     monkeypatch.delenv("SOVIT_ICONIFY", raising=False)
     monkeypatch.setattr(icons, "build_once", lambda kind, key, build: f"{kind}/{key}")
     assert icons.masks_folder(40, 16) == "icons/80d501b4a1b68b84"
+    assert icons.masks_folder(200, 32) == "icons/68e83d42993ae8c4"
+    assert icons.masks_folder(1000, 32) == "icons/b5603f01d89fd650"
 
 
 @pytest.mark.parametrize("preset", PRESETS["icons"])
@@ -219,7 +230,7 @@ def test_both_tables_of_presets_agree():
         ("mosaic", 32, 32, 0, "patch_size=32 does not divide the 16 pixels"),
         ("single40", 32, 5, 0, "patch_size=5 does not divide the 32 pixels"),
         ("mosaic", 32, 4, -1, "data_seed=-1 is negative"),
-        ("single1000", 32, 4, 0, "num_classes=1000 is more than the 40 concepts"),
+        ("single1000", 32, 4, 0, "num_classes=1000 is more than the 0 concepts found with 8 "),
     ],
 )
 def test_bad_input_is_said_in_one_line(cache, preset, image_size, patch_size, seed, message):

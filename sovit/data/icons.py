@@ -28,7 +28,7 @@ import torch
 from sovit import UserError, assets
 from sovit.data import Batch
 from sovit.data.cache import build_once, content_key, prior_cross_entropy, say, track
-from sovit.data.icon_labels import Icon, choose, read_set, split_families
+from sovit.data.icon_labels import Icon, choose, read_set, rules, split_families
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ PRESETS = {
     "single1000": Preset(num_classes=1000, grid=1, noise=0.1),
 }
 
-# part of the cache key: raise it when anything here or in icon_labels changes which icons are kept or how they look
-RECIPE = 1
 CHUNK = 256  # samples drawn from one random stream, so that a batch's size and start cannot change a sample
 NUM_VAL = 4096  # validation images at most
 CENTRE, GAIN = 0.4, 2.0  # x = GAIN * (ink + noise - CENTRE): mean -0.2, standard deviation 0.8 at 16 px
@@ -175,7 +173,7 @@ def masks_folder(num_classes: int, size: int) -> Path:
         source = f"{stat.st_size} {stat.st_mtime_ns}"
     else:
         source = asset.sha256
-    key = content_key(recipe=RECIPE, num_classes=num_classes, size=size, source=source)
+    key = content_key(recipe=rules(num_classes).recipe, num_classes=num_classes, size=size, source=source)
     # the package is needed to render only: rendered masks can be carried to a machine that does not have it
     return build_once("icons", key, lambda folder: render_all(assets.path("iconify"), num_classes, size, folder))
 
