@@ -18,6 +18,7 @@ from sovit.data.icon_labels import (
     find_concept,
     read_set,
     split_families,
+    word_set,
 )
 
 
@@ -58,7 +59,7 @@ def test_concept_of_a_name(name, concept):
     ],
 )
 def test_a_thousand_classes_have_rules_of_their_own(name, narrow, wide):
-    vocabulary = frozenset("plane airplane send loop star q letter arrow left java sketch diamond".split())
+    vocabulary = word_set("plane airplane send loop star q letter arrow left java sketch diamond")
     for by, concept in ((NARROW, narrow), (WIDE, wide)):
         allowed = vocabulary - by.never - by.brands
         assert find_concept(content_words(name, by), allowed, by) == concept, by.recipe
