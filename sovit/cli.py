@@ -364,6 +364,8 @@ def _data(options) -> None:
     if options.action == "show":
         from sovit.plot import contact_sheet
 
+        for line in getattr(source, "notes", list)():  # what a source has to say of itself
+            print(line)
         out = options.out or Path(f"{data}-{Path(preset).name}.png")
         batch = source.train(0, 24)
         mean, std = NORMALISATION[data]

@@ -51,9 +51,12 @@ PRESETS = {
     },
     "icons": {
         "mosaic": (32, "2 x 2 real icons of 16 px, 40 classes, one label a patch"),
+        "mosaic-views": (32, "the same, each icon turned, moved and scaled anew for every sample; 40 classes"),
         "single40": (32, "one icon, 40 classes"),
         "single200": (32, "one icon, 200 classes"),
         "single1000": (32, "one icon, 1,000 classes"),
+        "colour200": (32, "one icon, 200 classes; pose, colours and background anew for every sample"),
+        "colour1000": (32, "one icon, 1,000 classes; pose, colours and background anew for every sample"),
     },
     "hub": {},
 }

@@ -1,0 +1,158 @@
+"""What the names of icons say, as text: captions and attributes, for questions about images of them.
+
+`streamline:interface-cloud-arrow-up-solid` shows an "interface cloud arrow up", filled, that points up. All of it
+follows from names alone. What a name does not say is not said: an icon without a style word may well be filled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from sovit.data.cache import build_once, content_key
+from sovit.data.icon_labels import word_set
+
+RECIPE = 1  # part of the table's key: raise it when anything here changes what is told of an icon
+
+# attribute -> value -> the words of a name that say so
+STYLES = {
+    "filled": "filled fill solid",
+    "outline": "outline outlined outlines line linear stroke",
+    "light": "light thin",
+    "bold": "bold",
+    "duotone": "duotone twotone duo bulk",
+    "rounded": "rounded round",
+    "sharp": "sharp",
+}
+STATES = {
+    "off": "off slash disabled",
+    "plus": "plus add",
+    "check": "check checkmark checked tick done",
+    "minus": "minus subtract",
+    "cross": "cross x xmark close cancel times",
+    "alert": "alert warning exclamation error",
+    "lock": "lock locked",
+}
+ENCLOSURES = {
+    "circle": "circle circled",
+    "square": "square squared",
+    "hexagon": "hexagon",
+    "octagon": "octagon",
+    "triangle": "triangle",
+    "rectangle": "rectangle",
+    "diamond": "diamond",
+}
+DIRECTIONS = {"left": "left", "right": "right", "up": "up", "down": "down"}
+ATTRIBUTES = {"style": STYLES, "state": STATES, "enclosure": ENCLOSURES, "direction": DIRECTIONS}
+VALUE = {kind: {w: value for value, ws in table.items() for w in ws.split()} for kind, table in ATTRIBUTES.items()}
+
+ALWAYS_STYLE = word_set("outline outlined outlines filled duotone twotone")  # no icon is of one of these
+STYLE_SHARE = 0.02  # of a set's names that begin or end with a style word or a number: the set means its drawing by it
+NO_CAPTION = word_set("icon icons glyph baseline alt alternate variant regular mono color px xs sm md lg xl xxl")
+SIZE = re.compile(r"\d+(px)?")
+COUNTED = word_set("number numbers numeric digit dice counter level figure heading h looks filter step count")
+
+# An icon whose name has one of these words is another one, or none, in a mirror
+HANDED = word_set(
+    """left right next previous prev forward forwards backward backwards back rewind undo redo reply return enter exit
+    in out login logout signin signout import export send skip step seek arrow arrows chevron chevrons caret angle
+    corner turn rotate clockwise counterclockwise anticlockwise refresh reload sync sort order align indent outdent
+    east west northeast northwest southeast southwest
+    letter letters number numbers numeric digit text font heading header bold italic underline strikethrough paragraph
+    pilcrow quote language translate translation type typography abc alphabet spellcheck case superscript subscript
+    dollar euro yen pound won rupee ruble peso lira bitcoin currency cent percent question help hash hashtag slash
+    backslash divide function sigma sum pi alpha beta omega integral math greater less equal
+    hd sd hdr 4k 8k gif pdf json css html markdown md sql api vip sos dns gps nfc csv svg png jpg xml zip mp3 mp4 ppt
+    doc xls txt ai atm cc cd dvd id ssd hdd am pm th fahrenheit celsius copyright registered trademark copyleft
+    bluetooth usb rss terminal code script ad ads new sale parking hospital mars venus leo virgo libra scorpio
+    sagittarius capricorn aquarius pisces aries taurus cancer ampersand at regex binary calculator"""
+)
+
+
+def same_in_a_mirror(caption: list[str]) -> bool:
+    """Whether an icon of these words may be shown mirrored: not if it is of letters, digits, turns or directions."""
+    return HANDED.isdisjoint(caption) and not any(len(word) == 1 or word[0].isdigit() for word in caption)
+
+
+def describe(rows: Iterable[tuple[str, str, str]]) -> list[dict]:
+    """What is told of each icon of `rows` (title, concept, split): set, name, caption, concept, split, and these.
+
+    style, state, enclosure, direction (ATTRIBUTES): lists, [] where the name says nothing of it; a word that is the
+    concept itself is no attribute. mirror: whether the words allow to show the icon mirrored. A word is one of style
+    where it cannot be anything else, where the set's own name has it, or where the set begins or ends many names with
+    it: `traffic-light` is not a light style.
+    """
+    rows = list(rows)
+    marks = style_marks(title for title, _, _ in rows)
+    return [describe_one(title, concept, split, marks[title.split(":")[0]]) for title, concept, split in rows]
+
+
+def describe_one(title: str, concept: str, split: str, marks: frozenset[str]) -> dict:
+    prefix, name = title.split(":")
+    words = [word for word in name.split("-") if word]
+    ends = {0, *range(len(words))[-3:]}  # a size may stand behind the style: bell-filled-24
+    said = [
+        word in ALWAYS_STYLE or (word in marks and i in ends and len(words) > 1) for i, word in enumerate(words)
+    ]  # that it is a word of style
+    numbered = "#" in marks
+    caption = [
+        word
+        for i, word in enumerate(words)
+        if not said[i]
+        and (word not in NO_CAPTION or len(words) == 1)
+        and not (numbered and SIZE.fullmatch(word) and i and words[i - 1] not in COUNTED)
+    ]
+    told: dict = {"set": prefix, "name": name, "caption": " ".join(caption), "concept": concept, "split": split}
+    style = [word for word, is_style in zip(words, said, strict=True) if is_style]
+    style += [word for word in prefix.split("-") if word in VALUE["style"]]
+    told["style"] = list(dict.fromkeys(VALUE["style"][word] for word in style))
+    for kind in ("state", "enclosure", "direction"):
+        values = [VALUE[kind][word] for word in caption if word in VALUE[kind] and word != concept]
+        told[kind] = [value for value in dict.fromkeys(values) if value != concept]
+    told["mirror"] = same_in_a_mirror(caption)
+    return told
+
+
+def style_marks(titles: Iterable[str]) -> dict[str, frozenset[str]]:
+    """set -> the style words that begin or end STYLE_SHARE of its names; and "#" where numbers end as many."""
+    icons: Counter[str] = Counter()
+    marks: Counter[tuple[str, str]] = Counter()
+    for title in titles:
+        prefix, name = title.split(":")
+        words = [word for word in name.split("-") if word]
+        icons[prefix] += 1
+        marks[prefix, "#"] += bool(words[1:] and SIZE.fullmatch(words[-1])) or any(map(SIZE.fullmatch, words[-2:-1]))
+        ends = {*words[:1], *words[-3:]} if len(words) > 1 else ()
+        marks.update((prefix, word) for word in ends if word in VALUE["style"])
+    found: dict[str, set[str]] = {prefix: set() for prefix in icons}
+    for (prefix, word), count in marks.items():
+        if count >= max(3, STYLE_SHARE * icons[prefix]):
+            found[prefix].add(word)
+    return {prefix: frozenset(words) for prefix, words in found.items()}
+
+
+def text_folder(masks: Path) -> Path:
+    """The cache folder of what is told of the icons in a folder of masks, made if it is not there yet.
+
+    icons.jsonl has one line an icon (see describe), in the order of the masks; mirror.npy [I] bool whether it may be
+    shown mirrored; info.json counts the values of each attribute.
+    """
+    return build_once("icon_text", content_key(recipe=RECIPE, masks=masks.name), lambda folder: write(masks, folder))
+
+
+def write(masks: Path, folder: Path) -> None:
+    with open(masks / "ATTRIBUTION.tsv", encoding="utf-8") as file:
+        columns, *rows = (line.rstrip("\n").split("\t") for line in file)
+    title, concept, split = (columns.index(name) for name in ("title", "concept", "split"))
+    told = describe((row[title], row[concept], row[split]) for row in rows)
+    with open(folder / "icons.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(icon, ensure_ascii=False) + "\n" for icon in told)
+    np.save(folder / "mirror.npy", np.array([icon["mirror"] for icon in told]))
+    counts = {kind: Counter(value for icon in told for value in icon[kind]) for kind in ATTRIBUTES}
+    some = {kind: sum(bool(icon[kind]) for icon in told) for kind in ATTRIBUTES}
+    (folder / "info.json").write_text(json.dumps({"icons": len(told), "with": some, **counts}, indent=1))

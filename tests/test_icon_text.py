@@ -1,0 +1,69 @@
+"""What names say: captions and attributes of hand-picked names, and the table beside a folder of masks."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sovit.data.icon_text import ATTRIBUTES, describe, text_folder
+
+# enough names of each set to tell a mark of style from a word of a name
+BACKGROUND = [f"weights:thing{i}-{style}" for i in range(9) for style in ("bold", "light", "round")]
+BACKGROUND += [f"sized:thing{i}-{size}-filled" for i in range(9) for size in (16, 24)]
+BACKGROUND += [f"plain:thing{i}" for i in range(60)]
+BACKGROUND += [f"shapes:round-thing{i}" for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("title", "concept", "caption", "attributes"),
+    [
+        ("plain:cloud-arrow-up-outline", "cloud", "cloud arrow up", {"style": ["outline"], "direction": ["up"]}),
+        ("weights:traffic-light-bold", "traffic", "traffic", {"style": ["light", "bold"]}),  # the set says light
+        ("plain:traffic-light", "traffic", "traffic light", {}),
+        ("weights:bell-off-light", "bell", "bell off", {"style": ["light"], "state": ["off"]}),
+        ("sized:calendar-plus-24-filled", "calendar", "calendar plus", {"style": ["filled"], "state": ["plus"]}),
+        ("sized:number-4-24-filled", "number", "number 4", {"style": ["filled"]}),
+        ("plain:heading-4", "heading", "heading 4", {}),
+        ("plain:plus-circle", "plus", "plus circle", {"enclosure": ["circle"]}),  # of what it is, it has no state
+        ("plain:arrow-down-left-square", "arrow", "arrow down left square",
+         {"direction": ["down", "left"], "enclosure": ["square"]}),
+        ("shapes:round-lock", "lock", "lock", {"style": ["rounded"]}),
+        ("icon-park-solid:lightbulb", "lightbulb", "lightbulb", {"style": ["filled"]}),
+        ("weights:bold", "bold", "bold", {}),  # a name of one word is what it shows
+    ],
+)  # fmt: skip
+def test_what_a_name_says(title, concept, caption, attributes):
+    rows = [(background, "thing", "train") for background in BACKGROUND] + [(title, concept, "val")]
+    told = describe(rows)[-1]
+    assert (told["set"], told["name"], told["concept"], told["split"]) == (*title.split(":"), concept, "val")
+    assert told["caption"] == caption
+    assert {kind: told[kind] for kind in ATTRIBUTES if told[kind]} == attributes
+
+
+@pytest.mark.parametrize(
+    ("name", "mirror"),
+    [("camera-off", True), ("undo", False), ("arrow-left", False), ("letter-a", False), ("key-7", False)],
+)
+def test_what_may_be_mirrored(name, mirror):
+    assert describe([(f"plain:{name}", "x", "train")])[0]["mirror"] is mirror
+
+
+def test_sizes_do_not_forbid_a_mirror():
+    rows = [(title, "thing", "train") for title in (*BACKGROUND, "sized:camera-24-filled")]
+    assert describe(rows)[-1]["mirror"]
+
+
+def test_table_of_masks_that_were_rendered_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "0123456789abcdef"
+    folder.mkdir()
+    rows = ["title\tconcept\tlicence\tauthor\tfamily\tsplit"]
+    rows += ["a:bell-off\tbell\tMIT\tÅsa\ta\ttrain", "b:undo\tundo\tMIT\tB\tb\tval"]
+    (folder / "ATTRIBUTION.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = text_folder(folder)
+    told = [json.loads(line) for line in (found / "icons.jsonl").read_text().splitlines()]
+    assert [t["caption"] for t in told] == ["bell off", "undo"] and told[0]["state"] == ["off"]
+    assert np.load(found / "mirror.npy").tolist() == [True, False]
+    info = json.loads((found / "info.json").read_text())
+    assert info["icons"] == 2 and info["state"] == {"off": 1} and info["with"]["style"] == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["ATTRIBUTION.tsv"]  # the masks stay as they were
