@@ -17,11 +17,15 @@ MIN_CLUSTERS = 3
 
 
 def random_effects(form, u, solved: Solved, num: int, rng, source: np.ndarray) -> Polished:
-    """`num` refits of data drawn from the fit. `source` [n]: measurement behind each row (an arm's centre repeats)."""
+    """`num` refits of data drawn from the fit. `source` [n]: measurement behind each row (an arm's centre repeats).
+
+    What was known of the noise of a row is drawn with it.
+    """
     groups = solved.groups
     trunk = rng.standard_normal((num, len(groups.kappa)))[:, groups.index]
     row = rng.standard_normal((num, int(source.max()) + 1))[:, source]
-    log_y = form.evaluate(solved.theta[None], u)[0] + solved.trunk_sd * trunk + solved.row_sd * row
+    row_sd = solved.row_sd if solved.known_sd is None else np.hypot(solved.row_sd, solved.known_sd)
+    log_y = form.evaluate(solved.theta[None], u)[0] + solved.trunk_sd * trunk + row_sd * row
     return _refit(form, u, log_y, None, solved)
 
 

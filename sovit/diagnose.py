@@ -111,7 +111,11 @@ def seed_noise(table, y, index, solved) -> dict:
 
     n: degrees of freedom between trunks (branches of one trunk share its seed); seeded trunks less seeded shapes.
     num_rows: the rows that the s.d. was read from.
+    Where the fit was given a known part of the noise, `source` ends in "+support" and `support_sd` is that part (root
+    mean square of ln y); `sd` holds it too, as what one measured row differs by from another.
     """
+    known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
+    more, suffix = ({}, "") if known is None else (dict(support_sd=known), "+support")
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
     columns = [np.unique(table[n].astype(str), return_inverse=True)[1] for n in (*names, "num_examples") if n in table]
     columns = columns or [np.arange(len(y))]
@@ -128,9 +132,9 @@ def seed_noise(table, y, index, solved) -> dict:
             seeded.setdefault(shapes[rows[0]], set()).update(index[rows].tolist())
     if dof:
         n = sum(len(trunks) - 1 for trunks in seeded.values())
-        return dict(sd=float(np.sqrt(squares / dof)), source="seeds", n=n, num_rows=num_rows)
-    sd = float(np.hypot(solved.trunk_sd, solved.row_sd))
-    return dict(sd=sd, source="residuals", n=int(round(solved.dof)), num_rows=len(y))
+        return dict(sd=float(np.sqrt(squares / dof)), source="seeds" + suffix, n=n, num_rows=num_rows) | more
+    sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
+    return dict(sd=sd, source="residuals" + suffix, n=int(round(solved.dof)), num_rows=len(y)) | more
 
 
 def compute_cut(compute: np.ndarray) -> float:
@@ -189,7 +193,9 @@ def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> di
     keep = dict(zero_line=options["zero_line"], terms=options["terms"])
     train = prepare(name, parts[0], y[below], dims, arms=arms[below], **keep)
     trunk = np.unique(index[below][train.source], return_inverse=True)[1]
-    fitted = solve(train.form, train.u, train.y, trunk, **options["solver"])
+    known = options["known_sd"]
+    known = None if known is None else known[below][train.source]
+    fitted = solve(train.form, train.u, train.y, trunk, known_sd=known, **options["solver"])
     u, source = features(train.form, train.centre, parts[1], arms[above])
     if not len(source):
         return dict(rmse=None, bias=None, n=0, note="no row above the cut that the form describes")
@@ -262,7 +268,7 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
 
 
 def _misfit_words(misfit: float | None, source: str) -> str:
-    if source != "seeds" or misfit is None:
+    if not source.startswith("seeds") or misfit is None:
         return "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
     return "the form misses more than seed noise" if misfit > 2 else "the residuals are of the size of seed noise"
 

@@ -12,25 +12,41 @@ import numpy as np
 
 POINT_TOLERANCE, DRAW_TOLERANCE = 1e-10, 1e-9  # 1e-6 leaves up to 17 % of sovit replicates above their optimum
 HUBER = 1.345  # 95 % efficiency on Gaussian noise
+REWEIGHTED = 3  # passes over components and weights where part of the noise is known
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which trunk each row belongs to, and how much of the trunk mean whitening takes off (kappa, one a trunk)."""
+    """Which trunk each row belongs to, and how much of the trunk mean whitening takes off (kappa, one a trunk).
+
+    scale: factor of each row's residual, where rows are known to be unequally noisy; its square is 1 on average.
+    """
 
     index: np.ndarray  # [n], 0..G-1
     kappa: np.ndarray  # [G], 0 = unwhitened
+    scale: np.ndarray | None = None  # [n]
 
     @staticmethod
     def plain(index: np.ndarray) -> Groups:
         return Groups(index, np.zeros(int(index.max()) + 1))
 
     def whiten(self, x: np.ndarray) -> np.ndarray:
-        """x [..., n] less kappa times its trunk mean; turns a trunk effect plus a row error into a white error."""
+        """x [..., n] less kappa times its trunk mean; turns a trunk effect plus a row error into a white error.
+
+        With a scale: the scaled x less kappa times its part along the trunk's scaled ones.
+        """
+        if self.scale is not None:
+            x = x * self.scale
         if not self.kappa.any():
             return x
-        member = (self.index[:, None] == np.arange(len(self.kappa))).astype(float)
-        return x - (x @ (member / member.sum(0) * self.kappa)) @ member.T
+        member = members(self.index, self.scale)
+        return x - (x @ (member / (member**2).sum(0) * self.kappa)) @ member.T
+
+
+def members(index: np.ndarray, scale: np.ndarray | None = None) -> np.ndarray:
+    """Indicator [n, G] of the trunk of each row, times the row's scale."""
+    member = (index[:, None] == np.arange(int(index.max()) + 1)).astype(float)
+    return member if scale is None else member * scale[:, None]
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,7 @@ def _polish_chunk(form, u, theta, log_y, weights, groups, delta, tolerance, cap)
 
 @dataclass(frozen=True)
 class Solved:
-    """A point fit: theta [P], its loss, and the noise it leaves."""
+    """A point fit: theta [P], its loss, and the noise it leaves; known_sd [n] is the part of a row's that was given."""
 
     theta: np.ndarray
     objective: float
@@ -138,6 +154,7 @@ class Solved:
     spread: float  # largest relative excess of the objective over the starts
     agreeing: float  # share of the starts that reached the best objective to 1e-6
     starts: np.ndarray  # polished starts, best first
+    known_sd: np.ndarray | None = None
 
 
 def robust_sd(residual: np.ndarray, num_free: int) -> float:
@@ -146,10 +163,12 @@ def robust_sd(residual: np.ndarray, num_free: int) -> float:
     return float(np.median(np.abs(residual)) / 0.6745 * np.sqrt(n / max(n - num_free, 1)))
 
 
-def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True, starts=None) -> Solved:
+def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True, starts=None, known_sd=None) -> Solved:
     """Fit one data set: grid starts, polish, then (whiten=True) variance components by trunk and one whitened refit.
 
     huber_delta=None takes 1.345 x the robust s.d. of the unwhitened residuals, in two passes.
+    known_sd [n]: s.d. of a part of each row's log error that was measured apart. Rows then weigh by 1 / (row_sd^2 +
+    known_sd^2) within what trunks share; components, weights and fit are iterated REWEIGHTED times.
     """
     log_y, plain = np.log(y), Groups.plain(index)
     starts = form.starts(u, y) if starts is None else starts
@@ -168,12 +187,17 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
         done = refit(theta, plain, delta)
         order = np.argsort(done.objective, kind="stable")
         theta = done.theta[order]
-    trunk_sd, row_sd, dof, kappa = components(form, u, theta[0], log_y, index)
-    groups = Groups(index, kappa) if whiten else plain
-    if whiten and kappa.any():
-        done = refit(theta, groups, delta)
-        order = np.argsort(done.objective, kind="stable")
-        theta = done.theta[order]
+    groups = plain
+    for _ in range(1 if known_sd is None else REWEIGHTED):
+        trunk_sd, row_sd, dof, kappa, scale = components(form, u, theta[0], log_y, index, known_sd, groups.scale)
+        groups = Groups(index, kappa, scale) if whiten else plain
+        if scale is not None and from_data:
+            residual = (form.evaluate(theta[:1], u)[0][0] - log_y) * scale
+            delta = max(HUBER * robust_sd(residual, theta.shape[1]), 1e-12)
+        if whiten and (kappa.any() or scale is not None):
+            done = refit(theta, groups, delta)
+            order = np.argsort(done.objective, kind="stable")
+            theta = done.theta[order]
     objective = done.objective[order]
     excess = (objective - objective[0]) / max(objective[0], 1e-20)
     return Solved(
@@ -189,6 +213,7 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
         float(excess.max()),
         float((excess < 1e-6).mean()),
         theta,
+        known_sd,
     )
 
 
@@ -199,24 +224,29 @@ def free_columns(form, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:
     return (theta > low) & (theta < high) & (size > 1e-9 * size.max())
 
 
-def components(form, u, theta, log_y, index) -> tuple[float, float, float, np.ndarray]:
-    """Trunk and row s.d. of the log error, between-trunk degrees of freedom, and the whitening kappa [G].
+def components(form, u, theta, log_y, index, known_sd=None, scale=None):
+    """Trunk and row s.d. of the log error, between-trunk degrees of freedom, whitening kappa [G] and scale [n] or None.
 
     Residuals are r = M e with M = I - QQ' (Q spans the free Jacobian columns) and e = Z u + v. With P the projector on
     trunk means, E[r'Pr] and E[r'(I-P)r] are linear in the two variances: two equations, corrected for the fitted
     parameters. Residuals are winsorised at 2.5 robust s.d. so that two bad rows do not pass for noise.
+    known_sd [n] is a further independent error of known size: its share of both expectations is taken off, and the new
+    scale weighs rows by what is left and known together. `scale` [n] weighs the residuals from which this is read.
     """
-    value, jac = form.evaluate(theta[None], u)
-    residual, jac = value[0] - log_y, jac[0]
     n = len(log_y)
+    weight = np.ones(n) if scale is None else scale
+    value, jac = form.evaluate(theta[None], u)
+    residual, jac = (value[0] - log_y) * weight, jac[0] * weight
     columns = jac[free_columns(form, theta, jac)]
     q = np.linalg.qr((columns / np.linalg.norm(columns, axis=1, keepdims=True)).T)[0]
+    maker = np.eye(n) - q @ q.T
+    if known_sd is not None:  # of whatever fit it is, weighted or not, M e is what its residuals hold of the error
+        residual = maker @ residual
     limit = 2.5 * robust_sd(residual, len(columns))
     if limit > 0:
         residual = np.clip(residual, -limit, limit)
-    maker = np.eye(n) - q @ q.T
-    member = (index[:, None] == np.arange(index.max() + 1)).astype(float)
-    size = member.sum(0)
+    member = members(index, scale)
+    size = (member**2).sum(0)
     between = member / np.sqrt(size)  # P = between between'
     mb, mz = maker @ between, maker @ member
     dof = float((mb * (between - q @ (q.T @ between))).sum())
@@ -225,12 +255,26 @@ def components(form, u, theta, log_y, index) -> tuple[float, float, float, np.nd
     rp = float(((between.T @ residual) ** 2).sum())
     # traces of M P M and M (I - P) M against ZZ' and I
     pz, tz = float(((between.T @ mz) ** 2).sum()), float((mz**2).sum())
-    system = np.array([[pz, dof], [tz - pz, left - dof]])
+    pv, tv = dof, float(left)
+    if known_sd is not None:
+        pv, tv = (float(((weight[:, None] * m) ** 2).sum()) for m in (mb, maker))
+        known_p, known_t = (float((((weight * known_sd)[:, None] * m) ** 2).sum()) for m in (mb, maker))
+        rp, total = rp - known_p, total - known_t
+    system = np.array([[pz, pv], [tz - pz, tv - pv]])
     trunk_var = row_var = -1.0
-    if (size > 1).any() and np.linalg.cond(system) < 1e8:
+    if (np.bincount(index) > 1).any() and np.linalg.cond(system) < 1e8:
         trunk_var, row_var = np.linalg.solve(system, [rp, total - rp])
     if trunk_var <= 0:
-        trunk_var, row_var = 0.0, total / left
+        trunk_var, row_var = 0.0, total / tv
+    elif row_var < 0 and known_sd is not None:  # the known part is all that rows of a trunk differ by
+        trunk_var = max(total / tz, 0.0)
     row_var = max(row_var, 1e-3 * trunk_var)  # a finite kappa where the branches of a trunk agree to the digit
-    kappa = 1 - np.sqrt(row_var / (row_var + size * trunk_var)) if trunk_var > 0 else np.zeros(len(size))
-    return float(np.sqrt(trunk_var)), float(np.sqrt(row_var)), max(dof, 1.0), kappa
+    if known_sd is None:
+        kappa = 1 - np.sqrt(row_var / (row_var + size * trunk_var)) if trunk_var > 0 else np.zeros(len(size))
+        return float(np.sqrt(trunk_var)), float(np.sqrt(row_var)), max(dof, 1.0), kappa, None
+    row_var = max(row_var, 0.0)
+    own = row_var + known_sd**2
+    own = np.maximum(own, 1e-3 * (own.mean() + trunk_var))  # no row outweighs a thousand
+    kappa = 1 - 1 / np.sqrt(1 + trunk_var * (members(index) / own[:, None]).sum(0))
+    scale = np.sqrt(1 / own / (1 / own).mean())
+    return float(np.sqrt(trunk_var)), float(np.sqrt(row_var)), max(dof, 1.0), kappa, scale

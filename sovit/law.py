@@ -24,7 +24,7 @@ from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, random_effects
 from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
 from sovit.fitter import solve
 from sovit.forms import LAWS, PerArm
-from sovit.rows import check, geometry_of, positive, prepare, star, trunks, varied_dims
+from sovit.rows import check, geometry_of, positive, prepare, relative_sd, star, trunks, varied_dims
 
 __all__ = ["LAWS", "Fit", "fit"]
 DRAW_DIGITS = 8  # significant digits of a stored bootstrap draw
@@ -126,6 +126,7 @@ def fit(
     geometry=None,
     cut=None,
     extrapolate=True,
+    measurement_sd=None,
 ) -> Fit:
     """Fit the law `form` (a key of LAWS) to losses y [n] > 0 measured at columns name -> [n].
 
@@ -140,6 +141,10 @@ def fit(
     whiten        None = as said under huber_delta
     geometry      what the columns do not say for counting FLOPs: patch_size, image_size, pool, head_dim, num_classes
     cut           compute that splits fit and score of the extrapolation test; None = `diagnose.compute_cut`
+    measurement_sd  [n], in units of y: what is known of the noise of each row by itself, such as that of a few-shot error
+                  over its support sets (only what is not shared by all rows: that cancels where rows are compared). A row
+                  weighs by 1 / (tau^2 + its own variance) in the log loss, tau^2 being estimated from what is left, and
+                  the parametric bootstrap draws both. Needs whitening, so huber_delta=None
 
     Raises UserError (one line, value and remedy) for bad columns, too few rows or trunks, unknown names.
     """
@@ -148,6 +153,8 @@ def fit(
     if huber_delta is not None and not huber_delta > 0:
         raise UserError(f"huber_delta={huber_delta!r} is not positive; give a number such as 1e-3, or None")
     table, y = check(form, columns, y, clusters, terms, zero_line)
+    whiten = (huber_delta is None) if whiten is None else whiten
+    log_sd = relative_sd(measurement_sd, y, whiten)
     shaped = LAWS[form].uses_dims and terms is None
     dims = varied_dims(table, dims) if shaped else ()
     centre, arms = star(table, dims) if dims else ({}, np.full(len(y), "all"))
@@ -159,9 +166,8 @@ def fit(
         raise UserError(
             f"bootstrap={bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
         )
-    whiten = (huber_delta is None) if whiten is None else whiten
     solver = dict(loss=loss, huber_delta=huber_delta, whiten=whiten)
-    solved = solve(rows.form, rows.u, rows.y, own, **solver)
+    solved = solve(rows.form, rows.u, rows.y, own, known_sd=None if log_sd is None else log_sd[rows.source], **solver)
     noise = seed_noise(table, y, index, solved)
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
@@ -207,7 +213,7 @@ def fit(
     diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
     extra = {}
     if extrapolate:
-        options = dict(zero_line=zero_line, terms=terms, solver=solver)
+        options = dict(zero_line=zero_line, terms=terms, solver=solver, known_sd=log_sd)
         extra = extrapolation(form, table, y, dims, index, arms, options, cut)
     model = dict(
         dims=list(dims),

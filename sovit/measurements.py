@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
+from sovit.fewshot import about, is_spread, noise_of, probe_of
 from sovit.ledger import merge, read_exclusions, read_ledger
 from sovit.shape import DIMENSIONS, Shape
 
@@ -33,7 +34,11 @@ LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: wh
 
 @dataclass(frozen=True)
 class Measurements:
-    """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason)."""
+    """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason).
+
+    For a few-shot error, measurement_sd [n] is what is known of the noise of each y, and support says how
+    (`fewshot.support_noise`).
+    """
 
     metric: str
     columns: dict
@@ -42,18 +47,23 @@ class Measurements:
     left_out: list
     statuses: dict
     paths: list
+    measurement_sd: np.ndarray | None = None
+    support: dict | None = None
 
     @property
     def zero_line(self) -> float | None:
         """Loss of knowing nothing: the rows' own `zero_line`, else ln(num_classes), the largest plausible one.
 
-        None for a metric that is not the loss, or where the rows do not say how many classes there are.
+        Of a few-shot error, the error of a guess. None for another metric, or where the rows do not say how many classes
+        there are.
         """
-        if self.metric != "val_loss":
+        probed = probe_of(self.metric)
+        if self.metric != "val_loss" and not probed:
             return None
-        known = [row["zero_line"] for row in self.rows if row.get("zero_line")]
-        if known:
-            return float(max(known))
+        name = about(probed)[1] if probed else "zero_line"
+        known = [row[name] for row in self.rows if row.get(name)]
+        if known or probed:
+            return float(max(known)) if known else None
         classes = self.rows[0].get("num_classes")
         return math.log(classes) if classes and classes > 1 else None
 
@@ -111,7 +121,7 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
                 )
         value = row.get(metric)
         if value is None and all(other.get(metric) is None for other in kept):
-            known = sorted(k for k, v in row.items() if k.startswith("val_") and v is not None)
+            known = sorted(k for k, v in row.items() if k.startswith("val_") and v is not None and not is_spread(k))
             raise UserError(
                 f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}"
             )
@@ -126,7 +136,10 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
         columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
     columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
     y = np.array([row[metric] for row in kept], float)
-    return Measurements(metric, columns, y, kept, left_out, statuses, [str(p) for p in paths])
+    noise, support = noise_of(kept, metric) or (None, None)
+    measurement_sd = noise * y if noise is not None and noise.any() else None
+    names = [str(p) for p in paths]
+    return Measurements(metric, columns, y, kept, left_out, statuses, names, measurement_sd, support)
 
 
 def _is_number(value) -> bool:

@@ -100,6 +100,8 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
         f"\ncompute (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
         f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
         f"\nestimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"
+        + ", probes apart"
+        * any(run.probe for run in sweep.runs.values())
     )
     if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
         hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())

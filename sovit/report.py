@@ -54,7 +54,8 @@ def fit_ledgers(
     fits, refused = {}, {}
     for name in dict.fromkeys((*FORMS, *([form] if form else []))):
         try:
-            fits[name] = law.fit(name, data.columns, data.y, bootstrap=bootstrap, seed=seed, **_options(name, data))
+            options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd) | _options(name, data)
+            fits[name] = law.fit(name, data.columns, data.y, **options)
         except np.linalg.LinAlgError as error:
             refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
         except UserError as error:

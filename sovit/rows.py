@@ -57,6 +57,23 @@ def check(form: str, columns: Mapping, y, clusters, terms, zero_line) -> tuple[d
     return table, y
 
 
+def relative_sd(measurement_sd, y: np.ndarray, whiten: bool) -> np.ndarray | None:
+    """S.d. of ln y [n] from that of y, None for None. Raises UserError for values that are none, or without whitening."""
+    if measurement_sd is None:
+        return None
+    if not whiten:
+        raise UserError("measurement_sd weighs rows, which needs whitening; leave out huber_delta and whiten")
+    sd = np.asarray(measurement_sd, float)
+    if sd.shape != y.shape:
+        raise UserError(f"measurement_sd has shape {sd.shape} but y has {y.shape}; give one value a row")
+    bad = np.flatnonzero(~(np.isfinite(sd) & (sd >= 0)))
+    if len(bad):
+        raise UserError(f"measurement_sd={sd[bad[0]]} in row {bad[0]} is no standard deviation; give 0 or more")
+    if not sd.any():
+        raise UserError("measurement_sd is 0 in every row; leave it out")
+    return sd / y
+
+
 def positive(table: Mapping, name: str) -> np.ndarray:
     """A column as floats, all above zero. Raises UserError."""
     try:

@@ -145,6 +145,8 @@ def _data(data: Measurements, fit) -> str:
             )
             lines.append(f"- Budgets in {words}: {text}.")
     lines.append(f"- {_seeds(data, shapes)}")
+    if data.support:
+        lines.append(f"- {_support(data)}")
     lines.append(f"- {_order(data, shapes)}")
     lines.append(f"- {_rates(data)}")
     excluded = Counter(reason for _, reason in data.left_out)
@@ -175,6 +177,20 @@ def _seeds(data, shapes) -> str:
     return text + (
         f" **Fewer than {MIN_SEEDS} seeds at {MIN_SEEDED_SHAPES} shapes**: the noise is poorly known, and so is every"
         " “within the noise” below."
+    )
+
+
+def _support(data) -> str:
+    """Few-shot errors: what the choice of the support sets does to a row by itself, and to all rows together."""
+    s = data.support
+    known = f"each row's mean over {s['sets']} support sets is known to {percent(s['sd'])} (s.d.), which the law"
+    known += " takes for known noise of the row and weighs it by"
+    alike = "; the rows do not differ in it by more than chance" if s["kept"] == 0 else ""
+    if s["shared_sd"] is None:
+        return f"Few-shot error: {known}{alike}. The rows hold no error by support set: what all share counts as noise too."
+    return (
+        f"Few-shot error: {known}{alike}. The sets are the same for all rows: another choice of them would move all rows"
+        f" together by {percent(s['shared_sd'])}, which is in no interval here, because it cancels between shapes."
     )
 
 
@@ -233,7 +249,7 @@ def rate_rule(data) -> str:
 def misfits(fit) -> float | None:
     """Residuals over seed noise where that is above 2, else None: then the form bends where the data do not."""
     ratio = fit.diagnostics["lack_of_fit"]["residual_over_noise"]
-    return ratio if fit.noise["source"] == "seeds" and ratio and ratio > 2 else None
+    return ratio if fit.noise["source"].startswith("seeds") and ratio and ratio > 2 else None
 
 
 def _cautions(data) -> list[str]:
@@ -381,8 +397,9 @@ def _quality(fit) -> str:
     lines = [
         f"- Residual (root mean square of ln measured / fitted): {percent(d['residual_rms'])}; noise s.d.:"
         f" {percent(noise['sd'])},"
-        f" {source[noise['source']]}. {_sentence(d['lack_of_fit']['note'])}",
-        f"- Components: {percent(d['trunk_sd'])} between trunks, {percent(d['row_sd'])} between the branches of one.",
+        f" {source[noise['source'].removesuffix('+support')]}. {_sentence(d['lack_of_fit']['note'])}",
+        f"- Components: {percent(d['trunk_sd'])} between trunks, {percent(d['row_sd'])} between the branches of one"
+        + (f", {percent(noise['support_sd'])} from support sets." if "support_sd" in noise else "."),
     ]
     pattern = {k: v for k, v in d["residual_pattern"].items() if v is not None}
     if pattern:

@@ -157,6 +157,11 @@ def test_a_run_with_a_probe_has_its_columns_and_the_same_measurement(trained, ru
         assert row[column(10, pictures, "sd")] == pytest.approx(np.std(expected[10], ddof=1))
         assert row[f"probe_zero_line/{pictures}"] == pytest.approx(2 / 3)
         assert row == read_record(runs, row["trunk_id"], row["run_id"])
+    fresh = train(run, runs.parent / "fresh")  # trained and probed in one go
+    incidental = ("seconds", "spent_seconds", "date")
+    assert [{k: v for k, v in row.items() if k not in incidental} for row in fresh] == [
+        {k: v for k, v in row.items() if k not in incidental} for row in rows
+    ]
     records = {p: p.stat().st_mtime_ns for p in runs.rglob("records/*.json")}
     assert train(run, runs) == rows
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("records/*.json")} == records

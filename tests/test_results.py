@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sovit.fewshot import SHOTS, column, columns, columns_of
 from sovit.law import Fit
 from sovit.ledger import merge, read_ledger
 from sovit.run import Recipe, Run, learning_rate
@@ -34,6 +35,15 @@ def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
         assert row["run_id"] == f"{row['trunk_id']}-{row['num_examples']}" and row["study"] == path.stem
         if row["status"] == "ok":
             assert 0 < row["val_loss"] < math.log(row["num_classes"]) * 1.5 and 0 <= row["val_error"] <= 1
+
+
+def test_few_shot_errors_of_the_stream_star_agree_with_themselves():
+    data = "icons:single40"
+    for row in read_ledger(RESULTS / "stream_star.jsonl"):
+        found = {shots: row[column(shots, data, "seeds")] for shots in SHOTS}
+        assert columns(data, found) == {k: v for k, v in columns_of(row, data).items() if not k.startswith("probe_")}
+        assert all(len(errors) == 3 and 0.8 < e < 1 for errors in found.values() for e in errors)
+        assert row[f"probe_zero_line/{data}"] == 0.975
 
 
 def test_rows_of_the_stream_star_have_the_ids_of_its_study():
