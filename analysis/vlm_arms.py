@@ -14,7 +14,12 @@ from statistics import mean, stdev
 from sovit import UserError
 from sovit.ledger import read_ledger
 
-ARMS = {"none": "trained", "random": "random", "blind": "blind"}  # control column -> name
+ARMS = {  # name -> what its rows have in the columns control and layer
+    "trained": ("none", -1),
+    "trained, one block earlier": ("none", -2),
+    "random": ("random", -1),
+    "blind": ("blind", -1),
+}
 FAMILIES = ("marks", "colours", "counts", "most")
 
 
@@ -22,8 +27,8 @@ def arms(path: Path) -> dict[str, list[dict]]:
     """Arm -> its rows, in the order of their seeds. Raises UserError where arms do not have the same seeds."""
     rows = [row for row in read_ledger(path) if row.get("objective") == "vlm" and row["status"] == "ok"]
     found = {
-        name: sorted((row for row in rows if row["control"] == control), key=lambda row: row["init_seed"])
-        for control, name in ARMS.items()
+        name: sorted((r for r in rows if (r["control"], r["layer"]) == arm), key=lambda row: row["init_seed"])
+        for name, arm in ARMS.items()
     }
     seeds = {tuple(row["init_seed"] for row in ours) for ours in found.values()}
     if len(seeds) != 1 or not min(seeds):
