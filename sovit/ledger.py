@@ -90,7 +90,7 @@ def new_row(
         "compute": shape.forward_flops * num_examples,
         "train_flops": per_image * num_examples,
         "spent_flops": per_image * run.new_examples(num_examples),
-        **{k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation")},
+        **{k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")},
         "val_loss": None,
         "val_error": None,
         **more,

@@ -20,6 +20,7 @@ from sovit.shape import Shape
 
 SCHEDULES = ("constant", "rsqrt")
 PARAMETRISATIONS = ("fan_in", "timm")
+PRECISIONS = ("float32", "bfloat16")
 NO_IDENTITY = ("budgets", "study", "probe")  # fields of Run that no id depends on
 
 
@@ -38,6 +39,7 @@ class Recipe:
     rsqrt_examples: int = 160_000  # timescale of the rsqrt trunk
     cooldown: float = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
     parametrisation: str = "fan_in"
+    precision: str = "float32"  # of matrix products in training; weights, optimiser and validation stay in float32
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -50,7 +52,11 @@ class Recipe:
             raise UserError(f"cooldown={self.cooldown} is not a share; give a number between 0 and 1")
         if self.weight_decay < 0 or self.warmup_examples < 0:
             raise UserError("weight_decay and warmup_examples may not be negative")
-        for name, known in (("schedule", SCHEDULES), ("parametrisation", PARAMETRISATIONS)):
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("parametrisation", PARAMETRISATIONS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 

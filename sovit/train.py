@@ -157,8 +157,9 @@ class Trainer:
             return self.source.train(step * batch, batch)
 
         def loss_fn(b: Batch) -> tuple[torch.Tensor, int]:
-            logits = self.model(b.images).flatten(0, -2)
-            return F.cross_entropy(logits, b.labels.flatten(), reduction="sum"), b.labels.numel()
+            with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                logits = self.model(b.images).flatten(0, -2)
+            return F.cross_entropy(logits.float(), b.labels.flatten(), reduction="sum"), b.labels.numel()
 
         def learning_rate_at(step: int) -> float:
             factor = schedule(step, warmup=recipe.warmup_examples // batch, timescale=timescale, cooldown=cooldown)

@@ -50,6 +50,7 @@ def test_budgets_study_and_probe_are_not_identity():
 
 # one other value for each field; a field added without an entry here fails the test below
 CHANGES = {
+    "precision": "bfloat16",
     "peak_lr": 0.004,
     "batch_size": 32,
     "weight_decay": 0.1,

@@ -78,7 +78,7 @@ def test_a_row_has_the_columns_of_the_schema(trained):
         "schema run_id trunk_id study status init_seed data_seed data preset num_classes objective width depth mlp_dim"
         " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples"
         " cooldown_examples forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay"
-        " parametrisation val_loss val_error data_key zero_line micro_batch seconds spent_seconds device versions commit"
+        " parametrisation precision val_loss val_error data_key zero_line micro_batch seconds spent_seconds device versions commit"
         " commit_dirty date"
     )
     skills = {
@@ -516,6 +516,16 @@ def test_an_image_that_does_not_fit_ends_the_run_in_one_line(tmp_path, memory_fo
 
 
 # divergence ----------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_trains_nearly_the_same_with_float32_weights(trained, tmp_path):
+    run = RUN.replace(recipe=Recipe(peak_lr=0.008, warmup_examples=160, precision="bfloat16"), budgets=(SHORT,))
+    (row,) = train(run, tmp_path)
+    exact = trained[1][0]
+    assert row["precision"] == "bfloat16" and exact["precision"] == "float32"
+    assert row["val_loss"] != exact["val_loss"] and row["val_loss"] == pytest.approx(exact["val_loss"], rel=0.01)
+    weights = safetensors.torch.load_file(tmp_path / run.trunk_id / f"{run.run_ids[0]}.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
 
 
 def test_divergence_is_recorded_with_its_step_and_without_a_loss(tmp_path):
