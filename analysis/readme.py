@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from published_flops import table as flops_table
+from vlm_arms import table as vlm_table
 
 from sovit.ledger import read_ledger
 
@@ -102,6 +103,22 @@ def validation(study: str) -> str:
     return "\n".join(lines)
 
 
+def probe(study: str, data: str, shots: int = 10) -> str:
+    """The best few-shot error of a study's branches, and how it moves with compute."""
+    rows = read_ledger(RESULTS / f"{study}.jsonl")
+    metric = f"val_error_{shots}shot/{data}"
+    probed = [row for row in rows if row.get(metric) is not None]
+    best = min(probed, key=lambda row: row[metric])
+    sd, guess = best[f"val_error_{shots}shot_sd/{data}"], best[f"probe_zero_line/{data}"]
+    low, high = min(row[metric] for row in probed), max(row[metric] for row in probed)
+    return (
+        f"{len(probed)} branches of `{study}`, {shots}-shot error on `{data}`: {low:.3f} to {high:.3f}; the best,"
+        f" {best['width']}x{best['depth']}x{best['mlp_dim']} at {best['train_flops']:.1e} FLOPs, has"
+        f" {best[metric]:.3f} (s.d. {sd:.3f} over {len(best[f'val_error_{shots}shot_seeds/{data}'])} support sets);"
+        f" a guess {guess:.3f}."
+    )
+
+
 def demo() -> str:
     return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
 
@@ -116,6 +133,8 @@ BLOCKS = {
     "stream law": lambda: law("stream_star"),
     "stream validation": lambda: validation("stream_validation"),
     "icons law": lambda: law("icons_star"),
+    "probe": lambda: probe("stream_star", "icons:single40"),
+    "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),
     "demo": demo,
 }
 
