@@ -56,7 +56,8 @@ def fit(
 
     `batch_at(step)` and `learning_rate_at(step)` are pure functions of the step, so that a run resumed from a
     checkpoint repeats exactly what the uninterrupted one did. A batch is a (named) tuple of tensors [B, ...], or None;
-    `loss_fn(batch)` returns the sum of its losses and the number of their terms, and the step descends their mean.
+    `loss_fn(batch)`, which must not depend on chance, returns the sum of its losses and the number of their terms; the
+    step descends their mean.
     `on_window(next_step, mean_loss, seconds)` is called at least every WINDOW steps, at multiples of WINDOW and at the
     end, after the losses were found finite.
 
@@ -126,7 +127,11 @@ def _parts(batch, rows: int) -> Iterator[Any]:
 
 
 class OutOfMemory(UserError):
-    """Even one row at a time does not fit."""
+    """Not even the least of work fits."""
+
+    def __init__(self, what: str, error: BaseException):
+        reason = str(error).partition("\n")[0]
+        super().__init__(f"out of memory {what} ({reason}); take a smaller shape, or a device with more memory")
 
 
 def within_memory(attempt: Callable[[int], T], rows: int) -> tuple[T, int]:
@@ -141,10 +146,7 @@ def within_memory(attempt: Callable[[int], T], rows: int) -> tuple[T, int]:
             if not is_out_of_memory(error):
                 raise
             if rows == 1:
-                raise OutOfMemory(
-                    f"out of memory with one sample at a time ({str(error).partition(chr(10))[0]}); take a smaller shape,"
-                    " or a device with more memory"
-                ) from error
+                raise OutOfMemory("with one sample at a time", error) from error
         # here, and not above: as long as the error lives, so does what was computed before it
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

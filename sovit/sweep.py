@@ -288,7 +288,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
     with stop_on_signal() as should_stop:
         try:
             return _work(json.loads(Path(plan_path).read_text()), train, should_stop)
-        except CannotWrite as error:  # no run's failure: a full disk would fail all that waits, too
+        except (CannotWrite, OSError) as error:  # no run's failure: a full disk would fail all that waits, too
             print(f"sovit: {error}", file=sys.stderr)
             return 1
 

@@ -35,7 +35,7 @@ from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
 from sovit.ledger import CannotWrite, locked, new_row, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, schedule
+from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, is_out_of_memory, schedule
 from sovit.model import build, parameter_groups
 from sovit.probe import probe_branches
 from sovit.progress import progress_text, write_progress
@@ -59,13 +59,18 @@ def train(
     those of an uninterrupted run. A damaged checkpoint is said on standard error and the one before it taken. A
     non-finite loss ends its branch (or, on the trunk, all later ones) as `diverged`.
 
-    Raises UserError where data and shape do not fit together, OutOfMemory where one image does not fit into memory and
+    Raises UserError where data and shape do not fit together, OutOfMemory where model or image do not fit into memory and
     CannotWrite where a state that is needed cannot be kept, both of them UserErrors; Interrupted, its state saved, as
     soon as `should_stop()`.
     """
     pending = [n for n in run.budgets if read_record(runs_dir, run.trunk_id, run.run_id(n)) is None]
     if pending:
-        Trainer(run, Path(runs_dir), device, on_progress, save_seconds, should_stop).train(pending)
+        try:
+            Trainer(run, Path(runs_dir), device, on_progress, save_seconds, should_stop).train(pending)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # where smaller parts of a batch do not help
+                raise OutOfMemory("for the model and its optimiser", error) from error
+            raise
     if run.probe:
         probe_branches(run, runs_dir, device)
     rows = [read_record(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets]
@@ -312,7 +317,8 @@ class Trainer:
 
 
 def say(line: str) -> None:
-    print(f"sovit: {line}", file=sys.stderr, flush=True)
+    clear = "\r\033[K" if sys.stderr.isatty() else ""  # what `main` shows of the progress
+    print(f"{clear}sovit: {line}", file=sys.stderr, flush=True)
 
 
 def check_readout(run: Run, readout: str) -> None:

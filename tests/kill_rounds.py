@@ -294,7 +294,7 @@ def main() -> int:
         print(json.dumps(result, indent=2))
     else:
         print(f"{result['rounds']} rounds, {result['kills']} kills, {result['points']} points: {', '.join(wrong)}")
-        print(f"killed within: {result['hit_within']}; elsewhere: {result['hit']}; {result['seconds']} s")
+        print(f"killed within: {result['hit_within']}; innermost: {result['hit']}; {result['seconds']} s")
     return int(not all(line.startswith("0 ") for line in wrong))
 
 

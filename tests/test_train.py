@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,13 +223,15 @@ def test_killed_training_resumes_to_the_same_bits(trained, tmp_path):
 
 def test_stopped_training_saves_says_how_to_go_on_and_resumes_to_the_same_bits(trained, tmp_path):
     """SIGINT and SIGTERM, which come between two windows and long before a periodic save."""
-    ends, said, first = end_training(tmp_path, ["INT:1", "TERM:2", "INT:3", "TERM:4", "INT:5", "TERM:7", "INT:8"])
-    assert ends == ["130"] * 7
+    ends, said, first = end_training(tmp_path, ["INT:1", "TERM:3", "INT:5", "TERM:8"])
+    assert ends == ["130"] * 4
     assert first > RUN.trunk_examples(LONG)
     steps = [
         int(re.search(r"sovit: stopped after (\d+) steps, with the state in .*; go on with: ", s)[1]) for s in said
     ]
-    assert len(steps) == 7 and steps == sorted(steps) and any(step % 50 for step in steps)
+    assert len(steps) == 4 and steps == sorted(steps) and any(step % 50 for step in steps)
+    progress = json.loads((tmp_path / "runs" / RUN.trunk_id / "progress.json").read_text())
+    assert 0 <= time.time() - progress["updated"] < 600 and progress["trunk_id"] == RUN.trunk_id
     expect_the_same_bits(tmp_path / "runs", trained)
     assert metrics(tmp_path / "runs") == metrics(trained[0])
     assert not [r for r in (tmp_path / "runs").rglob("records/*.json") if '"failed"' in r.read_text()]
@@ -332,31 +335,28 @@ POINTS = [f"trunk-{RUN.trunk_examples(n)}.pt" for n in RUN.budgets]
 
 
 @pytest.mark.parametrize(
-    ("damage", "files", "first"),
+    ("damages", "first"),
     [
-        (truncated, ["latest.pt"], 250),
-        (emptied, ["latest.pt", "previous.pt"], 250),
-        (bit_flipped, ["latest.pt"], 250),
-        (bit_flipped, ["latest.pt", POINTS[1]], 250),  # previous.pt stands where the branch leaves
-        (of_another_shape, ["latest.pt", "previous.pt", POINTS[1]], 150),
-        (of_another_trunk, ["latest.pt", "previous.pt", POINTS[1]], 150),
-        (bit_flipped, ["latest.pt", "previous.pt", *POINTS], 50),
+        ({"latest.pt": truncated}, 250),
+        ({"latest.pt": emptied, POINTS[1]: bit_flipped}, 250),  # previous.pt stands where the branch leaves
+        ({"latest.pt": of_another_shape, "previous.pt": of_another_trunk, POINTS[1]: bit_flipped}, 150),
+        (dict.fromkeys(["latest.pt", "previous.pt", *POINTS], bit_flipped), 50),
     ],
 )
-def test_damaged_checkpoints_are_said_and_cost_time_alone(trained, cut_short, tmp_path, capfd, damage, files, first):
+def test_damaged_checkpoints_are_said_and_cost_time_alone(trained, cut_short, tmp_path, capfd, damages, first):
     shutil.copytree(cut_short, tmp_path / "runs")
     folder = tmp_path / "runs" / RUN.trunk_id
-    for name in files:
+    for name, damage in damages.items():
         damage(folder / name)
     seen = []
     train(RUN, tmp_path / "runs", on_progress=seen.append)
     assert seen[0]["examples"] == 16 * first
     said = capfd.readouterr().err.splitlines()
-    for name in files:
+    for name in damages:
         assert [f"{folder / name} is not used (" in line for line in said].count(True) == 1, said
-    assert len(said) == len(files)
+    assert len(said) == len(damages)
     expect_the_same_bits(tmp_path / "runs", trained)
-    if POINTS[0] in files:
+    if POINTS[0] in damages:
         assert checkpoint.load(folder / POINTS[0])["step"] == 120  # made again on the way, for a later branch
 
 
@@ -383,14 +383,10 @@ def test_a_damaged_log_keeps_its_sound_lines(trained, cut_short, tmp_path):
     expect_the_same_bits(tmp_path / "runs", trained)
 
 
-@pytest.mark.parametrize("content", ["", '{"run_id"', "null\n", "\xff", '{"run_id": "another-1"}'])
-def test_a_damaged_record_is_measured_again_from_its_branch_point(trained, tmp_path, capfd, content):
+def test_a_damaged_record_is_measured_again_from_its_branch_point(trained, tmp_path, capfd):
     shutil.copytree(trained[0], tmp_path / "runs")
     record = tmp_path / "runs" / RUN.trunk_id / "records" / f"{RUN.run_id(SHORT)}.json"
-    sound = json.loads(record.read_text())
-    if "another" in content:
-        content = json.dumps(sound | json.loads(content))
-    record.write_text(content, encoding="latin-1")
+    truncated(record)
     seen = []
     rows = train(RUN, tmp_path / "runs", on_progress=seen.append)
     assert [p["examples"] // 16 for p in seen] == [150]  # its cooldown alone
@@ -513,6 +509,17 @@ def test_an_image_that_does_not_fit_ends_the_run_in_one_line(tmp_path, memory_fo
     assert main([str(tmp_path / "run.json"), str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sovit: out of memory with one")
+
+
+def test_a_model_that_does_not_fit_is_said_so(tmp_path, monkeypatch):
+    def build_large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_module, "build", build_large)
+    with pytest.raises(
+        OutOfMemory, match=r"^out of memory for the model and its optimiser \(CUDA out of memory.\); take a"
+    ):
+        train(RUN, tmp_path)
 
 
 # divergence ----------------------------------------------------------------------------------------------------------
