@@ -126,7 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
             p.add_argument("--json", action="store_true")
             p.set_defaults(run=_track)
         else:
-            p.add_argument("--port", type=int, help="of MLflow; the dashboard takes the next (default 5000, or next free)")
+            p.add_argument(
+                "--port", type=int, help="of MLflow; the dashboard takes the next (default 5000, or next free)"
+            )
             p.set_defaults(run=_ui)
 
     p = commands.add_parser("data", help="look at a data source, or build its cache")

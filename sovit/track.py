@@ -301,10 +301,8 @@ def _view_state(chosen: list[str], metrics: list[str], search: str) -> dict:
         {
             **{"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "yAxisKey": "metric", "range": {}},
             **{"useGlobalXaxisKey": False, "xAxisKey": "metric", "selectedXAxisMetricKey": LOG_FLOPS},
-            **{
-                "useGlobalLineSmoothing": False,
-                "lineSmoothness": 0,
-            },  # smoothing would draw a cooldown where there is none
+            # smoothing, which MLflow does by itself, would hide where a cooldown begins
+            **{"useGlobalLineSmoothing": False, "lineSmoothness": 0},
         },
         *(scatter(axis("METRIC", metric)) for metric in metrics if metric != PRIMARY),
         *(scatter(axis("PARAM", param)) for param in chosen),

@@ -51,7 +51,8 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
 
     processes: dict[str, subprocess.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(number, signal.default_int_handler)
     with open(store.with_suffix(".log"), "w") as log:
         try:
             for name, command in commands.items():
