@@ -254,7 +254,7 @@ def check_same_data(rows: Iterable[dict], data: ProbeData) -> None:
     """Raises UserError where one of `rows` of that resolution was probed on other samples under the same name."""
     key = data.source.content_key
     for row in rows:
-        if row["image_size"] == data.image_size and row.get(about(data.name)[0], key) != key:
+        if row.get("image_size") == data.image_size and row.get(about(data.name)[0], key) != key:
             raise UserError(
                 f"the data of {data.name} changed since {row['run_id']} was probed; take the columns of that probe out"
                 " of its ledger and records"
