@@ -143,7 +143,8 @@ def fit_by_dimension(fit, data) -> Figure | None:
 def isoflop(fit, data) -> Figure | None:
     """Loss against model size at equal training FLOPs. Curves: shapes on the law's own optimal path; dots: its valley.
 
-    Size is forward FLOPs of one image. None where the runs stand on no common FLOPs, or the law cannot rank shapes.
+    Size is forward FLOPs of one image. None where the runs stand on no common FLOPs, the law cannot rank shapes, or its
+    optimum is nowhere near the sizes run.
     """
     kind, group, budgets = budget_levels(fit, data)
     if kind != "train_flops" or fit.geometry is None or fit.form not in WHOLE_SHAPE:
@@ -151,7 +152,6 @@ def isoflop(fit, data) -> Figure | None:
     dims, geometry = fit.model["dims"], Geometry(**fit.geometry)
     _, arms = star(data.columns, dims)
     colours = ramp(len(budgets))
-    figure, (axis,) = _panels(1, 1, COLUMN + 0.6, 3.2, left=0.125, right=0.86, bottom=0.13, top=0.84)
     size = data.columns["forward_flops"].astype(float)
     low, high = np.log(fit.data["compute_range"])
     path = np.exp(optimal_path(fit, np.linspace(low - 9, high + 9, 161), fit.theta[None])[:, 0])  # [T, K]
@@ -159,6 +159,9 @@ def isoflop(fit, data) -> Figure | None:
     path_size = geometry.flops(table, head=False)
     with_head = geometry.flops(table, head=True)
     keep = (path_size > size.min() / 1.5) & (path_size < size.max() * 1.5)
+    if not keep.any():
+        return None
+    figure, (axis,) = _panels(1, 1, COLUMN + 0.6, 3.2, left=0.125, right=0.86, bottom=0.13, top=0.84)
     valley = []
     for g, budget in enumerate(budgets):
         images = budget / 3 / with_head

@@ -23,6 +23,7 @@ from sovit.shape import DIMENSIONS, Shape
 FAR_DECADES = 2.0  # extrapolation beyond which the recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
 SEARCH = 8.0  # the search for feasible shapes spans this factor below and above the real optimum
+NEAR_STEPS = 64  # unit steps from the survey to the best shape before they double
 LATTICE = dict(width=32, depth=32, mlp_dim=48)  # most values a dimension in the survey of the flat region
 MAX_LISTED = 50  # shapes of the flat region that are listed
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
@@ -282,21 +283,26 @@ def _descend(fit, table, loss, geometry, log_budget, floors) -> tuple[dict, floa
     """From the best of the survey to the best of the full lattice: +-1 and +-2 steps in all three dimensions at once.
 
     The loss is convex in the log dimensions (allocate), so that a local best of this neighbourhood is taken for global;
-    a test compares with brute force.
+    a test compares with brute force. Steps grow where the best is far away, as under a law that is nearly flat.
     """
     steps = {n: floor for n, floor in floors.items() if n in fit.model["dims"]}
     best = {n: int(column[loss.argmin()]) for n, column in table.items()}
     best_loss = float(loss.min())
     offsets = np.stack(np.meshgrid(*[np.arange(-2, 3)] * len(steps), indexing="ij"), -1).reshape(-1, len(steps))
+    stride, taken = 1, 0
     while steps:
         near = {n: np.full(len(offsets), value) for n, value in best.items()}
         for k, (n, (step, least)) in enumerate(steps.items()):
-            near[n] = np.maximum(least, best[n] + step * offsets[:, k])
+            near[n] = np.maximum(least, best[n] + stride * step * offsets[:, k])
         around = _loss(fit, near, geometry, log_budget)
-        if around.min() >= best_loss:
+        if around.min() < best_loss:
+            best = {n: int(column[around.argmin()]) for n, column in near.items()}
+            best_loss, taken = float(around.min()), taken + 1
+            stride *= 2 if taken % NEAR_STEPS == 0 else 1
+        elif stride == 1:
             break
-        best = {n: int(column[around.argmin()]) for n, column in near.items()}
-        best_loss = float(around.min())
+        else:
+            stride //= 2
     return best, best_loss
 
 

@@ -1,8 +1,9 @@
 """Probe an encoder: features of a labelled source, and the few-shot error of a linear probe on them (see `fewshot`).
 
 The representation is `Encoder.pooled`, what the tower itself hands to a task head, as SoViT probes its pre-logits. The
-support sets are drawn from the first training samples of the source, under a data seed of their own; the test images
-are its validation images. Both are opened at the encoder's own resolution: a larger encoder sees more detail.
+support sets are drawn from the first training samples of the source, under a data seed of their own and as training sees
+them (a hub set mirrors half of them, unless its preset ends in ?flip=0); the test images are its validation images.
+Both are opened at the encoder's own resolution: a larger encoder sees more detail.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ def check_same_data(rows: Iterable[dict], data: ProbeData) -> None:
     """Raises UserError where one of `rows` of that resolution was probed on other samples under the same name."""
     key = data.source.content_key
     for row in rows:
-        if row["image_size"] == data.image_size and row.get(about(data.name)[0], key) != key:
+        if row.get("image_size") == data.image_size and row.get(about(data.name)[0], key) != key:
             raise UserError(
                 f"the data of {data.name} changed since {row['run_id']} was probed; take the columns of that probe out"
                 " of its ledger and records"

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sovit import UserError, law, plot
 from sovit.fewshot import SHOTS, column, columns, columns_of
 from sovit.law import Fit
 from sovit.ledger import merge, read_ledger
+from sovit.measurements import measurements
+from sovit.predict import best_shape
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
 
@@ -63,6 +66,27 @@ def test_few_shot_errors_of_the_stream_star_agree_with_themselves():
         assert columns(data, found) == {k: v for k, v in columns_of(row, data).items() if not k.startswith("probe_")}
         assert all(len(errors) == 3 and 0.8 < e < 1 for errors in found.values() for e in errors)
         assert row[f"probe_zero_line/{data}"] == 0.975
+
+
+def test_a_metric_that_carries_no_law_names_no_shape():
+    """The one-shot error of the stream star: the law's best width is at the end of the world, and it takes no ages there."""
+    data = measurements([RESULTS / "stream_star.jsonl"], column(1, "icons:single40"))
+    fitted = law.fit(
+        "bounded",
+        data.columns,
+        data.y,
+        zero_line=data.zero_line,
+        measurement_sd=data.measurement_sd,
+        extrapolate=False,
+    )
+    assert {name: e["status"] for name, e in fitted.exponents.items()} == {
+        "width": "edge",
+        "depth": "unidentified",
+        "mlp_dim": "unidentified",
+    }
+    with pytest.raises(UserError, match="does not pay for one image"):
+        best_shape(fitted, 3e12)
+    assert plot.isoflop(fitted, data) is None
 
 
 def test_rows_of_the_stream_star_have_the_ids_of_its_study():
