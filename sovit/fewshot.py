@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sovit import UserError
+from sovit.run import Run
 
 SHOTS = (1, 5, 10, 25)
 SUPPORT_SEEDS = (0, 1, 2)
@@ -202,3 +203,8 @@ def noise_of(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, dict] | Non
 def is_probed(row: dict, data: str) -> bool:
     """Whether the row holds every column of a probe on `data`."""
     return all(row.get(column(shots, data, kind)) is not None for shots in SHOTS for kind in ("", "sd", "seeds"))
+
+
+def lacks_probe(run: Run, row: dict) -> bool:
+    """Whether the row of a branch of `run` is to be probed still."""
+    return bool(run.probe) and row["status"] == "ok" and not is_probed(row, run.probe)

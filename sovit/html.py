@@ -90,11 +90,11 @@ def mismatch(folder: Path, data: Measurements, form: str | None) -> str:
     try:
         made_of = json.loads((folder / INPUTS).read_text())
         found = json.loads((folder / "law.json").read_text())["form"]
+        differing = [name for name, value in data.identity.items() if made_of.get(name) != value]
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{folder} cannot be read"
-    differing = [name for name, value in data.identity.items() if made_of.get(name) != value]
     if differing:
         what = "rows" if differing[0] == "sha256" else differing[0]
         return f"the law in {folder} is of other {what}"

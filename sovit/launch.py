@@ -21,7 +21,7 @@ from sovit.stop import stop_on_signal, this_command
 from sovit.sweep import MAX_ATTEMPTS, Sweep, is_waiting, open_storage, open_study, reconcile
 
 POLL_SECONDS = 0.5
-STOP_SECONDS = 30.0  # that workers have to save what they are at
+STOP_SECONDS = 60.0  # that workers have to save what they are at
 
 
 def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequence[str] = ()) -> list[dict]:
@@ -52,7 +52,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     }
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
-    design = plan | {"metric": "val_loss", "command": sys.orig_argv, "folder": os.getcwd()}
+    design = plan | {"command": sys.orig_argv, "folder": os.getcwd()}
     write_atomic(sweep.runs_dir / f"{sweep.name}.design.json", json.dumps(design))  # stays, for `sovit status`
     command = list(worker_command) or [sys.executable, "-m", "sovit.sweep"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
@@ -116,6 +116,7 @@ def _attend(sweep: Sweep, workers: int, processes: list[subprocess.Popen], start
 def _end(processes: list[subprocess.Popen]) -> None:
     """Ask the workers to save and leave; kill those that have not within STOP_SECONDS, or at a second Ctrl-C."""
     until = time.monotonic() + STOP_SECONDS
+    processes = [process for process in processes if process.poll() is None]
     try:
         for process in processes:
             process.terminate()
@@ -125,6 +126,8 @@ def _end(processes: list[subprocess.Popen]) -> None:
             process.wait(max(0.0, until - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass
+    if killed := sum(process.poll() is None for process in processes):
+        print(f"{killed} workers did not save in time and were killed; their last save stands", file=sys.stderr)
     for process in processes:
         process.kill()
         process.wait()

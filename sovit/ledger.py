@@ -90,7 +90,9 @@ def new_row(
         "compute": shape.forward_flops * num_examples,
         "train_flops": per_image * num_examples,
         "spent_flops": per_image * run.new_examples(num_examples),
-        **{k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")},
+        **{
+            k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")
+        },
         "val_loss": None,
         "val_error": None,
         **more,
@@ -259,7 +261,8 @@ def read_ledger(path: Path | str) -> list[dict]:
 
 
 def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
-    """Sort rows by run_id and make one of those that agree; a failed row gives way to an answer.
+    """Sort rows by run_id and make one of those that agree; a failed row gives way to an answer, or to a later
+    failure.
 
     Rows agree when all that was measured does, as far as both say it: two runs of one measurement differ in date, speed
     and commit, of which the first row's stay. A measurement that only one of them holds (a probe made later) is kept;
@@ -269,7 +272,7 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
     by_id: dict[str, dict] = {}
     for row in rows:
         other = by_id.get(row["run_id"])
-        if other is None or (other["status"] == "failed" and row["status"] != "failed"):
+        if other is None or (other["status"] == "failed" and row["status"] != "failed") or _failed_later(row, other):
             by_id[row["run_id"]] = row
         elif row["status"] != "failed":
             measured = {k: v for k, v in row.items() if k not in INCIDENTAL}
@@ -282,6 +285,10 @@ def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
                 )
             by_id[row["run_id"]] = other | {k: v for k, v in measured.items() if other.get(k) is None}
     return [by_id[k] for k in sorted(by_id)]
+
+
+def _failed_later(row: dict, other: dict) -> bool:
+    return row["status"] == other["status"] == "failed" and str(row.get("date")) > str(other.get("date"))
 
 
 def update_ledger(path: Path, rows: list[dict]) -> list[dict]:

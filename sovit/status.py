@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sovit import UserError
+from sovit.fewshot import lacks_probe
 from sovit.ledger import ANSWERED, is_locked, read_ledger, record_path
 from sovit.plan import clock
 from sovit.run import Run
@@ -70,21 +71,25 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
         rows = {i: row for i, row in rows.items() if i in asked}
     missing = {t: [n for n in r.budgets if not _answered(rows.get(r.run_id(n)))] for t, r in design.runs.items()}
     launches = _live_launches(name, runs_dir)
-    running = [t for t in design.runs if missing[t] and is_locked(runs_dir / t / "lock")]
+    unprobed = {
+        t for t, r in design.runs.items() if any(lacks_probe(r, rows[i]) for i in r.run_ids if _answered(rows.get(i)))
+    }
+    todo = [t for t in design.runs if missing[t] or t in unprobed]
+    running = [t for t in todo if is_locked(runs_dir / t / "lock")]
     in_error = {r["trunk_id"]: r["run_id"] for r in rows.values() if r["status"] == "failed"}
     failed = [
         t
         for t, run_id in in_error.items()
         if t not in running and _date(record_path(runs_dir, t, run_id)) >= min(launches, default=0.0)
     ]  # a launch tries again what failed before it began
-    waiting = [t for t in design.runs if missing[t] and t not in running and t not in failed]
+    waiting = [t for t in todo if t not in running and t not in failed]
 
     cost = _costs(design, rows, runs_dir)
-    workers = [_worker(design.runs[t], runs_dir) for t in running]
+    workers = [_worker(design.runs[t], runs_dir) | ({} if missing[t] else {"phase": "probing"}) for t in running]
     left, in_flight = _left(design, rows, missing, workers, cost, runs_dir)
     silent = any(w["stale"] for w in workers)
     statuses = [row["status"] for row in rows.values()]
-    billed = sum(row.get("spent_flops") or 0 for row in rows.values())
+    billed = sum(v for row in rows.values() if isinstance(v := row.get("spent_flops"), (int, float)))
     speeds = _speeds(rows.values(), workers, design)
     seconds = {t: _seconds(left[t], design.runs[t], speeds) for t in design.runs if left[t]}
     seconds |= {w["trunk_id"]: w["seconds_left"] for w in workers if w["seconds_left"] is not None}
@@ -340,7 +345,8 @@ def status_text(s: dict) -> str:
         ]
         if f["left"] and not f["head_counted"]:
             head = " (task head not counted before the first measurement)"
-        lines.append(f"  FLOPs  {f['done']:.3g} of {f['total']:.3g} done, {f['done'] / f['total']:.0%}{head}")
+        share = f", {f['done'] / f['total']:.0%}" if f["total"] else ""  # of what diverged, nobody kept the bill
+        lines.append(f"  FLOPs  {f['done']:.3g} of {f['total']:.3g} done{share}{head}")
     else:
         running = "running" if t["running"] else "nothing runs"
         lines = [

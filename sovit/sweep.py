@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sovit import UserError
-from sovit.fewshot import is_probed, probe_of
+from sovit.fewshot import lacks_probe, probe_of
 from sovit.ledger import (
     ANSWERED,
     CannotWrite,
@@ -219,11 +219,6 @@ class Sweep:
                 if path.stem in run.run_ids and (row := record_row(path)):
                     rows.append(row | {"study": self.name})
         return update_ledger(self.ledger, rows) if rows else list(self.in_ledger.values())
-
-
-def lacks_probe(run: Run, row: dict) -> bool:
-    """Whether the row of a branch of `run` is to be probed still."""
-    return bool(run.probe) and row["status"] == "ok" and not is_probed(row, run.probe)
 
 
 def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:

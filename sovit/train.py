@@ -34,7 +34,7 @@ from sovit import UserError
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
-from sovit.ledger import CannotWrite, locked, new_row, provenance, read_record, write_atomic, write_record
+from sovit.ledger import CannotWrite, is_locked, locked, new_row, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, is_out_of_memory, schedule
 from sovit.model import build, parameter_groups
 from sovit.probe import probe_branches
@@ -367,10 +367,14 @@ def main(argv: list[str] | None = None) -> int:
         run, runs_dir, device = Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :])
         check_device(device)
         lock = Path(runs_dir) / run.trunk_id / "lock"  # the one that a sweep's workers hold
+        if is_locked(lock):
+            say(f"waiting for who trains {run.trunk_id} already")
         with locked(lock), stop_on_signal() as should_stop:
             rows = train(run, runs_dir, device, show, should_stop=should_stop)
     except Interrupted as stop:
         say(f"{stop}, with the state in {Path(runs_dir) / run.trunk_id}; go on with: {this_command()}")
+        return 130
+    except KeyboardInterrupt:  # before it had begun
         return 130
     except OutOfMemory as error:
         say(str(error))

@@ -19,13 +19,14 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 from sovit import UserError, launch
 from sovit.ledger import read_record, update_ledger, write_atomic
 from sovit.run import Recipe, Run, budgets_for, learning_rate
 from sovit.shape import Shape
+from sovit.stop import stop_on_signal, this_command
 
 SHAPE = Shape(32, 3, 672, head_dim=8, patch_size=4, image_size=16, pool="none")
 BUDGET = 2e12
@@ -72,27 +73,39 @@ def main(argv: list[str] | None = None) -> int:
         return status
     ledger = options.results / "vlm_thread.jsonl"
     try:
-        arms = vlm_runs()
-        with ThreadPoolExecutor(options.workers) as pool:
-            statuses = list(pool.map(lambda run: train_arm(run, options.runs, ledger), arms))
+        status = train_arms(vlm_runs(), options.workers, options.runs, ledger)
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    print(f"next: python analysis/vlm_arms.py {ledger}")
-    return max(statuses)
-
-
-def train_arm(run, runs_dir: Path, ledger: Path) -> int:
-    """Train one arm in a process of its own, unless it has a record, and put its row into the ledger."""
-    plan = runs_dir / run.trunk_id / "run.json"
-    write_atomic(plan, json.dumps(dataclasses.asdict(run)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "sovit.vlm.train", str(plan), str(runs_dir)]
-    status = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL).returncode
-    row = read_record(runs_dir, run.trunk_id, run.run_id)
-    if row is not None:
-        update_ledger(ledger, [row | {"study": "vlm_thread"}])
+    print(f"next: python analysis/vlm_arms.py {ledger}" if not status else f"go on with: {this_command()}")
     return status
+
+
+def train_arms(arms: list, workers: int, runs_dir: Path, ledger: Path) -> int:
+    """Train each arm that has no record, in a process of its own; put every row into the ledger as it comes.
+
+    SIGINT and SIGTERM are passed on: the arms in training save and leave. Returns the worst exit status.
+    """
+    waiting, running, statuses = list(arms), {}, [0]
+    with stop_on_signal() as should_stop:
+        while running or (waiting and not should_stop()):
+            while waiting and len(running) < workers and not should_stop():
+                run = waiting.pop(0)
+                plan = runs_dir / run.trunk_id / "run.json"
+                write_atomic(plan, json.dumps(dataclasses.asdict(run)))
+                command = [sys.executable, "-m", "sovit.vlm.train", str(plan), str(runs_dir)]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                running[subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)] = run
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                run = running.pop(process)
+                statuses.append(process.returncode if process.returncode >= 0 else 1)
+                row = read_record(runs_dir, run.trunk_id, run.run_id)
+                if row is not None:
+                    update_ledger(ledger, [row | {"study": "vlm_thread"}])
+            for process in running if should_stop() else ():
+                process.terminate()  # again and again: an arm that is only starting does not hear it yet
+        return 130 if should_stop() else max(statuses)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def fake_train(run, runs_dir, device, on_progress, should_stop):
             raise RuntimeError("out of memory\nwith a second line")
         if run.init_seed == 888:
             os.kill(os.getpid(), 9)
-        diverged = dict(status="diverged", error="trunk: not finite at step 3")
+        diverged = dict(status="diverged", error="trunk: not finite at step 3", spent_flops=None)
         answer = diverged if run.init_seed == 777 else dict(status="ok", val_loss=loss_of(run, n), val_error=0.5)
         write_record(runs_dir, new_row(run, n, num_classes=16, seconds=PAUSE, **answer, **provenance("fake")))
         note(folder, "end", run.run_id(n), os.getpid())

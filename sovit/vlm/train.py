@@ -24,7 +24,7 @@ from sovit import UserError
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data.stream import PRESETS, Stream
 from sovit.encoder import load_branch, open_encoder
-from sovit.ledger import SCHEMA, locked, provenance, read_record, write_atomic, write_record
+from sovit.ledger import SCHEMA, is_locked, locked, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, Interrupted, fit, schedule
 from sovit.model import parameter_groups
 from sovit.progress import progress_text, write_progress
@@ -255,10 +255,15 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
         runs_dir = Path(arguments[1] if len(arguments) > 1 else "runs")
-        with locked(runs_dir / run.trunk_id / "lock"), stop_on_signal() as should_stop:
+        lock = runs_dir / run.trunk_id / "lock"
+        if is_locked(lock):
+            say(f"waiting for who trains {run.trunk_id} already")
+        with locked(lock), stop_on_signal() as should_stop:
             row = train(run, runs_dir, on_progress=show, should_stop=should_stop)
     except Interrupted as stop:
         say(f"{stop}, with the state in {runs_dir / run.trunk_id}; go on with: {this_command()}")
+        return 130
+    except KeyboardInterrupt:  # before it had begun
         return 130
     except UserError as error:
         say(str(error))
