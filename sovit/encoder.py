@@ -120,8 +120,11 @@ def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
         known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
         hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
+    if "lm_width" in (folder / "config.json").read_text():
+        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
     try:
-        run = Run.from_dict(json.loads((folder / "config.json").read_text()))
+        config = json.loads((folder / "config.json").read_text())
+        run = Run.from_dict(config)
         state = load_weights(weights)
     except ValueError as error:
         again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
@@ -210,14 +213,16 @@ def _tower(name: str, location: str, device: str) -> Encoder:
     except ImportError:
         raise UserError(f"{name} needs transformers; run: pip install 'sovit[vlm]'") from None
     try:
-        kind = transformers.AutoConfig.from_pretrained(location).model_type
+        # said in so many words: left out, transformers asks on the terminal whether to run a repository's own code
+        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
+        kind = config.model_type
         if kind not in TOWERS:
             raise UserError(f"{name} is a {kind!r}; the towers read here are {', '.join(sorted(TOWERS))}")
-        more = (
-            {"add_pooling_layer": False} if kind == "vit" else {}
-        )  # a BERT-like pooler, which checkpoints seldom have
+        more: dict = {"use_safetensors": True}
+        if kind == "vit":
+            more["add_pooling_layer"] = False  # a BERT-like pooler, which checkpoints seldom have
         tower: Any = getattr(transformers, TOWERS[kind]).from_pretrained(location, **more).eval().to(device)
-        record = transformers.AutoImageProcessor.from_pretrained(location).to_dict()
+        record = transformers.AutoImageProcessor.from_pretrained(location, trust_remote_code=False).to_dict()
     except UserError:
         raise
     except Exception as error:  # transformers and the hub client raise a dozen unrelated kinds
@@ -225,14 +230,13 @@ def _tower(name: str, location: str, device: str) -> Encoder:
             f"{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and preprocessor_config.json"
         ) from error
-    config = tower.config
     cropped = bool(record.get("do_center_crop"))
     size = dict(record["crop_size"] if cropped else record["size"])
-    if size.get("height", config.image_size) != config.image_size:
-        raise UserError(
-            f"{name} reads {config.image_size} px, its processor makes {size['height']}; mend the processor"
-        )
-    grid = config.image_size // config.patch_size
+    image_size = size.get("height", config.image_size)
+    # DINOv2 resizes its positions to what comes; its published weights have those of 518 px and a processor of 224
+    if image_size != config.image_size and not (kind.startswith("dinov2") and image_size % config.patch_size == 0):
+        raise UserError(f"{name} reads {config.image_size} px, its processor makes {image_size}; mend the processor")
+    grid = image_size // config.patch_size
     parameters = {n for n, _ in tower.named_parameters()}
     has_class = bool(parameters & {"embeddings.cls_token", "embeddings.class_embedding"})
     prefix = has_class + getattr(config, "num_register_tokens", 0)
@@ -257,12 +261,12 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         grid=grid,
         num_prefix_tokens=prefix,
         preprocess=Preprocess(
-            image_size=config.image_size,
+            image_size=image_size,
             mean=tuple(record["image_mean"]),
             std=tuple(record["image_std"]),
             resample=RESAMPLE.get(int(record["resample"]), "bicubic"),
             crop="center" if cropped else "squash",
-            crop_pct=config.image_size / size_before_crop(record) if cropped else 1.0,
+            crop_pct=image_size / size_before_crop(record) if cropped else 1.0,
         ),
         hidden=hidden,
         final_norm=norm,

@@ -5,6 +5,7 @@ No clock and no torch: the same ledgers give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def fit_ledgers(
     scores = held_out(fits, headline, data)
 
     folder = Path(out) if out is not None else law_folder(data.paths)
-    (folder / INPUTS).unlink(missing_ok=True)
+    with contextlib.suppress(NotADirectoryError):  # the next line says it better
+        (folder / INPUTS).unlink(missing_ok=True)
     write_atomic(folder / "law.json", fits[headline].to_json())
     for name, fitted in fits.items():
         if name != headline:

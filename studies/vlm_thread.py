@@ -10,7 +10,8 @@ lower loss on `marks` than both, in each seed; the plain facts are told beside i
 trained encoder read behind its last block but one.
 
 Cost: 3 trunks of 2e12 FLOPs and 12 small models, about 25 minutes of two cores. Expected: marks near the encoder's own
-loss (1.24) against 2.77 for both controls; colours, which any random projection keeps, may favour the random encoder.
+loss (1.24) against 2.77 for the blind model and little less for the random one; colours, which any random projection
+keeps, may favour the random encoder.
 """
 
 import argparse

@@ -176,3 +176,36 @@ def test_preprocessing_is_the_processors(tmp_path):
     theirs = processor((image * 255).round().byte(), return_tensors="pt")["pixel_values"]
     ours = open_encoder(f"hf:{tmp_path}").preprocess(((image * 255).round() / 255)[None])
     torch.testing.assert_close(ours, theirs, atol=0.03, rtol=0)  # they round to 8 bits between the two steps
+
+
+def test_dinov2_at_the_size_of_its_processor(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    tower = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL | {"image_size": 56})).eval()
+    tower.save_pretrained(tmp_path)
+    transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        tmp_path
+    )
+    encoder = open_encoder(f"hf:{tmp_path}")
+    assert (encoder.preprocess.image_size, encoder.grid) == (28, 4)
+    with torch.no_grad():
+        assert torch.equal(encoder.tokens(IMAGES), tower(IMAGES).last_hidden_state[:, 1:])
+
+
+def test_no_code_and_no_pickle_of_a_folder_is_run(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "conf.Evil"}}')
+    (evil / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_encoder(f"hf:{evil}")
+    assert not (tmp_path / "ran").exists()
+    pickled = tmp_path / "pickled"
+    tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL))
+    tower.save_pretrained(pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(tower.state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_encoder(f"hf:{pickled}")

@@ -101,7 +101,7 @@ def test_every_form_and_figure_is_there(summary):
     names = set(contents(summary["out"]))
     figures = {"fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation"}
     assert names == (
-        {"law.json", "report.md"}
+        {"law.json", "report.md", "inputs.json"}
         | {f"forms/{f}.json" for f in ("joint", "sovit", "chinchilla")}
         | {f"{f}.{end}" for f in figures for end in ("png", "svg")}
     )

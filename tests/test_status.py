@@ -43,6 +43,25 @@ def per_image(run, num_classes=16):
     return run.shape.train_flops_per_image(num_classes)
 
 
+def test_what_is_trained_but_not_probed_is_not_done(tmp_path):
+    """And the metric that the study was launched with is the one that the best is told by."""
+    metric = "val_error"
+    design = runs(2)
+    swept = fake_sweep.opened(tmp_path, design)
+    swept.metric = metric
+    fake_sweep.launch_sweep(swept, 1, worker_command=[sys.executable, fake_sweep.__file__])
+    path = tmp_path / "runs" / "s.design.json"
+    written = json.loads(path.read_text())
+    assert written["metric"] == status(tmp_path)["metric"] == metric and status(tmp_path)["state"] == "done"
+    probed = [run.replace(probe="icons:single40").to_dict() for run in design]
+    write_atomic(path, json.dumps(written | dict(runs=probed)))
+    s = status(tmp_path)
+    assert s["state"] == "stopped" and s["trunks"]["waiting"] == 2 and s["train_flops"]["left"] == 0 and s["resume"]
+    with locked(tmp_path / "runs" / design[0].trunk_id / "lock"):
+        (worker,) = status(tmp_path)["workers"]
+        assert worker["phase"] == "probing"
+
+
 def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
     bad, diverging = (runs(1, (1600, 3200))[0].replace(init_seed=seed) for seed in (666, 777))
     design = [bad, diverging, *runs(3, (1600, 3200))]
@@ -56,7 +75,7 @@ def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
     assert s["measurements"] == dict(total=10, ok=6, diverged=2, failed=2, missing=0)
     cost = per_image(design[0])
     assert s["train_flops"]["left"] == cost * design[0].total_examples
-    assert s["train_flops"]["done"] == 4 * cost * design[0].total_examples  # the pretended divergence is billed
+    assert s["train_flops"]["done"] == 3 * cost * design[0].total_examples  # nobody knows what a divergence has spent
     assert s["flops_per_second"] == 0 and s["seconds_left"] is None and not s["workers"]
     assert {(p["status"], p["init_seed"], p["error"]) for p in s["problems"]} == {
         ("failed", 666, "RuntimeError: out of memory"),
@@ -68,6 +87,10 @@ def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
     text = status_text(s)
     assert f"failed: {bad.trunk_id} 16x1x32 seed 666 at 1,600, 3,200 images: RuntimeError: out of memory" in text
     assert s["resume"] and text.endswith(s["resume"])
+    only = fake_sweep.opened(tmp_path / "only", [diverging], name="d")
+    fake_sweep.launch_sweep(only, 1, worker_command=[sys.executable, fake_sweep.__file__])
+    alone = study_status("d", tmp_path / "only" / "runs")
+    assert "d: done; 1 of 1 trunks done, 2 of 2 measurements" in status_text(alone)  # although no FLOPs are known
     # the next launch tries the failed one again: then it waits
     held = tmp_path / "runs" / "s.0123abcd.plan.json"
     with locked(held):

@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 from sovit.encoder import open_encoder  # noqa: E402
 from sovit.vlm.data import FAMILIES, NO_LABEL, StreamQuestions  # noqa: E402
 from sovit.vlm.model import VisionLanguageModel, small_language_model  # noqa: E402
-from sovit.vlm.train import VlmRun, forward_flops, train, validate  # noqa: E402
+from sovit.vlm.train import VlmRun, encoder_flops_read, forward_flops, train, validate  # noqa: E402
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
 RECIPE = Recipe(peak_lr=0.01, warmup_examples=80)
@@ -179,6 +179,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(trained, tmp_path):
         with pytest.raises(Interrupted):
             train(run, tmp_path, should_stop=lambda calls=calls, at=at: next(calls) >= at)
         assert (tmp_path / run.trunk_id / "latest.pt").exists()
+    shorter = VlmRun(run_id, RECIPE, 640, lm_width=32, init_seed=1)
+    assert train(shorter, tmp_path)["val_loss"] == train(shorter, runs_dir)["val_loss"]  # no other budget's state
     row = train(run, tmp_path)
     for key in set(whole) - INCIDENTAL:
         assert row[key] == whole[key], key
@@ -207,6 +209,30 @@ def test_validation_against_a_plain_loop(questions, trained, monkeypatch):
     assert found["val_loss"] == pytest.approx(sum(map(sum, losses.values())) / 246, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(preset="moon"), dict(num_examples="160"), dict(num_examples=16), dict(lm_width=8), dict(lm_depth=0)],
+    ids=str,
+)
+def test_bad_runs_are_said(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        VlmRun(**{"encoder": "", "recipe": RECIPE, "num_examples": 160} | wrong)
+
+
+def test_a_vision_language_model_is_no_encoder(trained):
+    runs_dir, _ = trained
+    run = VlmRun("", RECIPE, 160, lm_width=32, init_seed=5)
+    train(run, runs_dir)
+    with pytest.raises(UserError, match="is a vision-language model"):
+        open_encoder(run.run_id, runs_dir)
+
+
+def test_an_earlier_block_costs_less():
+    shape = SHAPE.replace(depth=3)
+    assert encoder_flops_read(shape, -1) == shape.forward_flops
+    assert encoder_flops_read(shape, -2) == SHAPE.replace(depth=2).forward_flops
+
+
 def test_controls_are_different_runs():
     ids = {VlmRun(encoder, RECIPE, 160).trunk_id for encoder in ("a-1", "random:a-1", "")}
     assert len(ids) == 3
@@ -216,11 +242,11 @@ def test_controls_are_different_runs():
 
 def test_the_command(trained, tmp_path):
     runs_dir, _ = trained
-    (tmp_path / "run.json").write_text(json.dumps({"encoder": "", "recipe": {"peak_lr": 0.01}, "num_examples": 32}))
+    (tmp_path / "run.json").write_text(json.dumps({"encoder": "", "recipe": {"peak_lr": 0.01}, "num_examples": 80}))
     command = [sys.executable, "-m", "sovit.vlm.train"]
     done = subprocess.run([*command, str(tmp_path / "run.json"), str(runs_dir)], capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["control"] == "blind", done.stderr
-    (tmp_path / "bad.json").write_text(json.dumps({"encoder": "", "num_examples": 32}))
+    (tmp_path / "bad.json").write_text(json.dumps({"encoder": "", "num_examples": 80}))
     done = subprocess.run([*command, str(tmp_path / "bad.json"), str(runs_dir)], capture_output=True, text=True)
     assert done.returncode == 2 and "not a VLM run" in done.stderr and done.stderr.count("\n") == 1
 

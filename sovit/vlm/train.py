@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -25,11 +26,11 @@ from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data.stream import PRESETS, Stream
 from sovit.encoder import load_branch, open_encoder
 from sovit.ledger import SCHEMA, is_locked, locked, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, Interrupted, fit, schedule
+from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, schedule
 from sovit.model import parameter_groups
 from sovit.progress import progress_text, write_progress
 from sovit.run import Recipe
-from sovit.shape import DIMENSIONS
+from sovit.shape import DIMENSIONS, Shape
 from sovit.stop import stop_on_signal, this_command
 from sovit.train import SAVE_SECONDS, device_name, say
 from sovit.vlm.data import FAMILIES, NO_LABEL, Questions, StreamQuestions
@@ -53,6 +54,23 @@ class VlmRun:
     lm_depth: int = 2
     init_seed: int = 0
     data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            kind = {"encoder": str, "preset": str, "recipe": dict, "norm": bool}.get(name, int)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise UserError(f"{name}={value!r} must be of type {kind.__name__}")
+        if self.preset not in PRESETS:
+            raise UserError(f"preset={self.preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
+        if self.num_examples < 5 * self.recipe.batch_size or self.num_examples % self.recipe.batch_size:
+            least = 5 * self.recipe.batch_size
+            raise UserError(f"num_examples={self.num_examples} is no multiple of the batch, or under {least}")
+        if self.lm_width < 16 or self.lm_width % 16 or self.lm_depth < 1:
+            raise UserError(
+                f"lm_width={self.lm_width}, lm_depth={self.lm_depth}: give a multiple of 16, and at least 1"
+            )
+        if self.recipe.schedule != "constant" or self.recipe.precision != "float32":
+            raise UserError("a VLM run knows schedule='constant' and precision='float32' only")
 
     @property
     def control(self) -> str:
@@ -109,7 +127,7 @@ def train(
     )
     warmup, cooldown = recipe.warmup_examples // recipe.batch_size, range(round((1 - recipe.cooldown) * steps), steps)
     trained_flops = forward_flops(model, questions.train(0, 1))  # of one image: projector and language model
-    frozen_flops = shape.forward_flops if shape else 0
+    frozen_flops = encoder_flops_read(shape, run.layer) if shape else 0
     row = {
         "schema": SCHEMA,
         "run_id": run.run_id,
@@ -128,9 +146,8 @@ def train(
     write_atomic(folder / "config.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
 
     checkpoints = Checkpoints(folder, run.trunk_id, recipe.batch_size)
-    state = checkpoints.furthest(
-        run.num_examples, run.num_examples, partial(check_fits, model=model, optimizer=optimizer)
-    )
+    # states are of a budget: all but the shortest runs would otherwise go on from another one's cooldown
+    state = checkpoints.furthest(run.num_examples, 0, partial(check_fits, model=model, optimizer=optimizer))
     at: dict = {"step": 0, "seconds": 0.0, "window": None, "micro_batch": None}
     if state is not None:
         model.load_state_dict(state["model"])
@@ -141,7 +158,7 @@ def train(
     def save() -> None:
         nonlocal saved_at
         states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoints.save_latest({"trunk_id": run.trunk_id, "branch": None, "spent": 0.0, **at, **states})
+        checkpoints.save_latest({"trunk_id": run.trunk_id, "branch": run.num_examples, "spent": 0.0, **at, **states})
         saved_at = time.monotonic()
 
     def loss_fn(b: Questions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +201,10 @@ def train(
             on_split=lambda micro_batch: at.update(micro_batch=micro_batch),
         )
         save_weights(model, folder / f"{run.run_id}.safetensors", run.run_id)
-        row |= {"status": "ok", **validate(model, questions)}
+        metrics = validate(model, questions)
+        if not math.isfinite(metrics["val_loss"]):
+            raise Diverged(steps)
+        row |= {"status": "ok", **metrics}
     except Interrupted as stop:
         at.update(step=stop.step, seconds=at["seconds"] + stop.seconds, window=stop.window)
         save()
@@ -220,6 +240,11 @@ def validate(model: VisionLanguageModel, questions: StreamQuestions) -> dict[str
         metrics[f"val_loss/{family}"] = loss[:, q][asked[:, q]].mean().item()
         metrics[f"val_error/{family}"] = error[:, q][asked[:, q]].mean().item()
     return metrics
+
+
+def encoder_flops_read(shape: Shape, layer: int) -> int:
+    """FLOPs of the encoder on one image up to block `layer`, behind which nothing of it is run."""
+    return shape.replace(depth=layer % shape.depth + 1).forward_flops
 
 
 def forward_flops(model: VisionLanguageModel, sample: Questions) -> int:
@@ -265,6 +290,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except KeyboardInterrupt:  # before it had begun
         return 130
+    except OutOfMemory as error:
+        say(str(error))
+        return 1
     except UserError as error:
         say(str(error))
         return 2
