@@ -84,7 +84,7 @@ def fill(
             )
     store, name, started = store_path(store, runs), ledger.stem, time.monotonic()
     done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)
-    with locked(store.with_suffix(".lock")):
+    with locked(beside(store, ".lock")):
         client = open_store(store)
         described = describe(name, rows, reasons)
         experiment = _experiment(client, name, ledger, store, views(described))
@@ -132,6 +132,11 @@ def ledger_path(study: str, results: Path) -> Path:
 
 def store_path(store: Path | None, runs: Path) -> Path:
     return store or runs / "mlflow.db"
+
+
+def beside(store: Path, suffix: str) -> Path:
+    """A file that belongs to a store, under a name that no sweep, and no other store, gives to its own."""
+    return store.with_name(store.name + suffix)
 
 
 # a row as MLflow shows it ---------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sovit import UserError
-from sovit.track import fill, fill_text, ledger_path, store_path, store_uri
+from sovit.track import beside, fill, fill_text, ledger_path, store_path, store_uri
 
 HOST = "127.0.0.1"
 FIRST_PORT = 5000  # MLflow's own; the next free one is taken where no --port was asked for
@@ -52,7 +52,7 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
     processes: dict[str, subprocess.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
         signal.signal(number, signal.default_int_handler)
-    with open(store.with_suffix(".log"), "w") as log:
+    with open(beside(store, ".log"), "w") as log:
         try:
             for name, command in commands.items():
                 processes[name] = _start(command, log)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import sys
@@ -17,6 +18,7 @@ from sovit import UserError
 from sovit.cli import main
 from sovit.ledger import read_ledger
 from sovit.track import CURVE, FILLED, describe, fill, open_store, views
+from sovit.ui import serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -449,6 +451,25 @@ def test_export_writes_the_same_curves_and_results_through_init_log_and_finish(s
     monkeypatch.setitem(sys.modules, "trackio", None)  # as where it is not installed
     assert export_main([str(results / "planted.jsonl"), "--to", "trackio"]) == 2
     assert "pip install trackio" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["planted.db", "store.log", "store.lock"])
+def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, name):
+    """runs/planted.log is the workers'; and a store may have any name, that of a log too."""
+    results, runs, _ = study
+    store, mine = Path(shutil.copy(empty_store, runs / name)), runs / "planted.log"
+    mine.write_text("said by the workers\n")
+    before = {path.name for path in runs.iterdir()}
+    monkeypatch.setattr("sovit.ui.mlflow_command", lambda *_: [sys.executable, "-c", "print('ended at once')"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert serve("planted", results, runs, store) == 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert {path.name for path in runs.iterdir()} - before - {"mlartifacts"} == {f"{name}.log", f"{name}.lock"}
+    assert mine.read_text() == "said by the workers\n"
+    assert (runs / f"{name}.log").read_text() == "ended at once\n" and len(stored(store)) == 6
 
 
 # bad input --------------------------------------------------------------------------------------------------------------
