@@ -37,6 +37,8 @@ from sovit.measurements import levels
 from sovit.run import Recipe
 from sovit.shape import DIMENSIONS, Shape
 
+LEDGER = "sovit.ledger"  # tag of an experiment: the ledger that it shows, as seen from the store's folder, so that a
+# repository may be moved as a whole
 LAYOUT = 1  # of what is written for a row; another number makes the next fill look at every run again
 RUN_ID, FILLED = "run_id", "sovit.filled"  # tags: the row that a run shows; what it was filled from, written last
 STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")  # the rest of a shape only where
@@ -73,7 +75,7 @@ def fill(
 
     `study`: a name, whose ledger is RESULTS/<name>.jsonl, or the path of a ledger. Curves are read from
     RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db unless said otherwise.
-    Raises UserError for a ledger or a store that cannot be read.
+    Raises UserError for a ledger or a store that cannot be read, and for a store that shows another ledger of that name.
     """
     ledger = ledger_path(study, results)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
@@ -374,13 +376,21 @@ def store_uri(store: Path) -> str:
 
 def _experiment(client, name: str, ledger: Path, store: Path, saved_views: dict[str, dict]) -> str:
     experiment = client.get_experiment_by_name(name)
+    folder, own = store.resolve().parent, ledger.resolve()
+    theirs = Path(os.path.normpath(folder / experiment.tags.get(LEDGER, own))) if experiment else own
+    if theirs != own:
+        raise UserError(
+            f"{store} shows {theirs} under the name {name!r}, and would lose its runs to {own}; give another --store, or"
+            f" delete {store} if that ledger has moved: it is made again from the ledgers"
+        )
     if experiment is None:
         artifacts = store.parent.resolve() / "mlartifacts" / name
         experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifacts.as_uri()))
     elif experiment.lifecycle_stage != "active":
         client.restore_experiment(experiment.experiment_id)
     note = "\n\n".join(filter(None, [_question(name), EXPLAINED.format(ledger=ledger)]))
-    tags = {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
+    tags = {LEDGER: os.path.relpath(own, folder)}
+    tags |= {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
     tags = {key: value for key, value in tags.items() if key not in experiment.tags}  # a user may have rewritten them
     for key, view in saved_views.items():
         key, state = f"mlflow.sharedViewState.{key}", json.dumps(view["state"])

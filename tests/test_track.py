@@ -243,6 +243,24 @@ def test_excluded_rows_say_why_and_rows_of_others_are_left_alone(study):
     assert found[rows[0]["run_id"]].data.tags["excluded"] == "disk was full"
 
 
+def test_two_ledgers_of_one_name_do_not_share_a_store_and_a_repository_may_be_moved(tmp_path, study):
+    results, runs, rows = study
+    fill("planted", results, runs)
+    before = contents(runs / "mlflow.db")
+    theirs = tmp_path / "theirs" / "planted.jsonl"
+    theirs.parent.mkdir()
+    write_ledger(theirs, rows[:1])
+    with pytest.raises(UserError, match="give another --store") as refusal:
+        fill(str(theirs), results, runs)
+    assert str(theirs) in str(refusal.value) and str(results / "planted.jsonl") in str(refusal.value)
+    assert contents(runs / "mlflow.db") == before
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    results, runs = results.rename(moved / "results"), runs.rename(moved / "runs")
+    done = fill("planted", results, runs)
+    assert (done["runs_added"], done["runs_removed"]) == (0, 0)
+
+
 # again, later, killed, at once -----------------------------------------------------------------------------------------
 
 
