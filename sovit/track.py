@@ -80,9 +80,9 @@ def fill(
     ledger = ledger_path(study, results)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
     for row in rows:
-        if not _is_number(row["num_examples"]):
+        if not _is_number(row["num_examples"]) or row["num_examples"] < 1:
             raise UserError(
-                f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number"
+                f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number from 1"
             )
     store, name, started = store_path(store, runs), ledger.stem, time.monotonic()
     done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)

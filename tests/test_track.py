@@ -504,6 +504,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
         db.execute("insert into alembic_version values ('of another program')")
     words = '{"run_id": "a-1", "trunk_id": "a", "status": "ok", "num_examples": "many"}'
     (results / "words.jsonl").write_text(words + "\n")
+    (results / "none.jsonl").write_text(words.replace('"many"', "0") + "\n")
+    (results / "half.jsonl").write_text(words.replace('"many"', "0.5") + "\n")
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     cases = [
@@ -515,6 +517,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
         (["ui", "planted", *where, "--port", str(port)], f"--port {port} is in use"),
         (["ui", "planted", *where, "--port", "0"], "--port 0"),
         (["track", "words", *where], "num_examples='many'"),
+        (["track", "none", *where], "row a-1 has num_examples=0; give a whole number from 1"),
+        (["track", "half", *where], "row a-1 has num_examples=0.5; give a whole number from 1"),
     ]
     for arguments, words in cases:
         assert main(arguments) == 2, arguments
