@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from wsgiref.simple_server import make_server
 
 from sovit import UserError
 from sovit.track import beside, fill, fill_text, ledger_path, store_path, store_uri
@@ -98,11 +99,25 @@ def mlflow_command(store: Path, port: int) -> list[str]:
 
 def dashboard(journal: Path, port: int) -> None:
     """Optuna's dashboard, through the storage that the sweep uses: its lock, and its mending of a torn line."""
-    from optuna_dashboard import run_server
+    from optuna_dashboard import wsgi
 
     from sovit.sweep import open_storage
 
-    run_server(open_storage(f"journal:{journal}"), host=HOST, port=port)
+    with make_server(HOST, port, from_here_alone(wsgi(open_storage(f"journal:{journal}")))) as server:
+        server.serve_forever()
+
+
+def from_here_alone(app: Callable) -> Callable:
+    """The WSGI app, but 403 where it is asked for by another name than this machine's own: a page of another site whose
+    name was made to lead here (DNS rebinding) could read studies and change them. MLflow does the same by itself."""
+
+    def checked(environ: dict, start_response: Callable):
+        if environ.get("HTTP_HOST", "").partition(":")[0] in (HOST, "localhost"):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [f"only for {HOST} and localhost\n".encode()]
+
+    return checked
 
 
 # ports and processes ---------------------------------------------------------------------------------------------------

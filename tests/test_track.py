@@ -6,8 +6,10 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from planted_study import SHAPES, lines, plant, planted_row, planted_runs, write
 from sovit import UserError
 from sovit.cli import main
 from sovit.ledger import read_ledger
+from sovit.sweep import Sweep, open_storage, open_study
 from sovit.track import CURVE, FILLED, describe, fill, open_store, views
-from sovit.ui import serve
+from sovit.ui import _answers, _free_port, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -488,6 +491,35 @@ def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, na
     assert {path.name for path in runs.iterdir()} - before - {"mlartifacts"} == {f"{name}.log", f"{name}.lock"}
     assert mine.read_text() == "said by the workers\n"
     assert (runs / f"{name}.log").read_text() == "ended at once\n" and len(stored(store)) == 6
+
+
+def test_the_dashboard_answers_to_this_machines_own_names_alone(study):
+    pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    results, runs, _ = study
+    design = planted_runs()
+    sweep = Sweep("planted", design, runs, results / "planted.jsonl")
+    open_study("planted", open_storage(sweep.storage), design)
+    port = _free_port(5400)
+    process = subprocess.Popen([sys.executable, "-m", "sovit.ui", str(runs / "planted.journal"), str(port)])
+    try:
+        assert _answers(f"http://127.0.0.1:{port}/", process)
+        found = {}
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            "localhost",
+            f"evil.example:{port}",
+            "127.0.0.1.evil",
+            "",
+        ):
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/api/studies", headers={"Host": host})
+            answer = connection.getresponse()
+            found[host] = answer.status, b"planted" in answer.read()
+    finally:
+        process.kill()
+        process.wait()
+    assert list(found.values()) == 3 * [(200, True)] + 3 * [(403, False)], found
 
 
 # bad input --------------------------------------------------------------------------------------------------------------
