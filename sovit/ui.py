@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ HOST = "127.0.0.1"
 FIRST_PORT = 5000  # MLflow's own; the next free one is taken where no --port was asked for
 POLL_SECONDS = 0.5
 START_SECONDS = 180.0  # for a server to answer; MLflow takes about 10 s on a free core
+STOP_SECONDS = 10.0  # for a server to end when asked
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -48,7 +50,7 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
     else:
         second = _free_port(port + 1)
         pages["Optuna"] = f"http://{HOST}:{second}/dashboard/studies/0"
-        commands["Optuna"] = [sys.executable, "-m", "sovit.ui", str(journal), str(second)]
+        commands["Optuna"] = [sys.executable, "-m", "sovit.ui", "dashboard", str(journal), str(second)]
 
     processes: dict[str, subprocess.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
@@ -152,10 +154,24 @@ def _start(command: list[str], log) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
-    # a session of its own: Ctrl-C reaches us alone, and we end whatever the server has started
+    # a session of its own: Ctrl-C reaches us alone, and we end whatever the server has started; its stdin is ours to
+    # hold, and the kernel's to close where we are killed
+    leashed = [sys.executable, "-m", "sovit.ui", "leash", *command]
     return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        leashed, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
     )
+
+
+def leash(command: list[str]) -> None:
+    """Run a command until it ends or our stdin closes, then end it and all of our process group, ourselves with it."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the group's, which we outlive until the command has ended
+    while process.poll() is None and not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+        pass
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _answers(page: str, process: subprocess.Popen) -> bool:
@@ -172,14 +188,17 @@ def _answers(page: str, process: subprocess.Popen) -> bool:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+                process.wait(STOP_SECONDS)
 
 
 if __name__ == "__main__":
-    dashboard(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1] == "leash":
+        leash(sys.argv[2:])
+    else:
+        dashboard(Path(sys.argv[2]), int(sys.argv[3]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -500,7 +501,9 @@ def test_the_dashboard_answers_to_this_machines_own_names_alone(study):
     sweep = Sweep("planted", design, runs, results / "planted.jsonl")
     open_study("planted", open_storage(sweep.storage), design)
     port = _free_port(5400)
-    process = subprocess.Popen([sys.executable, "-m", "sovit.ui", str(runs / "planted.journal"), str(port)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sovit.ui", "dashboard", str(runs / "planted.journal"), str(port)]
+    )
     try:
         assert _answers(f"http://127.0.0.1:{port}/", process)
         found = {}
@@ -520,6 +523,22 @@ def test_the_dashboard_answers_to_this_machines_own_names_alone(study):
         process.kill()
         process.wait()
     assert list(found.values()) == 3 * [(200, True)] + 3 * [(403, False)], found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_and_what_they_started_end_with_a_killed_ui(tmp_path, number):
+    """A server with a worker of its own, as MLflow is; the worker is deaf to a polite kill."""
+    worker = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+    server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}]).wait()"
+    ours = (
+        f"import sys, time, sovit.ui as ui; ui._start([sys.executable, '-c', {server!r}], sys.stdout); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", ours], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    assert select.select([process.stdout], [], [], 60)[0], "they are still there"
+    assert process.stdout.read() == ""  # the end of a pipe that each of them held
 
 
 # bad input --------------------------------------------------------------------------------------------------------------
