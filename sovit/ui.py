@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
 import select
@@ -31,10 +32,10 @@ ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TE
 def serve(study: str, results: Path, runs: Path, store: Path | None = None, port: int | None = None) -> int:
     """Fill the store, start the servers, print where they are, and refill as the ledger grows, until Ctrl-C or a kill.
 
-    Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a --port that is in use.
+    Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a --port that cannot be had.
     """
     port = _asked_port(port) if port is not None else _free_port(FIRST_PORT)
-    store, ledger = store_path(store, runs), ledger_path(study, results)
+    store, ledger = store_path(store, runs), ledger_path(study, results, runs)
     seen = ledger.stat().st_mtime_ns if ledger.exists() else 0  # before the fill, which takes its time
     done = fill(study, results, runs, store)
     print(f"{fill_text(done)}; starting", flush=True)
@@ -128,26 +129,28 @@ def from_here_alone(app: Callable) -> Callable:
 def _asked_port(port: int) -> int:
     if not 0 < port < 65535:
         raise UserError(f"--port {port} is no port; give a number from 1 to 65534")
-    if not _is_free(port):
-        raise UserError(f"--port {port} is in use; give another, or none for the next free one")
+    if error := _refusal(port):
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise UserError(f"--port {port} {why}; give another, or none for the next free one")
     return port
 
 
 def _free_port(first: int) -> int:
     for port in range(first, min(first + 100, 65536)):
-        if _is_free(port):
+        if not _refusal(port):
             return port
     raise UserError(f"no port from {first} to {first + 99} is free; give another with --port")
 
 
-def _is_free(port: int) -> bool:
+def _refusal(port: int) -> OSError | None:
+    """Why nothing can listen at a port: something does already, or it is a privileged one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # which a listener still refuses
         try:
             probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def _start(command: list[str], log) -> subprocess.Popen:

@@ -21,7 +21,7 @@ from sovit import UserError
 from sovit.cli import main
 from sovit.ledger import read_ledger
 from sovit.sweep import Sweep, open_storage, open_study
-from sovit.track import CURVE, FILLED, describe, fill, open_store, views
+from sovit.track import CURVE, FILLED, describe, fill, ledger_path, open_store, views
 from sovit.ui import _answers, _free_port, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
@@ -263,6 +263,23 @@ def test_two_ledgers_of_one_name_do_not_share_a_store_and_a_repository_may_be_mo
     results, runs = results.rename(moved / "results"), runs.rename(moved / "runs")
     done = fill("planted", results, runs)
     assert (done["runs_added"], done["runs_removed"]) == (0, 0)
+
+
+def test_a_study_launched_elsewhere_is_found_through_its_design(tmp_path, study, monkeypatch):
+    results, runs, rows = study
+    design = runs / "planted.design.json"
+    design.write_text(json.dumps({"ledger": "own/planted.jsonl", "folder": str(tmp_path)}))
+    own = tmp_path / "own" / "planted.jsonl"
+    own.parent.mkdir()
+    assert ledger_path("planted", results, runs) == results / "planted.jsonl"
+    (results / "planted.jsonl").rename(own)
+    done = fill("planted", results, runs)
+    assert (done["ledger"], done["runs_added"]) == (str(own), len(rows))
+    monkeypatch.chdir(tmp_path)
+    assert ledger_path("planted", results, runs) == Path("own/planted.jsonl")
+    for text in ("{}", "[]", "torn {"):
+        design.write_text(text)
+        assert ledger_path("planted", results, runs) == results / "planted.jsonl"
 
 
 # again, later, killed, at once -----------------------------------------------------------------------------------------
@@ -539,6 +556,15 @@ def test_servers_and_what_they_started_end_with_a_killed_ui(tmp_path, number):
     assert process.wait(60) == -number
     assert select.select([process.stdout], [], [], 60)[0], "they are still there"
     assert process.stdout.read() == ""  # the end of a pipe that each of them held
+
+
+def test_a_port_that_cannot_be_had_is_in_use_only_where_it_is(study, monkeypatch):
+    results, runs, _ = study
+    monkeypatch.setattr(
+        "sovit.ui.HOST", "192.0.2.1"
+    )  # of no machine: refused whoever asks, as a privileged port is not
+    with pytest.raises(UserError, match=r"--port 5400 cannot be used \(Cannot assign requested address\)"):
+        serve("planted", results, runs, port=5400)
 
 
 # bad input --------------------------------------------------------------------------------------------------------------
