@@ -200,6 +200,12 @@ def write_record(runs_dir: Path, row: dict) -> None:
     write_atomic(record_path(runs_dir, row["trunk_id"], row["run_id"]), dump_row(row) + "\n")
 
 
+def designed_ledger(design: dict) -> Path:
+    """The ledger that runs/<study>.design.json names, from where that study was launched. Raises KeyError, TypeError."""
+    folder, ledger = Path(design["folder"]), Path(design["ledger"])
+    return ledger if folder == Path.cwd() else folder / ledger
+
+
 def record_path(runs_dir: Path | str, trunk_id: str, run_id: str) -> Path:
     return Path(runs_dir) / trunk_id / "records" / f"{run_id}.json"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.fewshot import lacks_probe
-from sovit.ledger import ANSWERED, is_locked, read_ledger, record_path
+from sovit.ledger import ANSWERED, designed_ledger, is_locked, read_ledger, record_path
 from sovit.plan import clock
 from sovit.run import Run
 
@@ -150,7 +150,7 @@ def _design(name: str, runs_dir: Path, results_dir: Path | None) -> Design:
         runs = [_run(d, path) for d in written["runs"]]
         command, folder, metric = shlex.join(written["command"]), Path(written["folder"]), written["metric"]
         here = folder == Path.cwd()
-        own = Path(written["ledger"]) if here else folder / written["ledger"]
+        own = designed_ledger(written)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} lacks {error}; delete it: the next launch writes it again") from None
     if results_dir is None:

@@ -32,11 +32,13 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import locked, read_exclusions, read_ledger
+from sovit.ledger import designed_ledger, locked, read_exclusions, read_ledger
 from sovit.measurements import levels
 from sovit.run import Recipe
 from sovit.shape import DIMENSIONS, Shape
 
+LEDGER = "sovit.ledger"  # tag of an experiment: the ledger that it shows, as seen from the store's folder, so that a
+# repository may be moved as a whole
 LAYOUT = 1  # of what is written for a row; another number makes the next fill look at every run again
 RUN_ID, FILLED = "run_id", "sovit.filled"  # tags: the row that a run shows; what it was filled from, written last
 STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")  # the rest of a shape only where
@@ -71,20 +73,21 @@ def fill(
 ) -> dict:
     """Make the store agree with a study's ledger. Returns what was done, as plain data.
 
-    `study`: a name, whose ledger is RESULTS/<name>.jsonl, or the path of a ledger. Curves are read from
-    RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db unless said otherwise.
-    Raises UserError for a ledger or a store that cannot be read.
+    `study`: a name, whose ledger is RESULTS/<name>.jsonl, or else the one that RUNS/<name>.design.json names; or the
+    path of a ledger. Curves are read from RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db
+    unless said otherwise.
+    Raises UserError for a ledger or a store that cannot be read, and for a store that shows another ledger of that name.
     """
-    ledger = ledger_path(study, results)
+    ledger = ledger_path(study, results, runs)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
     for row in rows:
-        if not _is_number(row["num_examples"]):
+        if not _is_number(row["num_examples"]) or row["num_examples"] < 1:
             raise UserError(
-                f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number"
+                f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number from 1"
             )
     store, name, started = store_path(store, runs), ledger.stem, time.monotonic()
     done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)
-    with locked(store.with_suffix(".lock")):
+    with locked(beside(store, ".lock")):
         client = open_store(store)
         described = describe(name, rows, reasons)
         experiment = _experiment(client, name, ledger, store, views(described))
@@ -124,14 +127,26 @@ def _progress(line: str) -> None:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
-def ledger_path(study: str, results: Path) -> Path:
-    """The ledger of a study, said by name or by path."""
+def ledger_path(study: str, results: Path, runs: Path) -> Path:
+    """The ledger of a study, said by name or by path: where there is none in RESULTS, the one it was launched with."""
     path = Path(study)
-    return path if path.suffix in (".jsonl", ".csv") else results / f"{study}.jsonl"
+    if path.suffix in (".jsonl", ".csv"):
+        return path
+    path = results / f"{study}.jsonl"
+    if not path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no design, or a damaged one
+            launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text()))
+            return launched if launched.exists() else path
+    return path
 
 
 def store_path(store: Path | None, runs: Path) -> Path:
     return store or runs / "mlflow.db"
+
+
+def beside(store: Path, suffix: str) -> Path:
+    """A file that belongs to a store, under a name that no sweep, and no other store, gives to its own."""
+    return store.with_name(store.name + suffix)
 
 
 # a row as MLflow shows it ---------------------------------------------------------------------------------------------
@@ -367,13 +382,21 @@ def store_uri(store: Path) -> str:
 
 def _experiment(client, name: str, ledger: Path, store: Path, saved_views: dict[str, dict]) -> str:
     experiment = client.get_experiment_by_name(name)
+    folder, own = store.resolve().parent, ledger.resolve()
+    theirs = Path(os.path.normpath(folder / experiment.tags.get(LEDGER, own))) if experiment else own
+    if theirs != own:
+        raise UserError(
+            f"{store} shows {theirs} under the name {name!r}, and would lose its runs to {own}; give another --store, or"
+            f" delete {store} if that ledger has moved: it is made again from the ledgers"
+        )
     if experiment is None:
         artifacts = store.parent.resolve() / "mlartifacts" / name
         experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifacts.as_uri()))
     elif experiment.lifecycle_stage != "active":
         client.restore_experiment(experiment.experiment_id)
     note = "\n\n".join(filter(None, [_question(name), EXPLAINED.format(ledger=ledger)]))
-    tags = {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
+    tags = {LEDGER: os.path.relpath(own, folder)}
+    tags |= {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
     tags = {key: value for key, value in tags.items() if key not in experiment.tags}  # a user may have rewritten them
     for key, view in saved_views.items():
         key, state = f"mlflow.sharedViewState.{key}", json.dumps(view["state"])

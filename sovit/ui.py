@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -14,24 +16,26 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from wsgiref.simple_server import make_server
 
 from sovit import UserError
-from sovit.track import fill, fill_text, ledger_path, store_path, store_uri
+from sovit.track import beside, fill, fill_text, ledger_path, store_path, store_uri
 
 HOST = "127.0.0.1"
 FIRST_PORT = 5000  # MLflow's own; the next free one is taken where no --port was asked for
 POLL_SECONDS = 0.5
 START_SECONDS = 180.0  # for a server to answer; MLflow takes about 10 s on a free core
+STOP_SECONDS = 10.0  # for a server to end when asked
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def serve(study: str, results: Path, runs: Path, store: Path | None = None, port: int | None = None) -> int:
     """Fill the store, start the servers, print where they are, and refill as the ledger grows, until Ctrl-C or a kill.
 
-    Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a --port that is in use.
+    Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a --port that cannot be had.
     """
     port = _asked_port(port) if port is not None else _free_port(FIRST_PORT)
-    store, ledger = store_path(store, runs), ledger_path(study, results)
+    store, ledger = store_path(store, runs), ledger_path(study, results, runs)
     seen = ledger.stat().st_mtime_ns if ledger.exists() else 0  # before the fill, which takes its time
     done = fill(study, results, runs, store)
     print(f"{fill_text(done)}; starting", flush=True)
@@ -47,13 +51,13 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
     else:
         second = _free_port(port + 1)
         pages["Optuna"] = f"http://{HOST}:{second}/dashboard/studies/0"
-        commands["Optuna"] = [sys.executable, "-m", "sovit.ui", str(journal), str(second)]
+        commands["Optuna"] = [sys.executable, "-m", "sovit.ui", "dashboard", str(journal), str(second)]
 
     processes: dict[str, subprocess.Popen] = {}
     for number in (signal.SIGTERM, signal.SIGHUP):  # a polite kill, or a closed terminal, ends like Ctrl-C
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
             signal.signal(number, signal.default_int_handler)
-    with open(store.with_suffix(".log"), "w") as log:
+    with open(beside(store, ".log"), "w") as log:
         try:
             for name, command in commands.items():
                 processes[name] = _start(command, log)
@@ -99,11 +103,25 @@ def mlflow_command(store: Path, port: int) -> list[str]:
 
 def dashboard(journal: Path, port: int) -> None:
     """Optuna's dashboard, through the storage that the sweep uses: its lock, and its mending of a torn line."""
-    from optuna_dashboard import run_server
+    from optuna_dashboard import wsgi
 
     from sovit.sweep import open_storage
 
-    run_server(open_storage(f"journal:{journal}"), host=HOST, port=port)
+    with make_server(HOST, port, from_here_alone(wsgi(open_storage(f"journal:{journal}")))) as server:
+        server.serve_forever()
+
+
+def from_here_alone(app: Callable) -> Callable:
+    """The WSGI app, but 403 where it is asked for by another name than this machine's own: a page of another site whose
+    name was made to lead here (DNS rebinding) could read studies and change them. MLflow does the same by itself."""
+
+    def checked(environ: dict, start_response: Callable):
+        if environ.get("HTTP_HOST", "").partition(":")[0] in (HOST, "localhost"):
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain")])
+        return [f"only for {HOST} and localhost\n".encode()]
+
+    return checked
 
 
 # ports and processes ---------------------------------------------------------------------------------------------------
@@ -112,36 +130,52 @@ def dashboard(journal: Path, port: int) -> None:
 def _asked_port(port: int) -> int:
     if not 0 < port < 65535:
         raise UserError(f"--port {port} is no port; give a number from 1 to 65534")
-    if not _is_free(port):
-        raise UserError(f"--port {port} is in use; give another, or none for the next free one")
+    if error := _refusal(port):
+        why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        raise UserError(f"--port {port} {why}; give another, or none for the next free one")
     return port
 
 
 def _free_port(first: int) -> int:
     for port in range(first, min(first + 100, 65536)):
-        if _is_free(port):
+        if not _refusal(port):
             return port
     raise UserError(f"no port from {first} to {first + 99} is free; give another with --port")
 
 
-def _is_free(port: int) -> bool:
+def _refusal(port: int) -> OSError | None:
+    """Why nothing can listen at a port: something does already, or it is a privileged one."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # which a listener still refuses
         try:
             probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error
+    return None
 
 
 def _start(command: list[str], log) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
-    # a session of its own: Ctrl-C reaches us alone, and we end whatever the server has started
+    # a session of its own: Ctrl-C reaches us alone, and we end whatever the server has started; its stdin is ours to
+    # hold, and the kernel's to close where we are killed
+    leashed = [sys.executable, "-m", "sovit.ui", "leash", *command]
     return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        leashed, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
     )
+
+
+def leash(command: list[str]) -> None:
+    """Run a command until it ends or our stdin closes, then end it and all of our process group, ourselves with it."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the group's, which we outlive until the command has ended
+    while process.poll() is None and not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+        pass
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _answers(page: str, process: subprocess.Popen) -> bool:
@@ -158,14 +192,17 @@ def _answers(page: str, process: subprocess.Popen) -> bool:
 
 
 def _stop(processes: list[subprocess.Popen]) -> None:
-    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
         for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+                process.wait(STOP_SECONDS)
 
 
 if __name__ == "__main__":
-    dashboard(Path(sys.argv[1]), int(sys.argv[2]))
+    if sys.argv[1] == "leash":
+        leash(sys.argv[2:])
+    else:
+        dashboard(Path(sys.argv[2]), int(sys.argv[3]))

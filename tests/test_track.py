@@ -2,11 +2,15 @@
 
 import json
 import os
+import select
 import shutil
+import signal
 import socket
 import sqlite3
+import subprocess
 import sys
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,9 @@ from planted_study import SHAPES, lines, plant, planted_row, planted_runs, write
 from sovit import UserError
 from sovit.cli import main
 from sovit.ledger import read_ledger
-from sovit.track import CURVE, FILLED, describe, fill, open_store, views
+from sovit.sweep import Sweep, open_storage, open_study
+from sovit.track import CURVE, FILLED, describe, fill, ledger_path, open_store, views
+from sovit.ui import _answers, _free_port, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -241,6 +247,41 @@ def test_excluded_rows_say_why_and_rows_of_others_are_left_alone(study):
     assert found[rows[0]["run_id"]].data.tags["excluded"] == "disk was full"
 
 
+def test_two_ledgers_of_one_name_do_not_share_a_store_and_a_repository_may_be_moved(tmp_path, study):
+    results, runs, rows = study
+    fill("planted", results, runs)
+    before = contents(runs / "mlflow.db")
+    theirs = tmp_path / "theirs" / "planted.jsonl"
+    theirs.parent.mkdir()
+    write_ledger(theirs, rows[:1])
+    with pytest.raises(UserError, match="give another --store") as refusal:
+        fill(str(theirs), results, runs)
+    assert str(theirs) in str(refusal.value) and str(results / "planted.jsonl") in str(refusal.value)
+    assert contents(runs / "mlflow.db") == before
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    results, runs = results.rename(moved / "results"), runs.rename(moved / "runs")
+    done = fill("planted", results, runs)
+    assert (done["runs_added"], done["runs_removed"]) == (0, 0)
+
+
+def test_a_study_launched_elsewhere_is_found_through_its_design(tmp_path, study, monkeypatch):
+    results, runs, rows = study
+    design = runs / "planted.design.json"
+    design.write_text(json.dumps({"ledger": "own/planted.jsonl", "folder": str(tmp_path)}))
+    own = tmp_path / "own" / "planted.jsonl"
+    own.parent.mkdir()
+    assert ledger_path("planted", results, runs) == results / "planted.jsonl"
+    (results / "planted.jsonl").rename(own)
+    done = fill("planted", results, runs)
+    assert (done["ledger"], done["runs_added"]) == (str(own), len(rows))
+    monkeypatch.chdir(tmp_path)
+    assert ledger_path("planted", results, runs) == Path("own/planted.jsonl")
+    for text in ("{}", "[]", "torn {"):
+        design.write_text(text)
+        assert ledger_path("planted", results, runs) == results / "planted.jsonl"
+
+
 # again, later, killed, at once -----------------------------------------------------------------------------------------
 
 
@@ -451,6 +492,81 @@ def test_export_writes_the_same_curves_and_results_through_init_log_and_finish(s
     assert "pip install trackio" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["planted.db", "store.log", "store.lock"])
+def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, name):
+    """runs/planted.log is the workers'; and a store may have any name, that of a log too."""
+    results, runs, _ = study
+    store, mine = Path(shutil.copy(empty_store, runs / name)), runs / "planted.log"
+    mine.write_text("said by the workers\n")
+    before = {path.name for path in runs.iterdir()}
+    monkeypatch.setattr("sovit.ui.mlflow_command", lambda *_: [sys.executable, "-c", "print('ended at once')"])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        assert serve("planted", results, runs, store) == 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert {path.name for path in runs.iterdir()} - before - {"mlartifacts"} == {f"{name}.log", f"{name}.lock"}
+    assert mine.read_text() == "said by the workers\n"
+    assert (runs / f"{name}.log").read_text() == "ended at once\n" and len(stored(store)) == 6
+
+
+def test_the_dashboard_answers_to_this_machines_own_names_alone(study):
+    pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    results, runs, _ = study
+    design = planted_runs()
+    sweep = Sweep("planted", design, runs, results / "planted.jsonl")
+    open_study("planted", open_storage(sweep.storage), design)
+    port = _free_port(5400)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sovit.ui", "dashboard", str(runs / "planted.journal"), str(port)]
+    )
+    try:
+        assert _answers(f"http://127.0.0.1:{port}/", process)
+        found = {}
+        for host in (
+            f"127.0.0.1:{port}",
+            f"localhost:{port}",
+            "localhost",
+            f"evil.example:{port}",
+            "127.0.0.1.evil",
+            "",
+        ):
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/api/studies", headers={"Host": host})
+            answer = connection.getresponse()
+            found[host] = answer.status, b"planted" in answer.read()
+    finally:
+        process.kill()
+        process.wait()
+    assert list(found.values()) == 3 * [(200, True)] + 3 * [(403, False)], found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_and_what_they_started_end_with_a_killed_ui(tmp_path, number):
+    """A server with a worker of its own, as MLflow is; the worker is deaf to a polite kill."""
+    worker = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+    server = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {worker!r}]).wait()"
+    ours = (
+        f"import sys, time, sovit.ui as ui; ui._start([sys.executable, '-c', {server!r}], sys.stdout); time.sleep(300)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", ours], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    assert select.select([process.stdout], [], [], 60)[0], "they are still there"
+    assert process.stdout.read() == ""  # the end of a pipe that each of them held
+
+
+def test_a_port_that_cannot_be_had_is_in_use_only_where_it_is(study, monkeypatch):
+    results, runs, _ = study
+    monkeypatch.setattr(
+        "sovit.ui.HOST", "192.0.2.1"
+    )  # of no machine: refused whoever asks, as a privileged port is not
+    with pytest.raises(UserError, match=r"--port 5400 cannot be used \(Cannot assign requested address\)"):
+        serve("planted", results, runs, port=5400)
+
+
 # bad input --------------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +581,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
         db.execute("insert into alembic_version values ('of another program')")
     words = '{"run_id": "a-1", "trunk_id": "a", "status": "ok", "num_examples": "many"}'
     (results / "words.jsonl").write_text(words + "\n")
+    (results / "none.jsonl").write_text(words.replace('"many"', "0") + "\n")
+    (results / "half.jsonl").write_text(words.replace('"many"', "0.5") + "\n")
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
     cases = [
@@ -476,6 +594,8 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, study, capsys):
         (["ui", "planted", *where, "--port", str(port)], f"--port {port} is in use"),
         (["ui", "planted", *where, "--port", "0"], "--port 0"),
         (["track", "words", *where], "num_examples='many'"),
+        (["track", "none", *where], "row a-1 has num_examples=0; give a whole number from 1"),
+        (["track", "half", *where], "row a-1 has num_examples=0.5; give a whole number from 1"),
     ]
     for arguments, words in cases:
         assert main(arguments) == 2, arguments
