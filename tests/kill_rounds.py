@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 PHASES = ("reconcile", "ask", "train", "record", "tell", "append", "merge")
-NUM_TRUNKS, BUDGETS, PAUSE = 16, (1600, 3200), 0.01  # of a round's study; seconds a point
+NUM_TRUNKS, BUDGETS, PAUSE = 20, (1600, 3200), 0.01  # of a round's study; seconds a point
 NOTE = 64  # bytes
 
 
@@ -148,6 +148,7 @@ class Victims:
         """SIGKILL, noted beforehand in the file of executions; what each was doing."""
         import fake_sweep
 
+        pids = [pid for pid in pids if state(pid) not in ("Z", None)]  # not who was done
         for pid in pids:
             fake_sweep.note(self.folder, "kill", "-", pid)
         for pid in pids:
@@ -245,7 +246,7 @@ def records(folder: Path) -> dict[Path, tuple]:
 def kill_rounds(rounds: int, seed: int = 0, workers: int = 3, on_round=lambda i, folder, found: None) -> dict:
     """Run the rounds; counts of faults (lost, doubled, unasked, trials wrong) and of what the kills hit."""
     rng, started = random.Random(seed), time.monotonic()
-    total, hit, interrupted, duration = Counter(), [], 0, 3.0
+    total, hit, interrupted, duration = Counter(), [], 0, 1.0
     for i in range(rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
