@@ -285,8 +285,12 @@ def test_classes_of_equal_size_are_chosen_at_random_but_nested(tmp_path):
 
 
 def test_bad_options(parquet):
-    for option in ("crop=0", "crop=1.2", "crop=a", "num_train=0", "stream=some", "classes=1", "per_class=-1", "x"):
+    for option in ("crop=a", "stream=some", "per_class=-1", "x"):
         check(f"{parquet}?{option}", f"unknown option; the options are .* given: {option}")
+    for option, least in {"num_train=0": "1$", "per_class=0": "1$", "stream=0": "1$", "classes=1": "2$"}.items():
+        check(f"{parquet}?{option}", f": {option} must be at least {least}")
+    for option in ("crop=0", "crop=1.2"):
+        check(f"{parquet}?{option}", f": {option} must be at least 1e-09 and at most 1$")
     check(f"{parquet}?cache_size=4", "cache_size=4 is under image_size=8")
 
 
