@@ -110,7 +110,9 @@ def support_noise(errors: np.ndarray) -> tuple[np.ndarray, dict]:
     relative = errors / errors.mean(1, keepdims=True) - 1
     shared = relative.mean(0) if n > 2 else np.zeros(sets)
     factor = n / (n - 1) if n > 2 else 1.0
-    variance = ((relative - shared) ** 2).sum(1) / (sets - 1) * factor  # [n], each unbiased
+    variance = (
+        ((relative - shared) ** 2).sum(1) / (sets - 1) * factor
+    )  # [n]; unbiased in the mean, each where all are equal
     pooled = variance.mean()
     of_shared = max(shared.var(ddof=1) - pooled / n, 0.0)
     sd, kept = _shrunken(variance, sets - 1)
@@ -157,7 +159,9 @@ def columns(data: str, errors: dict[int, list[float]]) -> dict:
 def columns_of(row: dict, data: str) -> dict:
     """The columns of a row that a probe on `data` gave it."""
     return {
-        k: v for k, v in row.items() if probe_of(re.sub("shot_(sd|seeds)/", "shot/", k)) == data or k in about(data)
+        k: v
+        for k, v in row.items()
+        if probe_of(re.sub(r"^(val_error_\d+shot)_(sd|seeds)/", r"\1/", k)) == data or k in about(data)
     }
 
 
@@ -168,7 +172,7 @@ def about(data: str) -> tuple[str, str]:
 
 def is_spread(name: str) -> bool:
     """Whether a column tells of the spread of a few-shot error, and is no metric."""
-    return bool(re.search(r"shot_(sd|seeds)/", name))
+    return bool(re.match(r"val_error_\d+shot_(sd|seeds)/", name))
 
 
 def noise_of(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, dict] | None:

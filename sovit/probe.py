@@ -2,7 +2,8 @@
 
 The representation is `Encoder.pooled`, what the tower itself hands to a task head, as SoViT probes its pre-logits. The
 support sets are drawn from the first training samples of the source, under a data seed of their own and as training sees
-them (a hub set mirrors half of them, unless its preset ends in ?flip=0); the test images are its validation images.
+them (a hub set mirrors half of them, unless its preset ends in ?flip=0). Icons are drawn with replacement: a support set of
+theirs may hold a drawing more than once, under other noise. The test images are its validation images.
 Both are opened at the encoder's own resolution: a larger encoder sees more detail.
 """
 
@@ -76,19 +77,35 @@ def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu")
         raise UserError(f"{name} at {image_size} px, in patches of {patch_size}: {error}") from None
     if source.readout != "pooled":
         raise UserError(f"{name} has a label a patch; a probe needs one an image, such as icons:single40")
-    most = min(POOL, getattr(source, "num_train", POOL))  # a repeated image is no second example
+    most = min(POOL, getattr(source, "num_train", POOL))  # one epoch of a set of images
     enough = len(SUPPORT_SEEDS) * SHOTS[-1]
     labels = np.empty(0, np.int64)
-    while len(labels) < most and np.bincount(labels, minlength=source.num_classes).min() < enough:
+    while len(labels) < most and (
+        np.bincount(labels, minlength=source.num_classes).min() < enough
+        or num_different(source, labels).min() < SHOTS[-1]
+    ):
         batches = source_batches(source.train, len(labels), min(len(labels) + POOL_STEP, most))
         labels = np.concatenate([labels, *(batch.labels.cpu().numpy() for batch in batches)])
     try:
         sets = [support_sets(labels, source.num_classes, seed) for seed in SUPPORT_SEEDS]
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+    different = num_different(source, labels)
+    if different.min() < SHOTS[-1]:
+        raise UserError(
+            f"{name}: class {different.argmin()} has {different.min()} different examples among {len(labels)}, fewer than"
+            f" {SHOTS[-1]} shots need; give data with more of it"
+        )
     support = np.unique(sets)
     indices = [np.searchsorted(support, chosen) for chosen in sets]
     return ProbeData(name, source, image_size, support, labels[support], indices, len(labels))
+
+
+def num_different(source: Source, labels: np.ndarray) -> np.ndarray:
+    """Different examples [C] of each class among the first samples, whose labels [n] are given: of icons, drawings."""
+    if len(labels) and hasattr(source, "facts"):  # others repeat nothing within an epoch
+        labels = labels[np.unique(source.facts(0, len(labels))["icon"], return_index=True)[1]]
+    return np.bincount(labels, minlength=source.num_classes)
 
 
 def source_batches(samples, start: int, stop: int) -> Iterator:
@@ -183,7 +200,7 @@ def open_tower(name: str, runs_dir: Path | str = "runs", device: str = "cpu") ->
     kind, _, size = name.partition(":")
     if kind != "pixels":
         return open_encoder(name, runs_dir, device)
-    if not size.isdigit() or not int(size):
+    if not size.isdecimal() or not int(size):
         raise UserError(f"{name}: give the size of the image in pixels, such as pixels:16")
     return Encoder(
         name=name,

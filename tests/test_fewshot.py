@@ -12,6 +12,7 @@ from sovit.fewshot import (
     columns_of,
     few_shot_errors,
     is_probed,
+    is_spread,
     probe_of,
     ridge,
     support_sets,
@@ -145,6 +146,13 @@ def test_columns_of_a_row():
         "probe_data_key/icons:single40": "k"
     }
     assert columns_of(row, "hub:x") == {"probe_data_key/hub:x": "l", "val_error_5shot/hub:x": 0.1}
+
+
+def test_a_path_may_look_like_a_column_of_spread():
+    data = "hub:/data/5shot_sd/x"
+    row = columns(data, {shots: [0.3, 0.2, 0.1] for shots in SHOTS})
+    assert columns_of(row, data) == row and is_probed(row, data)
+    assert [is_spread(name) for name in list(row)[:3]] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,15 @@ def test_an_epoch_shows_every_image_once_and_half_of_them_mirrored(cache, folder
 # sources and splits
 
 
+def test_a_folder_with_a_question_mark_in_its_name(cache, tmp_path):
+    for name, colour in COLOURS.items():
+        (tmp_path / "birds?flip=0" / name).mkdir(parents=True)
+        for i in range(3):
+            photo(colour, i).save(tmp_path / "birds?flip=0" / name / f"{i}.png")
+    source = open_data("hub", str(tmp_path / "birds?flip=0"), 8, 4, 0)
+    assert source.info["num_train"] + source.num_val == 9 and source.view.flip
+
+
 def test_folder_with_train_and_test(cache, tmp_path):
     for split, count in (("train", 5), ("test", 3)):
         for name, colour in COLOURS.items():

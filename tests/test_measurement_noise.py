@@ -65,8 +65,8 @@ def test_components_are_what_was_planted_beside_the_known_part(weighted):
         got = components(form, u, theta, value[0] - residual, TRUNK, sd, scale if weighted else None)
         found.append([got[0] ** 2, got[1] ** 2])
     mean = np.sqrt(np.mean(found, 0))
-    # unweighted, the rows of 3 % drown the rest: winsorised and cut off at zero, that is a start and no more
-    assert mean == pytest.approx([trunk_sd, row_sd], rel=0.15 if weighted else 1.0)
+    # unweighted, the rows of 3 % drown the rest: winsorised, that is a start: within a factor of 2.5
+    assert mean == pytest.approx([trunk_sd, row_sd], rel=0.15 if weighted else 0.6)
 
 
 def test_whitened_noise_is_white():

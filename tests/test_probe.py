@@ -8,11 +8,12 @@ import signal
 import numpy as np
 import pytest
 import torch
+from icon_package import small_package, write_package
 from PIL import Image
 
 from sovit import UserError, launch, probe, sweep
 from sovit.cli import main
-from sovit.data import open_data
+from sovit.data import icon_labels, open_data
 from sovit.encoder import open_encoder
 from sovit.fewshot import column, is_probed
 from sovit.ledger import read_ledger, read_record, record_path, update_ledger
@@ -139,6 +140,26 @@ def test_too_few_examples_name_the_data(pictures, monkeypatch):
     monkeypatch.setattr(probe, "POOL", 60)
     with pytest.raises(UserError, match=r"hub:.*: class \d has \d+ examples among 60, fewer than 25 shots need"):
         probe.open_probe(pictures, 16, 4)
+
+
+def test_a_repeated_drawing_is_no_second_example(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py", reason="rendering needs the extra `icons`")
+    write_package(tmp_path / "iconify.tgz", small_package())
+    monkeypatch.setenv("SOVIT_ICONIFY", str(tmp_path / "iconify.tgz"))
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)
+    monkeypatch.setattr(probe, "POOL", 8192)
+    source = open_data("icons", "single40", 16, 4, 0)
+    per_class = np.bincount(source._classes[source._train_icons], minlength=40)
+    fewest = per_class.min()
+    assert fewest < 25 and np.bincount(source.train(0, 8192).labels).min() > 75  # shown often enough, but the same ones
+    message = (
+        f"icons:single40: class {per_class.argmin()} has {fewest} different examples among 8192, fewer than 25 shots"
+    )
+    with pytest.raises(UserError, match=message):
+        probe.open_probe("icons:single40", 16, 4)
+    monkeypatch.setattr(probe, "SHOTS", (1, int(fewest)))
+    assert probe.open_probe("icons:single40", 16, 4).pool_size <= 8192
 
 
 # rows ----------------------------------------------------------------------------------------------------------------
@@ -338,7 +359,9 @@ def test_encoders_compared_on_the_command_line(runs, pictures, capsys):
     assert f"{result['encoders'][2]['shots']['10']['error']:.4f} ± " in text and "a guess is wrong in 0.6667" in text
 
 
-@pytest.mark.parametrize("arguments", [[], ["pixels:16", "--study", "s"], ["pixels:none"], ["nobody-320"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["pixels:16", "--study", "s"], ["pixels:none"], ["pixels:²"], ["nobody-320"]]
+)
 def test_bad_arguments(arguments, pictures, tmp_path, capsys):
     assert main(["probe", *arguments, "--data", pictures, "--runs", str(tmp_path)]) == 2
     line = capsys.readouterr().err.removesuffix("\n")

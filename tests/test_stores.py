@@ -1,6 +1,7 @@
 """Decoding into a folder that grows: streams of local files and of a hub over HTTP, kills, subsets of what is there."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -284,8 +285,12 @@ def test_classes_of_equal_size_are_chosen_at_random_but_nested(tmp_path):
 
 
 def test_bad_options(parquet):
-    for option in ("crop=0", "crop=1.2", "crop=a", "num_train=0", "stream=some", "classes=1", "per_class=-1", "x"):
+    for option in ("crop=a", "stream=some", "per_class=-1", "x"):
         check(f"{parquet}?{option}", f"unknown option; the options are .* given: {option}")
+    for option, least in {"num_train=0": "1$", "per_class=0": "1$", "stream=0": "1$", "classes=1": "2$"}.items():
+        check(f"{parquet}?{option}", f": {option} must be at least {least}")
+    for option in ("crop=0", "crop=1.2"):
+        check(f"{parquet}?{option}", f": {option} must be at least 1e-09 and at most 1$")
     check(f"{parquet}?cache_size=4", "cache_size=4 is under image_size=8")
 
 
@@ -327,3 +332,57 @@ def test_a_hub_over_http_is_read_in_parts_and_a_gated_set_names_the_remedy(tmp_p
     assert len(refused) == 2
     for line in refused:
         assert "accept its terms at https://huggingface.co/datasets/gated/imagenet, then run: hf auth login" in line
+
+
+ASK_FOLDER = """
+import hashlib
+from sovit import UserError
+from sovit.data import open_data
+try:
+    source = open_data("hub", "team/colours?stream=all&flip=0", 8, 4, 0)
+    print(source.info["broken"], source.num_train + source.num_val, hashlib.sha256(source._images.tobytes()).hexdigest())
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_streamed_folder_of_images_over_http(tmp_path):
+    """Loose images are fetched one by one; one that cannot be had is not a broken image."""
+    (tmp_path / "files").mkdir()
+    for i in range(30):
+        (tmp_path / "files" / f"{i:02}.png").write_bytes(png(i))
+    (tmp_path / "files" / "05.png").write_bytes(b"this is text")
+    table = "".join(f"{i:02}.png,{NAMES[i % 3]}\n" for i in range(30))
+    (tmp_path / "files" / "metadata.csv").write_text("file_name,label\n" + table)
+    answers = []
+    with tiny_hub.serve(tmp_path / "files") as (address, sent):
+        for home, refused in (("refused", {"07.png"}), ("whole", set())):
+            tiny_hub.REFUSED = refused
+            environment = {
+                "HF_ENDPOINT": address,
+                "HF_HUB_OFFLINE": "0",
+                "HF_HOME": str(tmp_path / home),
+                "SOVIT_CACHE": str(tmp_path / "cache"),
+            }
+            asked = subprocess.run(
+                [sys.executable, "-c", ASK_FOLDER], env=os.environ | environment, capture_output=True, text=True
+            )
+            assert asked.returncode == 0, asked.stderr
+            answers.append(asked.stdout.strip())
+    local = opened(f"{tmp_path / 'files'}?stream=all&flip=0")
+    wanted = hashlib.sha256(local._images.tobytes()).hexdigest()
+    assert "cannot be read after 0 images" in answers[0] and "\n" not in answers[0]
+    assert answers[1] == f"1 29 {wanted}"
+
+
+def test_a_parquet_file_may_not_name_a_file_of_this_machine(tmp_path):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (tmp_path / "set").mkdir()
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=NAMES)})
+    images = [{"bytes": png(i), "path": None} for i in range(30)]
+    images += [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 3
+    rows = {"image": images, "label": [i % 3 for i in range(33)]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "set" / "train-0.parquet")
+    for option in ("", "?stream=all"):
+        assert opened(f"{tmp_path / 'set'}{option}").info["broken"] == 3

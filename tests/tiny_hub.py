@@ -1,6 +1,7 @@
 """A hub on this machine: the few calls of the Hugging Face HTTP interface by which a data set is listed and read.
 
-`serve(folder)` runs it over files of a folder; a name that starts with `gated/` is refused as the hub refuses it.
+`serve(folder)` runs it over files of a folder; a name that starts with `gated/` is refused as the hub refuses it, and the
+files named in REFUSED as a hub in trouble does.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+REFUSED: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -60,6 +62,8 @@ def serve(folder: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
             found = re.fullmatch(r"/datasets/\w+/\w+/resolve/\w+/(.+)", path)
             if not found or not (folder / found[1]).is_file():
                 return self.answer(404, X_Error_Code="EntryNotFound")
+            if found[1] in REFUSED:
+                return self.answer(403)
             data = (folder / found[1]).read_bytes()
             headers = {"ETag": f'"{len(data)}"', "X_Repo_Commit": SHA, "Accept_Ranges": "bytes"}
             if self.command == "HEAD":

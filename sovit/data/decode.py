@@ -10,7 +10,7 @@ MAX_PIXELS = 89_000_000  # an image that would unpack to more is left out (Pillo
 
 
 def decode(row: dict | None, size: int) -> tuple[np.ndarray, str] | None:
-    """A file's bytes or path -> RGB [S, S, 3] uint8, the centre square resized, and the file's mode in Pillow's words.
+    """A file's bytes or local path -> RGB [S, S, 3] uint8, the centre square resized, and the file's mode in Pillow's words.
 
     None for a file that is no image.
     """

@@ -187,16 +187,20 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
 
 def locate(preset: str) -> tuple[Location, View]:
     """Take a preset apart. Raises UserError for an empty one, an unknown option or a path that does not exist."""
-    base, _, query = preset.partition("?")
+    # a folder may have a question mark in its name
+    base, _, query = (preset, "", "") if preset and Path(preset).expanduser().exists() else preset.partition("?")
     if not base:
         raise UserError("data='hub' needs a preset; name a folder of images, or a hub name such as uoft-cs/cifar10")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name, value in options.items() or ([("", query)] if query else []):
         what, pattern, span = OPTIONS.get(name, ("", None, None))
-        if pattern is None or not re.fullmatch(pattern, value) or (span and not in_span(value, span)):
+        if pattern is None or not re.fullmatch(pattern, value):
             known = ", ".join(f"?{name}={what}" for name, (what, _, _) in OPTIONS.items())
             given = f"{name}={value}" if name else query
             raise UserError(f"preset={preset!r} has an unknown option; the options are {known}; given: {given}")
+        if span and not in_span(value, span):
+            most = f" and at most {span[1]:,}" if span[1] < math.inf else ""
+            raise UserError(f"preset={preset!r}: {name}={value} must be at least {span[0]}{most}")
     numbers = {
         name: int(options[name]) for name in ("cache_size", "num_train", "per_class", "classes") if name in options
     }

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sovit import UserError
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first one that has labels
 NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more, the first ones of a stream
+NUM_FETCHED = 16  # files of a streamed folder that are asked for at the same time
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILES, "imagefolder")}  # of `datasets`
@@ -259,16 +261,20 @@ def apply_numbers(split, column: str, classes: list[str]) -> np.ndarray:
 class Part:
     """The rows of one split, from a position on: `take(count)` gives (file, label) pairs, [] at the end.
 
-    `file` is a dict of bytes or path; `position` is a JSON value to go on from.
+    `file` is a dict of bytes or path; `position` is a JSON value to go on from. Only rows that `datasets` made of a folder
+    of images may name a file: what stands in a parquet file could name any file of this machine.
     """
 
     def __init__(self, split, splits: Splits, labels: np.ndarray | None, is_val: bool | None, limit: float):
         from datasets import Image
 
         self.image_column, self.label_column = splits.image_column, splits.label_column
+        if labels is None:
+            split = split.decode(False)  # of a hub's stream `datasets` decodes by itself, and one broken file ends it
         columns = [self.image_column] if labels is not None else [self.image_column, self.label_column]
         self.split = split.select_columns(columns).cast_column(self.image_column, Image(decode=False))
         self.names = class_names(split, self.label_column)
+        self.of_folder = split.info.builder_name == "imagefolder"
         self.labels, self.is_val, self.limit = labels, is_val, limit
         self.rows: Iterator | None = None
         self.position: Any = None
@@ -278,19 +284,44 @@ class Part:
             start = self.position or 0
             files = self.split[start : start + count][self.image_column]
             self.position = start + len(files)
-            return list(zip(files, self.labels[start : self.position].tolist(), strict=True))
+            return list(zip(self._files(files), self.labels[start : self.position].tolist(), strict=True))
+        rows = self._next(count)
+        files = self._files([row[self.image_column] for row in rows])
+        return [(file, self._label(row[self.label_column])) for file, row in zip(files, rows, strict=True)]
+
+    def any_label(self) -> bool:
+        """Whether the first row of a stream has a label."""
+        return any(self._label(row[self.label_column]) is not None for row in self._next(1))
+
+    def _next(self, count: int) -> list[dict]:
         if self.rows is None:
             if self.position is not None:
                 self.split.load_state_dict(self.position)
             self.rows = iter(self.split)
         rows = list(itertools.islice(self.rows, count))
         self.position = copy.deepcopy(self.split.state_dict())
-        return [(row[self.image_column], self._label(row[self.label_column])) for row in rows]
+        return rows
+
+    def _files(self, files: list[dict | None]) -> list[dict | None]:
+        if not self.of_folder:
+            return [file and {**file, "path": None} for file in files]
+        with ThreadPoolExecutor(NUM_FETCHED) as pool:  # of a stream each file is a request of its own
+            return list(pool.map(fetched, files))
 
     def _label(self, value):
         if self.names is None or value is None:
             return value
         return self.names[value] if value >= 0 else None
+
+
+def fetched(file: dict | None) -> dict | None:
+    """A file that lies elsewhere (hf://, https://) with its bytes, others as they are. Raises what the network does."""
+    if file is None or file["bytes"] is not None or "://" not in (file["path"] or ""):
+        return file
+    from datasets.utils.file_utils import xopen
+
+    with xopen(file["path"], "rb") as stream:
+        return {"bytes": stream.read(), "path": None}
 
 
 def parts_of(location: Location, splits: Splits, limit: float) -> tuple[list[Part], list[str] | None, str | None]:
@@ -310,8 +341,7 @@ def parts_of(location: Location, splits: Splits, limit: float) -> tuple[list[Par
         return [train], classes, None
     names = class_names(splits.train, column)
     for name, split in splits.vals:
-        first = Part(split, splits, None, True, NUM_VAL)
-        if any(label is not None for _, label in first.take(1)):
+        if Part(split, splits, None, True, NUM_VAL).any_label():
             val = Part(split, splits, None, True, NUM_VAL)
             return [val, Part(splits.train, splits, None, False, limit)], names, name
     return [Part(splits.train, splits, None, None, limit)], names, None
