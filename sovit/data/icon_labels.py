@@ -249,6 +249,7 @@ WIDE_PHRASES = {
     "thumb-down": "dislike",
     "ice-cream": "icecream",
     "qr-code": "qrcode",
+    "finger-print": "fingerprint",
     "full-screen": "expand",
     "x-mark": "close",
     "speech-bubble": "chat",
