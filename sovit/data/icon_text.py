@@ -68,8 +68,8 @@ HANDED = word_set(
     pilcrow quote language translate translation type typography abc alphabet spellcheck case superscript subscript
     dollar euro yen pound won rupee ruble peso lira bitcoin currency cent percent question help hash hashtag slash
     backslash divide function sigma sum pi alpha beta omega integral math greater less equal
-    hd sd hdr open ltr rtl 4k 8k gif pdf json css html markdown md sql api vip sos dns gps nfc csv svg png jpg xml zip mp3 mp4
-    ppt doc xls txt ai atm cc cd dvd id ssd hdd am pm th fahrenheit celsius copyright registered trademark copyleft
+    hd sd hdr open ltr rtl 4k 8k gif pdf json css html markdown md sql api vip sos dns gps nfc csv svg png jpg xml zip mp3
+    mp4 ppt doc xls txt ai atm cc cd dvd id ssd hdd am pm th fahrenheit celsius copyright registered trademark copyleft
     bluetooth usb rss terminal code script ad ads new sale parking hospital mars venus leo virgo libra scorpio
     sagittarius capricorn aquarius pisces aries taurus cancer ampersand at regex binary calculator"""
 )
