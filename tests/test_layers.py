@@ -13,10 +13,11 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
-    *("evaluate", "probe", "export", "vlm"),
+    *("evaluate", "probe", "export", "vlm", "hardware"),
 }
 EDGES = {
     "sweep",
+    "search",
     "launch",
     "status",
     "html",
@@ -31,7 +32,7 @@ EDGES = {
     "__main__",
 }  # all else is arithmetic
 ONE_IMPORTER = {
-    "optuna": {"sweep"},
+    "optuna": {"sweep", "search"},
     "mlflow": {"track"},
     "matplotlib": {"plot"},
     "markdown_it": {"html"},

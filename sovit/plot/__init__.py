@@ -1,0 +1,28 @@
+"""Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
+
+from sovit.plot.law import (
+    budget_levels,
+    extrapolation,
+    fit_by_dimension,
+    isoflop,
+    optimal_path,
+    optimal_shape,
+    residuals,
+)
+from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
+from sovit.plot.style import save
+
+__all__ = [
+    "budget_levels",
+    "contact_sheet",
+    "extrapolation",
+    "fit_by_dimension",
+    "isoflop",
+    "learning_rates",
+    "optimal_path",
+    "optimal_shape",
+    "residuals",
+    "save",
+    "validation",
+    "validation_figure",
+]
