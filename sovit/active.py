@@ -139,8 +139,7 @@ class Belief:
 
     def form_variance(self, logs: np.ndarray) -> np.ndarray:
         """Variance of ln loss [n] by which the form may be wrong about shapes logs [>= K, n], seen from the target."""
-        seen_from = np.clip(self.target, *self.reachable)
-        return self.discrepancy**2 * ((logs[: len(self.dims)] - seen_from[:, None]) ** 2).sum(0)
+        return _form_variance(logs[: len(self.dims)], self.target, self.reachable, self.discrepancy)
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------------
@@ -221,7 +220,9 @@ def candidates(
             pool += [Candidate(shape, b, "seed", cost_of(shape, b), None, seed) for b in ladders(shape)]
     pool = [c for c in pool if c.cost <= max_cost]
     if not pool:
-        raise UserError(f"no candidate costs {max_cost:.3g} training FLOPs or less; raise max_cost or lower the budgets")
+        raise UserError(
+            f"no candidate costs {max_cost:.3g} training FLOPs or less; raise max_cost or lower the budgets"
+        )
     return pool
 
 
@@ -281,55 +282,67 @@ def learn(
         raise UserError(f"discrepancy={discrepancy!r} is not an s.d. per log unit; give 0 or more, such as .01")
     table, y = check(form, columns, y, clusters, None, None)
     if len(y) > MAX_ROWS:
-        raise UserError(f"{len(y)} rows are too many to weigh a next run; give at most {MAX_ROWS}, those near the target")
+        raise UserError(
+            f"{len(y)} rows are too many to weigh a next run; give at most {MAX_ROWS}, those near the target"
+        )
     dims = varied_dims(table, dims)
-    known = geometry_of(table, geometry)
-    if known is None:
+    counted = geometry_of(table, geometry)
+    if counted is None:
         raise UserError("the rows do not say patch_size and image_size; give them with geometry={'patch_size': ...}")
     built = LAWS[form].build(dims)
+    assert isinstance(built, Additive)
     logs = np.log(np.stack([positive(table, name) for name in built.terms]))
     index = trunks(table, clusters, len(y))
     log_y, log_budget = np.log(y), float(np.log(train_flops / 3))
     limits = {d: tuple((reachable or {}).get(d, ())) or tuple(np.unique(positive(table, d)).tolist()) for d in dims}
     ends = np.array([[min(v), max(v)] for v in limits.values()], float)
     edges = np.log(ends[:, 0]), np.log(ends[:, 1])
-    same = previous is not None and previous.dims == dims and previous.form == built
-    centre = previous.centre if previous is not None and same else logs.mean(1)
+    before = previous if previous is not None and (previous.dims, previous.form) == (dims, built) else None
+    centre = before.centre if before else logs.mean(1)
     u = logs - centre[:, None]
     prior = _prior(built, float(np.exp(log_y.mean())))
-    trunk_sd, row_sd = noise or (np.array([previous.trunk_sd, previous.row_sd]) if previous is not None and same else
-                                 np.full(2, NOISE_SD / np.sqrt(2)))
-    if previous is not None and same:
-        starts, target = np.stack([previous.phi, prior[0]]), previous.target
+    trunk_sd, row_sd = noise or ((before.trunk_sd, before.row_sd) if before else (NOISE_SD / 2**0.5, NOISE_SD / 2**0.5))
+    if before:
+        starts = np.stack([before.phi, prior[0]])
+        variance = _form_variance(logs[: len(dims)], before.target, edges, discrepancy)
     else:
-        found = np.log(np.maximum(built.starts(u, y), LEAST * np.exp(log_y.mean())))
-        starts, target = np.concatenate([found, prior[:1]]), None
-    for last in (False, True):
-        variance = np.zeros(len(y))
-        if target is not None:
-            seen_from = np.clip(target, *edges)
-            variance = discrepancy**2 * ((logs[: len(dims)] - seen_from[:, None]) ** 2).sum(0)
-        whitener = _whitener(_covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd))
-        posterior = _Posterior(built, whitener, prior)
-        observed = np.concatenate([whitener @ log_y, np.zeros(len(built.names))])
-        plain = Groups.plain(np.arange(len(observed)))
-        room = np.zeros((len(u), len(prior[0])))
-        done = polish(posterior, np.concatenate([u, room], 1), starts, observed, groups=plain, delta=HUBER)
-        phi = done.theta[int(done.objective.argmin())]
-        target = _optimum(built, centre, phi, known, limits, log_budget)
-        starts = phi[None]
+        starts = np.log(np.maximum(built.starts(u, y), LEAST * np.exp(log_y.mean())))
+        starts, variance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
+    for last in (False, True):  # the first fit is for the target and the noise, by which the second weighs its rows
+        phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd), starts)
+        target = _optimum(built, centre, phi, counted, limits, log_budget)
         value, jac = built.evaluate(np.exp(phi)[None], u)
         jac = jac[0] * np.exp(phi)[:, None]
+        variance = _form_variance(logs[: len(dims)], target, edges, discrepancy)
         if noise is None and not last:
-            trunk_sd, row_sd = _noise(log_y - value[0], jac, prior[1], logs[: len(dims)], index, variance, trunk_sd, row_sd)
-    white = jac @ whitener.T
+            rest = logs[: len(dims)], index, variance, trunk_sd, row_sd
+            trunk_sd, row_sd = _noise(log_y - value[0], jac, prior[1], *rest)
+        starts = phi[None]
+    white = jac @ _whitener(_covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd)).T
     covariance = np.linalg.inv(white @ white.T + np.diag(prior[1] ** -2))
-    hessian, mixed = curvature(built, centre, phi, known, dims, target, log_budget, box(limits))
+    hessian, mixed = curvature(built, centre, phi, counted, dims, target, log_budget, box(limits))
     names = tuple(np.asarray(clusters if clusters is not None else table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
-        built, dims, centre, known, log_budget, phi, covariance, target, hessian, mixed, edges, discrepancy,
+        built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges, discrepancy,
         float(trunk_sd), float(row_sd), logs, jac, names,
     )  # fmt: skip
+
+
+def _map(form, u, log_y, prior, covariance, starts) -> np.ndarray:
+    """phi [P] of the best of the polished starts: Huber on white residuals of unit s.d., prior included."""
+    whitener = _whitener(covariance)
+    observed = np.concatenate([whitener @ log_y, np.zeros(len(form.names))])
+    room = np.zeros((len(u), len(form.names)))
+    groups = Groups.plain(np.arange(len(observed)))
+    posterior = _Posterior(form, whitener, prior)
+    done = polish(posterior, np.concatenate([u, room], 1), starts, observed, groups=groups, delta=HUBER)
+    return done.theta[int(done.objective.argmin())]
+
+
+def _form_variance(shape_logs, target, edges, discrepancy) -> np.ndarray:
+    """(discrepancy x distance)^2 [...] of shapes [K, ...] from the target, clipped to what can be trained."""
+    seen_from = np.clip(target, *edges)
+    return discrepancy**2 * ((shape_logs - seen_from.reshape(-1, *[1] * (shape_logs.ndim - 1))) ** 2).sum(0)
 
 
 def _prior(form: Additive, level: float) -> np.ndarray:
