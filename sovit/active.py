@@ -132,6 +132,12 @@ class Belief:
         """The real-valued optimum at the target, by dimension."""
         return dict(zip(self.dims, np.exp(self.target).tolist()))
 
+    def shape_at(self, train_flops: float) -> dict[str, float]:
+        """The real-valued optimum at another budget, by dimension."""
+        limits = {d: np.exp([low, high]) for d, low, high in zip(self.dims, *self.reachable)}
+        v = _optimum(self.form, self.centre, self.phi, self.geometry, limits, float(np.log(train_flops / 3)))
+        return dict(zip(self.dims, np.exp(v).tolist()))
+
     @property
     def log_sd(self) -> np.ndarray:
         """S.d. of ln x of each optimal dimension [K]."""
@@ -308,13 +314,13 @@ def learn(
     else:
         starts = np.log(np.maximum(built.starts(u, y), LEAST * np.exp(log_y.mean())))
         starts, variance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
-    for last in (False, True):  # the first fit is for the target and the noise, by which the second weighs its rows
+    for last in (True,) if before else (False, True):  # a first fit is for target and noise, by which rows weigh
         phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd), starts)
         target = _optimum(built, centre, phi, counted, limits, log_budget)
         value, jac = built.evaluate(np.exp(phi)[None], u)
         jac = jac[0] * np.exp(phi)[:, None]
         variance = _form_variance(logs[: len(dims)], target, edges, discrepancy)
-        if noise is None and not last:
+        if noise is None and (before or not last):
             rest = logs[: len(dims)], index, variance, trunk_sd, row_sd
             trunk_sd, row_sd = _noise(log_y - value[0], jac, prior[1], *rest)
         starts = phi[None]
@@ -380,7 +386,7 @@ def _noise(residual, jac, prior_sd, shape_logs, index, form_variance, trunk_sd, 
         sides = np.linalg.solve(white @ white.T + np.diag(prior_sd**-2.0), white @ whitener)
         left = whitener.T @ whitener - (whitener.T @ white.T) @ sides  # (V + J S J')^-1
         trunk = trunk_sd**4 * (member.T @ seen) ** 2
-        trunk += trunk_sd**2 - trunk_sd**4 * np.einsum("ng,nm,mg->g", member, left, member)
+        trunk += trunk_sd**2 - trunk_sd**4 * (member * (left @ member)).sum(0)
         row = row_sd**4 * seen**2 + row_sd**2 - row_sd**4 * np.diag(left)
         trunk_sd = np.sqrt((NOISE_DOF * expected + trunk.sum()) / (NOISE_DOF + len(trunk)))
         row_sd = np.sqrt((NOISE_DOF * expected + row.sum()) / (NOISE_DOF + len(row)))
