@@ -34,6 +34,7 @@ from sovit.shape import DIMENSIONS, Shape
 
 FORM = "joint_n" if "joint_n" in LAWS else "joint"
 DISCREPANCY = 0.01  # per log unit of shape; .003 helps little, .03 wastes compute where the form is right
+DISCREPANCY_DOF = 4.0  # shapes that it is worth against what the residuals say; inf = held as it is
 CHECK_EVERY = 5  # picks; the fifth is a check of the law near the target
 STEP = 1e-3  # of the differences in ln x
 FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
@@ -107,9 +108,9 @@ class Belief:
     hessian: np.ndarray  # [K, K] of ln loss there, along the budget
     mixed: np.ndarray  # [K, P], M
     reachable: tuple[np.ndarray, np.ndarray]  # [K] each: ln of the smallest and largest values that can be trained
-    discrepancy: float
     trunk_sd: float
     row_sd: float
+    discrepancy: float  # s.d. per log unit of shape
     logs: np.ndarray  # [terms, n] of the rows
     jac: np.ndarray  # [P, n], d ln loss / d phi
     trunk: tuple[str, ...]  # [n]
@@ -145,7 +146,7 @@ class Belief:
 
     def form_variance(self, logs: np.ndarray) -> np.ndarray:
         """Variance of ln loss [n] by which the form may be wrong about shapes logs [>= K, n], seen from the target."""
-        return _form_variance(logs[: len(self.dims)], self.target, self.reachable, self.discrepancy)
+        return (self.discrepancy * _distance_to(logs[: len(self.dims)], self.target, self.reachable)) ** 2
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------------
@@ -270,6 +271,7 @@ def learn(
     geometry: Mapping | None = None,
     discrepancy: float = DISCREPANCY,
     reachable: Mapping[str, Sequence[float]] | None = None,
+    discrepancy_dof: float = DISCREPANCY_DOF,
     noise: tuple[float, float] | None = None,
     previous: Belief | None = None,
 ) -> Belief:
@@ -277,7 +279,8 @@ def learn(
 
     columns, y, clusters, dims, geometry: as in `law.fit`. reachable: dimension -> values that can be trained (None = the
     values run); noise: (trunk, row) s.d. of ln loss, None = estimated, shrunk towards .5 % while trunks are few;
-    previous: the belief before the latest rows, to start from. Raises UserError.
+    discrepancy: what the form is expected to be wrong by, estimated too, worth `discrepancy_dof` shapes; previous: the
+    belief before the latest rows, to start from. Raises UserError.
     """
     known = [n for n, law in LAWS.items() if law.ranks_shapes and law.plain_sum]
     if form not in known:
@@ -306,30 +309,30 @@ def learn(
     centre = before.centre if before else logs.mean(1)
     u = logs - centre[:, None]
     prior = _prior(built, float(np.exp(log_y.mean())))
-    trunk_sd, row_sd = noise or ((before.trunk_sd, before.row_sd) if before else (NOISE_SD / 2**0.5, NOISE_SD / 2**0.5))
+    expected = [(NOISE_SD / 2**0.5, NOISE_DOF)] * 2 if noise is None else [(sd, np.inf) for sd in noise]
+    expected += [(discrepancy, discrepancy_dof if discrepancy else np.inf)]
+    sds = (before.trunk_sd, before.row_sd, before.discrepancy) if before else tuple(sd for sd, _ in expected)
     if before:
         starts = np.stack([before.phi, prior[0]])
-        variance = _form_variance(logs[: len(dims)], before.target, edges, discrepancy)
+        distance = _distance_to(logs[: len(dims)], before.target, edges)
     else:
         starts = np.log(np.maximum(built.starts(u, y), LEAST * np.exp(log_y.mean())))
-        starts, variance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
-    for last in (True,) if before else (False, True):  # a first fit is for target and noise, by which rows weigh
-        phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd), starts)
+        starts, distance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
+    for _ in range(1 if before else 2):  # a first fit is for target and noise, by which rows weigh
+        phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, distance, *sds), starts)
         target = _optimum(built, centre, phi, counted, limits, log_budget)
         value, jac = built.evaluate(np.exp(phi)[None], u)
         jac = jac[0] * np.exp(phi)[:, None]
-        variance = _form_variance(logs[: len(dims)], target, edges, discrepancy)
-        if noise is None and (before or not last):
-            rest = logs[: len(dims)], index, variance, trunk_sd, row_sd
-            trunk_sd, row_sd = _noise(log_y - value[0], jac, prior[1], *rest)
+        distance = _distance_to(logs[: len(dims)], target, edges)
+        sds = _spreads(log_y - value[0], jac, prior[1], logs[: len(dims)], index, distance, sds, expected)
         starts = phi[None]
-    white = jac @ _whitener(_covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd)).T
+    white = jac @ _whitener(_covariance(logs[: len(dims)], index, distance, *sds)).T
     covariance = np.linalg.inv(white @ white.T + np.diag(prior[1] ** -2))
     hessian, mixed = curvature(built, centre, phi, counted, dims, target, log_budget, box(limits))
     names = tuple(np.asarray(clusters if clusters is not None else table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
-        built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges, discrepancy,
-        float(trunk_sd), float(row_sd), logs, jac, names,
+        built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges,
+        *sds, logs, jac, names,
     )  # fmt: skip
 
 
@@ -340,14 +343,16 @@ def _map(form, u, log_y, prior, covariance, starts) -> np.ndarray:
     room = np.zeros((len(u), len(form.names)))
     groups = Groups.plain(np.arange(len(observed)))
     posterior = _Posterior(form, whitener, prior)
-    done = polish(posterior, np.concatenate([u, room], 1), starts, observed, groups=groups, delta=HUBER)
+    done = polish(
+        posterior, np.concatenate([u, room], 1), starts, observed, groups=groups, delta=HUBER, tolerance=1e-7, cap=400
+    )
     return done.theta[int(done.objective.argmin())]
 
 
-def _form_variance(shape_logs, target, edges, discrepancy) -> np.ndarray:
-    """(discrepancy x distance)^2 [...] of shapes [K, ...] from the target, clipped to what can be trained."""
-    seen_from = np.clip(target, *edges)
-    return discrepancy**2 * ((shape_logs - seen_from.reshape(-1, *[1] * (shape_logs.ndim - 1))) ** 2).sum(0)
+def _distance_to(shape_logs, target, edges) -> np.ndarray:
+    """Distance [...] in log shape of shapes [K, ...] from the target, clipped to what can be trained."""
+    seen_from = np.clip(target, *edges).reshape(-1, *[1] * (shape_logs.ndim - 1))
+    return np.sqrt(((shape_logs - seen_from) ** 2).sum(0))
 
 
 def _prior(form: Form, level: float) -> np.ndarray:
@@ -358,11 +363,11 @@ def _prior(form: Form, level: float) -> np.ndarray:
     return np.stack([centre, np.r_[np.full(k + 1, AMPLITUDE_SD), np.full(k, EXPONENT_SD)]])
 
 
-def _covariance(shape_logs, index, form_variance, trunk_sd, row_sd) -> np.ndarray:
-    """Of ln loss [n, n]: row noise, what rows of a trunk share, what rows of a shape share (form_variance [n])."""
+def _covariance(shape_logs, index, distance, trunk_sd, row_sd, discrepancy) -> np.ndarray:
+    """Of ln loss [n, n]: row noise, what rows of a trunk share, and what those of a shape share, by its distance [n]."""
     same_trunk = index[:, None] == index
     same_shape = (np.abs(shape_logs[:, :, None] - shape_logs[:, None, :]) < 1e-9).all(0)
-    shared = np.sqrt(form_variance[:, None] * form_variance)
+    shared = discrepancy**2 * distance[:, None] * distance
     return row_sd**2 * np.eye(len(index)) + trunk_sd**2 * same_trunk + shared * same_shape
 
 
@@ -370,26 +375,31 @@ def _whitener(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
-def _noise(residual, jac, prior_sd, shape_logs, index, form_variance, trunk_sd, row_sd) -> tuple[float, float]:
-    """Trunk and row s.d. by EM_STEPS of expectation-maximisation on the fit linearised at its MAP.
+def _spreads(residual, jac, prior_sd, shape_logs, index, distance, sds, expected) -> tuple[float, ...]:
+    """(trunk_sd, row_sd, discrepancy) by EM_STEPS of expectation-maximisation on the fit linearised at its MAP.
 
-    residual [n], jac [P, n]. What the parameters may still take up is in the expectation, so that few rows do not pass
-    for little noise; the prior NOISE_SD counts as NOISE_DOF trunks or rows. One odd row counts as 2.5 s.d. at most.
+    residual, distance [n], jac [P, n]; sds: where to begin; expected: (s.d., degrees of freedom) of the prior of each; with
+    inf degrees of freedom one is held. What the parameters may still take up is in the expectation, so that few rows do
+    not pass for little noise. One odd row counts as 2.5 s.d. at most.
     """
-    expected = NOISE_SD**2 / 2
-    member = (index[:, None] == np.arange(index.max() + 1)).astype(float)  # [n, G]
+    sds = tuple(sd if np.isfinite(dof) else held for sd, (held, dof) in zip(sds, expected))
+    alike = (np.abs(shape_logs[:, :, None] - shape_logs[:, None, :]) < 1e-9).all(0)
+    kinds = np.unique(alike.argmax(1), return_inverse=True)[1]
+    trunk, shape = ((i[:, None] == np.arange(i.max() + 1)).astype(float) for i in (index, kinds))  # [n, G], [n, S]
+    effects = trunk, np.eye(len(residual)), shape * distance[:, None]
     for _ in range(EM_STEPS):
-        whitener = _whitener(_covariance(shape_logs, index, form_variance, trunk_sd, row_sd))
+        whitener = _whitener(sum(sd**2 * e @ e.T for sd, e in zip(sds, effects)))
         white = jac @ whitener.T
         seen = whitener.T @ np.clip(whitener @ residual, -2.5, 2.5)  # V^-1 r
         sides = np.linalg.solve(white @ white.T + np.diag(prior_sd**-2.0), white @ whitener)
         left = whitener.T @ whitener - (whitener.T @ white.T) @ sides  # (V + J S J')^-1
-        trunk = trunk_sd**4 * (member.T @ seen) ** 2
-        trunk += trunk_sd**2 - trunk_sd**4 * (member * (left @ member)).sum(0)
-        row = row_sd**4 * seen**2 + row_sd**2 - row_sd**4 * np.diag(left)
-        trunk_sd = np.sqrt((NOISE_DOF * expected + trunk.sum()) / (NOISE_DOF + len(trunk)))
-        row_sd = np.sqrt((NOISE_DOF * expected + row.sum()) / (NOISE_DOF + len(row)))
-    return float(trunk_sd), float(row_sd)
+        found = []
+        for sd, e, (centre, dof) in zip(sds, effects, expected):
+            square = sd**4 * (e.T @ seen) ** 2 + sd**2 - sd**4 * (e * (left @ e)).sum(0)
+            mean = (dof * centre**2 + square.sum()) / (dof + len(square)) if np.isfinite(dof) else centre**2
+            found.append(float(np.sqrt(mean)))
+        sds = tuple(found)
+    return sds
 
 
 def _optimum(form, centre, phi, geometry, limits, log_budget) -> np.ndarray:

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from sovit import planted
-from sovit.active import Candidate, candidates, choose, learn
+from sovit.active import Belief, Candidate, candidates, choose, learn
 from sovit.diagnose import optimum_of
 from sovit.rows import prepare
 from sovit.shape import Shape
@@ -66,6 +66,7 @@ class World:
     seed: int
     rows: list = field(default_factory=list)
     spent: float = 0.0  # training FLOPs
+    belief: Belief | None = None  # of the judge, at the last checkpoint
 
     def __post_init__(self) -> None:
         self.truth = planted.truth(**TRUTHS[self.truth_name])
@@ -109,7 +110,11 @@ class World:
     def pool(self) -> list[Candidate]:
         """All that can be run next, nothing dearer than the star's dearest trunk."""
         return candidates(
-            BASE, VALUES, num_examples=LEVELS, rows=self.rows, max_cost=max(_cost(s, planted.IMAGES) for s in star_shapes())
+            BASE,
+            VALUES,
+            num_examples=LEVELS,
+            rows=self.rows,
+            max_cost=max(_cost(s, planted.IMAGES) for s in star_shapes()),
         )
 
 
@@ -127,7 +132,10 @@ GEOMETRY = dict(patch_size=14, image_size=224, pool="map", head_dim=16)
 
 def regrets(world: World) -> dict[str, float]:
     """True regrets at both targets by two estimators: the prior-weighted joint_n of `active.learn`, and plain `joint`."""
-    belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE)
+    belief = world.belief
+    for _ in range(2 if belief else 1):  # from the belief of the last checkpoint, noise and target settle in two rounds
+        belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief)
+    world.belief = belief
     out = {f"regret_{m}": world.regret(list(belief.shape_at(t).values()), m) for m, t in TARGETS.items()}
     plain = joint_shapes(world)
     return out | {f"joint_regret_{m}": world.regret(plain[m], m) for m in TARGETS}
@@ -223,13 +231,13 @@ def episode(truth_name: str, strategy: str, seed: int) -> dict:
     world, kind = World(truth_name, seed), STRATEGIES[strategy]
     rng = np.random.default_rng([seed, sorted(STRATEGIES).index(strategy)])
     picks = kind.pick(world, rng, **kind.options)
-    pending, curve = next(picks), []
+    pending, curve, judged = next(picks), [], (0, {})
     for level in [c for c in CHECKPOINTS if c <= kind.until]:
         while pending is not None and world.spent + pending.cost <= level * STAR_COST:
             world.measure(pending)
             pending = next(picks, None)
+        if judged[0] != len(world.rows):
+            judged = len(world.rows), regrets(world)
         counts = dict(num_trunks=len({row["trunk_id"] for row in world.rows}), num_rows=len(world.rows))
-        curve.append(
-            dict(level=level, compute=world.spent / STAR_COST, train_flops=world.spent, **counts, **regrets(world))
-        )
+        curve.append(dict(level=level, compute=world.spent / STAR_COST, train_flops=world.spent, **counts, **judged[1]))
     return dict(truth=truth_name, strategy=strategy, seed=seed, curve=curve)

@@ -80,7 +80,9 @@ def test_criterion_is_the_posterior_variance_by_brute_force(belief, pool):
             logs = np.concatenate([belief.logs, own], 1)
             name = pool[i].trunk_id or "new"
             index = np.unique([*belief.trunk, *[name] * own.shape[1]], return_inverse=True)[1]
-            covariance = active._covariance(logs[:3], index, belief.form_variance(logs), belief.trunk_sd, belief.row_sd)
+            distance = np.sqrt(belief.form_variance(logs)) / belief.discrepancy
+            sds = belief.trunk_sd, belief.row_sd, belief.discrepancy
+            covariance = active._covariance(logs[:3], index, distance, *sds)
             all_rows = np.concatenate([belief.jac, jac[i, arrays.real[i]].T], 1)
             information = all_rows @ np.linalg.solve(covariance, all_rows.T) + np.diag(prior**-2.0)
             after = float((belief.weight * np.linalg.inv(information)).sum())
@@ -134,17 +136,16 @@ def test_a_branch_is_not_an_independent_run(belief):
     shape = BASE.replace(**shape_of(PILOT[4]))
     run = (64_000_000,)
     pool = [
-        Candidate(BASE.replace(width=512), run, "trunk", 1.0),
+        Candidate(shape.replace(mlp_dim=1376), run, "trunk", 1.0),
         Candidate(shape, run, "seed", 1.0, None, 1),
         Candidate(shape, run, "branch", 1.0, "t4"),
     ]
+    arrays = active._arrays(belief, pool)
     made = active._Made({})
-    for key, name in zip(active._keys(belief.logs[:3]), belief.trunk):
-        made.add(key, np.ones((1, 1)), [name])
-    white = active._innovations(belief, pool, active._arrays(belief, pool), np.ones((3, 1, 1)), made)
-    prior = np.full((1, 1), 0.01**2)
-    trunk, seed, branch = active._gains(white, prior, np.ones((1, 1)))
-    assert trunk > seed > 1.2 * branch > 0
+    made.add(active._keys(arrays.logs[:3, :, 0])[1], np.ones((2, 1)), ["t4", "t4"])
+    white = active._innovations(belief, pool, arrays, np.ones((3, 1, 1)), made)
+    trunk, seed, branch = active._gains(white, np.full((1, 1), 0.01**2), np.ones((1, 1)))
+    assert trunk > 1.5 * seed and seed > 1.5 * branch > 0
 
 
 def test_the_same_rows_in_other_units_choose_the_same_runs(belief, pool):
@@ -196,7 +197,9 @@ def test_discrepancy_moves_the_picks_towards_the_target(pool):
     table, y, _ = measured()
     away = []
     for d in (0.0, 0.03):
-        belief = learn(table, y, TARGET, geometry=planted.GEOMETRY, discrepancy=d, noise=(0.0035, 0.0035))
+        belief = learn(
+            table, y, TARGET, geometry=planted.GEOMETRY, discrepancy=d, discrepancy_dof=np.inf, noise=(0.0035, 0.0035)
+        )
         picks = choose(belief, pool, num=12, check_every=0)
         logs = np.log([[getattr(p.candidate.shape, n) for n in planted.DIMS] for p in picks])
         away.append(np.sqrt(((logs - belief.target) ** 2).sum(1)).mean())
