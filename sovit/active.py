@@ -169,7 +169,7 @@ def candidates(
     """Every run worth weighing: new trunks on a lattice of shapes, branches of the trunks in `rows`, further seeds.
 
     values: dimension -> its lattice (those that no shape can take, such as a width that is no multiple of head_dim, are
-    an error); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give one of the two. A new
+    an error; none = no new shapes); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give one of the two. A new
     trunk is offered to each level alone and with all lower ones as branches. rows: ledger rows, for trunk_id, shape,
     num_examples, init_seed and status, those that did not end well included: they are not offered again, nor are other
     branches of a trunk that diverged. A shape may have `seeds` seeds in all. Raises UserError.
@@ -177,8 +177,8 @@ def candidates(
     if (num_examples is None) == (train_flops is None):
         raise UserError("candidates need budgets: give num_examples=(...) or train_flops=(...), one of the two")
     unknown = [name for name in values if name not in DIMENSIONS]
-    if unknown or not values:
-        raise UserError(f"values={dict(values)!r} must name dimensions; choose from {', '.join(DIMENSIONS)}")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not a dimension of a shape; choose from {', '.join(DIMENSIONS)}")
 
     def levels(shape: Shape) -> tuple[int, ...]:
         if train_flops is not None:
@@ -213,7 +213,7 @@ def candidates(
         taken.setdefault(shape, set()).add(seed)
 
     pool = []
-    for combination in itertools.product(*values.values()):
+    for combination in itertools.product(*values.values()) if values else ():
         shape = base.replace(**dict(zip(values, combination)))
         if shape not in taken:
             pool += [Candidate(shape, b, "trunk", cost_of(shape, b)) for b in ladders(shape)]

@@ -54,6 +54,7 @@ def star_shapes() -> list[Shape]:
 
 STAR_COST = sum(_cost(s, planted.IMAGES) for s in star_shapes())
 LARGEST = max(s.train_flops_per_image() * planted.IMAGES[-1] for s in star_shapes())  # training FLOPs of one run
+MAX_COST = max(_cost(s, planted.IMAGES) for s in star_shapes())
 TARGETS = {"10x": 10 * LARGEST, "100x": 100 * LARGEST}
 REACHABLE = {d: (*VALUES[d], *arm) for d, arm in zip(planted.DIMS, planted.ARMS)}
 
@@ -109,13 +110,14 @@ class World:
 
     def pool(self) -> list[Candidate]:
         """All that can be run next, nothing dearer than the star's dearest trunk."""
-        return candidates(
-            BASE,
-            VALUES,
-            num_examples=LEVELS,
-            rows=self.rows,
-            max_cost=max(_cost(s, planted.IMAGES) for s in star_shapes()),
-        )
+        taken = {tuple(row[d] for d in planted.DIMS) for row in self.rows}
+        new = [c for c in _new_trunks() if (c.shape.width, c.shape.depth, c.shape.mlp_dim) not in taken]
+        return new + candidates(BASE, {}, num_examples=LEVELS, rows=self.rows, max_cost=MAX_COST)
+
+
+@cache
+def _new_trunks() -> tuple[Candidate, ...]:
+    return tuple(candidates(BASE, VALUES, num_examples=LEVELS, max_cost=MAX_COST))
 
 
 @cache
@@ -136,7 +138,8 @@ def regrets(world: World) -> dict[str, float]:
     for _ in range(2 if belief else 1):  # from the belief of the last checkpoint, noise and target settle in two rounds
         belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief)
     world.belief = belief
-    out = {f"regret_{m}": world.regret(list(belief.shape_at(t).values()), m) for m, t in TARGETS.items()}
+    shapes = {"10x": list(belief.shape.values()), "100x": list(belief.shape_at(TARGETS["100x"]).values())}
+    out = {f"regret_{m}": world.regret(shape, m) for m, shape in shapes.items()}
     plain = joint_shapes(world)
     return out | {f"joint_regret_{m}": world.regret(plain[m], m) for m in TARGETS}
 

@@ -258,7 +258,7 @@ def test_bad_input_to_learn(change, message):
 def test_bad_pools_say_why(belief):
     with pytest.raises(UserError, match="one of the two"):
         candidates(BASE, VALUES)
-    with pytest.raises(UserError, match="must name dimensions"):
+    with pytest.raises(UserError, match="'colour' is not a dimension"):
         candidates(BASE, dict(colour=(1,)), num_examples=(1e6,))
     with pytest.raises(UserError, match="raise max_cost"):
         pool_of(max_cost=1.0)
