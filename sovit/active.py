@@ -156,7 +156,7 @@ def candidates(
     base: Shape,
     values: Mapping[str, Sequence[int]],
     *,
-    num_examples: Sequence[int] | None = None,
+    num_examples: Sequence[float] | None = None,
     train_flops: Sequence[float] | None = None,
     rows: Sequence[Mapping] = (),
     max_cost: float = np.inf,
@@ -168,11 +168,11 @@ def candidates(
 ) -> list[Candidate]:
     """Every run worth weighing: new trunks on a lattice of shapes, branches of the trunks in `rows`, further seeds.
 
-    values: dimension -> its lattice (those that no shape can take, such as a width that is no multiple of head_dim, are
-    an error; none = no new shapes); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give one of the two. A new
-    trunk is offered to each level alone and with all lower ones as branches. rows: ledger rows, for trunk_id, shape,
-    num_examples, init_seed and status, those that did not end well included: they are not offered again, nor are other
-    branches of a trunk that diverged. A shape may have `seeds` seeds in all. Raises UserError.
+    values: dimension -> its lattice (a value that no shape can take, such as a width that is no multiple of head_dim, is
+    an error; none = no new shapes); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give
+    one of the two. A new trunk is offered to each level alone and with all lower ones as branches. rows: ledger rows,
+    for trunk_id, shape, num_examples, init_seed and status, those that did not end well included: they are not offered
+    again, nor are other branches of a trunk that diverged. A shape may have `seeds` seeds in all. Raises UserError.
     """
     if (num_examples is None) == (train_flops is None):
         raise UserError("candidates need budgets: give num_examples=(...) or train_flops=(...), one of the two")
@@ -324,7 +324,8 @@ def learn(
         value, jac = built.evaluate(np.exp(phi)[None], u)
         jac = jac[0] * np.exp(phi)[:, None]
         distance = _distance_to(logs[: len(dims)], target, edges)
-        sds = _spreads(log_y - value[0], jac, prior[1], logs[: len(dims)], index, distance, sds, expected)
+        residual, steps = log_y - value[0], 1 if before else EM_STEPS
+        sds = _spreads(residual, jac, prior[1], logs[: len(dims)], index, distance, sds, expected, steps)
         starts = phi[None]
     white = jac @ _whitener(_covariance(logs[: len(dims)], index, distance, *sds)).T
     covariance = np.linalg.inv(white @ white.T + np.diag(prior[1] ** -2))
@@ -332,7 +333,7 @@ def learn(
     names = tuple(np.asarray(clusters if clusters is not None else table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
         built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges,
-        *sds, logs, jac, names,
+        sds[0], sds[1], sds[2], logs, jac, names,
     )  # fmt: skip
 
 
@@ -375,8 +376,8 @@ def _whitener(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
-def _spreads(residual, jac, prior_sd, shape_logs, index, distance, sds, expected) -> tuple[float, ...]:
-    """(trunk_sd, row_sd, discrepancy) by EM_STEPS of expectation-maximisation on the fit linearised at its MAP.
+def _spreads(residual, jac, prior_sd, shape_logs, index, distance, sds, expected, steps) -> tuple[float, ...]:
+    """(trunk_sd, row_sd, discrepancy) by `steps` of expectation-maximisation on the fit linearised at its MAP.
 
     residual, distance [n], jac [P, n]; sds: where to begin; expected: (s.d., degrees of freedom) of the prior of each; with
     inf degrees of freedom one is held. What the parameters may still take up is in the expectation, so that few rows do
@@ -387,7 +388,7 @@ def _spreads(residual, jac, prior_sd, shape_logs, index, distance, sds, expected
     kinds = np.unique(alike.argmax(1), return_inverse=True)[1]
     trunk, shape = ((i[:, None] == np.arange(i.max() + 1)).astype(float) for i in (index, kinds))  # [n, G], [n, S]
     effects = trunk, np.eye(len(residual)), shape * distance[:, None]
-    for _ in range(EM_STEPS):
+    for _ in range(steps):
         whitener = _whitener(sum(sd**2 * e @ e.T for sd, e in zip(sds, effects)))
         white = jac @ whitener.T
         seen = whitener.T @ np.clip(whitener @ residual, -2.5, 2.5)  # V^-1 r

@@ -36,7 +36,7 @@ TRUTHS: dict[str, dict] = {
     "bounded": dict(kind="bounded"),
 }
 RIGHT = ("joint", "weak")  # truths that `joint` and `joint_n` can express; inter only joint_n; eq3, bounded neither
-CHECKPOINTS = (0.0095, 0.0125, 0.016, 0.021, 0.028, 0.037, 0.05, 0.066, 0.088, 0.12, 0.16, 0.21, 0.28, 0.37, 0.5, 1.02)
+CHECKPOINTS = (0.0095, 0.014, 0.02, 0.03, 0.044, 0.066, 0.1, 0.15, 0.22, 0.33, 0.5, 1.02)
 COOLDOWN = 0.2
 
 
@@ -137,6 +137,7 @@ def regrets(world: World) -> dict[str, float]:
     belief = world.belief
     for _ in range(2 if belief else 1):  # from the belief of the last checkpoint, noise and target settle in two rounds
         belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief)
+    assert belief is not None
     world.belief = belief
     shapes = {"10x": list(belief.shape.values()), "100x": list(belief.shape_at(TARGETS["100x"]).values())}
     out = {f"regret_{m}": world.regret(shape, m) for m, shape in shapes.items()}
@@ -190,7 +191,7 @@ def isoflop(world: World, rng) -> Iterator[Candidate]:
                 yield Candidate(shapes[i], (n,), "trunk", _cost(shapes[i], (n,)))
 
 
-def next_run(world: World, rng, check_share: float = 0.25, check_every: int = 5, mix: float = 0.0, **options):
+def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, mix: float = 0.0, **options):
     """`active.next_run`; checks cost up to `check_share` of what was spent; a share `mix` of picks is cost_random's."""
     belief, num_made = None, 0
     while True:
@@ -220,11 +221,11 @@ class Strategy:
 
 
 STRATEGIES = {
-    "next_run": Strategy(next_run, 0.12),
-    "cost_random": Strategy(cost_random, 0.28),
-    "random": Strategy(random, 0.5),
+    "next_run": Strategy(next_run, 0.1),
+    "cost_random": Strategy(cost_random, 0.22),
+    "random": Strategy(random, 0.33),
     "star": Strategy(star, 1.02),
-    "isoflop": Strategy(isoflop, 0.28),
+    "isoflop": Strategy(isoflop, 0.22),
     "v_optimal": Strategy(v_optimal, 0.066),
 }
 
@@ -234,7 +235,8 @@ def episode(truth_name: str, strategy: str, seed: int) -> dict:
     world, kind = World(truth_name, seed), STRATEGIES[strategy]
     rng = np.random.default_rng([seed, sorted(STRATEGIES).index(strategy)])
     picks = kind.pick(world, rng, **kind.options)
-    pending, curve, judged = next(picks), [], (0, {})
+    pending, curve = next(picks), []
+    judged: tuple[int, dict] = 0, {}
     for level in [c for c in CHECKPOINTS if c <= kind.until]:
         while pending is not None and world.spent + pending.cost <= level * STAR_COST:
             world.measure(pending)
@@ -244,3 +246,128 @@ def episode(truth_name: str, strategy: str, seed: int) -> dict:
         counts = dict(num_trunks=len({row["trunk_id"] for row in world.rows}), num_rows=len(world.rows))
         curve.append(dict(level=level, compute=world.spent / STAR_COST, train_flops=world.spent, **counts, **judged[1]))
     return dict(truth=truth_name, strategy=strategy, seed=seed, curve=curve)
+
+
+# Summary -------------------------------------------------------------------------------------------------------------------
+
+
+OURS, FAIR = "next_run", "cost_random"
+TUNED = ("joint", "inter .8")  # the truths on which the defaults were chosen
+LEVELS_COMPARED = (0.044, 0.1, 0.22)  # of the regret that FAIR has there: what does OURS spend for the same?
+DRAWS = 1000
+
+
+def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float) -> float:
+    """Compute from which on a falling-and-rising regret curve [C] stays at or under `goal`; inf where it never does.
+
+    Between two checkpoints by a straight line in both logs.
+    """
+    over = np.flatnonzero(regret > goal)
+    if not len(over):
+        return float(levels[0])
+    i = int(over[-1])
+    if i == len(levels) - 1:
+        return float("inf")
+    x, y = np.log(levels[i : i + 2]), np.log(np.maximum(regret[i : i + 2], 1e-12))
+    return float(np.exp(x[0] + (x[1] - x[0]) * (y[0] - np.log(goal)) / max(y[0] - y[1], 1e-12)))
+
+
+def summary(lines: list[dict], measure: str = "regret_10x") -> dict:
+    """{truths: {truth: {strategies, same_regret, same_compute}}, measure, ...}: plain data for the table and the figure.
+
+    strategies: by name {levels, median, low, high (quartiles), seeds} of each measure. same_regret: compute of OURS over
+    that of FAIR for the regret that FAIR has at LEVELS_COMPARED; same_compute: regret of OURS over that of FAIR, geometric
+    mean over seeds, at each checkpoint of both. Intervals are 90 %, by resampling seeds, which the two share.
+    """
+    measures = [f"{kind}regret_{m}" for kind in ("", "joint_") for m in TARGETS]
+    out: dict = {}
+    for truth in dict.fromkeys(line["truth"] for line in lines):
+        table: dict = {}
+        for strategy in dict.fromkeys(line["strategy"] for line in lines if line["truth"] == truth):
+            mine = sorted(
+                (e for e in lines if (e["truth"], e["strategy"]) == (truth, strategy)), key=lambda e: e["seed"]
+            )
+            levels = [p["level"] for p in mine[0]["curve"]]
+            entry: dict = dict(levels=levels, seeds=[e["seed"] for e in mine])
+            for name in measures:
+                if all(name in p for e in mine for p in e["curve"]):
+                    many = np.array([[p[name] for p in e["curve"]] for e in mine])
+                    low, middle, high = np.quantile(many, [0.25, 0.5, 0.75], axis=0)
+                    entry[name] = dict(median=middle.tolist(), low=low.tolist(), high=high.tolist())
+            table[strategy] = entry
+        out[truth] = dict(strategies=table, tuned=truth in TUNED)
+        both = {
+            s: {e["seed"]: e["curve"] for e in lines if (e["truth"], e["strategy"]) == (truth, s)} for s in (OURS, FAIR)
+        }
+        seeds = sorted(set(both[OURS]) & set(both[FAIR]))
+        if len(seeds) > 1:
+            out[truth] |= _compare(both, seeds, measure)
+    return dict(
+        measure=measure, unit="SoViT's star", star_train_flops=STAR_COST, noise_sd=NOISE_SD, rho=RHO, targets=TARGETS,
+        truths=out,
+    )  # fmt: skip
+
+
+def _compare(both: dict, seeds: list, measure: str) -> dict:
+    curves = {s: np.array([[p[measure] for p in both[s][seed]] for seed in seeds]) for s in both}
+    levels = {s: np.array([p["level"] for p in both[s][seeds[0]]]) for s in both}
+    picks = np.random.default_rng(0).integers(0, len(seeds), (DRAWS, len(seeds)))
+
+    def ratio(pick, at: int) -> float:
+        ours, fair = (np.median(curves[s][pick], 0) for s in (OURS, FAIR))
+        return compute_to(levels[OURS], ours, fair[at]) / compute_to(levels[FAIR], fair, fair[at])
+
+    same_regret = []
+    for level in LEVELS_COMPARED:
+        found = np.flatnonzero(np.isclose(levels[FAIR], level))
+        if len(found):
+            many = np.array([ratio(pick, int(found[0])) for pick in picks])
+            low, high = np.quantile(many, [0.05, 0.95], method="nearest")
+            goal = float(np.median(curves[FAIR][:, found[0]]))
+            entry = dict(
+                level=level, regret=goal, ratio=ratio(np.arange(len(seeds)), int(found[0])), low=low, high=high
+            )
+            same_regret.append({k: float(v) if np.isfinite(v) else None for k, v in entry.items()})
+    same_compute = []
+    for i, level in enumerate(levels[OURS]):
+        found = np.flatnonzero(np.isclose(levels[FAIR], level))
+        if len(found):
+            logs = np.log(np.maximum(curves[OURS][:, i], 1e-6) / np.maximum(curves[FAIR][:, found[0]], 1e-6))
+            low, high = np.quantile(logs[picks].mean(1), [0.05, 0.95])
+            same_compute.append(
+                dict(
+                    level=float(level),
+                    ratio=float(np.exp(logs.mean())),
+                    low=float(np.exp(low)),
+                    high=float(np.exp(high)),
+                    share_better=float((logs < 0).mean()),
+                )
+            )
+    return dict(num_seeds=len(seeds), same_regret=same_regret, same_compute=same_compute, ours_until=levels[OURS][-1])
+
+
+def table(summary: dict) -> str:
+    """The summary in words: medians by checkpoint, and what the two comparisons say."""
+    lines = []
+    for truth, entry in summary["truths"].items():
+        lines.append(
+            f"{truth}{' (tuned on)' if entry['tuned'] else ''}: median {summary['measure']}, % at compute in stars"
+        )
+        for name, strategy in entry["strategies"].items():
+            found = strategy.get(summary["measure"])
+            if found:
+                cells = (f"{level:g}: {100 * m:.3f}" for level, m in zip(strategy["levels"], found["median"]))
+                lines.append(f"  {name:<12}{len(strategy['seeds']):>3} seeds  " + "  ".join(cells))
+        for one in entry.get("same_regret", []):
+            ends = [f"over {entry['ours_until'] / one['level']:.2f}" if one[k] is None else f"{one[k]:.2f}"
+                    for k in ("ratio", "low", "high")]  # fmt: skip
+            lines.append(
+                f"  {FAIR}'s {100 * one['regret']:.3f} % at {one['level']:g}: {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}]"
+                " of that compute"
+            )
+        for one in entry.get("same_compute", []):
+            lines.append(
+                f"  at {one['level']:g} its regret is {one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}] of {FAIR}'s,"
+                f" better in {one['share_better']:.0%} of the seeds"
+            )
+    return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.active import active, scalebench
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -13,6 +14,7 @@ from sovit.plot.study import contact_sheet, learning_rates, validation, validati
 from sovit.plot.style import save
 
 __all__ = [
+    "active",
     "budget_levels",
     "contact_sheet",
     "extrapolation",
@@ -23,6 +25,7 @@ __all__ = [
     "optimal_shape",
     "residuals",
     "save",
+    "scalebench",
     "validation",
     "validation_figure",
 ]
