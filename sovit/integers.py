@@ -91,7 +91,7 @@ def lattice(target: Target, rules: Rules) -> Lattice:
     def allowed(table: Mapping) -> np.ndarray:
         fits = target.images(table) >= 1
         if rules.max_params is not None:
-            fits = fits & (num_params(geometry, table) <= rules.max_params)
+            fits = fits & (geometry.num_params(table) <= rules.max_params)
         if rules.max_forward_flops is not None:
             fits = fits & (geometry.flops(table, head=False) / geometry.flops_scale <= rules.max_forward_flops)
         return fits
@@ -204,14 +204,3 @@ def _better(grid: Lattice, index, pair, best, best_loss):
         if loss[i] < best_loss:
             return {n: int(values[i]) for n, values in table.items()}, float(loss[i])
     return best, best_loss
-
-
-def num_params(geometry, table: Mapping) -> np.ndarray:
-    """Encoder parameters of shapes with biases and without layer scale, as `Shape.num_params`."""
-    w, m, p = table["width"], table["mlp_dim"], table["patch_size"]
-    patches = (table["image_size"] / p) ** 2
-    prefix = geometry.num_prefix_tokens
-    block = 4 * w + 4 * w * w + 4 * w + 2 * w * m + m + w
-    embed = (3 * p**2 * w + w) + (patches + prefix) * w + prefix * w
-    map_head = w + 4 * w * w + 4 * w + 2 * w + 2 * w * m + m + w if geometry.pool == "map" else 0
-    return embed + table["depth"] * block + 2 * w + map_head

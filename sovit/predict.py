@@ -19,10 +19,9 @@ from sovit.flat import flat_region
 from sovit.integers import SIZES, Rules, lattice, minimise
 from sovit.law import Fit
 from sovit.shape import Shape
-from sovit.target import MAX_DECADES, Target, budgets_run, columns, target
+from sovit.target import FAR_DECADES, MAX_DECADES, Target, budgets_run, columns, target
 
 __all__ = ["MAX_DECADES", "Recommendation", "Rules", "best_shape", "form_dependence", "predicted_difference"]
-FAR_DECADES = 2.0  # extrapolation beyond which the recommendation carries a warning
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
 
 
@@ -31,8 +30,8 @@ class Recommendation:
     """What to train at a budget. Losses are predictions of the law; intervals are at `level`.
 
     shape: the best feasible integers, exactly. rules: what "feasible" was (`integers.Rules`). optimum: by dimension of
-    the law {estimate, low, high, pairs_low, pairs_high, status, note, grid}: the real-valued optimum. flat_region: the
-    shapes within one noise s.d. of the best, see `sovit.flat`. proportional: the usual proportions at that budget, see
+    the law {estimate, low, high, pairs_low, pairs_high, status, note, grid}: the real-valued optimum. optimum_size: its
+    num_params and num_examples, {estimate, low, high, pairs_low, pairs_high} each. flat_region: the shapes within one noise s.d. of the best, see `sovit.flat`. proportional: the usual proportions at that budget, see
     `proportional_shape`. difference: {estimate, low, high} of ln loss(shape) - ln loss(proportional), see
     `predicted_difference`. rounding_regret: relative excess of the loss of `shape` over the real optimum's, rules
     included; `rounding` is the same with its interval. rules_cost: {estimate, low, high}, the relative excess over the
@@ -55,6 +54,7 @@ class Recommendation:
     loss_pairs_low: float | None
     loss_pairs_high: float | None
     optimum: dict
+    optimum_size: dict
     optimum_loss: float
     rounding_regret: float
     rounding: dict
@@ -118,6 +118,7 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
         loss_pairs_low=pairs_low,
         loss_pairs_high=pairs_high,
         optimum=optimum,
+        optimum_size=_size(at, real, least),
         optimum_loss=real_loss,
         rounding_regret=best_loss / real_loss - 1,
         rounding=_excess(at, best, real),
@@ -248,6 +249,21 @@ def _optimum_by_dimension(at: Target, real: Mapping, least: Mapping) -> dict:
         prefix = "" if kind == "random_effects" else "pairs_"
         for k, n in enumerate(at.dims):
             out[n][prefix + "low"], out[n][prefix + "high"] = interval(np.exp(v[:, k]), at.draws(kind)[1])
+    return out
+
+
+def _size(at: Target, real: Mapping, least: Mapping) -> dict:
+    """Parameters and images of the real optimum with both intervals."""
+
+    def size(table):
+        return dict(num_params=at.geometry.num_params(table), num_examples=at.images(table))
+
+    nothing = dict(low=None, high=None, pairs_low=None, pairs_high=None)
+    out = {name: dict(estimate=float(value)) | nothing for name, value in size(real).items()}
+    for kind, (v, _) in least.items():
+        prefix = "" if kind == "random_effects" else "pairs_"
+        for name, many in size(dict(zip(at.dims, np.exp(v).T))).items():
+            out[name][prefix + "low"], out[name][prefix + "high"] = interval(many, at.draws(kind)[1])
     return out
 
 

@@ -17,6 +17,7 @@ from sovit.diagnose import amplitudes, optimum_of
 from sovit.law import Fit
 from sovit.shape import DIMENSIONS, Shape
 
+FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
 PAIRED = 20  # draws evaluated at once, each at a shape of its own: the diagonal of so large a square is kept
 
