@@ -195,7 +195,7 @@ def _exponents(at: Target, low: Target, theta: np.ndarray) -> tuple[np.ndarray |
     top = _path(at, theta)
     exact = (top - _path(low, theta)) / np.log(at.train_flops / low.train_flops)
     g = at.geometry.log_flops(at.dims, top[:, :-1], True)[1]
-    if not at.fit.shape_form and True:
+    if not at.fit.shape_form.convex:
         return None, _with_images(exact), g
     sigma = sigma_of(*_powers(at, theta), g)
     return _with_images(np.column_stack([sigma, (g * sigma).sum(1)])), _with_images(exact), g

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.allocate import Geometry
+from sovit.allocate import Geometry, law_columns
 from sovit.diagnose import amplitudes, optimum_of
+from sovit.forms import LAWS
 from sovit.law import Fit
 from sovit.shape import DIMENSIONS, Shape
 
 FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
-PAIRED = 20  # draws evaluated at once, each at a shape of its own: the diagonal of so large a square is kept
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Target:
         """Predicted loss, [S], or [R, S] for theta [R, P]; trained for the budget unless `images` [S] are given."""
         images = self.images(table) if images is None else images
         form = self.fit.shape_form
-        logs = np.log(np.stack([np.asarray(table[n], float) for n in self.dims] + [images]))
-        u = logs - np.array(self.fit.model["centres"])[:, None]
+        u = law_columns(form.terms, table, images, self.geometry) - np.array(self.fit.model["centres"])[:, None]
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
 
@@ -62,8 +61,9 @@ class Target:
 
     def paired(self, v: np.ndarray, theta: np.ndarray) -> np.ndarray:
         """Loss of each theta [R, P] at its own ln x [R, K]: [R]."""
-        parts = [slice(i, i + PAIRED) for i in range(0, len(v), PAIRED)]
-        return np.concatenate([np.diag(self.loss(dict(zip(self.dims, np.exp(v[s]).T)), theta[s])) for s in parts])
+        table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
+        u = law_columns(form.terms, table, self.images(table), self.geometry).T - np.array(self.fit.model["centres"])
+        return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
 
     def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
         """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
@@ -92,7 +92,7 @@ class Target:
 def target(fit: Fit, train_flops: float) -> Target:
     """Raises UserError for a law that cannot rank shapes or price them, and for a budget that is no number, not
     positive, or more than MAX_DECADES from the budgets run."""
-    if fit.form not in ("joint", "bounded", "power_mean"):
+    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
     if fit.geometry is None:
         raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
