@@ -30,7 +30,8 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
     With FLOPs elasticities g_k = d ln F / d ln x_k taken as constant, the first-order conditions a_k A_k x_k^-a_k =
     c g_k B (F/t)^c of the joint law give sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), F* ~ t^(sum_j g_j sigma_j) and
     images ~ t^(1 - sum_j g_j sigma_j). A power mean and a zero line change nothing in that: capacity and data terms
-    fall together, their ratio stays, and s drops out. With a term in parameters or a shift of the data there is none.
+    fall together, their ratio stays, and s drops out. A shift d of the data makes c local: (c n - d) / (n + d) takes its
+    place at n images. With a term in parameters there is none.
 
     Returns {train_flops, span, level, note, dims, flops, images}; dims (by dimension), flops (of one image) and images
     hold {closed, closed_low, closed_high, slope, exact, low, high}: the closed form at this budget (None where there is
@@ -58,7 +59,7 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
             row["low"], row["high"] = interval(many[1][:, k], widen, floor=None)
         if many[0] is not None:
             row["closed_low"], row["closed_high"] = interval(many[0][:, k], widen, floor=None)
-    a, _ = _powers(at, fit.theta[None])
+    a, _ = _powers(at, fit.theta[None], np.ones(1))
     for k, name in enumerate(at.dims):
         known = name not in at.absent()
         apart = known and closed is not None
@@ -71,7 +72,7 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
         train_flops=float(train_flops),
         span=[float(low), float(train_flops)],
         level=fit.level,
-        note="" if closed is not None else f"form {fit.form!r} has no closed form: its optimum is no power of the budget",
+        note="" if closed is not None else f"form {fit.form!r} has no closed form: its parameter term mixes the dimensions",
         dims={name: rows[name] for name in at.dims},
         flops=rows["flops"],
         images=rows["images"],
@@ -80,7 +81,7 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
 
 def sigma_of(a: np.ndarray, c: np.ndarray, g: np.ndarray) -> np.ndarray:
     """sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), [R, K], for a, g [R, K] and c [R]; a = inf stands for no such term."""
-    return (1 / a) / (1 / c + (g / a).sum(1))[:, None]
+    return (c / (1 + c * (g / a).sum(1)))[:, None] / a
 
 
 def paper_rule(
@@ -195,14 +196,18 @@ def _exponents(at: Target, low: Target, theta: np.ndarray) -> tuple[np.ndarray |
     top = _path(at, theta)
     exact = (top - _path(low, theta)) / np.log(at.train_flops / low.train_flops)
     g = at.geometry.log_flops(at.dims, top[:, :-1], True)[1]
-    if not at.fit.shape_form.convex:
+    if "num_params" in at.fit.shape_form.terms:
         return None, _with_images(exact), g
-    sigma = sigma_of(*_powers(at, theta), g)
+    sigma = sigma_of(*_powers(at, theta, at.train_flops / 3 / np.exp(top[:, -1])), g)
     return _with_images(np.column_stack([sigma, (g * sigma).sum(1)])), _with_images(exact), g
 
 
-def _powers(at: Target, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a_k [R, K], inf where the amplitude is 0, and c [R]."""
-    names = at.fit.model["names"]
-    a = theta[:, [names.index(f"a_{n}") for n in at.dims]]
-    return np.where(amplitudes(at.fit.shape_form, theta) > 0, a, np.inf), theta[:, names.index("c")]
+def _powers(at: Target, theta: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a_k [R, K], inf where the amplitude is 0, negative where the loss rises with x_k; c [R], of a shift the local one."""
+    form = at.fit.shape_form
+    power = {column: -sign * theta[:, form.names.index(name)] for column, name, sign in form.exponents}
+    a, c = np.stack([power[n] for n in at.dims], 1), power["num_examples"]
+    if form.shift:
+        share = 1 / (1 + theta[:, form.names.index("d")] * np.exp(at.fit.model["centres"][-1]) / images)
+        c = c * share - (1 - share)
+    return np.where(amplitudes(form, theta) > 0, a, np.inf), c

@@ -99,8 +99,13 @@ def growth_lines(growth: Mapping, paper: Mapping | None = None) -> list[str]:
             s = paper["exponents"].get(name)
             cells.append("" if s is None else f"{s / len(paper['exponents']):.3f}")
         table.append(cells)
-    lines = [growth["note"]] if growth["note"] else []
-    return lines + _columns(table)
+    apart = [f"{NAMES[n]} x{row['apart']:.2f}" for n, row in growth["dims"].items() if row["apart"] is not None]
+    lines = [line.rstrip() for line in _columns(table)] + [growth["note"]] * bool(growth["note"])
+    if apart:
+        lines.append(
+            f"  the closed form holds FLOPs elasticities constant; followed down to {low:.3g} it misses by {', '.join(apart)}"
+        )
+    return lines
 
 
 def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:
