@@ -99,8 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in RULES.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=float if "max" in name else int, metavar="N", help=what)
     p.add_argument("--frontier", action="store_true", help="a table of best shapes over a ladder of budgets instead")
-    p.add_argument("--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least one run)")
-    p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: two decades beyond the largest run)")
+    p.add_argument("--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)")
+    p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: 100 x the largest run)")
     p.add_argument("--points", type=int, metavar="N", help="how many (default 9)")
     p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
     p.add_argument("--json", action="store_true")
@@ -273,7 +273,7 @@ def _predict(options) -> None:
     fit = read_law(options.law)
     best = best_shape(fit, options.train_flops, **_rules(options))
     others = {form: path for form in ("sovit", "chinchilla") if (path := _sibling(options.law, form)).is_file()}
-    beside = {"paper_rule": None, "size_rule": None}
+    beside: dict = {"paper_rule": None, "size_rule": None}
     if {"width", "depth", "mlp_dim"} & set(fit.model["dims"]):
         marginal = read_law(others["sovit"]) if "sovit" in others else None
         beside["paper_rule"] = growth.paper_rule(fit, options.train_flops, marginal, best)

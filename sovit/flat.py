@@ -1,4 +1,4 @@
-"""What is as good: all shapes that can be built and whose loss the law puts within one noise s.d. of the best. Numpy only."""
+"""What is as good: all shapes that can be built whose loss the law puts within one noise s.d. of the best. Numpy only."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
         surveyed = len(index)
     table, loss = grid.table(index, pair), grid.loss(index, pair)
     inside = loss <= most
-    found = {n: column[inside].astype(int) for n, column in table.items()}
+    found, loss = {n: column[inside].astype(int) for n, column in table.items()}, loss[inside]
     if boxes is None:
-        found = {n: np.append(column, best[n]) for n, column in found.items()}
+        found, loss = {n: np.append(column, best[n]) for n, column in found.items()}, np.append(loss, best_loss)
         ranges = {n: [int(found[n].min()), int(found[n].max())] for n in at.dims}
         open_above = [n for n in at.dims if n in SURVEY and ranges[n][1] >= table[n].max()]
         count = len(set(zip(*found.values())))
-    shapes = _listed(found, loss[inside], best, best_loss)
+    shapes = _listed(found, loss, best, best_loss)
     worst = [None] * len(shapes)
     if least is not None:
         some = {n: np.array([s[n] for s in shapes], float) for n in best}
@@ -64,15 +64,19 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
 
 def _listed(found: Mapping, loss: np.ndarray, best: Mapping, best_loss: float) -> list[dict]:
     """At most MAX_LISTED shapes, the best first; where there are more, one for each value of all but mlp_dim."""
-    rows = dict(zip(zip(*(column.tolist() for column in found.values())), loss.tolist()))
-    first = {tuple(best[n] for n in found): best_loss}
-    rows = first | rows | first
-    order = sorted(rows, key=lambda key: rows[key])
-    if len(order) > MAX_LISTED:
-        k = list(found).index("mlp_dim")
-        order = list({key[:k] + key[k + 1 :]: key for key in reversed(order)}.values())[::-1]
-        order.sort(key=lambda key: rows[key])
-    return [dict(zip(found, key)) | dict(regret=float(rows[key] / best_loss - 1)) for key in order[:MAX_LISTED]]
+    order = np.argsort(loss, kind="stable")
+    table = np.stack([column[order] for column in found.values()], 1)  # [n, D]
+    loss = loss[order]
+    first = np.array([best[n] for n in found])
+    rest = np.flatnonzero((table != first).any(1))
+    if len(rest) >= MAX_LISTED:
+        others = [k for k, n in enumerate(found) if n != "mlp_dim"]
+        same = (table[rest][:, others] == first[others]).all(1)
+        _, heads = np.unique(table[rest][:, others], axis=0, return_index=True)
+        rest = rest[np.sort(heads[~same[heads]])]
+    rows = [(first, best_loss), *zip(table[rest], loss[rest])][:MAX_LISTED]
+    names = list(found)
+    return [dict(zip(names, x.tolist())) | dict(regret=max(0.0, float(value / best_loss - 1))) for x, value in rows]
 
 
 def _survey(grid: Lattice, near: Mapping) -> tuple[np.ndarray, np.ndarray]:
@@ -80,8 +84,8 @@ def _survey(grid: Lattice, near: Mapping) -> tuple[np.ndarray, np.ndarray]:
     indices = []
     for k, name in enumerate(SIZES):
         least = int(grid.low[k])
-        ends = [max(least, round(near[name] * factor / grid.steps[k])) for factor in (1 / SEARCH, SEARCH)]
-        values = np.unique(np.geomspace(*ends, SURVEY[name]).round().astype(int))
+        low, high = (max(least, round(near[name] * factor / grid.steps[k])) for factor in (1 / SEARCH, SEARCH))
+        values = np.unique(np.geomspace(low, high, SURVEY[name]).round().astype(int))
         indices.append(values if name in grid.target.dims else np.array([least]))
     mesh = np.stack(np.meshgrid(*indices, np.arange(len(grid.pairs)), indexing="ij"), -1).reshape(-1, len(SIZES) + 1)
     mesh = mesh[grid.allowed(grid.table(mesh[:, :-1], mesh[:, -1]))]

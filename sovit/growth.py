@@ -62,17 +62,19 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
     a, _ = _powers(at, fit.theta[None], np.ones(1))
     for k, name in enumerate(at.dims):
         known = name not in at.absent()
-        apart = known and closed is not None
+        miss = None if closed is None or not known else float(np.exp((exact[0, k] - closed[0, k]) * span))
         rows[name] |= dict(
             exponent=float(a[0, k]) if known else None,
             elasticity=float(g[0, k]),
-            apart=float(np.exp((exact[0, k] - closed[0, k]) * span)) if apart else None,
+            apart=miss,
         )
     return dict(
         train_flops=float(train_flops),
         span=[float(low), float(train_flops)],
         level=fit.level,
-        note="" if closed is not None else f"form {fit.form!r} has no closed form: its parameter term mixes the dimensions",
+        note=""
+        if closed is not None
+        else f"form {fit.form!r} has no closed form: its parameter term mixes the dimensions",
         dims={name: rows[name] for name in at.dims},
         flops=rows["flops"],
         images=rows["images"],
@@ -84,9 +86,7 @@ def sigma_of(a: np.ndarray, c: np.ndarray, g: np.ndarray) -> np.ndarray:
     return (c / (1 + c * (g / a).sum(1)))[:, None] / a
 
 
-def paper_rule(
-    fit: Fit, train_flops: float, marginal: Fit | None = None, best: Recommendation | None = None
-) -> dict:
+def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: Recommendation | None = None) -> dict:
     """SoViT's recipe at a budget: from the law's optimum x(0) at the least budget run, each dimension by tau^(s_k / D).
 
     tau is the ratio of the budgets and D the number of dimensions that grow; s_k are the marginal exponents of
@@ -104,15 +104,16 @@ def paper_rule(
     start, real = _real(_at(at, least)), _real(at)
     decades = float(np.log10(train_flops / least))
     sizes = start | {n: start[n] * 10 ** (decades * s / len(exponents)) for n, s in exponents.items()}
-    rule, law = (at.geometry.num_params(end) / at.geometry.num_params(start) for end in (sizes, real))
+    ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
+    first, rule, law = at.geometry.num_params(ends).tolist()
     grows = abs(decades) > 1e-9
     return _beside(at, nearest(at, sizes, Rules(**best.rules)), best) | dict(
         start=start,
         exponents=exponents,
         source=source,
         factors={n: float(real[n] / sizes[n]) for n in at.dims},
-        params_per_decade=float(rule ** (1 / decades)) if grows else None,
-        law_params_per_decade=float(law ** (1 / decades)) if grows else None,
+        params_per_decade=float((rule / first) ** (1 / decades)) if grows else None,
+        law_params_per_decade=float((law / first) ** (1 / decades)) if grows else None,
         under_growth=float((law / rule) ** (1 / decades)) if grows else None,
     )
 

@@ -20,7 +20,7 @@ from sovit.target import Target
 
 SIZES = ("width", "depth", "mlp_dim")
 CHUNK = 4096  # boxes halved at once
-MAX_CELLS = 400_000  # boxes looked at before a count of shapes is given up
+MAX_CELLS = 200_000  # boxes looked at before a count of shapes is given up
 SLACK = 1e-12  # relative: what rounding may add to a bound
 
 
@@ -42,9 +42,7 @@ class Rules:
 
     @property
     def steps(self) -> dict[str, int]:
-        return dict(
-            width=lcm(self.head_dim, self.width_multiple), depth=self.depth_multiple, mlp_dim=self.mlp_multiple
-        )
+        return dict(width=lcm(self.head_dim, self.width_multiple), depth=self.depth_multiple, mlp_dim=self.mlp_multiple)
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,9 @@ def lattice(target: Target, rules: Rules) -> Lattice:
     made = Lattice(target, allowed, steps, low, pairs)
     if not allowed(made.table(np.tile(low, (len(pairs), 1)), np.arange(len(pairs)))).any():
         least = " x ".join(f"{n} {x}" for n, x in zip(SIZES, low * steps))
-        raise UserError(f"no shape keeps to the rules: the smallest, {least}, does not; raise a cap or lower a multiple")
+        raise UserError(
+            f"no shape keeps to the rules: the smallest, {least}, does not; raise a cap or lower a multiple"
+        )
     return made
 
 
@@ -124,7 +124,9 @@ def minimise(grid: Lattice, near: Mapping) -> tuple[dict, float]:
         best, best_loss = _better(grid, middle, new_pair, best, best_loss)
         best, best_loss = _better(grid, new_low, new_pair, best, best_loss)
         new_low, new_high, new_pair = _several(new_low, new_high, new_pair)
-        low, high, pair = (np.concatenate([a[later], b]) for a, b in ((low, new_low), (high, new_high), (pair, new_pair)))
+        low, high, pair = (
+            np.concatenate([a[later], b]) for a, b in ((low, new_low), (high, new_high), (pair, new_pair))
+        )
         bound = np.concatenate([bound[later], grid.loss(new_high, new_pair, paid=new_low)])
         open_ = bound < best_loss * (1 - SLACK)
         low, high, pair, bound = low[open_], high[open_], pair[open_], bound[open_]
@@ -152,7 +154,9 @@ def region(grid: Lattice, most: float) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def every(low: np.ndarray, high: np.ndarray, pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Every shape of the boxes of a region, one a row: index [n, K] and pair [n]."""
     ranges = zip(low, high + 1)
-    parts = [np.stack(np.meshgrid(*map(np.arange, *ends), indexing="ij"), -1).reshape(-1, low.shape[1]) for ends in ranges]
+    parts = [
+        np.stack(np.meshgrid(*map(np.arange, *ends), indexing="ij"), -1).reshape(-1, low.shape[1]) for ends in ranges
+    ]
     return np.concatenate(parts), np.repeat(pair, [len(part) for part in parts])
 
 

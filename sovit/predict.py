@@ -31,7 +31,8 @@ class Recommendation:
 
     shape: the best feasible integers, exactly. rules: what "feasible" was (`integers.Rules`). optimum: by dimension of
     the law {estimate, low, high, pairs_low, pairs_high, status, note, grid}: the real-valued optimum. optimum_size: its
-    num_params and num_examples, {estimate, low, high, pairs_low, pairs_high} each. flat_region: the shapes within one noise s.d. of the best, see `sovit.flat`. proportional: the usual proportions at that budget, see
+    num_params and num_examples, {estimate, low, high, pairs_low, pairs_high} each. flat_region: the shapes within one
+    noise s.d. of the best, see `sovit.flat`. proportional: the usual proportions at that budget, see
     `proportional_shape`. difference: {estimate, low, high} of ln loss(shape) - ln loss(proportional), see
     `predicted_difference`. rounding_regret: relative excess of the loss of `shape` over the real optimum's, rules
     included; `rounding` is the same with its interval. rules_cost: {estimate, low, high}, the relative excess over the
@@ -134,7 +135,9 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
 
 def rules_of(at: Target, *, head_dim: int | None = None, **rules) -> Rules:
     """Rules with what was not said filled in: head_dim = that of the data."""
-    return Rules(at.geometry.head_dim if head_dim is None else head_dim, **{k: v for k, v in rules.items() if v is not None})
+    return Rules(
+        at.geometry.head_dim if head_dim is None else head_dim, **{k: v for k, v in rules.items() if v is not None}
+    )
 
 
 def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.ndarray:

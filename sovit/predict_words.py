@@ -33,7 +33,8 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
             f"if a bootstrap draw were the truth, this shape would lose {r.regret['median']:.2%} to the draw's own best"
             f" (95th percentile {r.regret['high']:.2%})"
         )
-    lines.append(f"whole numbers{' and rules' * (r.rules_cost is not None)} cost {_gain(r.rounding)} against the real optimum")
+    what = "whole numbers" if r.rules_cost is None else "whole numbers and rules"
+    lines.append(f"{what} cost {_gain(r.rounding)} against the real optimum")
     if r.rules_cost is not None:
         lines.append(f"the rules alone cost {_gain(r.rules_cost)} against the best shape without them")
     usual = r.proportional
@@ -72,8 +73,10 @@ def paper_lines(rule: Mapping) -> list[str]:
     """Where the paper's rule and the law part."""
     s = ", ".join(f"{NAMES[n]} {value:.2g}" for n, value in rule["exponents"].items())
     start = " x ".join(f"{x:.3g}" for x in rule["start"].values())
-    lines = [f"  from the law's own {start} at the least budget run, each dimension by (budget ratio)^(s/{len(rule['exponents'])}),"]
-    lines[0] += f" s = {s} ({rule['source']})"
+    lines = [
+        f"  from the law's own {start} at the least budget run, each dimension by"
+        f" (budget ratio)^(s/{len(rule['exponents'])}), s = {s} ({rule['source']})"
+    ]
     under = rule["under_growth"]
     if under is not None:
         verb, factor = ("under", under) if under >= 1 else ("over", 1 / under)
@@ -103,7 +106,8 @@ def growth_lines(growth: Mapping, paper: Mapping | None = None) -> list[str]:
     lines = [line.rstrip() for line in _columns(table)] + [growth["note"]] * bool(growth["note"])
     if apart:
         lines.append(
-            f"  the closed form holds FLOPs elasticities constant; followed down to {low:.3g} it misses by {', '.join(apart)}"
+            f"  the closed form holds FLOPs elasticities constant; followed down to {low:.3g} it misses by"
+            f" {', '.join(apart)}"
         )
     return lines
 
@@ -132,7 +136,9 @@ def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:
                 f"{row['flat']['count']:,}" + ("" if row["flat"]["exact"] else " surveyed"),
             ]
         )
-    warnings = list(dict.fromkeys(w for row in rows for w in row["warnings"] if "decades" not in w and "optimum" not in w))
+    warnings = list(
+        dict.fromkeys(w for row in rows for w in row["warnings"] if "decades" not in w and "optimum" not in w)
+    )
     lines = [line.rstrip() for line in _columns(table)]
     lines.append("decades: of compute from the largest run; beyond 2 a shape is a guess")
     return "\n".join(lines + [f"warning: {w}" for w in warnings])

@@ -9,7 +9,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from sovit.plot.style import GREY, INK, METRICS, OKABE_ITO, PAGE, PALE, TRAIN_FLOPS, legend_row, loss_axis, panels, styled
+from sovit.plot.style import (
+    GREY,
+    INK,
+    METRICS,
+    OKABE_ITO,
+    PAGE,
+    PALE,
+    TRAIN_FLOPS,
+    legend_row,
+    loss_axis,
+    panels,
+    styled,
+)
 from sovit.target import budgets_run
 
 MAX_LABELS = 9  # shapes that are named
