@@ -390,6 +390,11 @@ class Law:
         return any(column == "x" for term in self._terms for column, _, _ in term.factors)
 
     @property
+    def plain_sum(self) -> bool:
+        """Whether it is a sum of one power of each column and a floor, theta = [A (K), floor, a (K)]."""
+        return not (self.by_arm or self.power_mean or "+ d)" in self.formula)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Columns read, the shape dimensions apart."""
         return tuple(dict.fromkeys(c for term in self._terms for c, _, _ in term.factors if c != "x"))
