@@ -21,7 +21,7 @@ from pathlib import Path
 from sovit import UserError, contest
 from sovit.ledger import write_atomic
 
-SEEDS = {"next_run": 12, "cost_random": 12, "star": 8, "v_optimal": 6, "isoflop": 6, "random": 6}
+SEEDS = {"next_run": 8, "cost_random": 8, "star": 4, "v_optimal": 3, "random": 3, "isoflop": 3}
 
 
 def episodes(quick: bool) -> list[tuple[str, str, int]]:

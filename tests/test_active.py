@@ -181,16 +181,28 @@ def test_every_fifth_pick_is_the_nearest_to_the_target_that_is_allowed(belief, p
     picks = choose(belief, pool, num=10, num_made=0, check_cost=cap)
     assert [p.is_check for p in picks] == [False, False, False, False, True] * 2
     assert [p.is_check for p in choose(belief, pool, num=2, num_made=3)] == [False, True]
-    flops = 3 * belief.geometry.flops(belief.shape, head=True)
-    goal = np.log([*belief.shape.values(), TARGET / flops])
-
-    def away(c):
-        return np.linalg.norm(np.log([c.shape.width, c.shape.depth, c.shape.mlp_dim, c.num_examples]) - goal)
-
     check = picks[4]
+    allowed = [
+        c
+        for c in trunks
+        if c.cost <= cap
+        and (c.shape, c.init_seed) not in [(p.candidate.shape, p.candidate.init_seed) for p in picks[:4]]
+    ]
+    arrays = active._arrays(belief, allowed)
+    predicted = np.exp(active._jacobian(belief, arrays.logs)[0])[:, -1]
     assert check.candidate.cost <= cap and check.candidate.kind != "branch"
-    assert away(check.candidate) == pytest.approx(min(away(c) for c in trunks if c.cost <= cap), abs=1e-6)
+    assert check.predicted[-1] == pytest.approx(predicted.min())
     assert "nearest the target" in check.why and check.prediction_sd[0] > np.hypot(belief.trunk_sd, belief.row_sd)
+
+
+def test_after_a_check_that_failed_new_trunks_are_drawn_until_one_comes_true(belief, pool):
+    failed, true = (dict(predicted=0.5, measured=m) for m in (0.55, 0.501))
+    picks = choose(belief, pool, num=4, checks=[true, failed])
+    assert picks == choose(belief, pool, num=4, checks=[true, failed])
+    assert all(p.candidate.kind == "trunk" and "did not come true" in p.why for p in picks)
+    best = choose(belief, pool, num=4)
+    assert choose(belief, pool, num=4, checks=[failed, true]) == best
+    assert [p.candidate for p in picks] != [p.candidate for p in best]
 
 
 def test_discrepancy_moves_the_picks_towards_the_target(pool):
@@ -220,11 +232,11 @@ def test_noise_is_recovered_once_there_are_rows():
 
 def test_stop_on_a_check_that_came_true_and_on_nothing_else(belief):
     noise = 2 * belief.expected_regret  # the criterion is content
-    good, bad = (dict(predicted=0.5, prediction_sd=0.01, measured=m) for m in (0.503, 0.55))
+    good, bad = (dict(predicted=0.5, measured=m) for m in (0.503, 0.55))
     assert should_stop(belief, [], noise)[0] is False
     assert should_stop(belief, [good], noise)[0] is True
     stop, why = should_stop(belief, [good, bad], noise)
-    assert not stop and "missed by +9.53 % (z +9.5)" in why
+    assert not stop and "missed by +9.53 %" in why
     assert should_stop(belief, [good], belief.expected_regret / 2)[0] is False
 
 
