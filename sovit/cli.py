@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder (default: the ledger's name with _law)")
     p.add_argument("--bootstrap", type=int, default=1000, help="draws of each interval (default 1000)")
     p.add_argument("--train-flops", type=float, help="budget of the recommendation (default: beyond the largest run)")
+    p.add_argument("--skip-bad", action="store_true", help="leave bad rows out, each with its reason, and go on")
     p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
     p.set_defaults(run=_fit)
 
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--metric", default="val_loss")
     p.add_argument("--form", help="a law form (default: the fitted law's, or chosen by extrapolation)")
     p.add_argument("--law", type=Path, metavar="DIR", help="a folder that sovit fit wrote of these rows")
+    p.add_argument("--skip-bad", action="store_true", help="as of sovit fit")
     p.set_defaults(run=_report)
 
     p = commands.add_parser("status", help="what of a study is done, running, waiting, failed, and the best so far")
@@ -216,6 +218,7 @@ def _fit(options) -> None:
         out=options.out,
         bootstrap=options.bootstrap,
         train_flops=options.train_flops,
+        skip_bad=options.skip_bad,
     )
     print(json.dumps(summary, indent=2) if options.json else summary["text"])
 
@@ -223,7 +226,8 @@ def _fit(options) -> None:
 def _report(options) -> None:
     from sovit.html import write_page
 
-    print(write_page(options.ledgers, metric=options.metric, form=options.form, law=options.law, out=options.out))
+    chosen = dict(metric=options.metric, form=options.form, law=options.law, out=options.out)
+    print(write_page(options.ledgers, **chosen, skip_bad=options.skip_bad))
 
 
 def _status(options) -> None:
