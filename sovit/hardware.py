@@ -131,8 +131,8 @@ def shapes_for(
 ) -> tuple[list[Shape], int | None]:
     """The shapes that a command line asks for, and the classes of the law's task head (None without a law).
 
-    names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim, patch_size,
-    image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, also its best
+    names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
+    patch_size, image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, also its best
     shape for that budget and ViT-B's proportions at it. Raises UserError.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
@@ -152,8 +152,8 @@ def shapes_for(
         raise UserError(f"--train-flops {train_flops:g} is a budget for a law; name one with --law")
     for name in names:
         if re.fullmatch(r"\d+(x\d+){2,3}", name):
-            numbers = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
-            shapes.append(Shape(**known | fields | numbers))
+            own = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
+            shapes.append(Shape(**known | fields | own))
         else:
             shapes.append(named_shape(name, **fields))
     values: dict[str, list[int]] = {}
