@@ -132,8 +132,8 @@ def shapes_for(
     """The shapes that a command line asks for, and the classes of the law's task head (None without a law).
 
     names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
-    patch_size, image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, also its best
-    shape for that budget and ViT-B's proportions at it. Raises UserError.
+    patch_size, image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, its
+    best shape for that budget and ViT-B's proportions at it, too. Raises UserError.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
     known: dict = {}

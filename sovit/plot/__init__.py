@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -21,6 +22,7 @@ __all__ = [
     "learning_rates",
     "optimal_path",
     "optimal_shape",
+    "pareto_fronts",
     "residuals",
     "save",
     "validation",
