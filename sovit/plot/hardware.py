@@ -101,7 +101,7 @@ def _colours(found: dict) -> dict[str, str]:
 def _label(axis, x: float, y: float, text: str, colour, below: bool) -> None:
     """A shape's name beside its point: above and right of it, or below and left, where nothing lies under a front."""
     axis.annotate(
-        text.replace("x", "×"),
+        text.replace("x", "×").replace(" (", "\n("),
         (x, y),
         (-3, -3) if below else (2.5, 2.5),
         textcoords="offset points",
