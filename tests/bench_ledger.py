@@ -2,7 +2,7 @@
 
 python tests/bench_ledger.py [--trunks 25000] [--fit FORM] [--keep FILE.jsonl]
 
-Times are of one process, one thread; memory is its largest resident set so far.
+CPU time is what a free core would take, give or take; memory is its largest resident set so far.
 """
 
 import argparse
@@ -47,9 +47,10 @@ def peak_mib() -> float:
 
 
 def timed(label: str, call):
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     out = call()
-    print(f"{label:48} {time.perf_counter() - start:7.2f} s   peak {peak_mib():7.0f} MiB", flush=True)
+    wall, cpu = time.perf_counter() - start, time.process_time() - used
+    print(f"{label:48} CPU {cpu:6.2f} s, wall {wall:6.2f} s, peak {peak_mib():6.0f} MiB", flush=True)
     return out
 
 

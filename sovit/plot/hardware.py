@@ -74,7 +74,7 @@ def pareto_fronts(found: dict) -> Figure:
     axes[0].set_ylabel("predicted validation loss")
     loss = np.array([row["loss_at_flops"] for row in table])
     curves = np.array(found["curves"]["train_flops"]["loss"]).min(0)
-    loss_axis(axes[0], np.array([loss.min(), max(np.quantile(loss, 0.9), curves.max())]))
+    loss_axis(axes[0], np.array([loss.min(), max(np.quantile(loss, 0.9), curves.max())]), pad=1.06)
     handles = [
         Line2D([], [], color=PALE, lw=0.8, label="a profiled shape"),
         Line2D([], [], color=INK, lw=2.2, label="the best shape there (width × depth × MLP dim)"),
