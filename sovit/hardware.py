@@ -329,6 +329,7 @@ def _peak_cuda(shape, batch, num_classes, device, dtype, steps) -> int | str:
 def _peak_cpu(*arguments) -> int | str:
     """Growth of the resident set of a forked process that does the work, in bytes, or the words of what ended it."""
     _load_once()
+    _trim()
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(theirs, arguments))
@@ -349,14 +350,21 @@ def _child(pipe, arguments) -> None:
         shape, _, *rest = arguments
         _work(shape, 1, *rest)  # touches the code of the libraries, whose pages are resident from then on
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # what the allocator holds free would hide what is needed
-            ctypes.CDLL(None).malloc_trim(0)
+        _trim()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         held = _resident()
         _work(*arguments)
         pipe.send(max(_peak_resident() - held, 0))
     except (RuntimeError, MemoryError) as error:
         said = str(error).splitlines()[0] if str(error) else "out of memory"
         pipe.send(said if is_out_of_memory(error) else RuntimeError(said))
+
+
+def _trim() -> None:
+    """Give back what the allocator holds free: it would hide what is needed, or count as peak."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int:
