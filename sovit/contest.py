@@ -193,7 +193,8 @@ def isoflop(world: World, rng) -> Iterator[Candidate]:
 
 def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, **options):
     """`active.next_run`; checks cost up to `check_share` of what was spent."""
-    belief, num_made, checks = None, 0, []
+    belief, num_made = None, 0
+    checks: list[dict] = []
     options = dict(discrepancy_dof=np.inf) | options
     while True:
         belief = learn(
