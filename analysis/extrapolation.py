@@ -1,0 +1,276 @@
+"""How far does each law see? Fitted below a compute cut, scored above it, for every cut, on studies and published sweeps.
+
+    python analysis/extrapolation.py results/stream_star.jsonl results/icons_star.jsonl results/stream_isoflop.jsonl
+        [--public FOLDER] [--out results/extrapolation.json]
+
+The headline at a cut is the form that `sovit fit` would have chosen from the rows below it, by its own test inside them:
+no row that is scored has a say. Its baselines are the N-D law (`chinchilla`), constant proportions (`compute_only`) and the
+nearest run. Whether it is better is said with a 90 % interval of the ratio of RMSEs, from resampling the trunks that are
+scored (what a fit itself would vary by is not in it). Figures stand in the folder named like OUT. No row of a published
+sweep is written, only scores. FOLDER is described in `sovit.public`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError, law, public
+from sovit.law import LAWS
+from sovit.ledger import write_atomic
+from sovit.measurements import measurements
+from sovit.report import FORMS, choose_headline
+
+METRICS = ("val_loss", "val_error")
+TRIED = tuple(name for name in ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit") if name in LAWS)
+BASELINES = ("chinchilla", "compute_only", "nearest")
+HALF_DECADE = 0.5 * np.log(10)
+LEVEL_GAP = 0.2  # gaps of ln compute wider than this part budgets
+MIN_FITTED, MIN_SCORED, MIN_TRUNKS = 8, 4, 3
+NUM_DRAWS, LEVEL = 2000, 0.90
+
+
+@dataclass(frozen=True)
+class Data:
+    """columns (with `compute`), y and clusters [n]; options: what else `law.fit` is told."""
+
+    name: str
+    metric: str
+    columns: dict
+    y: np.ndarray
+    clusters: np.ndarray
+    zero_line: float | None = None
+    measurement_sd: np.ndarray | None = None
+
+    def fit(self, form: str, rows=None, **options) -> law.Fit:
+        """The law `form` of the rows given (all of them for None). Raises UserError where it cannot be fitted."""
+        rows = np.arange(len(self.y)) if rows is None else rows
+        if form == "bounded":
+            options["zero_line"] = self.zero_line
+        sd = None if self.measurement_sd is None else self.measurement_sd[rows]
+        columns = {name: column[rows] for name, column in self.columns.items()}
+        return law.fit(form, columns, self.y[rows], clusters=self.clusters[rows], measurement_sd=sd, **options)
+
+
+def of_ledger(path: Path) -> list[Data]:
+    """Each metric of METRICS that the rows have."""
+    out = []
+    for metric in METRICS:
+        try:
+            data = measurements([path], metric)
+        except UserError:
+            if metric == METRICS[0]:
+                raise
+            continue
+        columns = {n: c for n, c in data.columns.items() if n != "trunk_id"}
+        if "compute" not in columns:
+            raise UserError(f"{path}: the rows say neither compute nor a shape to count it from; nothing orders them")
+        trunk = data.columns.get("trunk_id", np.arange(len(data.y)).astype(str))
+        out.append(Data(path.stem, metric, columns, data.y, trunk, data.zero_line, data.measurement_sd))
+    return out
+
+
+def of_public(folder: Path) -> list[Data]:
+    """The published sweeps that an order by compute makes sense for; compute = 2 N x tokens."""
+    out = []
+    for file in public.GEMSTONES:
+        sweep = public.gemstones(folder, file)
+        columns = {name: sweep.columns[name] for name in ("width", "depth", "num_params")}
+        out.append(_language(f"gemstones {file}", columns, sweep.columns["tokens"], sweep))
+    for family in ("farseer", "data_constrained"):
+        for sweep in public.scalebench(folder, family).values():
+            size, tokens = (sweep.columns[name] for name in public.POWER_SUMS[family][0][:2])
+            out.append(_language(family, dict(num_params=size), tokens, sweep))
+    return out
+
+
+def _language(name: str, columns: dict, tokens: np.ndarray, sweep: public.Sweep) -> Data:
+    columns = columns | dict(num_examples=tokens, compute=2 * columns["num_params"] * tokens)
+    return Data(name, "loss", columns, sweep.y, sweep.clusters)
+
+
+def cuts_of(compute: np.ndarray) -> list[float]:
+    """Computes to cut at: between budgets where runs stand on budgets, else every half decade down from the dearest."""
+    logs = np.sort(np.log(compute))
+    gaps = np.diff(logs)
+    between = (logs[1:] + logs[:-1])[gaps > LEVEL_GAP] / 2
+    if len(between) > 12 or (gaps > LEVEL_GAP).sum() == 0 or np.ptp(logs) / (len(between) + 1) < LEVEL_GAP:
+        between = np.arange(logs[-1] - HALF_DECADE, logs[0], -HALF_DECADE)[::-1]
+    fitted = np.searchsorted(logs, between)
+    enough = (fitted >= MIN_FITTED) & (len(logs) - fitted >= MIN_SCORED)
+    return np.exp(between[enough]).tolist()
+
+
+def headline_below(data: Data, below: np.ndarray) -> str | None:
+    """The form that `sovit fit` would choose from these rows alone; None where it can fit none that ranks shapes."""
+    fits = {}
+    for form in FORMS:
+        try:
+            fits[form] = data.fit(form, below)
+        except (UserError, np.linalg.LinAlgError):
+            continue
+    return choose_headline(fits, None)[0] if any(LAWS[form].uses_dims for form in fits) else None
+
+
+def predictions(data: Data, cut: float) -> tuple[dict, dict]:
+    """(form -> predicted losses [n], nan where it says nothing), (form -> why it says nothing at all) at a cut."""
+    found, notes = {}, {}
+    for form in TRIED:
+        try:
+            scored = data.fit(form, cut=cut).extrapolation["forms"]
+        except (UserError, np.linalg.LinAlgError) as error:
+            notes[form] = str(error)
+            continue
+        for name, score in scored.items():
+            if name in found or name in notes:
+                continue
+            if score["n"]:
+                found[name] = np.full(len(data.y), np.nan)
+                found[name][score["rows"]] = score["predicted"]
+            else:
+                notes[name] = score["note"]
+    return found, notes
+
+
+def score(residual: np.ndarray) -> dict:
+    """RMSE, signed bias and number of residuals ln(predicted / measured), nan left out."""
+    known = residual[np.isfinite(residual)]
+    return dict(rmse=float(np.sqrt((known**2).mean())), bias=float(known.mean()), n=len(known))
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, trunks: np.ndarray, seed: int = 0) -> dict:
+    """Ratio of our RMSE to theirs over the rows that both predict, with an interval from resampling whole trunks.
+
+    ours, theirs [n]: residuals; trunks [n]. The verdict is `better` or `worse` where the interval leaves 1 out.
+    """
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    index = np.unique(trunks[both], return_inverse=True)[1]
+    sums = np.stack([np.bincount(index, residual[both] ** 2) for residual in (ours, theirs)])  # [2, G]
+    num = sums.shape[1]
+    ratio = float(np.sqrt(sums[0].sum() / sums[1].sum()))
+    if num < MIN_TRUNKS:
+        return dict(ratio=ratio, low=None, high=None, num_trunks=num, verdict="too few trunks")
+    weights = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), NUM_DRAWS)
+    drawn = np.sqrt((weights @ sums[0]) / (weights @ sums[1]))
+    low, high = (float(q) for q in np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]))
+    verdict = "better" if high < 1 else "worse" if low > 1 else "not distinguishable"
+    return dict(ratio=ratio, low=low, high=high, num_trunks=num, verdict=verdict)
+
+
+def by_distance(residual: np.ndarray, decades: np.ndarray) -> list[dict]:
+    """Scores of the rows within each half decade beyond the dearest row fitted; `decades` their mean distance."""
+    bins = np.round(decades * 2).astype(int)
+    return [
+        dict(decades=float(decades[bins == b].mean())) | score(residual[bins == b])
+        for b in np.unique(bins[np.isfinite(residual)])
+    ]
+
+
+def study(data: Data, say=lambda line: None) -> dict:
+    """Every cut of one data set, and all of them pooled: a form is pooled where it is scored at every cut."""
+    compute = data.columns["compute"]
+    out: dict = dict(name=data.name, metric=data.metric, n=len(data.y), num_trunks=len(set(data.clusters.tolist())))
+    cuts, every = [], []
+    for cut in cuts_of(compute):
+        below, above = np.flatnonzero(compute < cut), np.flatnonzero(compute >= cut)
+        headline = headline_below(data, below)
+        predicted, notes = predictions(data, cut)
+        residuals = {form: np.log(p[above] / data.y[above]) for form, p in predicted.items()}
+        if headline in residuals:
+            residuals = {"headline": residuals[headline]} | residuals
+        decades = np.log10(compute[above] / compute[below].max())
+        row = dict(cut=cut, n_fit=len(below), n=len(above), decades=float(decades.max()), headline=headline)
+        row["forms"] = {f: score(r) | dict(by_distance=by_distance(r, decades)) for f, r in residuals.items()}
+        row["refused"] = notes
+        row["against"] = against(residuals, data.clusters[above])
+        row["winner"] = winner(row["forms"], len(above))
+        cuts.append(row)
+        every.append((residuals, data.clusters[above], decades))
+        say(f"{data.name} {data.metric}: cut at {cut:.2e}, {len(below)} rows fitted, {len(above)} scored")
+    out["cuts"] = cuts
+    usable = [part for part in every if "headline" in part[0]] or every
+    if not usable:
+        return out | dict(note=f"no compute cut leaves {MIN_FITTED} rows below and {MIN_SCORED} above")
+    common = [form for form in usable[0][0] if all(form in residuals for residuals, _, _ in usable)]
+    pooled = {form: np.concatenate([residuals[form] for residuals, _, _ in usable]) for form in common}
+    trunks, decades = (np.concatenate([part[i] for part in usable]) for i in (1, 2))
+    forms = {form: score(r) | dict(by_distance=by_distance(r, decades)) for form, r in pooled.items()}
+    comparisons = against(pooled, trunks)
+    beats_all = all(c["verdict"] == "better" for c in comparisons.values()) if comparisons else None
+    return out | dict(
+        pooled=dict(
+            num_cuts=len(usable),
+            forms=forms,
+            winner=winner(forms, len(trunks)),
+            against=comparisons,
+            beats_all_baselines=beats_all,
+        )
+    )
+
+
+def against(residuals: Mapping, trunks: np.ndarray) -> dict:
+    """The headline against each baseline."""
+    if "headline" not in residuals:
+        return {}
+    return {b: compare(residuals["headline"], residuals[b], trunks) for b in BASELINES if b in residuals}
+
+
+def winner(forms: Mapping, num_rows: int) -> str | None:
+    """The form with the lowest RMSE among those that predict every row."""
+    able = {form: s["rmse"] for form, s in forms.items() if s["n"] == num_rows and form != "headline"}
+    return min(able, key=lambda form: able[form]) if able else None
+
+
+def text(found: Sequence[Mapping]) -> str:
+    lines = []
+    for data in found:
+        lines.append(f"{data['name']} {data['metric']}: {data['n']} rows, {data['num_trunks']} trunks")
+        for row in data["cuts"]:
+            lines.append(
+                f"  below {row['cut']:.2e}: {row['n_fit']} rows, above: {row['n']}, up to {row['decades']:.2f} decades;"
+                f" headline {row['headline']}, lowest {row['winner']}"
+            )
+            lines.append(f"    {_scores(row['forms'])}")
+        if "pooled" not in data:
+            lines.append(f"  {data['note']}")
+            continue
+        pooled = data["pooled"]
+        lines.append(f"  all {pooled['num_cuts']} cuts, lowest {pooled['winner']}: {_scores(pooled['forms'])}")
+        for name, c in pooled["against"].items():
+            ends = "" if c["low"] is None else f" ({c['low']:.2f}-{c['high']:.2f})"
+            lines.append(f"    headline / {name}: RMSE x {c['ratio']:.2f}{ends}, {c['verdict']}")
+    return "\n".join(lines)
+
+
+def _scores(forms: Mapping) -> str:
+    return "  ".join(f"{form} {100 * s['rmse']:.2f} % ({100 * s['bias']:+.2f})" for form, s in forms.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
+    parser.add_argument("--public", type=Path, metavar="FOLDER", help="published sweeps, see sovit.public")
+    parser.add_argument("--json", action="store_true", help="print what is written instead of tables")
+    parser.add_argument("--out", type=Path, default=Path("results/extrapolation.json"))
+    options = parser.parse_args(argv)
+    try:
+        sets = [data for path in options.ledgers for data in of_ledger(path)]
+        sets += of_public(options.public) if options.public else []
+        found = [study(data, lambda line: print(line, file=sys.stderr, flush=True)) for data in sets]
+        written = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        write_atomic(options.out, written)
+    except UserError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 2
+    print(written if options.json else text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
