@@ -29,16 +29,18 @@ from sovit.report import FORMS, choose_headline
 
 METRICS = ("val_loss", "val_error")
 TRIED = tuple(name for name in ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit") if name in LAWS)
+CHOSEN = ("headline", "of_all")  # no forms but choices: among those `sovit fit` tries, among all of TRIED
 BASELINES = ("chinchilla", "compute_only", "nearest")
+CURVE_FORMS = ("additive", *(name for name in ("shifted", "bounded") if getattr(LAWS.get(name), "takes_terms", False)))
 HALF_DECADE = 0.5 * np.log(10)
-LEVEL_GAP = 0.2  # gaps of ln compute wider than this part budgets
-MIN_FITTED, MIN_SCORED, MIN_TRUNKS = 8, 4, 3
+LEVEL_GAP = 0.2  # runs on budgets lie closer than this in ln compute within one, and wider apart between two
+MIN_FITTED, MIN_SCORED, MIN_TRUNKS = 16, 4, 3
 NUM_DRAWS, LEVEL = 2000, 0.90
 
 
 @dataclass(frozen=True)
 class Data:
-    """columns (with `compute`), y and clusters [n]; options: what else `law.fit` is told."""
+    """columns (with `compute`), y and clusters [n]. dims: of the law where the rows tell no shape; None = what varies."""
 
     name: str
     metric: str
@@ -47,12 +49,20 @@ class Data:
     clusters: np.ndarray
     zero_line: float | None = None
     measurement_sd: np.ndarray | None = None
+    dims: tuple[str, ...] | None = None
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Those of TRIED that mean something here: no star without shapes."""
+        return tuple(form for form in TRIED if self.dims is None or form != "sovit")
 
     def fit(self, form: str, rows=None, **options) -> law.Fit:
         """The law `form` of the rows given (all of them for None). Raises UserError where it cannot be fitted."""
         rows = np.arange(len(self.y)) if rows is None else rows
         if form == "bounded":
             options["zero_line"] = self.zero_line
+        if LAWS[form].uses_dims:
+            options["dims"] = self.dims
         sd = None if self.measurement_sd is None else self.measurement_sd[rows]
         columns = {name: column[rows] for name, column in self.columns.items()}
         return law.fit(form, columns, self.y[rows], clusters=self.clusters[rows], measurement_sd=sd, **options)
@@ -83,34 +93,37 @@ def of_public(folder: Path) -> list[Data]:
         sweep = public.gemstones(folder, file)
         columns = {name: sweep.columns[name] for name in ("width", "depth", "num_params")}
         out.append(_language(f"gemstones {file}", columns, sweep.columns["tokens"], sweep))
-    for family in ("farseer", "data_constrained"):
+    for family, own in (("farseer", ()), ("data_constrained", ("unique_tokens",))):
         for sweep in public.scalebench(folder, family).values():
             size, tokens = (sweep.columns[name] for name in public.POWER_SUMS[family][0][:2])
-            out.append(_language(family, dict(num_params=size), tokens, sweep))
+            columns = dict(num_params=size) | {name: sweep.columns[name] for name in own}
+            out.append(_language(family, columns, tokens, sweep, ("num_params", *own)))
     return out
 
 
-def _language(name: str, columns: dict, tokens: np.ndarray, sweep: public.Sweep) -> Data:
+def _language(name: str, columns: dict, tokens: np.ndarray, sweep: public.Sweep, dims=None) -> Data:
     columns = columns | dict(num_examples=tokens, compute=2 * columns["num_params"] * tokens)
-    return Data(name, "loss", columns, sweep.y, sweep.clusters)
+    return Data(name, "loss", columns, sweep.y, sweep.clusters, dims=dims)
 
 
 def cuts_of(compute: np.ndarray) -> list[float]:
     """Computes to cut at: between budgets where runs stand on budgets, else every half decade down from the dearest."""
     logs = np.sort(np.log(compute))
-    gaps = np.diff(logs)
-    between = (logs[1:] + logs[:-1])[gaps > LEVEL_GAP] / 2
-    if len(between) > 12 or (gaps > LEVEL_GAP).sum() == 0 or np.ptp(logs) / (len(between) + 1) < LEVEL_GAP:
+    ends = np.flatnonzero(np.diff(logs) > LEVEL_GAP) + 1
+    spans = [np.ptp(level) for level in np.split(logs, ends)]
+    if len(spans) > 1 and max(spans) < LEVEL_GAP:
+        between = (logs[ends] + logs[ends - 1]) / 2
+    else:
         between = np.arange(logs[-1] - HALF_DECADE, logs[0], -HALF_DECADE)[::-1]
     fitted = np.searchsorted(logs, between)
     enough = (fitted >= MIN_FITTED) & (len(logs) - fitted >= MIN_SCORED)
     return np.exp(between[enough]).tolist()
 
 
-def headline_below(data: Data, below: np.ndarray) -> str | None:
-    """The form that `sovit fit` would choose from these rows alone; None where it can fit none that ranks shapes."""
+def chosen_below(data: Data, below: np.ndarray, forms: Sequence[str]) -> str | None:
+    """The one of `forms` that `sovit fit` would choose from these rows alone; None where it can fit none of shapes."""
     fits = {}
-    for form in FORMS:
+    for form in forms:
         try:
             fits[form] = data.fit(form, below)
         except (UserError, np.linalg.LinAlgError):
@@ -121,7 +134,7 @@ def headline_below(data: Data, below: np.ndarray) -> str | None:
 def predictions(data: Data, cut: float) -> tuple[dict, dict]:
     """(form -> predicted losses [n], nan where it says nothing), (form -> why it says nothing at all) at a cut."""
     found, notes = {}, {}
-    for form in TRIED:
+    for form in data.forms:
         try:
             scored = data.fit(form, cut=cut).extrapolation["forms"]
         except (UserError, np.linalg.LinAlgError) as error:
@@ -136,6 +149,64 @@ def predictions(data: Data, cut: float) -> tuple[dict, dict]:
             else:
                 notes[name] = score["note"]
     return found, notes
+
+
+def curves(folder: Path, say=lambda line: None) -> dict:
+    """The vision learning curves, one fit a curve and cut, as one data set: every curve, cut and half decade counts once.
+
+    A curve is one run of one model, whose compute is in proportion to the images. Forms are compared with the power law
+    by resampling models, six of them.
+    """
+    cells = []
+    found = public.vision(folder)
+    for (model, task), sweep in found.items():
+        images = sweep.columns["num_examples"]
+        for cut in cuts_of(images):
+            above = np.flatnonzero(images >= cut)
+            predicted = {}
+            for form in CURVE_FORMS:
+                options = dict(terms=("num_examples",), cut=cut, loss="log_squares", whiten=False)
+                if form == "bounded":
+                    options["zero_line"] = sweep.zero_line
+                fitted = law.fit(
+                    form, sweep.columns | dict(compute=images), sweep.y, clusters=sweep.clusters, **options
+                )
+                scored = fitted.extrapolation["forms"]
+                predicted |= {name: np.array(scored[name]["predicted"]) for name in (form, "nearest")}
+            decades = np.log10(images[above] / images[images < cut].max())
+            bins = np.round(decades * 2).astype(int)
+            for b in np.unique(bins):
+                cell = {form: np.log(p / sweep.y[above])[bins == b] for form, p in predicted.items()}
+                cells.append(
+                    (model, decades[bins == b].mean(), {form: (r @ r / len(r), r.mean()) for form, r in cell.items()})
+                )
+        say(f"curve of {model} on {task}")
+    models, decades = np.array([c[0] for c in cells]), np.array([c[1] for c in cells])
+    mean = {form: np.array([c[2][form] for c in cells]) for form in cells[0][2]}  # [cells, (square, residual)]
+    bins = np.round(decades * 2).astype(int)
+
+    def pooled(rows):
+        return {
+            form: dict(rmse=float(np.sqrt(m[rows, 0].mean())), bias=float(m[rows, 1].mean()), n=int(rows.sum()))
+            for form, m in mean.items()
+        }
+
+    forms = pooled(np.ones(len(bins), bool))
+    for b in np.unique(bins):
+        for form, scored in pooled(bins == b).items():
+            forms[form].setdefault("by_distance", []).append(dict(decades=float(decades[bins == b].mean())) | scored)
+    root = {form: np.sqrt(m[:, 0]) for form, m in mean.items()}
+    plain, *others = CURVE_FORMS
+    comparisons = {form: {plain: compare(root[form], root[plain], models)} for form in others}
+    best = min(forms, key=lambda form: forms[form]["rmse"])
+    return dict(
+        name="vision curves",
+        metric="few-shot error",
+        n=len(cells),
+        num_trunks=len(found),
+        cuts=[],
+        pooled=dict(num_cuts=None, forms=forms, winner=best, against=comparisons),
+    )
 
 
 def score(residual: np.ndarray) -> dict:
@@ -179,13 +250,15 @@ def study(data: Data, say=lambda line: None) -> dict:
     cuts, every = [], []
     for cut in cuts_of(compute):
         below, above = np.flatnonzero(compute < cut), np.flatnonzero(compute >= cut)
-        headline = headline_below(data, below)
+        headline, wide = (chosen_below(data, below, forms) for forms in (FORMS, data.forms))
         predicted, notes = predictions(data, cut)
         residuals = {form: np.log(p[above] / data.y[above]) for form, p in predicted.items()}
-        if headline in residuals:
-            residuals = {"headline": residuals[headline]} | residuals
+        chosen = {"headline": headline, "of_all": wide}
+        residuals = {name: residuals[form] for name, form in chosen.items() if form in residuals} | residuals
         decades = np.log10(compute[above] / compute[below].max())
-        row = dict(cut=cut, n_fit=len(below), n=len(above), decades=float(decades.max()), headline=headline)
+        row = dict(
+            cut=cut, n_fit=len(below), n=len(above), decades=float(decades.max()), headline=headline, of_all=wide
+        )
         row["forms"] = {f: score(r) | dict(by_distance=by_distance(r, decades)) for f, r in residuals.items()}
         row["refused"] = notes
         row["against"] = against(residuals, data.clusters[above])
@@ -202,28 +275,31 @@ def study(data: Data, say=lambda line: None) -> dict:
     trunks, decades = (np.concatenate([part[i] for part in usable]) for i in (1, 2))
     forms = {form: score(r) | dict(by_distance=by_distance(r, decades)) for form, r in pooled.items()}
     comparisons = against(pooled, trunks)
-    beats_all = all(c["verdict"] == "better" for c in comparisons.values()) if comparisons else None
     return out | dict(
         pooled=dict(
             num_cuts=len(usable),
             forms=forms,
             winner=winner(forms, len(trunks)),
             against=comparisons,
-            beats_all_baselines=beats_all,
+            beats_all_baselines={
+                choice: all(c["verdict"] == "better" for c in found.values()) for choice, found in comparisons.items()
+            },
         )
     )
 
 
 def against(residuals: Mapping, trunks: np.ndarray) -> dict:
-    """The headline against each baseline."""
-    if "headline" not in residuals:
-        return {}
-    return {b: compare(residuals["headline"], residuals[b], trunks) for b in BASELINES if b in residuals}
+    """Each choice -> each baseline -> how they compare."""
+    return {
+        choice: {b: compare(residuals[choice], residuals[b], trunks) for b in BASELINES if b in residuals}
+        for choice in CHOSEN
+        if choice in residuals
+    }
 
 
 def winner(forms: Mapping, num_rows: int) -> str | None:
     """The form with the lowest RMSE among those that predict every row."""
-    able = {form: s["rmse"] for form, s in forms.items() if s["n"] == num_rows and form != "headline"}
+    able = {form: s["rmse"] for form, s in forms.items() if s["n"] == num_rows and form not in CHOSEN}
     return min(able, key=lambda form: able[form]) if able else None
 
 
@@ -241,10 +317,11 @@ def text(found: Sequence[Mapping]) -> str:
             lines.append(f"  {data['note']}")
             continue
         pooled = data["pooled"]
-        lines.append(f"  all {pooled['num_cuts']} cuts, lowest {pooled['winner']}: {_scores(pooled['forms'])}")
-        for name, c in pooled["against"].items():
-            ends = "" if c["low"] is None else f" ({c['low']:.2f}-{c['high']:.2f})"
-            lines.append(f"    headline / {name}: RMSE x {c['ratio']:.2f}{ends}, {c['verdict']}")
+        lines.append(f"  all {pooled['num_cuts'] or ''} cuts, lowest {pooled['winner']}: {_scores(pooled['forms'])}")
+        for choice, found_against in pooled["against"].items():
+            for name, c in found_against.items():
+                ends = "" if c["low"] is None else f" ({c['low']:.2f}-{c['high']:.2f})"
+                lines.append(f"    {choice} / {name}: RMSE x {c['ratio']:.2f}{ends}, {c['verdict']}")
     return "\n".join(lines)
 
 
@@ -259,10 +336,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print what is written instead of tables")
     parser.add_argument("--out", type=Path, default=Path("results/extrapolation.json"))
     options = parser.parse_args(argv)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     try:
         sets = [data for path in options.ledgers for data in of_ledger(path)]
         sets += of_public(options.public) if options.public else []
-        found = [study(data, lambda line: print(line, file=sys.stderr, flush=True)) for data in sets]
+        found = [study(data, say) for data in sets]
+        found += [curves(options.public, say)] if options.public else []
         written = json.dumps(found, indent=1, allow_nan=False) + "\n"
         write_atomic(options.out, written)
     except UserError as error:
