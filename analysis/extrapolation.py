@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from sovit.measurements import measurements
 from sovit.report import FORMS, choose_headline
 
 METRICS = ("val_loss", "val_error")
-TRIED = tuple(name for name in ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit") if name in LAWS)
+TRIED = ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit")
 CHOSEN = ("headline", "of_all")  # no forms but choices: among those `sovit fit` tries, among all of TRIED
 BASELINES = ("chinchilla", "compute_only", "nearest")
-CURVE_FORMS = ("additive", *(name for name in ("shifted", "bounded") if getattr(LAWS.get(name), "takes_terms", False)))
+CURVE_FORMS = ("shifted", "bounded")  # of a learning curve, beside the power law in its images, `compute_only`
 HALF_DECADE = 0.5 * np.log(10)
 LEVEL_GAP = 0.2  # runs on budgets lie closer than this in ln compute within one, and wider apart between two
 MIN_FITTED, MIN_SCORED, MIN_TRUNKS = 16, 4, 3
@@ -53,8 +54,8 @@ class Data:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """Those of TRIED that mean something here: no star without shapes."""
-        return tuple(form for form in TRIED if self.dims is None or form != "sovit")
+        """Those of TRIED that mean something here: without shapes no star and no interaction of theirs."""
+        return tuple(form for form in TRIED if self.dims is None or form not in ("joint_n", "sovit"))
 
     def fit(self, form: str, rows=None, **options) -> law.Fit:
         """The law `form` of the rows given (all of them for None). Raises UserError where it cannot be fitted."""
@@ -172,7 +173,7 @@ def curves(folder: Path, say=lambda line: None) -> dict:
                     form, sweep.columns | dict(compute=images), sweep.y, clusters=sweep.clusters, **options
                 )
                 scored = fitted.extrapolation["forms"]
-                predicted |= {name: np.array(scored[name]["predicted"]) for name in (form, "nearest")}
+                predicted |= {name: np.array(s["predicted"]) for name, s in scored.items()}
             decades = np.log10(images[above] / images[images < cut].max())
             bins = np.round(decades * 2).astype(int)
             for b in np.unique(bins):
@@ -196,8 +197,7 @@ def curves(folder: Path, say=lambda line: None) -> dict:
         for form, scored in pooled(bins == b).items():
             forms[form].setdefault("by_distance", []).append(dict(decades=float(decades[bins == b].mean())) | scored)
     root = {form: np.sqrt(m[:, 0]) for form, m in mean.items()}
-    plain, *others = CURVE_FORMS
-    comparisons = {form: {plain: compare(root[form], root[plain], models)} for form in others}
+    comparisons = {form: {b: compare(root[form], root[b], models) for b in BASELINES[1:]} for form in CURVE_FORMS}
     best = min(forms, key=lambda form: forms[form]["rmse"])
     return dict(
         name="vision curves",
@@ -345,8 +345,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets += of_public(options.public) if options.public else []
         found = [study(data, say) for data in sets]
         found += [curves(options.public, say)] if options.public else []
-        written = json.dumps(found, indent=1, allow_nan=False) + "\n"
+        written = json.dumps(found, indent=1, allow_nan=False)
+        written = re.sub(r"\{[^{}\[\]]*\}", lambda flat: " ".join(flat[0].split()), written) + "\n"  # a score a line
         write_atomic(options.out, written)
+        from sovit import plot
+
+        plot.save(plot.extrapolation_distance(found), options.out.with_suffix("") / "by_distance")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

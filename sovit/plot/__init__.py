@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.distance import extrapolation_distance
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -16,6 +17,7 @@ __all__ = [
     "budget_levels",
     "contact_sheet",
     "extrapolation",
+    "extrapolation_distance",
     "fit_by_dimension",
     "isoflop",
     "learning_rates",
