@@ -121,35 +121,36 @@ def cuts_of(compute: np.ndarray) -> list[float]:
     return np.exp(between[enough]).tolist()
 
 
-def chosen_below(data: Data, below: np.ndarray, forms: Sequence[str]) -> str | None:
-    """The one of `forms` that `sovit fit` would choose from these rows alone; None where it can fit none of shapes."""
-    fits = {}
-    for form in forms:
+def fits_below(data: Data, below: np.ndarray) -> tuple[dict[str, law.Fit], dict[str, str]]:
+    """Every form that the rows below a cut allow, fitted to them and to nothing else; why each other one is not."""
+    fits, refused = {}, {}
+    for form in dict.fromkeys((*FORMS, *data.forms)):
         try:
             fits[form] = data.fit(form, below)
-        except (UserError, np.linalg.LinAlgError):
-            continue
-    return choose_headline(fits, None)[0] if any(LAWS[form].uses_dims for form in fits) else None
-
-
-def predictions(data: Data, cut: float) -> tuple[dict, dict]:
-    """(form -> predicted losses [n], nan where it says nothing), (form -> why it says nothing at all) at a cut."""
-    found, notes = {}, {}
-    for form in data.forms:
-        try:
-            scored = data.fit(form, cut=cut).extrapolation["forms"]
         except (UserError, np.linalg.LinAlgError) as error:
-            notes[form] = str(error)
-            continue
-        for name, score in scored.items():
-            if name in found or name in notes:
-                continue
-            if score["n"]:
-                found[name] = np.full(len(data.y), np.nan)
-                found[name][score["rows"]] = score["predicted"]
-            else:
-                notes[name] = score["note"]
-    return found, notes
+            refused[form] = str(error)
+    return fits, refused
+
+
+def choose(fits: Mapping[str, law.Fit], forms: Sequence[str]) -> str | None:
+    """The one of `forms` that `sovit fit` would choose; None where none of those fitted describes shapes."""
+    able = {form: fits[form] for form in forms if form in fits}
+    return choose_headline(able, None)[0] if any(LAWS[form].uses_dims for form in able) else None
+
+
+def predictions(data: Data, fits: Mapping[str, law.Fit], cut: float) -> dict[str, np.ndarray]:
+    """Form -> predicted losses of the rows from the cut up [n], nan where it says nothing; baselines included.
+
+    The baselines are those of `law.fit`'s own extrapolation test; `chinchilla` is one of them.
+    """
+    above = np.flatnonzero(data.columns["compute"] >= cut)
+    columns = {name: column[above] for name, column in data.columns.items()}
+    found = {form: fits[form].predict(columns) for form in data.forms if form in fits}
+    for name, scored in data.fit("joint", cut=cut).extrapolation["forms"].items():
+        if name in BASELINES and scored["n"]:
+            found[name] = np.full(len(above), np.nan)
+            found[name][np.searchsorted(above, scored["rows"])] = scored["predicted"]
+    return found
 
 
 def curves(folder: Path, say=lambda line: None) -> dict:
@@ -234,9 +235,18 @@ def compare(ours: np.ndarray, theirs: np.ndarray, trunks: np.ndarray, seed: int 
     return dict(ratio=ratio, low=low, high=high, num_trunks=num, verdict=verdict)
 
 
+def distance_bins(decades: np.ndarray) -> np.ndarray:
+    """Bin of each distance: a budget where rows stand on budgets, else a half decade."""
+    order = np.argsort(decades, kind="stable")
+    budget = np.empty(len(decades), int)
+    budget[order] = np.r_[0, np.cumsum(np.diff(decades[order]) > LEVEL_GAP / np.log(10))]
+    spans = [np.ptp(decades[budget == b]) for b in np.unique(budget)]
+    return budget if max(spans) < LEVEL_GAP / np.log(10) else np.round(decades * 2).astype(int)
+
+
 def by_distance(residual: np.ndarray, decades: np.ndarray) -> list[dict]:
-    """Scores of the rows within each half decade beyond the dearest row fitted; `decades` their mean distance."""
-    bins = np.round(decades * 2).astype(int)
+    """Scores of the rows within each bin beyond the dearest row fitted; `decades` their mean distance."""
+    bins = distance_bins(decades)
     return [
         dict(decades=float(decades[bins == b].mean())) | score(residual[bins == b])
         for b in np.unique(bins[np.isfinite(residual)])
@@ -250,9 +260,9 @@ def study(data: Data, say=lambda line: None) -> dict:
     cuts, every = [], []
     for cut in cuts_of(compute):
         below, above = np.flatnonzero(compute < cut), np.flatnonzero(compute >= cut)
-        headline, wide = (chosen_below(data, below, forms) for forms in (FORMS, data.forms))
-        predicted, notes = predictions(data, cut)
-        residuals = {form: np.log(p[above] / data.y[above]) for form, p in predicted.items()}
+        fits, refused = fits_below(data, below)
+        headline, wide = choose(fits, FORMS), choose(fits, data.forms)
+        residuals = {form: np.log(p / data.y[above]) for form, p in predictions(data, fits, cut).items()}
         chosen = {"headline": headline, "of_all": wide}
         residuals = {name: residuals[form] for name, form in chosen.items() if form in residuals} | residuals
         decades = np.log10(compute[above] / compute[below].max())
@@ -260,7 +270,7 @@ def study(data: Data, say=lambda line: None) -> dict:
             cut=cut, n_fit=len(below), n=len(above), decades=float(decades.max()), headline=headline, of_all=wide
         )
         row["forms"] = {f: score(r) | dict(by_distance=by_distance(r, decades)) for f, r in residuals.items()}
-        row["refused"] = notes
+        row["refused"] = refused
         row["against"] = against(residuals, data.clusters[above])
         row["winner"] = winner(row["forms"], len(above))
         cuts.append(row)
@@ -304,6 +314,7 @@ def winner(forms: Mapping, num_rows: int) -> str | None:
 
 
 def text(found: Sequence[Mapping]) -> str:
+    """Every cut, and at the end one line a data set."""
     lines = []
     for data in found:
         lines.append(f"{data['name']} {data['metric']}: {data['n']} rows, {data['num_trunks']} trunks")
@@ -317,11 +328,22 @@ def text(found: Sequence[Mapping]) -> str:
             lines.append(f"  {data['note']}")
             continue
         pooled = data["pooled"]
-        lines.append(f"  all {pooled['num_cuts'] or ''} cuts, lowest {pooled['winner']}: {_scores(pooled['forms'])}")
-        for choice, found_against in pooled["against"].items():
-            for name, c in found_against.items():
+        lines.append(f"  all cuts: {_scores(pooled['forms'])}")
+        for choice, baselines in pooled["against"].items():
+            for name, c in baselines.items():
                 ends = "" if c["low"] is None else f" ({c['low']:.2f}-{c['high']:.2f})"
                 lines.append(f"    {choice} / {name}: RMSE x {c['ratio']:.2f}{ends}, {c['verdict']}")
+    shown = ("headline", "of_all", *BASELINES)
+    lines.append(f"\n{'RMSE, all cuts':<30}" + "".join(f"{form:>14}" for form in shown) + "  lowest form")
+    for data in found:
+        if "pooled" in data:
+            forms = data["pooled"]["forms"]
+            cells = [f"{100 * forms[form]['rmse']:.2f} %" if form in forms else "-" for form in shown]
+            best = data["pooled"]["winner"]
+            name = f"{data['name']} {data['metric']}"
+            lines.append(
+                f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells) + f"  {best} {100 * forms[best]['rmse']:.2f} %"
+            )
     return "\n".join(lines)
 
 
