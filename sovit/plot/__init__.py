@@ -1,6 +1,7 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
 from sovit.plot.distance import extrapolation_distance
+from sovit.plot.frontier import frontier
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -19,6 +20,7 @@ __all__ = [
     "extrapolation",
     "extrapolation_distance",
     "fit_by_dimension",
+    "frontier",
     "isoflop",
     "learning_rates",
     "optimal_path",
