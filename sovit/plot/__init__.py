@@ -1,6 +1,7 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
 from sovit.plot.active import active, scalebench
+from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
 from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
@@ -20,6 +21,7 @@ __all__ = [
     "budget_levels",
     "contact_sheet",
     "extrapolation",
+    "extrapolation_distance",
     "fit_by_dimension",
     "frontier",
     "isoflop",
