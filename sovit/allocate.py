@@ -33,6 +33,7 @@ class Geometry:
     num_prefix_tokens: int = 0
     num_classes: int = 0
     flops_scale: float = 1.0
+    counting: str = "exact"  # a key of shape.COUNTINGS
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -43,7 +44,11 @@ class Geometry:
             dims.get(name, getattr(self, name)) for name in ("width", "depth", "mlp_dim", "patch_size", "image_size")
         )
         patches = (size / patch) ** 2
-        count = encoder_flops(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
+        if self.counting == "params_tokens":
+            count = 2 * self.num_params(dims) * (patches + self.num_prefix_tokens)
+        else:
+            prefix = self.num_prefix_tokens
+            count = encoder_flops(width, depth, mlp_dim, patches, prefix, patch, self.pool, self.counting)
         if head:
             count = count + 2 * width * self.num_classes * (patches if self.pool == "none" else 1)
         return count * self.flops_scale

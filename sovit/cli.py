@@ -245,12 +245,14 @@ def _predict(options) -> None:
     from sovit.law import read_law
     from sovit.predict import best_shape
 
-    recommendation = best_shape(read_law(options.law), options.train_flops)
-    print(json.dumps(recommendation.to_dict(), indent=2) if options.json else recommendation_text(recommendation))
+    fit = read_law(options.law)
+    recommendation = best_shape(fit, options.train_flops)
+    metric = fit.data.get("metric", "loss")
+    print(json.dumps(recommendation.to_dict(), indent=2) if options.json else recommendation_text(recommendation, metric))
 
 
-def recommendation_text(r) -> str:
-    """A recommendation in words."""
+def recommendation_text(r, metric: str = "loss") -> str:
+    """A recommendation in words. metric: what the law predicts."""
     s = r.shape
 
     def interval(low, high, form: str) -> str:
@@ -261,7 +263,7 @@ def recommendation_text(r) -> str:
         f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
         f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']},"
         f" patch {s['patch_size']}, {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
-        f"predicted loss {r.loss:.4f} ({interval(r.loss_low, r.loss_high, '.4f')})",
+        f"predicted {metric} {r.loss:.4f} ({interval(r.loss_low, r.loss_high, '.4f')})",
     ]
     for name, o in r.optimum.items():
         if o["estimate"] is None:

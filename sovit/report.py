@@ -6,6 +6,7 @@ No clock and no torch: the same ledgers give the same bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError, law, predict
+from sovit.allocate import Geometry
+from sovit.diagnose import inside, optimum_of
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
-from sovit.words import extrapolation_scores, extrapolation_table, own_rmse, percent, report_text, summary_text
+from sovit.sensitivity import extrapolation_cuts, implied_compute, sensitivity
+from sovit.words import report_text
+from sovit.words.checklist import checklist
+from sovit.words.extrapolation import extrapolation_scores, extrapolation_table, own_rmse
+from sovit.words.found import summary_text
+from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
+SENSITIVITY, FACTS = "sensitivity.json", "report.json"  # beside law.json: what report.md says that law.json does not hold
 INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
@@ -35,7 +44,8 @@ def fit_ledgers(
     seed: int = 0,
     figures: bool = True,
 ) -> dict:
-    """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
+    """Fit every law form that the rows of `paths` allow; write law.json, forms/, sensitivity.json, report.json, report.md,
+    inputs.json and figures.
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
@@ -56,7 +66,8 @@ def fit_ledgers(
     for name in dict.fromkeys((*FORMS, *([form] if form else []))):
         try:
             options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd) | _options(name, data)
-            fits[name] = law.fit(name, data.columns, data.y, **options)
+            fitted = law.fit(name, data.columns, data.y, **options)
+            fits[name] = dataclasses.replace(fitted, data=fitted.data | dict(metric=metric))
         except np.linalg.LinAlgError as error:
             refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
         except UserError as error:
@@ -70,6 +81,7 @@ def fit_ledgers(
     headline, why = choose_headline(fits, form)
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
+    facts = facts_of(data, fits, headline, why, refused, recommendation, seed)
 
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
@@ -78,8 +90,10 @@ def fit_ledgers(
     for name, fitted in fits.items():
         if name != headline:
             write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
-    drawn = draw(fits[headline], data, recommendation, scores, folder) if figures else {}
-    text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, drawn)
+    write_atomic(folder / SENSITIVITY, _json(facts["sensitivity"]))
+    write_atomic(folder / FACTS, _json({name: fact for name, fact in facts.items() if name != "sensitivity"}))
+    drawn = draw(fits[headline], data, recommendation, scores, facts["sensitivity"], folder) if figures else {}
+    text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
     write_atomic(folder / "report.md", text)
     if figures:
         write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
@@ -153,7 +167,72 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     ]
 
 
-def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[str, str]:
+def facts_of(data: Measurements, fits: dict, headline: str, why: str, refused: dict, recommendation, seed: int) -> dict:
+    """What the report says beyond the laws, as plain data: {cuts, implied, inside, weakest, sensitivity, checklist}."""
+    fit = fits[headline]
+    budget = recommendation.train_flops if recommendation else None
+    return dict(
+        cuts=extrapolation_cuts(data, fits),
+        implied=_implied(fit, recommendation),
+        inside=_inside(fit),
+        weakest=_weakest(fit, budget),
+        sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed),
+        checklist=checklist(data, fits, headline, why, refused),
+    )
+
+
+def _implied(fit, recommendation) -> list[dict]:
+    """`implied_compute` from the smallest budget run to the largest, and to that of the recommendation.
+
+    [{from_train_flops, to_train_flops, actual, optimum, shape}]: actual is the ratio of compute, optimum speaks of the
+    law's real-valued optima, shape of its whole-number shapes.
+    """
+    growing = {d: e["estimate"] for d, e in fit.exponents.items() if e["estimate"] is not None and e["estimate"] > 0}
+    if recommendation is None or "train_flops_range" not in fit.data or not growing:
+        return []
+    low, high = fit.data["train_flops_range"]
+    bare, head_dim, out = dataclasses.replace(fit, draws={}), recommendation.shape["head_dim"], []
+    for budget in (b for b in dict.fromkeys((high, recommendation.train_flops)) if b > low):
+        try:
+            ends = [predict.best_shape(bare, b, head_dim=head_dim) for b in (low, budget)]
+        except UserError:  # a budget that does not pay for one image
+            continue
+        compute = [r.forward_flops * r.num_examples for r in ends]
+        optimum = implied_compute(*({d: r.optimum[d]["estimate"] for d in growing} for r in ends), growing)
+        shape = implied_compute(*({d: r.shape[d] for d in growing} for r in ends), growing)
+        actual = compute[1] / compute[0]
+        out.append(dict(from_train_flops=low, to_train_flops=budget, actual=actual, optimum=optimum, shape=shape))
+    return out
+
+
+def _inside(fit) -> dict:
+    """Over which compute the optimum lies between the values run, by dimension; {} where nothing is known of it."""
+    if not fit.model["dims"] or not fit.exponents:
+        return {}
+    geometry = Geometry(**fit.geometry) if fit.geometry else None
+    centre = np.array(fit.model["centres"])
+    return inside(fit.shape_form, centre, fit.theta, geometry, fit.data["grid"], fit.data["compute_range"])
+
+
+def _weakest(fit, train_flops: float | None) -> dict:
+    """The weakest direction of the fit, with what a standard error along it does to each recommended dimension."""
+    weakest = dict(fit.diagnostics["weakest"])
+    step = weakest.pop("step")
+    if train_flops is None or not fit.geometry:
+        return weakest | dict(moves={})
+    form, centre, low_high = fit.shape_form, np.array(fit.model["centres"]), fit.shape_form.bounds
+    moved = fit.theta + np.array([step.get(name, 0.0) for name in form.names])
+    theta = np.stack([fit.theta, np.clip(moved, *low_high)])
+    budget, grid = np.log(train_flops / 3), fit.data["grid"]
+    x = np.exp(optimum_of(form, centre, theta, Geometry(**fit.geometry), grid, budget, head=True))
+    return weakest | dict(moves=dict(zip(fit.model["dims"], (x[1] / x[0] - 1).tolist())))
+
+
+def _json(value) -> str:
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def draw(fit, data: Measurements, recommendation, scores, dependence: dict, folder: Path) -> dict[str, str]:
     """Write every figure that this law allows; name -> what it shows (the caption), in the order of the report."""
     from sovit import plot
 
@@ -169,6 +248,8 @@ def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[
         " deviation.",
         "extrapolation": "The most expensive rows, predicted by laws fitted to the cheaper ones only; the headline"
         " first.",
+        "sensitivity": "The growth exponent of each dimension under every alteration (dots) and random sets of shapes left"
+        " out (bars: 5 to 95 %, the dot the median); the line is the headline law's, the band its 90 % interval.",
     }
     made = dict(
         fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
@@ -176,6 +257,7 @@ def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[
         optimal_shape=plot.optimal_shape(fit, recommendation),
         residuals=plot.residuals(fit, data),
         extrapolation=plot.extrapolation(scores, data.metric),
+        sensitivity=plot.sensitivity(dependence) if "dimensions" in dependence else None,
     )
     for name, figure in made.items():
         if figure is not None:

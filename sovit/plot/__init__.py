@@ -9,6 +9,7 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 
@@ -23,6 +24,7 @@ __all__ = [
     "optimal_shape",
     "residuals",
     "save",
+    "sensitivity",
     "validation",
     "validation_figure",
 ]
