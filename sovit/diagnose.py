@@ -113,11 +113,11 @@ def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0
     runs to `decades` above them, over which it is inside; None where it is inside at no compute.
     """
     computes = np.geomspace(ends[0] / 10**decades, ends[1] * 10**decades, 161)
-    path = np.concatenate([optimum_of(form, centre, theta[None], geometry, grid, t) for t in np.log(computes)])
-    first, last = (optimum_of(form, centre, theta[None], geometry, grid, t)[0] for t in np.log(ends))
+    every = np.log(np.concatenate([computes, ends]))
+    *path, first, last = optimum_of(form, centre, np.tile(theta, (len(every), 1)), geometry, grid, every)
     out = {}
     for k, name in enumerate(grid):
-        x = np.exp(path[:, k])
+        x = np.exp(np.array(path)[:, k])
         held = computes[(x > min(grid[name])) & (x < max(grid[name]))]
         low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
         out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)

@@ -17,15 +17,17 @@ import numpy as np
 
 from sovit import UserError, law
 from sovit.allocate import Geometry
-from sovit.diagnose import amplitudes, growth, optimum_of
+from sovit.diagnose import amplitudes, extrapolation, growth, optimum_of
 from sovit.fewshot import is_spread, noise_of
+from sovit.fitter import polish, solve
 from sovit.forms import PerArm
 from sovit.measurements import WHOLE_SHAPE, Measurements, levels
-from sovit.rows import positive
+from sovit.rows import check, positive, prepare, relative_sd, star, trunks
 from sovit.shape import COUNTINGS
 
 DRAWS = 20  # random sets of shapes left out, for each size of DROPS
 DROPS = (2, 3, 5)
+STARTS = 3  # points of the exponent grid from which a refit without some shapes starts, beside the headline
 MAX_SHAPES = 60  # of more shapes, so many are left out one at a time, taken evenly
 MAX_LEVELS = 12  # more budgets than that are cut into quarters
 MAX_ROWS = 20_000  # more rows make a hundred refits a matter of many minutes: none are made
@@ -85,54 +87,50 @@ class _Frame:
         self.grid, self.ends = fit.data["grid"], tuple(fit.data["compute_range"])
         self.geometry = Geometry(**fit.geometry) if fit.geometry else None
         self.log_budget = None if train_flops is None else float(np.log(train_flops / 3))
+        self.choice = _choice(fit)
         self.best: dict = {}
-        self.best = self.row("", "", fit)["optimum"]
+        self.best = self.row("headline", "", fit)["optimum"]
 
     def refit(self, keep=None, data: Measurements | None = None, form: str = "", **options) -> law.Fit:
         """The law again, on the rows `keep` (all), with options of `law.fit` altered."""
         data, form = data or self.data, form or self.fit.form
         rows = slice(None) if keep is None else keep
-        model = self.fit.model
-        choice = dict(loss=model["loss"], huber_delta=None if model["whitened"] else model["huber_delta"])
-        choice |= dict(whiten=model["whitened"], extrapolate=False, dims=self.dims, zero_line=model["zero_line"])
         known = data.measurement_sd
+        choice = self.choice | dict(extrapolate=False, dims=self.dims, zero_line=self.fit.model["zero_line"])
         choice |= dict(measurement_sd=None if known is None else known[rows]) | options
         columns = {name: column[rows] for name, column in data.columns.items()}
         return law.fit(form, columns, data.y[rows], **choice)
 
-    def row(self, what: str, setting: str, fit: law.Fit, *, geometry=None, ends=None, head=False, note="") -> dict:
-        """What `fit` answers. geometry, ends: another counting of FLOPs, and the range of compute in it."""
-        form, centre, theta = fit.shape_form, np.array(fit.model["centres"]), fit.theta[None]
-        dims, present = fit.model["dims"], amplitudes(form, fit.theta[None])[0] > 0
-        geometry = geometry or self.geometry
-        countable = geometry is not None or isinstance(form, PerArm)
-        exponents, optimum, excess = dict.fromkeys(self.dims), dict.fromkeys(self.dims), None
-        if countable:
-            grown = growth(form, centre, theta, geometry, self.grid, ends or self.ends, head)[0]
-            exponents |= {d: float(s) if on else None for d, s, on in zip(dims, grown, present)}
-        if countable and self.log_budget is not None:
-            log_budget = self.log_budget
-            if geometry != self.geometry and self.best and isinstance(geometry, Geometry) and self.geometry:
-                # the budget is what the headline's own optimum costs in that counting: shapes differ, not units
-                log_budget += float(np.log(_flops(geometry, self.best) / _flops(self.geometry, self.best)))
-            found = np.exp(optimum_of(form, centre, theta, geometry, self.grid, log_budget, head=True)[0])
-            least = [0 if on else min(self.grid[d]) for d, on in zip(dims, present)]
-            real = dict(zip(dims, np.maximum(found, least).tolist()))
-            optimum |= {d: x if on else None for (d, x), on in zip(real.items(), present)}
-            excess = self.excess(real)
-        lost = [d for d in self.dims if exponents[d] is None]
-        note = "; ".join(filter(None, [note, f"no gain from {', '.join(lost)}" if countable and lost else ""]))
-        return dict(
-            what=what,
-            setting=setting,
-            kind=_kind(fit),
-            num_rows=fit.num_rows,
-            num_trunks=fit.num_clusters,
-            exponents=exponents,
-            optimum=optimum,
-            excess_loss=excess,
-            note=note,
-        )
+    def row(self, what: str, setting: str, fit: law.Fit, *, note="", **counted) -> dict:
+        """What `fit` answers; counted: geometry, ends and head, as `answers` takes them."""
+        (found,) = self.answers(fit.shape_form, np.array(fit.model["centres"]), fit.theta[None], **counted)
+        return _row(what, setting, _kind(fit), fit.num_rows, fit.num_clusters, found, note)
+
+    def answers(self, form, centre, theta, *, geometry=None, ends=None, head=False) -> list[dict]:
+        """{exponents, optimum, excess_loss} of each theta [R, P].
+
+        geometry, ends: another counting of FLOPs, and the range of compute in it; head: compute counts the task head.
+        """
+        own = self.geometry
+        geometry = geometry or own
+        present = amplitudes(form, theta) > 0  # [R, K]
+        grown = at = None
+        if geometry is not None or isinstance(form, PerArm):
+            grown = growth(form, centre, theta, geometry, self.grid, ends or self.ends, head)
+            if self.log_budget is not None:
+                budget = self.log_budget
+                if own is not None and geometry != own and None not in self.best.values():
+                    # the budget is what the headline's own optimum costs in that counting: shapes differ, not units
+                    budget += float(np.log(_flops(geometry, self.best) / _flops(own, self.best)))
+                at = np.exp(optimum_of(form, centre, theta, geometry, self.grid, budget, head=True))
+                at = np.maximum(at, np.where(present, 0, [min(self.grid[d]) for d in self.dims]))
+        out = []
+        for r, on in enumerate(present):
+            exponents = {d: float(grown[r, k]) if on[k] and grown is not None else None for k, d in enumerate(self.dims)}
+            optimum = {d: float(at[r, k]) if on[k] and at is not None else None for k, d in enumerate(self.dims)}
+            excess = None if at is None else self.excess(dict(zip(self.dims, at[r])))
+            out.append(dict(exponents=exponents, optimum=optimum, excess_loss=excess))
+        return out
 
     def excess(self, shape: Mapping[str, float]) -> float | None:
         """Relative excess of the headline law's loss at `shape` over its loss at its own optimum, at the budget."""
@@ -142,6 +140,7 @@ class _Frame:
         return float(losses[0] / losses[1] - 1)
 
     def _loss(self, shape: Mapping[str, float]) -> float:
+        assert self.geometry is not None and self.log_budget is not None
         table = {d: np.array([x]) for d, x in shape.items()}
         table["num_examples"] = np.exp(self.log_budget) / self.geometry.flops(table, head=True)
         if "num_params" in self.fit.model["terms"]:
@@ -153,19 +152,62 @@ class _Frame:
         try:
             return self.row(what, setting, self.refit(**refit), note=note, **(answered or {}))
         except (UserError, np.linalg.LinAlgError) as error:
-            nothing = dict.fromkeys(self.dims)
             keep = refit.get("keep")
-            return dict(
-                what=what,
-                setting=setting,
-                kind=_kind(self.fit),
-                num_rows=len(self.data.y) if keep is None else int(np.sum(keep)),
-                num_trunks=None,
-                exponents=nothing,
-                optimum=nothing,
-                excess_loss=None,
-                note=f"not fitted: {error}",
-            )
+            num = len(self.data.y) if keep is None else int(np.sum(keep))
+            return _row(what, setting, _kind(self.fit), num, None, self._nothing(), f"not fitted: {error}")
+
+    def _nothing(self) -> dict:
+        return dict(exponents=dict.fromkeys(self.dims), optimum=dict.fromkeys(self.dims), excess_loss=None)
+
+    def without(self, what: str, settings: Sequence[str], keeps: np.ndarray) -> list[dict]:
+        """Rows of refits with whole shapes left out; keeps [A, n] says what is kept in each. One batch.
+
+        Rows left out weigh 0. Huber's delta and the whitening stay those of all rows, as in the pairs bootstrap, and each
+        refit starts from the headline and from the best points of the exponent grid.
+        """
+        fit, (table, y, arms, index, known) = self.fit, _rows(self.data, self.fit)
+        rows = prepare(fit.form, table, y, self.dims, zero_line=fit.model["zero_line"], arms=arms)
+        own = np.unique(index[rows.source], return_inverse=True)[1].ravel()
+        known = None if known is None else known[rows.source]
+        solved = solve(rows.form, rows.u, rows.y, own, known_sd=known, **self.choice)
+        starts = np.concatenate([solved.theta[None], rows.form.starts(rows.u, rows.y)[:STARTS]])
+        weights = keeps[:, rows.source].astype(float)
+        many = np.tile(starts, (len(keeps), 1))
+        alike = dict(weights=np.repeat(weights, len(starts), 0), groups=solved.groups, delta=solved.delta)
+        done = polish(rows.form, rows.u, many, np.log(rows.y), **alike)
+        best = done.objective.reshape(len(keeps), -1).argmin(1)
+        theta = done.theta.reshape(len(keeps), len(starts), -1)[np.arange(len(keeps)), best]
+        out = []
+        for setting, keep, weight, found in zip(settings, keeps, weights, self.answers(rows.form, rows.centre, theta)):
+            flat = [d for d in self.dims if len(np.unique(positive(table, d)[keep])) < 2]
+            num, note = int((weight > 0).sum()), ""
+            if flat or num <= len(rows.form.names):
+                found = self._nothing()
+                note = f"not fitted: {f'{flat[0]} does not vary' if flat else f'{num} rows'} in what is left"
+            out.append(_row(what, setting, _kind(fit), int(keep.sum()), len(np.unique(index[keep])), found, note))
+        return out
+
+
+def _choice(fit: law.Fit) -> dict:
+    """How the law was fitted, as options of `fitter.solve`."""
+    model = fit.model
+    delta = None if model["whitened"] else model["huber_delta"]
+    return dict(loss=model["loss"], huber_delta=delta, whiten=model["whitened"])
+
+
+def _rows(data: Measurements, fit: law.Fit) -> tuple:
+    """Columns, y, arm and trunk of each row, and the known relative noise, as `law.fit` makes them of these rows."""
+    table, y = check(fit.form, data.columns, data.y, None, None, fit.model["zero_line"])
+    arms = star(table, fit.model["dims"])[1] if fit.model["dims"] else np.full(len(y), "all")
+    known = relative_sd(data.measurement_sd, y, fit.model["whitened"])
+    return table, y, arms, trunks(table, None, len(y)), known
+
+
+def _row(what: str, setting: str, kind: str, num_rows: int, num_trunks: int | None, found: Mapping, note: str) -> dict:
+    lost = [d for d, s in found["exponents"].items() if s is None]
+    if lost and not note.startswith("not fitted"):
+        note = "; ".join(filter(None, [note, f"no gain from {', '.join(lost)}"]))
+    return dict(what=what, setting=setting, kind=kind, num_rows=num_rows, num_trunks=num_trunks, **found, note=note)
 
 
 def _kind(fit: law.Fit) -> str:
@@ -186,15 +228,18 @@ def _labels(frame: _Frame) -> tuple[list[str], np.ndarray]:
 
 def _shapes(frame: _Frame) -> list[dict]:
     names, index = _labels(frame)
-    picks = range(len(names))
+    picks = np.arange(len(names))
     if len(names) > MAX_SHAPES:
-        picks = np.unique(np.linspace(0, len(names) - 1, MAX_SHAPES).round().astype(int)).tolist()
-    return [frame.attempt("shape", f"without {names[i]}", keep=index != i) for i in picks]
+        picks = np.unique(np.linspace(0, len(names) - 1, MAX_SHAPES).round().astype(int))
+    if len(names) < 2:
+        return []
+    return frame.without("shape", [f"without {names[i]}" for i in picks], index != picks[:, None])
 
 
 def _drops(frame: _Frame, rng) -> list[dict]:
     """Random sets of k shapes left out: median, 5 and 95 % of each exponent, the worst draw by dimension named."""
     names, index = _labels(frame)
+    own = frame.row("headline", "", frame.fit)["exponents"]
     out = []
     for k in DROPS:
         if k >= len(names):
@@ -203,15 +248,13 @@ def _drops(frame: _Frame, rng) -> list[dict]:
             sets = list(combinations(range(len(names)), k))
         else:
             sets = [tuple(np.sort(rng.choice(len(names), k, replace=False)).tolist()) for _ in range(DRAWS)]
-        rows = [frame.attempt(f"{k} shapes", "", keep=~np.isin(index, s)) for s in sets]
-        for row, dropped in zip(rows, sets):
-            row["setting"] = "without " + ", ".join(names[i] for i in dropped)
+        settings = ["without " + ", ".join(names[i] for i in dropped) for dropped in sets]
+        rows = frame.without(f"{k} shapes", settings, np.stack([~np.isin(index, dropped) for dropped in sets]))
         by_dim = {}
         for d in frame.dims:
             found = [(r["exponents"][d], r["setting"]) for r in rows if r["exponents"][d] is not None]
-            own = frame.row("", "", frame.fit)["exponents"][d]
             values = [s for s, _ in found]
-            worst = max(found, key=lambda f: abs(f[0] - (own or 0.0)), default=(None, ""))
+            worst = max(found, key=lambda f: abs(f[0] - (own[d] or 0.0)), default=(None, ""))
             low, middle, high = np.quantile(values, [0.05, 0.5, 0.95]).tolist() if values else (None,) * 3
             by_dim[d] = dict(
                 median=middle, low=low, high=high, lost=len(rows) - len(values), worst=worst[0], worst_setting=worst[1]
@@ -309,7 +352,7 @@ def _metrics(frame: _Frame) -> list[dict]:
     for name in names:
         values = [row.get(name) for row in rows]
         usable = all(isinstance(v, (int, float)) and np.isfinite(v) and v > 0 for v in values)
-        if name == frame.data.metric or not usable:
+        if name == frame.data.metric or not usable or len(set(values)) == 1:
             continue
         y = np.array(values, float)
         noise, support = noise_of(rows, name) or (None, None)
@@ -377,11 +420,9 @@ def extrapolation_cuts(data: Measurements, fits: Mapping[str, law.Fit]) -> list[
         cut = float(np.sqrt(compute[below].max() * compute[~below].min()))
         forms: dict = {}
         for name, fit in fits.items():
-            model = fit.model
-            options = dict(loss=model["loss"], huber_delta=None if model["whitened"] else model["huber_delta"])
-            options |= dict(whiten=model["whitened"], zero_line=model["zero_line"], measurement_sd=data.measurement_sd)
-            options |= dict(dims=model["dims"] or None)
-            found = law.fit(name, data.columns, data.y, cut=cut, **options).extrapolation
+            table, y, arms, index, known = _rows(data, fit)
+            options = dict(zero_line=fit.model["zero_line"], terms=None, solver=_choice(fit), known_sd=known)
+            found = extrapolation(name, table, y, tuple(fit.model["dims"]), index, arms, options, cut)
             for label, score in found["forms"].items():
                 if label == name or label not in fits:
                     short = {k: v for k, v in score.items() if k not in ("rows", "predicted")}

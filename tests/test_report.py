@@ -12,7 +12,10 @@ from sovit.measurements import measurements
 from sovit.report import choose_headline, fit_ledgers, held_out
 from sovit.run import learning_rate
 from sovit.shape import Shape
-from sovit.words import _rates, equation, exponent_words, extrapolation_table
+from sovit.words.data import rates
+from sovit.words.extrapolation import extrapolation_table
+from sovit.words.found import exponent_words
+from sovit.words.law import equation
 
 
 def report_of(rows, folder, **options):
@@ -28,14 +31,16 @@ def text(tmp_path_factory):
 def test_every_section_is_there_and_nothing_is_unfilled(text):
     for title in (
         "What was found",
-        "Data",
-        "The law",
-        "How the best shape grows",
-        "How good the fit is",
         "Extrapolation",
         "Recommendation",
+        "How the best shape grows",
+        "What is known, and what is not",
+        "What it depends on",
+        "The law",
+        "How good the fit is",
+        "Data",
         "What was not shown",
-        "Counting and checklist",
+        "Checklist",
     ):
         assert f"\n## {title}\n" in text
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b|\{|\}", text)
@@ -146,7 +151,7 @@ def test_rates_are_said_by_their_rule_their_range_or_to_be_the_same(tmp_path):
     rows = planted.planted_rows(seeds=1)
 
     def said(rows):
-        return _rates(measurements([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
+        return rates(measurements([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
 
     def ruled(r):
         return learning_rate(Shape(r["width"], r["depth"], 64, head_dim=8), 0.01, 0.65, 0.75)

@@ -106,7 +106,8 @@ def _conclusion(dim: str, moved: dict, found: dict) -> str:
 
 def _excess(choices: list[dict], found: dict) -> str:
     """What the recommendations of the altered fits lose, if the headline law is right."""
-    known = [(row["excess_loss"], row) for row in choices if row["excess_loss"] is not None]
+    kind = found["headline"]["kind"]
+    known = [(row["excess_loss"], row) for row in choices if row["excess_loss"] is not None and row["kind"] == kind]
     if not known:
         return "What the recommendation loses cannot be said: this law does not rank whole shapes."
     most, row = max(known, key=lambda k: k[0])
