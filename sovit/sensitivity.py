@@ -20,8 +20,8 @@ from sovit.allocate import Geometry
 from sovit.diagnose import amplitudes, extrapolation, growth, optimum_of
 from sovit.fewshot import is_spread, noise_of
 from sovit.fitter import polish, solve
-from sovit.forms import PerArm
-from sovit.measurements import WHOLE_SHAPE, Measurements, levels
+from sovit.forms import LAWS
+from sovit.measurements import Measurements, levels
 from sovit.rows import check, positive, prepare, relative_sd, star, trunks
 from sovit.shape import COUNTINGS
 
@@ -115,7 +115,7 @@ class _Frame:
         geometry = geometry or own
         present = amplitudes(form, theta) > 0  # [R, K]
         grown = at = None
-        if geometry is not None or isinstance(form, PerArm):
+        if geometry is not None or form.arms:
             grown = growth(form, centre, theta, geometry, self.grid, ends or self.ends, head)
             if self.log_budget is not None:
                 budget = self.log_budget
@@ -126,7 +126,9 @@ class _Frame:
                 at = np.maximum(at, np.where(present, 0, [min(self.grid[d]) for d in self.dims]))
         out = []
         for r, on in enumerate(present):
-            exponents = {d: float(grown[r, k]) if on[k] and grown is not None else None for k, d in enumerate(self.dims)}
+            exponents = {
+                d: float(grown[r, k]) if on[k] and grown is not None else None for k, d in enumerate(self.dims)
+            }
             optimum = {d: float(at[r, k]) if on[k] and at is not None else None for k, d in enumerate(self.dims)}
             excess = None if at is None else self.excess(dict(zip(self.dims, at[r])))
             out.append(dict(exponents=exponents, optimum=optimum, excess_loss=excess))
@@ -134,7 +136,7 @@ class _Frame:
 
     def excess(self, shape: Mapping[str, float]) -> float | None:
         """Relative excess of the headline law's loss at `shape` over its loss at its own optimum, at the budget."""
-        if self.fit.form not in WHOLE_SHAPE or self.geometry is None or not self.best or None in self.best.values():
+        if not LAWS[self.fit.form].ranks_shapes or self.geometry is None or not self.best or None in self.best.values():
             return None
         losses = [self._loss(s) for s in (shape, self.best)]
         return float(losses[0] / losses[1] - 1)
@@ -154,7 +156,9 @@ class _Frame:
         except (UserError, np.linalg.LinAlgError) as error:
             keep = refit.get("keep")
             num = len(self.data.y) if keep is None else int(np.sum(keep))
-            return _row(what, setting, _kind(self.fit), num, None, self._nothing(), f"not fitted: {error}")
+            form = refit.get("form") or self.fit.form
+            kind = "marginal" if LAWS[form].by_arm else "joint"
+            return _row(what, setting, kind, num, None, self._nothing(), f"not fitted: {error}")
 
     def _nothing(self) -> dict:
         return dict(exponents=dict.fromkeys(self.dims), optimum=dict.fromkeys(self.dims), excess_loss=None)
@@ -212,7 +216,7 @@ def _row(what: str, setting: str, kind: str, num_rows: int, num_trunks: int | No
 
 def _kind(fit: law.Fit) -> str:
     """Whether exponents are those of one dimension alone, or of all dimensions optimised together."""
-    return "marginal" if isinstance(fit.shape_form, PerArm) else "joint"
+    return "marginal" if fit.shape_form.arms else "joint"
 
 
 def _flops(geometry: Geometry, shape: Mapping[str, float]) -> float:
@@ -302,7 +306,7 @@ def _countings(frame: _Frame) -> list[dict]:
     """Other countings of the FLOPs: of the rows' compute where the form reads it, of the conversion where it does not."""
     if frame.geometry is None or "num_examples" not in frame.data.columns:
         return []
-    per_arm = isinstance(frame.fit.shape_form, PerArm)
+    per_arm = bool(frame.fit.shape_form.arms)
     note = "" if per_arm else "the fit reads images, not FLOPs: only the conversion changes"
     images = positive(frame.data.columns, "num_examples")
     dims = {d: positive(frame.data.columns, d) for d in frame.dims}
@@ -335,12 +339,23 @@ def _losses(frame: _Frame) -> list[dict]:
 
 
 def _forms(frame: _Frame, fits: Mapping[str, law.Fit]) -> list[dict]:
+    """Every other form of LAWS that reads shape dimensions: as it was fitted already, else fitted for this."""
     out = []
-    for name, fit in fits.items():
-        if name != frame.fit.form and list(fit.model["dims"]) == frame.dims:
-            note = "each dimension alone, the others at the centre" if _kind(fit) == "marginal" else "all together"
-            same = _kind(fit) == _kind(frame.fit)
-            out.append(frame.row("form", f"`{name}`", fit, note="" if same else f"another question: {note}"))
+    for name, entry in LAWS.items():
+        if name == frame.fit.form or not entry.uses_dims or entry.needs_terms:
+            continue
+        if name in fits and list(fits[name].model["dims"]) == frame.dims:
+            row = frame.row("form", f"`{name}`", fits[name])
+        elif name == "bounded" and frame.data.zero_line is None:
+            continue
+        else:
+            zero_line = frame.data.zero_line if name == "bounded" else None
+            row = frame.attempt("form", f"`{name}`", form=name, zero_line=zero_line)
+        if row["kind"] != _kind(frame.fit):
+            alone = row["kind"] == "marginal"
+            how = "each dimension alone, the others at the centre" if alone else "all dimensions together"
+            row["note"] = "; ".join(filter(None, [f"another question: {how}", row["note"]]))
+        out.append(row)
     return out
 
 

@@ -2,12 +2,9 @@
 
 import numpy as np
 
+from sovit.planted import ARMS, CENTRE, DIMS, IMAGES
 from sovit.shape import encoder_flops
 
-DIMS = ("width", "depth", "mlp_dim")
-CENTRE = (1968, 40, 6144)
-ARMS = ((608, 768, 928, 1088, 1328, 1648), (8, 10, 12, 16, 20, 24), (1088, 1360, 1728, 2160, 2592, 3072))
-IMAGES = (64e6, 128e6, 256e6)
 GEOMETRY = dict(patch_size=14, image_size=224, pool="map", head_dim=16)
 # (608, 10, 928) is about the optimum at 600 M images: a A x^-a = c g B n^-c, g the FLOPs elasticity
 EXPONENTS, C, EPS = np.array([2.15, 0.80, 0.89]), 0.65, 0.2

@@ -39,7 +39,9 @@ def sensitivity(found: dict) -> Figure | None:
             axis.axvline(own["estimate"], color=GREY, lw=0.8, zorder=1)
         for i, name in enumerate(lines):
             values = [r["exponents"][dim] for r in rows if r["what"] == name and r["exponents"][dim] is not None]
-            spread = 0.24 * ((np.arange(len(values)) * 0.618034) % 1 - 0.5)  # so that equal values do not hide each other
+            spread = 0.24 * (
+                (np.arange(len(values)) * 0.618034) % 1 - 0.5
+            )  # so that equal values do not hide each other
             colour = OKABE_ITO[i % 6]
             axis.scatter(values, place[KINDS[name]] + spread, s=9, color=colour, alpha=0.8, linewidths=0, zorder=3)
         for drop, label in zip(found["drops"], drops):

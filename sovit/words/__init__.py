@@ -32,9 +32,7 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
         )
 
     sections = {
-        "What was found": (
-            found_section(data, fits, headline, why, recommendation, no_recommendation, facts),
-        ),
+        "What was found": (found_section(data, fits, headline, why, recommendation, no_recommendation, facts),),
         "Extrapolation": (extrapolation_section(fits, headline, refused, facts["cuts"]), figure("extrapolation")),
         "Recommendation": (recommendation_section(data, fit, recommendation, no_recommendation, dependence),),
         "How the best shape grows": (growth_section(fit, facts["implied"]), figure("optimal_shape")),

@@ -87,7 +87,9 @@ def _extraction(data, fit) -> dict:
         " × images"
     )
     if abs(geometry.get("flops_scale", 1.0) - 1) > 1e-9:
-        counting += f"; the rows' own FLOPs are {geometry['flops_scale']:.4g} × ours (geometric mean); ours scaled by that"
+        counting += (
+            f"; the rows' own FLOPs are {geometry['flops_scale']:.4g} × ours (geometric mean); ours scaled by that"
+        )
     statuses = ", ".join(f"{n} {status}" for status, n in sorted(data.statuses.items()))
     reasons = Counter(reason for _, reason in data.left_out)
     left_out = "; ".join(f"{n} × {reason}" for reason, n in sorted(reasons.items())) or "none"
@@ -111,7 +113,9 @@ def _fitting(data, fits, headline) -> dict:
     model, draws = fit.model, d.get("draws", {})
     loss = {"huber_log": "Huber loss", "log_squares": "squares"}[model["loss"]] + " of ln(predicted / measured), summed"
     loss += f", δ = {model['huber_delta']!r}" if model["huber_delta"] else ""
-    weights = "rows of one trunk whitened by the estimated trunk and row s.d." if model["whitened"] else "all rows alike"
+    weights = (
+        "rows of one trunk whitened by the estimated trunk and row s.d." if model["whitened"] else "all rows alike"
+    )
     if data.measurement_sd is not None and model["whitened"]:
         weights += "; each row's own measurement noise weighs it besides"
     active = [f"`{n}` ({side})" for n, side in d["active_bounds"].items()]
@@ -119,8 +123,8 @@ def _fitting(data, fits, headline) -> dict:
     if draws:
         intervals = (
             f"{100 * fit.level:.0f} %, by trunk: parametric (trunk and row s.d., stretched by t/z ="
-            f" {draws['t_over_z']:.3f}) and pairs (whole trunks by arm), {draws['num']} draws each, seed {draws['seed']}; converged"
-            f" {percent(draws['random_effects']['converged'])} and {percent(draws['pairs']['converged'])}; all draws in"
+            f" {draws['t_over_z']:.3f}) and pairs (whole trunks by arm), {draws['num']} draws each, seed {draws['seed']};"
+            f" converged {percent(draws['random_effects']['converged'])} and {percent(draws['pairs']['converged'])}; all draws in"
             " `law.json`"
         )
     own, extra = own_rmse(fit, headline), fit.extrapolation

@@ -12,6 +12,7 @@ from sovit.words.phrases import NAMES, flops, listed, number, percent, said
 
 MIN_SEEDS, MIN_SEEDED_SHAPES = 3, 2  # what every study owes: 3 seeds at 2 shapes
 
+
 def data_section(data: Measurements, fit) -> str:
     shapes = data.shapes()
     trunks = Counter(row["trunk_id"] for row in data.rows)
@@ -66,9 +67,7 @@ def seeds(data, shapes) -> str:
         seeds.setdefault((shape, row.get("peak_lr")), set()).add((row.get("init_seed"), row.get("data_seed")))
     count = Counter(len(s) for s in seeds.values())
     enough = sum(n for seeds_here, n in count.items() if seeds_here >= MIN_SEEDS)
-    text = (
-        f"Seeds: {listed([f'{n} shape' + 's' * (n > 1) + f' with {s}' for s, n in sorted(count.items(), reverse=True)])}."
-    )
+    text = f"Seeds: {listed([f'{n} shape' + 's' * (n > 1) + f' with {s}' for s, n in sorted(count.items(), reverse=True)])}."
     if enough >= MIN_SEEDED_SHAPES:
         return text + f" The noise between seeds can be read ({MIN_SEEDS} or more at {enough} shapes)."
     return text + (

@@ -16,6 +16,7 @@ SHORT = {
     "chinchilla": "the N-D law",
 }
 
+
 def held_out_words(fits, headline, cuts) -> str:
     """The headline of the report: how the law does on rows more expensive than those fitted, beside baselines."""
     own, extra = own_rmse(fits[headline], headline), fits[headline].extrapolation

@@ -44,9 +44,7 @@ def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
     if inside["low"] is None:
         text += ", and the optimum lies among them at no compute near the runs."
     elif inside["low"] <= low and inside["high"] >= high:
-        text += (
-            f", and the optimum lies strictly between them at every compute of the runs (t = {flops(low)} to {flops(high)})"
-        )
+        text += f", and the optimum lies strictly between them at every compute of the runs (t = {flops(low)} to {flops(high)})"
         text += f" and on to {flops(inside['high'])}." if inside["high"] < 99 * high else " and two decades beyond."
     else:
         text += f", and the optimum lies strictly between them only from t = {flops(inside['low'])} to"
@@ -111,6 +109,7 @@ def parameter(name: str) -> str:
     kinds = {
         "A": "the amplitude of", "a": "the exponent of", "alpha": "the amplitude of", "beta": "the cost amplitude of",
         "b": "the cost exponent of", "xi": "the shape-free compute term of the arm", "eps": "the floor of the arm",
+        "c": "the compute exponent of the arm",
     }  # fmt: skip
     alone = {
         "B": "the amplitude of the images", "c": "the exponent of the images", "eps": "the irreducible loss",
@@ -120,13 +119,14 @@ def parameter(name: str) -> str:
     kind, _, dim = name.partition("_")
     if not dim:
         return f"{alone[name]} (`{name}`)" if name in alone else f"`{name}`"
-    return f"{kinds[kind]} {NAMES.get(dim, dim)} (`{name}`)" if kind in kinds else f"`{name}`"
+    what = "the parameter count" if dim == "N" else NAMES.get(dim, dim)
+    return f"{kinds[kind]} {what} (`{name}`)" if kind in kinds else f"`{name}`"
 
 
 def bound(name: str, side: str) -> str:
     """What it means that a parameter ended on a bound."""
     kind, _, dim = name.partition("_")
-    label = NAMES.get(dim, dim) or "the images"
+    label = {"": "the images", "N": "the parameter count"}.get(dim) or NAMES.get(dim, dim)
     lower = side == "lower"
     if kind in ("eps", "E"):
         return "these budgets show no irreducible loss, so that predictions far beyond them may be too low"
@@ -136,7 +136,9 @@ def bound(name: str, side: str) -> str:
         return "all of the compute term depends on the dimension"
     if kind == "s":
         return (
-            "capacity and data add up, as in `joint`" if lower else "the worse of capacity and data decides alone, a maximum"
+            "capacity and data add up, as in `joint`"
+            if lower
+            else "the worse of capacity and data decides alone, a maximum"
         )
     if kind == "d":
         return "the metric shows no saturation at the poor end"

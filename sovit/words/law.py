@@ -34,29 +34,45 @@ def law_section(fit) -> str:
 
 
 def equation(fit) -> str:
-    """The law as one line of text."""
-    dims = fit.model["dims"]
-    size = " + ".join(f"A_{d}·{d}^-a_{d}" for d in dims)
-    if fit.form == "joint":
-        return f"loss = {size} + B·n^-c + eps"
-    if fit.form in ("bounded", "power_mean"):
-        text = f"M = (K^s + D^s)^(1/s) + eps,   K = {size},   D = B·n^-c"
-        return text + ("\nloss = (z^-4 + M^-4)^(-1/4)" if fit.form == "bounded" else "\nloss = M")
-    if fit.form == "sovit":
-        return "loss = alpha_x·x^-a_x + (beta_x·x^b_x + xi_x)·t^-c + eps_x   for each dimension x on its own arm"
+    """The law as a line of text, or two."""
+    form = fit.shape_form
+    names = dict(num_params="N", num_examples="n", tokens="D", compute="t")
     if fit.form == "chinchilla":
-        return "loss = E + A·N^-alpha + B·D^-beta"
-    return "loss = " + " + ".join(f"{n}" for n in fit.model["names"])
+        names["num_examples"] = "D"
+    if form.shift:
+        names["num_examples"] = "(n + d)"
+
+    def term(t) -> str:
+        factors = [f"{names.get(c, c)}^{'-' if sign < 0 else ''}{exponent}" for c, exponent, sign in t.factors]
+        return "·".join([t.amplitude, *factors])
+
+    floor = [t.amplitude for t in form.formula if not t.factors]
+    if form.arms:
+        text = (
+            "alpha_x·x^-a_x + (beta_x·x^b_x + xi_x)·t^-c + eps_x   for each dimension x on its own arm"
+            if form.shared
+            else "alpha_x·x^-a_x + (beta_x·x^b_x + xi_x)·t^-c_x + eps_x   for each dimension x on its own arm"
+        )
+        return f"loss = {text}"
+    data = [t for t in form.formula if any(c == form.terms[-1] for c, _, _ in t.factors)]
+    size = [t for t in form.formula if t.factors and t not in data]
+    if not form.power_mean:
+        return "loss = " + " + ".join([*map(term, size), *map(term, data), *floor])
+    text = f"M = {' + '.join(['(K^s + D^s)^(1/s)', *floor])},   K = {' + '.join(map(term, size))},"
+    text += f"   D = {' + '.join(map(term, data))}"
+    return text + ("\nloss = M" if form.zero_line is None else "\nloss = (z^-4 + M^-4)^(-1/4)")
 
 
 def symbols(fit) -> str:
     if fit.form == "chinchilla":
         return "N is the number of encoder parameters and D the number of images seen"
-    if fit.form == "sovit":
+    if fit.shape_form.arms:
+        own = "shared" if fit.shape_form.shared else "each arm's own"
         return (
             "t is compute, forward FLOPs × images, and the other dimensions stay at the centre (Eq. 2 of arXiv"
-            " 2305.13035, c shared)"
+            f" 2305.13035, c {own})"
         )
-    return (
+    text = (
         "n is the number of images seen; compute enters through the exact FLOPs of a shape, so that n = budget / FLOPs"
     )
+    return text + ("; N is the number of encoder parameters of the shape" if "num_params" in fit.model["terms"] else "")

@@ -15,6 +15,7 @@ SOURCES = {
     "hub": "The data are a public data set read with `datasets`, at the size and preset named above.",
 }
 
+
 def not_shown_section(data, fits, headline, recommendation) -> str:
     fit = fits[headline]
     source = str(data.rows[0].get("data"))

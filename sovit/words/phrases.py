@@ -11,6 +11,7 @@ NAMES = {
     "num_params": "parameters",
 }
 
+
 def listed(items: list[str], word: str = "and") -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}" if items else ""
 

@@ -18,7 +18,9 @@ def movers(found: dict) -> str:
                 f"of {NAMES.get(dim, dim)} from {moved['estimate']:.3g} to {outside[0]['exponent']:.3g}"
                 f" ({_plain(outside[0]['setting'])})"
             )
-    return f"choices that another analyst could make move the exponent {listed(out)}: outside its interval" if out else ""
+    return (
+        f"choices that another analyst could make move the exponent {listed(out)}: outside its interval" if out else ""
+    )
 
 
 def sensitivity_section(fit, found: dict) -> str:
@@ -48,9 +50,7 @@ def sensitivity_section(fit, found: dict) -> str:
     lines.append(
         "The best values are those at the budget of the recommendation; excess loss is what the headline law says that"
         f" they lose against its own. Of {len(shapes)} single shapes left out the {len(order)} that move most are listed."
-        "\n\n"
-        + head
-        + "\n".join(_row(row, dims, fit) for row in kept)
+        "\n\n" + head + "\n".join(_row(row, dims, fit) for row in kept)
     )
     if found["drops"]:
         lines.append(_drops(found["drops"], dims))
