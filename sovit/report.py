@@ -30,6 +30,7 @@ FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the 
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = "sensitivity.json", "report.json"  # beside law.json: what report.md says that law.json does not hold
 INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
+NO_REFITS = "no refits were asked for"
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
 
@@ -43,6 +44,7 @@ def fit_ledgers(
     train_flops: float | None = None,
     seed: int = 0,
     figures: bool = True,
+    refits: bool = True,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, sensitivity.json, report.json, report.md,
     inputs.json and figures.
@@ -51,6 +53,7 @@ def fit_ledgers(
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
+    refits       False = without the hundred refits that say what the law depends on, and without the further cuts
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
     data = measurements(paths, metric)
@@ -81,7 +84,7 @@ def fit_ledgers(
     headline, why = choose_headline(fits, form)
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
-    facts = facts_of(data, fits, headline, why, refused, recommendation, seed)
+    facts = facts_of(data, fits, headline, why, refused, recommendation, seed, refits)
 
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
@@ -167,16 +170,16 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     ]
 
 
-def facts_of(data: Measurements, fits: dict, headline: str, why: str, refused: dict, recommendation, seed: int) -> dict:
+def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendation, seed: int, refits: bool) -> dict:
     """What the report says beyond the laws, as plain data: {cuts, implied, inside, weakest, sensitivity, checklist}."""
     fit = fits[headline]
     budget = recommendation.train_flops if recommendation else None
     return dict(
-        cuts=extrapolation_cuts(data, fits),
+        cuts=extrapolation_cuts(data, fits) if refits else [],
         implied=_implied(fit, recommendation),
         inside=_inside(fit),
         weakest=_weakest(fit, budget),
-        sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed),
+        sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
         checklist=checklist(data, fits, headline, why, refused),
     )
 
@@ -198,8 +201,10 @@ def _implied(fit, recommendation) -> list[dict]:
         except UserError:  # a budget that does not pay for one image
             continue
         compute = [r.forward_flops * r.num_examples for r in ends]
-        optimum = implied_compute(*({d: r.optimum[d]["estimate"] for d in growing} for r in ends), growing)
-        shape = implied_compute(*({d: r.shape[d] for d in growing} for r in ends), growing)
+        first, last = ({d: r.optimum[d]["estimate"] for d in growing} for r in ends)
+        optimum = implied_compute(first, last, growing)
+        first, last = ({d: r.shape[d] for d in growing} for r in ends)
+        shape = implied_compute(first, last, growing)
         actual = compute[1] / compute[0]
         out.append(dict(from_train_flops=low, to_train_flops=budget, actual=actual, optimum=optimum, shape=shape))
     return out

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import comb
 
@@ -20,18 +21,18 @@ from sovit.allocate import Geometry
 from sovit.diagnose import amplitudes, extrapolation, growth, optimum_of
 from sovit.fewshot import is_spread, noise_of
 from sovit.fitter import polish, solve
-from sovit.forms import LAWS
+from sovit.forms import LAWS, Form
 from sovit.measurements import Measurements, levels
-from sovit.rows import check, positive, prepare, relative_sd, star, trunks
+from sovit.rows import check, positive, prepare, relative_sd, star, trunks, varied_dims
 from sovit.shape import COUNTINGS
 
 DRAWS = 20  # random sets of shapes left out, for each size of DROPS
 DROPS = (2, 3, 5)
-STARTS = 3  # points of the exponent grid from which a refit without some shapes starts, beside the headline
+STARTS = 4  # points of the exponent grid from which a refit starts, beside the headline's own parameters
 MAX_SHAPES = 60  # of more shapes, so many are left out one at a time, taken evenly
 MAX_LEVELS = 12  # more budgets than that are cut into quarters
 MAX_ROWS = 20_000  # more rows make a hundred refits a matter of many minutes: none are made
-LOSSES = {
+LOSSES: dict[str, dict] = {
     "squared log error": dict(loss="log_squares", huber_delta=None),
     "Huber with δ = 1e-3, rows as they are (as in publications)": dict(loss="huber_log", huber_delta=1e-3),
     "Huber with δ from the data, not whitened by trunk": dict(loss="huber_log", huber_delta=None, whiten=False),
@@ -79,6 +80,17 @@ def sensitivity(
     )
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A point fit: what `_Frame.answers` reads."""
+
+    form: Form
+    centre: np.ndarray
+    theta: np.ndarray  # [P]
+    num_rows: int
+    num_trunks: int
+
+
 class _Frame:
     """The headline law and what every alteration is asked: exponents over its range, the optimum at its budget."""
 
@@ -91,20 +103,48 @@ class _Frame:
         self.best: dict = {}
         self.best = self.row("headline", "", fit)["optimum"]
 
-    def refit(self, keep=None, data: Measurements | None = None, form: str = "", **options) -> law.Fit:
-        """The law again, on the rows `keep` (all), with options of `law.fit` altered."""
-        data, form = data or self.data, form or self.fit.form
-        rows = slice(None) if keep is None else keep
-        known = data.measurement_sd
-        choice = self.choice | dict(extrapolate=False, dims=self.dims, zero_line=self.fit.model["zero_line"])
-        choice |= dict(measurement_sd=None if known is None else known[rows]) | options
-        columns = {name: column[rows] for name, column in data.columns.items()}
-        return law.fit(form, columns, data.y[rows], **choice)
+    def refit(self, keep=None, data: Measurements | None = None, form: str = "", zero_line=None, **options) -> _Solved:
+        """The law again, on the rows `keep` (all), with options of `fitter.solve` altered; raises as `law.fit` does.
 
-    def row(self, what: str, setting: str, fit: law.Fit, *, note="", **counted) -> dict:
+        The polish starts from the STARTS best points of the form's grid and, for the headline's own form, from its theta.
+        """
+        fit, data, form = self.fit, data or self.data, form or self.fit.form
+        zero_line = fit.model["zero_line"] if form == fit.form and zero_line is None else zero_line
+        choice = self.choice | options
+        rows = np.ones(len(data.y), bool) if keep is None else keep
+        known = data.measurement_sd if choice["whiten"] else None
+        columns = {name: column[rows] for name, column in data.columns.items()}
+        table, y = check(form, columns, data.y[rows], None, None, zero_line)
+        known = None if known is None else relative_sd(known[rows], y, True)
+        varied_dims(table, self.dims)
+        made = prepare(form, table, y, self.dims, zero_line=zero_line, arms=star(table, self.dims)[1])
+        index = trunks(table, None, len(y))[made.source]
+        own = np.unique(index, return_inverse=True)[1].ravel()
+        starts = made.form.starts(made.u, made.y)
+        off = ((made.form.evaluate(starts, made.u)[0] - np.log(made.y)) ** 2).sum(1)
+        starts = starts[np.argsort(off, kind="stable")[:STARTS]]
+        if form == fit.form:  # the headline's theta about the centre of these rows: `raw` shifts by a centre
+            shift = made.centre - np.array(fit.model["centres"])
+            starts = np.concatenate([made.form.raw(fit.theta[None], -shift), starts])
+        solved = solve(
+            made.form,
+            made.u,
+            made.y,
+            own,
+            starts=starts,
+            known_sd=None if known is None else known[made.source],
+            **choice,
+        )
+        return _Solved(made.form, made.centre, solved.theta, len(np.unique(made.source)), int(own.max()) + 1)
+
+    def row(self, what: str, setting: str, fit: law.Fit | _Solved, *, note="", **counted) -> dict:
         """What `fit` answers; counted: geometry, ends and head, as `answers` takes them."""
-        (found,) = self.answers(fit.shape_form, np.array(fit.model["centres"]), fit.theta[None], **counted)
-        return _row(what, setting, _kind(fit), fit.num_rows, fit.num_clusters, found, note)
+        if isinstance(fit, law.Fit):
+            centre = np.array(fit.model["centres"])
+            fit = _Solved(fit.shape_form, centre, fit.theta, fit.num_rows, fit.num_clusters)
+        (found,) = self.answers(fit.form, fit.centre, fit.theta[None], **counted)
+        kind = "marginal" if fit.form.arms else "joint"
+        return _row(what, setting, kind, fit.num_rows, fit.num_trunks, found, note)
 
     def answers(self, form, centre, theta, *, geometry=None, ends=None, head=False) -> list[dict]:
         """{exponents, optimum, excess_loss} of each theta [R, P].
@@ -177,7 +217,7 @@ class _Frame:
         starts = np.concatenate([solved.theta[None], rows.form.starts(rows.u, rows.y)[:STARTS]])
         weights = keeps[:, rows.source].astype(float)
         many = np.tile(starts, (len(keeps), 1))
-        alike = dict(weights=np.repeat(weights, len(starts), 0), groups=solved.groups, delta=solved.delta)
+        alike: dict = dict(weights=np.repeat(weights, len(starts), 0), groups=solved.groups, delta=solved.delta)
         done = polish(rows.form, rows.u, many, np.log(rows.y), **alike)
         best = done.objective.reshape(len(keeps), -1).argmin(1)
         theta = done.theta.reshape(len(keeps), len(starts), -1)[np.arange(len(keeps)), best]
@@ -287,6 +327,8 @@ def _windows(frame: _Frame) -> list[dict]:
         group = np.searchsorted(np.quantile(logs, [0.25, 0.5, 0.75]), logs)
         said = ["the lowest quarter", "the second quarter", "the third quarter", "the highest quarter"]
     last = len(said) - 1
+    if not last:
+        return []
     half = (last + 1) // 2
     windows = {
         f"without the lowest budget ({said[0]})": group > 0,
@@ -296,7 +338,7 @@ def _windows(frame: _Frame) -> list[dict]:
     }
     out, seen = [], set()
     for setting, keep in windows.items():
-        if last and keep.tobytes() not in seen:
+        if keep.tobytes() not in seen:
             seen.add(keep.tobytes())
             out.append(frame.attempt("window", setting, keep=keep))
     return out
@@ -332,9 +374,8 @@ def _losses(frame: _Frame) -> list[dict]:
         whitened = options.get("whiten", options["huber_delta"] is None)
         if (model["loss"], model["whitened"]) == (options["loss"], whitened) and whitened:
             continue  # the headline's own
-        known = {} if whitened or frame.data.measurement_sd is None else dict(measurement_sd=None)
-        note = "the known noise of each row is left out" if known else ""
-        out.append(frame.attempt("loss", setting, note, **(dict(whiten=whitened) | options | known)))
+        note = "" if whitened or frame.data.measurement_sd is None else "the known noise of each row is left out"
+        out.append(frame.attempt("loss", setting, note, **(dict(whiten=whitened) | options)))
     return out
 
 
@@ -346,10 +387,10 @@ def _forms(frame: _Frame, fits: Mapping[str, law.Fit]) -> list[dict]:
             continue
         if name in fits and list(fits[name].model["dims"]) == frame.dims:
             row = frame.row("form", f"`{name}`", fits[name])
-        elif name == "bounded" and frame.data.zero_line is None:
+        elif entry.bounded and frame.data.zero_line is None:
             continue
         else:
-            zero_line = frame.data.zero_line if name == "bounded" else None
+            zero_line = frame.data.zero_line if entry.bounded else None
             row = frame.attempt("form", f"`{name}`", form=name, zero_line=zero_line)
         if row["kind"] != _kind(frame.fit):
             alone = row["kind"] == "marginal"
@@ -374,9 +415,9 @@ def _metrics(frame: _Frame) -> list[dict]:
         known = noise * y if noise is not None and noise.any() and frame.fit.model["whitened"] else None
         data = dataclasses.replace(frame.data, metric=name, y=y, measurement_sd=known, support=support)
         form, note = frame.fit.form, ""
-        if form == "bounded" and data.zero_line is None:
+        if LAWS[form].bounded and data.zero_line is None:
             form, note = "power_mean", "`power_mean`, the same form without a zero line, which this metric lacks"
-        zero_line = data.zero_line if form == "bounded" else None
+        zero_line = data.zero_line if LAWS[form].bounded else None
         out.append(frame.attempt("metric", f"`{name}`", note, data=data, form=form, zero_line=zero_line))
     return out
 

@@ -121,11 +121,11 @@ def _fitting(data, fits, headline) -> dict:
     active = [f"`{n}` ({side})" for n, side in d["active_bounds"].items()]
     intervals = "none (bootstrap=0)"
     if draws:
+        reached = [percent(draws[kind]["converged"]) for kind in ("random_effects", "pairs")]
         intervals = (
             f"{100 * fit.level:.0f} %, by trunk: parametric (trunk and row s.d., stretched by t/z ="
             f" {draws['t_over_z']:.3f}) and pairs (whole trunks by arm), {draws['num']} draws each, seed {draws['seed']};"
-            f" converged {percent(draws['random_effects']['converged'])} and {percent(draws['pairs']['converged'])}; all draws in"
-            " `law.json`"
+            f" converged {listed(reached)}; all draws in `law.json`"
         )
     own, extra = own_rmse(fit, headline), fit.extrapolation
     score = extrapolation_table(fits).get(headline, {})

@@ -44,7 +44,8 @@ def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
     if inside["low"] is None:
         text += ", and the optimum lies among them at no compute near the runs."
     elif inside["low"] <= low and inside["high"] >= high:
-        text += f", and the optimum lies strictly between them at every compute of the runs (t = {flops(low)} to {flops(high)})"
+        text += ", and the optimum lies strictly between them at every compute of the runs"
+        text += f" (t = {flops(low)} to {flops(high)})"
         text += f" and on to {flops(inside['high'])}." if inside["high"] < 99 * high else " and two decades beyond."
     else:
         text += f", and the optimum lies strictly between them only from t = {flops(inside['low'])} to"
