@@ -257,12 +257,12 @@ def draw(fit, data: Measurements, recommendation, scores, dependence: dict, fold
         " out (bars: 5 to 95 %, the dot the median); the line is the headline law's, the band its 90 % interval.",
     }
     made = dict(
+        extrapolation=plot.extrapolation(scores, data.metric),
+        optimal_shape=plot.optimal_shape(fit, recommendation),
+        sensitivity=plot.sensitivity(dependence),
         fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
         isoflop=plot.isoflop(fit, data),
-        optimal_shape=plot.optimal_shape(fit, recommendation),
         residuals=plot.residuals(fit, data),
-        extrapolation=plot.extrapolation(scores, data.metric),
-        sensitivity=plot.sensitivity(dependence) if "dimensions" in dependence else None,
     )
     for name, figure in made.items():
         if figure is not None:

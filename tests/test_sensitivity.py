@@ -13,7 +13,7 @@ from sovit import UserError, law, plot
 from sovit.allocate import Geometry
 from sovit.diagnose import inside
 from sovit.measurements import measurements
-from sovit.sensitivity import extrapolation_cuts, implied_compute, implied_exponents, sensitivity
+from sovit.sensitivity import _Frame, _windows, extrapolation_cuts, implied_compute, implied_exponents, sensitivity
 from sovit.shape import COUNTINGS, Shape, encoder_flops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,6 +223,13 @@ def test_cuts_hold_the_fits_own_test_and_name_the_budget(data):
         assert score["rmse"] == pytest.approx(own[name]["rmse"], rel=1e-6)
     assert max(cut["forms"]["joint"]["rmse"] for cut in cuts) < 0.003  # the planted law: noise of .1 % and no more
     assert set(own) == {"joint", "chinchilla", "compute_only", "nearest"}
+
+
+def test_one_budget_has_no_window_and_no_cut(data):
+    one = data.columns["train_flops"] < data.columns["train_flops"].min() * 1.1
+    single = dataclasses.replace(data, columns={k: v[one] for k, v in data.columns.items()}, y=data.y[one])
+    fit = fitted(data)
+    assert _windows(_Frame(single, fit, BUDGET)) == [] == extrapolation_cuts(single, {"joint": fit})
 
 
 def test_optimum_stays_inside_where_the_closed_form_says(data):
