@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError, law, predict
+from sovit import UserError, growth, law, predict
 from sovit.allocate import Geometry
 from sovit.diagnose import inside, optimum_of
+from sovit.frontier import frontier, ladder
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
@@ -28,8 +29,12 @@ from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
-SENSITIVITY, FACTS = "sensitivity.json", "report.json"  # beside law.json: what report.md says that law.json does not hold
+SENSITIVITY, FACTS = (
+    "sensitivity.json",
+    "report.json",
+)  # beside law.json: what report.md says that law.json does not hold
 INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
+FRONTIER_POINTS = 6  # budgets of the frontier, from the least run to 100 x the largest
 NO_REFITS = "no refits were asked for"
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
@@ -68,9 +73,9 @@ def fit_ledgers(
     fits, refused = {}, {}
     for name in dict.fromkeys((*FORMS, *([form] if form else []))):
         try:
-            options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd) | _options(name, data)
-            fitted = law.fit(name, data.columns, data.y, **options)
-            fits[name] = dataclasses.replace(fitted, data=fitted.data | dict(metric=metric))
+            options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
+            options |= _options(name, data)
+            fits[name] = law.fit(name, data.columns, data.y, **options)
         except np.linalg.LinAlgError as error:
             refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
         except UserError as error:
@@ -95,7 +100,7 @@ def fit_ledgers(
             write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
     write_atomic(folder / SENSITIVITY, _json(facts["sensitivity"]))
     write_atomic(folder / FACTS, _json({name: fact for name, fact in facts.items() if name != "sensitivity"}))
-    drawn = draw(fits[headline], data, recommendation, scores, facts["sensitivity"], folder) if figures else {}
+    drawn = draw(fits[headline], data, recommendation, scores, facts, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
     write_atomic(folder / "report.md", text)
     if figures:
@@ -171,17 +176,43 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
 
 
 def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendation, seed: int, refits: bool) -> dict:
-    """What the report says beyond the laws, as plain data: {cuts, implied, inside, weakest, sensitivity, checklist}."""
+    """What the report says beyond the laws, as plain data: {cuts, rules, frontier, closed_form, implied,
+    inside, weakest, sensitivity, checklist}; empty where a law cannot say."""
     fit = fits[headline]
     budget = recommendation.train_flops if recommendation else None
     return dict(
         cuts=extrapolation_cuts(data, fits) if refits else [],
+        rules=_rules(fits, headline, recommendation),
+        frontier=_frontier(fit) if recommendation else [],
+        closed_form=growth.closed_form(fit, recommendation.train_flops) if recommendation else {},
         implied=_implied(fit, recommendation),
         inside=_inside(fit),
         weakest=_weakest(fit, budget),
         sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
         checklist=checklist(data, fits, headline, why, refused),
     )
+
+
+def _rules(fits: dict, headline: str, recommendation) -> dict:
+    """Other rules at the budget of the recommendation: `growth.paper_rule` and `growth.size_rule`; {} without one."""
+    if recommendation is None:
+        return {}
+    fit, budget = fits[headline], recommendation.train_flops
+    found = {}
+    if {"width", "depth", "mlp_dim"} & set(fit.model["dims"]):
+        found["paper_rule"] = growth.paper_rule(fit, budget, fits.get("sovit"), recommendation)
+    if "chinchilla" in fits:
+        found["size_rule"] = growth.size_rule(fit, budget, fits["chinchilla"], recommendation)
+    return found
+
+
+def _frontier(fit) -> list[dict]:
+    """Rows of `frontier.frontier` at FRONTIER_POINTS budgets, without those at which the law has no shape."""
+    rows = []
+    for budget in ladder(fit, points=FRONTIER_POINTS):
+        with contextlib.suppress(UserError):  # a budget that does not pay for one image of the law's best shape
+            rows += frontier(fit, [budget])
+    return rows
 
 
 def _implied(fit, recommendation) -> list[dict]:
@@ -237,7 +268,7 @@ def _json(value) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def draw(fit, data: Measurements, recommendation, scores, dependence: dict, folder: Path) -> dict[str, str]:
+def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: Path) -> dict[str, str]:
     """Write every figure that this law allows; name -> what it shows (the caption), in the order of the report."""
     from sovit import plot
 
@@ -253,13 +284,16 @@ def draw(fit, data: Measurements, recommendation, scores, dependence: dict, fold
         " deviation.",
         "extrapolation": "The most expensive rows, predicted by laws fitted to the cheaper ones only; the headline"
         " first.",
+        "frontier": "The law's best shape at each budget: predicted loss with its 90 % interval, model size and images,"
+        " beside the runs.",
         "sensitivity": "The growth exponent of each dimension under every alteration (dots) and random sets of shapes left"
         " out (bars: 5 to 95 %, the dot the median); the line is the headline law's, the band its 90 % interval.",
     }
     made = dict(
         extrapolation=plot.extrapolation(scores, data.metric),
+        frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
         optimal_shape=plot.optimal_shape(fit, recommendation),
-        sensitivity=plot.sensitivity(dependence),
+        sensitivity=plot.sensitivity(facts["sensitivity"]),
         fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
         isoflop=plot.isoflop(fit, data),
         residuals=plot.residuals(fit, data),

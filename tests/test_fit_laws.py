@@ -99,7 +99,7 @@ def test_the_planted_exponents_and_optimum_are_found(summary):
 
 def test_every_form_and_figure_is_there(summary):
     names = set(contents(summary["out"]))
-    figures = {"fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation", "sensitivity"}
+    figures = {"fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation", "sensitivity", "frontier"}
     assert names == (
         {"law.json", "report.md", "inputs.json", "sensitivity.json", "report.json"}
         | {f"forms/{f}.json" for f in ("joint", "sovit", "chinchilla")}

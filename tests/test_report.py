@@ -197,7 +197,9 @@ def test_extrapolation_leads(text, folder):
     assert titles[:3] == ["What was found", "Extrapolation", "Recommendation"] and len(titles) == 11
     cuts = json.loads((folder / "report.json").read_text())["cuts"]
     rows = table(part(text, "Extrapolation"), "fitted to, in training FLOPs")
-    assert [row[:3] for row in rows] == [[f"up to {b}", str(c["n_fit"]), str(c["n"])] for b, c in zip(("1e11", "3.2e11"), cuts)]
+    assert [row[:3] for row in rows] == [
+        [f"up to {b}", str(c["n_fit"]), str(c["n"])] for b, c in zip(("1e11", "3.2e11"), cuts)
+    ]
     assert rows[-1][3].startswith(f"{100 * scores['bounded']['rmse']:.2f} %")
 
 
@@ -206,7 +208,9 @@ def test_what_it_depends_on_begins_with_the_conclusion(text, folder):
     section = part(text, "What it depends on")
     for dim, label in (("width", "width"), ("depth", "depth"), ("mlp_dim", "MLP dim")):
         moved = found["dimensions"][dim]
-        line = next(line for line in section.splitlines() if line.startswith(f"- **The {label} exponent** moves between"))
+        line = next(
+            line for line in section.splitlines() if line.startswith(f"- **The {label} exponent** moves between")
+        )
         low, high = (float(x) for x in re.findall(r"between ([\d.]+) and ([\d.]+);", line)[0])
         assert low <= moved["choices"]["smallest"] * 1.01 and high >= moved["choices"]["largest"] * 0.99
         assert f"its interval is {moved['low']:.3g} to {moved['high']:.3g}" in line and "largest mover is" in line
@@ -214,7 +218,9 @@ def test_what_it_depends_on_begins_with_the_conclusion(text, folder):
     assert section.index("exponent** moves") < section.index("| altered |")
     shown = table(section, "altered")
     assert shown[0][0] == "headline: `bounded`, all rows" and shown[0][-2] == "0.00 %"
-    assert all(row["setting"] in section for row in found["alterations"] if row["what"] in ("window", "counting", "loss"))
+    assert all(
+        row["setting"] in section for row in found["alterations"] if row["what"] in ("window", "counting", "loss")
+    )
 
 
 def test_each_dimension_is_said_to_be_known_or_not(text, folder, tmp_path):
@@ -264,11 +270,12 @@ def test_the_checklist_answers_from_the_rows_and_says_what_they_lack(text, folde
     bare = [{k: v for k, v in row.items() if k not in ("batch_size", "commit", "cooldown_examples")} for row in rows]
     bare[0] |= dict(status="failed", error="a | b")
     text = part(report_of(bare, tmp_path, bootstrap=0), "Checklist")
-    lacking = {question: answer for _, question, answer in table(text, "stage")}
-    assert lacking["schedule"] == "not recorded in the rows"
-    assert lacking["code"].startswith("commit not recorded in the rows")
-    assert lacking["optimiser"] and lacking["left out, and why"] == "1: 1 × status failed"
-    assert lacking["rows read"] == f"{len(rows)} (1 failed, {len(rows) - 1} ok)"
+    lacking = {(stage, question): answer for stage, question, answer in table(text, "stage")}
+    assert lacking["training set-up", "schedule"] == "not recorded in the rows"
+    assert lacking["training set-up", "code"].startswith("commit not recorded in the rows")
+    assert "batch size not recorded" in lacking["training set-up", "optimiser"]
+    assert lacking["data extraction", "left out, and why"] == "1: 1 × status failed"
+    assert lacking["data extraction", "rows read"] == f"{len(rows)} (1 failed, {len(rows) - 1} ok)"
 
 
 def test_predict_names_the_metric(folder, capsys):

@@ -61,7 +61,9 @@ def test_one_bad_shape_is_the_largest_mover_and_is_named(tmp_path, data, found):
     own = out["headline"]["exponents"]["width"]
     worst = max(shapes, key=lambda name: abs(shapes[name]["exponents"]["width"] - own))
     assert worst == "without 16x2x256"
-    others = [row for row in out["alterations"] if row["what"] not in ("shape", "form")]  # `bounded` is simply wrong here
+    others = [
+        row for row in out["alterations"] if row["what"] not in ("shape", "form")
+    ]  # `bounded` is simply wrong here
     farthest = max(abs(row["exponents"]["width"] - own) for row in others)
     assert abs(shapes[worst]["exponents"]["width"] - own) > farthest
     moved = out["dimensions"]["width"]["choices"]
@@ -173,7 +175,9 @@ def test_a_law_of_compute_is_refitted_under_the_other_counting(data):
     assert all(row["kind"] == "marginal" for row in out["alterations"] if row["what"] == "counting")
     joint = rows_of(out, "form")["`joint`"]
     assert "another question" in joint["note"] and out["headline"]["excess_loss"] is None
-    assert not [o for d in out["dimensions"].values() for o in d["choices"]["outside"] if "form: `joint`" in o["setting"]]
+    assert not [
+        o for d in out["dimensions"].values() for o in d["choices"]["outside"] if "form: `joint`" in o["setting"]
+    ]
 
 
 def test_a_metric_of_the_same_law_agrees_and_another_does_not(data):

@@ -34,8 +34,16 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
     sections = {
         "What was found": (found_section(data, fits, headline, why, recommendation, no_recommendation, facts),),
         "Extrapolation": (extrapolation_section(fits, headline, refused, facts["cuts"]), figure("extrapolation")),
-        "Recommendation": (recommendation_section(data, fit, recommendation, no_recommendation, dependence),),
-        "How the best shape grows": (growth_section(fit, facts["implied"]), figure("optimal_shape")),
+        "Recommendation": (
+            recommendation_section(
+                data, fit, recommendation, no_recommendation, dependence, facts["rules"], facts["frontier"]
+            ),
+            figure("frontier"),
+        ),
+        "How the best shape grows": (
+            growth_section(fit, facts["implied"], facts["closed_form"]),
+            figure("optimal_shape"),
+        ),
         "What is known, and what is not": (known_section(fit, facts["inside"], facts["weakest"]),),
         "What it depends on": (sensitivity_section(fit, facts["sensitivity"]), figure("sensitivity")),
         "The law": (law_section(fit), figure("fit_by_dimension"), figure("isoflop")),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sovit.words.phrases import NAMES, flops, listed, sentence, short, span
+from sovit.words.phrases import NAMES, flops, listed, sentence, short, span, with_interval
 
 
-def growth_section(fit, implied) -> str:
+def growth_section(fit, implied, closed) -> str:
     if not fit.exponents:
         return (
             "The rows do not say what a shape costs (patch size, image size), so that no optimum at a given"
@@ -45,6 +45,8 @@ def growth_section(fit, implied) -> str:
     for name, e in fit.exponents.items():
         if e["status"] != "ok":
             lines.append(f"**{NAMES.get(name, name)} is {e['status']}**: {words[e['status']]}. {sentence(e['note'])}")
+    if closed:
+        lines.append(_closed(closed))
     if implied:
         lines.append(_implied(implied))
     return "\n\n".join(lines)
@@ -56,6 +58,28 @@ def profile_words(exponent: dict) -> str:
     if low is None and high is None:
         return "not computed"
     return f"at most {high:.4g}" if low is None else f"at least {low:.4g}" if high is None else span(low, high)
+
+
+def _closed(closed) -> str:
+    """Closed form of the growth beside the exact optimum's."""
+    low, high = closed["span"]
+
+    def row(name, r):
+        form = "none" if r["closed"] is None else with_interval(r["closed"], r["closed_low"], r["closed_high"], 3)
+        ends = with_interval(r["exact"], r["low"], r["high"], 3)
+        return f"| {NAMES.get(name, name)} | {form} | {r['slope']:.3g} | {ends} |"
+
+    rows = closed["dims"] | {"FLOPs an image": closed["flops"], "images": closed["images"]}
+    apart = [f"{NAMES.get(n, n)} × {r['apart']:.2f}" for n, r in closed["dims"].items() if r["apart"] is not None]
+    text = (
+        "In closed form, with FLOPs elasticities held constant, x* ∝ t^σ, σ = (1/a) / (1/c + Σ g/a); beside it the slope of"
+        f" the exact optimum at the budget of the recommendation ({flops(high)} training FLOPs) and its mean slope from"
+        f" {flops(low)}:\n\n| | closed form | slope there | exact, over that span |\n|---|---|---|---|\n"
+        + "\n".join(row(name, r) for name, r in rows.items())
+    )
+    if closed["note"]:
+        text += f"\n\n{sentence(closed['note'])}"
+    return text + (f"\n\nFollowed down to {flops(low)} the closed form misses by {listed(apart)}." if apart else "")
 
 
 def _implied(implied: list[dict]) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import expm1
+
+from sovit.predict_words import count_words, label, paper_lines
+from sovit.shape import Shape
 from sovit.words.phrases import NAMES, flops, listed, number, percent, sentence, shape_words, short, span, with_interval
 from sovit.words.quality import misfits
 
 
-def recommendation_section(data, fit, r, reason, dependence) -> str:
+def recommendation_section(data, fit, r, reason, dependence, rules, frontier) -> str:
     if r is None:
         return f"None: {sentence(reason)}"
     lines = [
@@ -37,7 +41,7 @@ def recommendation_section(data, fit, r, reason, dependence) -> str:
     flat = r.flat_region
     ranges = listed([f"{NAMES[n]} {number(low)} to {number(high)}" for n, (low, high) in flat["ranges"].items()])
     region = (
-        f"- Flat region: {flat['count']:,} of {flat['surveyed']:,} surveyed shapes are within one noise s.d."
+        f"- Flat region: {count_words(flat)} shapes are within one noise s.d."
         f" ({percent(flat['within'])}, from {flat['noise_source']}) of the best: {ranges}."
     )
     if flat["open_above"]:
@@ -60,6 +64,10 @@ def recommendation_section(data, fit, r, reason, dependence) -> str:
     if misfits(fit) and flat["within"] < abs(p["loss_excess"]) <= fit.diagnostics["residual_rms"]:
         usual += " That is within what the law itself misses by: only paired runs can settle it."
     lines.append("\n".join([regret, region, usual]))
+    if rules:
+        lines.append(_rules(data, r, rules))
+    if frontier:
+        lines.append(_frontier(data, fit, frontier))
     if len(dependence) > 1:
         forms = [d["form"] for d in dependence]
         head = (
@@ -82,3 +90,53 @@ def recommendation_section(data, fit, r, reason, dependence) -> str:
     if r.warnings:
         lines.append("\n".join(f"- **Note**: {sentence(w.replace('mlp_dim', NAMES['mlp_dim']))}" for w in r.warnings))
     return "\n\n".join(lines)
+
+
+def _rules(data, r, rules) -> str:
+    """What other rules would train at the same budget, and where SoViT's recipe parts from the law."""
+    titles = {"size_rule": "ViT-B proportions, size by the N-D law", "paper_rule": "SoViT's recipe (each by τ^(s/D))"}
+    cells = [("the law's own", r.shape, r.num_params, r.num_examples, r.loss, "")]
+    p = r.proportional
+    usual = Shape(**p["shape"]).num_params
+    more = _worse(r.difference, -1)
+    cells.append(("ViT-B proportions, size by this law", p["shape"], usual, p["num_examples"], p["loss"], more))
+    for name, title in titles.items():
+        if rule := rules.get(name):
+            more = _worse(rule["difference"]) + (f"; {rule['note']}" if rule["note"] else "")
+            cells.append((title, rule["shape"], rule["num_params"], rule["num_examples"], rule["loss"], more))
+    body = "\n".join(
+        f"| {title} | {label(shape)} | {params:,} | {images:,} | {loss:.4g} | {more} |"
+        for title, shape, params, images, loss, more in cells
+    )
+    text = (
+        "Other rules at the same budget, as this law judges them (excess with its interval).\n\n"
+        f"| rule | shape | parameters | images | {data.metric} | excess |\n|---|---|---|---|---|---|\n{body}"
+    )
+    paper = rules.get("paper_rule")
+    if paper:
+        text += "\n\n" + " ".join(sentence(line.strip()) for line in paper_lines(paper))
+    return text
+
+
+def _worse(difference, sign: int = 1) -> str:
+    """Relative excess of a loss from ln of a ratio, with its interval."""
+    text = percent(expm1(sign * difference["estimate"]), True)
+    if difference["low"] is None:
+        return text
+    low, high = sorted(expm1(sign * difference[end]) for end in ("low", "high"))
+    return f"{text} ({percent(low, True)} to {percent(high, True)})"
+
+
+def _frontier(data, fit, rows) -> str:
+    """The best shape at a ladder of budgets."""
+    body = "\n".join(
+        f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'])} | {row['num_params']:,} |"
+        f" {row['num_examples']:,} | {with_interval(row['loss'], row['loss_low'], row['loss_high'])} |"
+        f" {count_words(row['flat'] | dict(surveyed=row['flat']['count']))} |"
+        for row in rows
+    )
+    return (
+        "The frontier: the best shape of the law at other budgets (decades from the largest run; beyond 2 a shape is a"
+        f" guess).\n\n| training FLOPs | decades | shape | parameters | images | {data.metric} ({100 * fit.level:.0f} %) |"
+        f" shapes as good |\n|---|---|---|---|---|---|---|\n{body}"
+    )
