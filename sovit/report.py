@@ -50,6 +50,7 @@ def fit_ledgers(
     seed: int = 0,
     figures: bool = True,
     refits: bool = True,
+    skip_bad: bool = False,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, sensitivity.json, report.json, report.md,
     inputs.json and figures.
@@ -59,9 +60,10 @@ def fit_ledgers(
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
     refits       False = without the hundred refits that say what the law depends on, and without the further cuts
+    skip_bad     leave bad rows out, each with its reason, where otherwise the first is refused
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
-    data = measurements(paths, metric)
+    data = measurements(paths, metric, skip_bad=skip_bad)
     if form is not None and form not in LAWS:
         raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
     if train_flops is not None and not (np.isfinite(train_flops) and train_flops > 0):
@@ -91,6 +93,8 @@ def fit_ledgers(
     scores = held_out(fits, headline, data)
     facts = facts_of(data, fits, headline, why, refused, recommendation, seed, refits)
 
+    for fitted in fits.values():
+        fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
         (folder / INPUTS).unlink(missing_ok=True)
@@ -116,6 +120,7 @@ def fit_ledgers(
         metric=metric,
         num_rows=len(data.y),
         left_out=len(data.left_out),
+        notes=data.notes,
         num_trunks=fits[headline].num_clusters,
         params=fits[headline].params,
         exponents=fits[headline].exponents,

@@ -1,6 +1,7 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
 from sovit.plot.frontier import frontier
+from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -24,6 +25,7 @@ __all__ = [
     "learning_rates",
     "optimal_path",
     "optimal_shape",
+    "pareto_fronts",
     "residuals",
     "save",
     "sensitivity",

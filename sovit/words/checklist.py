@@ -92,7 +92,8 @@ def _extraction(data, fit) -> dict:
         )
     statuses = ", ".join(f"{n} {status}" for status, n in sorted(data.statuses.items()))
     reasons = Counter(reason for _, reason in data.left_out)
-    left_out = "; ".join(f"{n} × {reason}" for reason, n in sorted(reasons.items())) or "none"
+    most = [f"{n} × {reason}" for reason, n in sorted(reasons.most_common(9))] + ["..."] * (len(reasons) > 9)
+    left_out = "; ".join(most)
     zero = "none" if data.zero_line is None else repr(data.zero_line)
     return {
         "metric": f"`{data.metric}`; loss of knowing nothing: {zero}",

@@ -8,7 +8,7 @@ import numpy as np
 
 from sovit.measurements import Measurements, levels
 from sovit.rows import star
-from sovit.words.phrases import NAMES, flops, listed, number, percent, said
+from sovit.words.phrases import NAMES, flops, listed, number, percent, said, sentence
 
 MIN_SEEDS, MIN_SEEDED_SHAPES = 3, 2  # what every study owes: 3 seeds at 2 shapes
 
@@ -49,9 +49,10 @@ def data_section(data: Measurements, fit) -> str:
     lines.append(f"- {rates(data)}")
     excluded = Counter(reason for _, reason in data.left_out)
     total = ", ".join(f"{n} {status}" for status, n in sorted(data.statuses.items()))
+    most = [f"{n} × {reason}" for reason, n in sorted(excluded.most_common(9))] + ["..."] * (len(excluded) > 9)
     lines.append(
         f"- Status of the {sum(data.statuses.values())} rows read: {total}. Left out: {len(data.left_out)}"
-        + (f" ({'; '.join(f'{n} × {reason}' for reason, n in sorted(excluded.items()))})." if excluded else ".")
+        + (f" ({'; '.join(most)})." if excluded else ".")
     )
     lines += [f"  - `{run_id}`: {reason}" for run_id, reason in data.left_out[:20]]
     if len(data.left_out) > 20:
@@ -144,7 +145,7 @@ def rate_rule(data) -> str:
 
 def cautions(data) -> list[str]:
     """What makes rows hard to compare although nothing forbids it."""
-    out = []
+    out = [sentence(note) for note in data.notes]
     rates: dict = {}
     for shape, row in zip(data.shapes(), data.rows):
         rates.setdefault(shape, set()).add(row.get("peak_lr"))

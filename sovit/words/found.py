@@ -57,6 +57,7 @@ def summary_text(summary: dict, no_recommendation: str) -> str:
         f" because {summary['why']}"
     ]
     lines += [f"  {exponent_words(name, e)}" for name, e in summary["exponents"].items()]
+    lines += [f"  note: {note}" for note in summary["notes"]]
     r = summary["recommendation"]
     if r is None:
         lines.append(f"no recommendation: {no_recommendation}")
