@@ -12,6 +12,7 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 
@@ -29,6 +30,7 @@ __all__ = [
     "pareto_fronts",
     "residuals",
     "save",
+    "sensitivity",
     "validation",
     "validation_figure",
 ]
