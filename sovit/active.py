@@ -26,7 +26,7 @@ from sovit import UserError
 from sovit.allocate import Geometry
 from sovit.diagnose import box, optimum_of
 from sovit.fitter import HUBER, Groups, polish
-from sovit.forms import DATA_COLUMNS, LAWS, Additive
+from sovit.forms import DATA_COLUMNS, LAWS, Form
 from sovit.law import Fit
 from sovit.rows import check, geometry_of, positive, trunks, varied_dims
 from sovit.run import budgets_for
@@ -96,7 +96,7 @@ class Pick:
 class Belief:
     """What the rows say of the optimum at a target. phi = ln theta of the form, P of them; K dimensions; n rows."""
 
-    form: Additive
+    form: Form
     dims: tuple[str, ...]
     centre: np.ndarray  # [terms]
     geometry: Geometry
@@ -233,7 +233,7 @@ def candidates(
 class _Posterior:
     """A form in ln theta with its rows whitened and its prior appended as rows: least squares on it is the MAP."""
 
-    form: Additive
+    form: Form
     whitener: np.ndarray  # [n, n]
     prior: np.ndarray  # [2, P]: centre and s.d. of phi
 
@@ -273,8 +273,8 @@ def learn(
     values run); noise: (trunk, row) s.d. of ln loss, None = estimated, shrunk towards .5 % while trunks are few;
     previous: the belief before the latest rows, to start from. Raises UserError.
     """
-    if form not in LAWS or LAWS[form].family is not Additive or not LAWS[form].uses_dims or form == "additive":
-        known = [n for n, law in LAWS.items() if law.family is Additive and law.uses_dims and n != "additive"]
+    known = [n for n, law in LAWS.items() if law.ranks_shapes and law.plain_sum]
+    if form not in known:
         raise UserError(f"form={form!r} cannot choose runs; choose one of {', '.join(known)}")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
@@ -290,7 +290,6 @@ def learn(
     if counted is None:
         raise UserError("the rows do not say patch_size and image_size; give them with geometry={'patch_size': ...}")
     built = LAWS[form].build(dims)
-    assert isinstance(built, Additive)
     logs = np.log(np.stack([positive(table, name) for name in built.terms]))
     index = trunks(table, clusters, len(y))
     log_y, log_budget = np.log(y), float(np.log(train_flops / 3))
@@ -345,7 +344,7 @@ def _form_variance(shape_logs, target, edges, discrepancy) -> np.ndarray:
     return discrepancy**2 * ((shape_logs - seen_from.reshape(-1, *[1] * (shape_logs.ndim - 1))) ** 2).sum(0)
 
 
-def _prior(form: Additive, level: float) -> np.ndarray:
+def _prior(form: Form, level: float) -> np.ndarray:
     """Centre and s.d. of ln theta [2, P], theta = [A, eps, a]; level: the typical loss, in whose units A is."""
     k = len(form.terms)
     exponents = [DATA_EXPONENT if t in (*DATA_COLUMNS, "num_params") else SIZE_EXPONENT for t in form.terms]
@@ -433,7 +432,7 @@ def expected_regret(fit: Fit, train_flops: float) -> float:
     """Mean relative excess loss of the recommended (real-valued) shape if each bootstrap draw were the truth."""
     if not fit.draws or fit.geometry is None:
         raise UserError("the law has no draws to expect a regret over; fit it with bootstrap=1000")
-    if not LAWS[fit.form].uses_dims or fit.form in ("sovit", "additive"):
+    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' to the same rows")
     geometry, centre, form = Geometry(**fit.geometry), np.array(fit.model["centres"]), fit.shape_form
     draws, log_budget = np.array(fit.draws["random_effects"]), float(np.log(train_flops / 3))
