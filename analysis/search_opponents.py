@@ -2,10 +2,9 @@
 
     nice -n 10 python analysis/search_opponents.py [--workers 2] [--seeds 20] [--out results/search_opponents.jsonl]
 
-The opponents of `active.next_run` on planted truths, by the rules of analysis/active_sweep.py: they know the same pilot,
-search the same ranges of shapes, pay for every run, and are scored by the regret of what they recommend: the relative
-excess of its true loss over the true optimum's, at 10 and 100 times the compute of the star's largest run. A total counts
-the pilot; its unit is the cost of SoViT's star.
+The opponents of `active.next_run` in sovit/contest.py, by its rules: they know the same pilot, search shapes within the
+same values, pay for every run and for the pilot, and are scored by the true regret of what they recommend for 10 and 100
+times the star's largest run. Compute is in stars.
 
 A black box compares losses at one budget only, so each total is a search of its own. All of its runs have the largest
 budget at which the total pays for NUM_TRIALS of them, at most that of the star's largest run; what is left then buys more of
@@ -14,10 +13,11 @@ recommended
 
     tpe-24          as it is
     tpe-24-scaled   with its proportions kept and forward FLOPs of an image growing as compute^0.5
-    tpe-at-target   as it is, searched at 10 times the largest run itself: where the total pays for AT_TARGET trials
+    tpe-at-target   as it is, searched at 10 times the largest run itself, where the total pays for AT_TARGET trials, and
+                    BEYOND the values that the others run, as the optimum lies there
 
-One JSON line a strategy and episode: {truth, strategy, seed, curve: [{compute, regret_10x, regret_100x, num_trials,
-run_compute}]}. A second call goes on where the first was stopped. Cost: about 15 minutes of one core.
+One JSON line a strategy and episode: {truth, strategy, seed, curve: [{level, compute, train_flops, num_trials, run_flops,
+shape, regret_10x, regret_100x}]}. A second call goes on where the first was stopped. Cost: about 15 minutes of one core.
 """
 
 from __future__ import annotations
@@ -27,102 +27,70 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from sovit import UserError, planted
+from sovit.contest import LARGEST, NOISE_SD, STAR_COST, TARGETS, TRUTHS, VALUES, World
 from sovit.ledger import write_atomic
 from sovit.search import black_box
 
-TRUTHS = {
-    "joint": ("joint", 0.0),
-    "weak": ("weak", 0.0),
-    "inter .4": ("inter", 0.4),
-    "inter .8": ("inter", 0.8),
-    "eq3": ("eq3", 0.0),
-    "bounded": ("bounded", 0.0),
-}
-SD, RHO = 0.005, 0.5
-TOTALS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # stars
+TOTALS = (0.03, 0.12, 0.28, 1.0, 3.0, 10.0, 30.0)  # stars
 NUM_TRIALS = {"random": (24,), "tpe": (8, 24), "gp": (24,)}
 MOST_TRIALS = {"random": 48, "tpe": 48, "gp": 24}  # a Gaussian process of more takes minutes
 AT_TARGET = 3  # fewer trials at the target are no search
+BEYOND = 2.5  # how far a search at the target may go above the values of the pool
 SIZE_POWER = 0.5  # of forward FLOPs against compute, proportions kept (2203.15556)
-RANGES = {"width": (304, 2432), "depth": (4, 96), "mlp_dim": (464, 9216)}
-PILOT = ((608, 10, 928), (432, 7, 928), (864, 10, 656), (608, 14, 656), (432, 14, 1312), (864, 7, 1312), (608, 7, 656))
 
 
 def searches() -> list[str]:
     return [f"{kind}-{n}" for kind, many in NUM_TRIALS.items() for n in (*many, "at-target")]
 
 
-def law(name: str) -> planted.Truth:
-    kind, frac = TRUTHS[name]
-    return planted.truth(kind, frac=frac)
-
-
-@cache
-def best_loss(name: str, compute: float) -> float:
-    truth = law(name)
-    return float(truth.loss_at(truth.optimum(compute), compute))
-
-
 def scaled(truth: planted.Truth, shape: np.ndarray, factor: float) -> np.ndarray:
     """The shape [3] of the same proportions with `factor` times the forward FLOPs, real numbers."""
     low, high = 0.01, 100.0
-    for _ in range(80):
+    for _ in range(50):
         middle = np.sqrt(low * high)
         low, high = (middle, high) if truth.flops(middle * shape) < factor * truth.flops(shape) else (low, middle)
     return middle * shape
 
 
 def episode(task: tuple[str, str, int]) -> list[dict]:
-    """The lines of one search at every total: its shapes as they are and, where it is not at the target, scaled."""
+    """The lines of one search at every total: its shapes as they are, and with their proportions kept."""
     name, search, seed = task
     kind, _, rest = search.partition("-")
-    truth, star = law(name), planted.sovit_star()
-    pilot = planted.design(PILOT, planted.IMAGES)
-    largest, unit = star.columns["compute"].max(), cost(star)
-    losses = pilot.losses(truth) * planted.noise(pilot, SD, RHO, np.random.default_rng([seed, 0]))
-    last = pilot.columns["num_examples"] == max(planted.IMAGES)
-    first = dict(zip(planted.DIMS, pilot.shapes[last][losses[last].argmin()].astype(int).tolist()))
+    world = World(name, seed)  # with its pilot measured and paid for
+    truth, longest = world.truth, max(row["num_examples"] for row in world.rows)
+    best_of_pilot = min((row for row in world.rows if row["num_examples"] == longest), key=lambda row: row["loss"])
+    first = {d: best_of_pilot[d] for d in planted.DIMS}
     rng = np.random.default_rng([seed, 1])
-    curves: dict[str, list] = {}
+    at_target = rest == "at-target"
+    ranges = {d: (min(v), max(v) * (BEYOND if at_target else 1)) for d, v in VALUES.items()}
+    curves: dict[str, list] = {search: [], f"{search}-scaled": []}
+    before = None  # a total that buys nothing more than the one below it is left out
     for total in TOTALS:
-        left = total * unit - cost(pilot)
-        if rest == "at-target":
-            run_compute = 10 * largest
-        else:
-            run_compute = min(largest, left / int(rest))
-        num_trials = min(MOST_TRIALS[kind], int(left / run_compute * (1 + 1e-9)))
-        if rest == "at-target" and num_trials < AT_TARGET:
+        left = total * STAR_COST - world.spent
+        run_flops = TARGETS["10x"] if at_target else min(LARGEST, left / int(rest))
+        num_trials = min(MOST_TRIALS[kind], int(left / run_flops * (1 + 1e-9)))
+        if (at_target and num_trials < AT_TARGET) or (num_trials, run_flops) == before:
             continue
+        before = num_trials, run_flops
 
-        def loss(shape: dict[str, int], run_compute=run_compute) -> float:
-            return float(truth.loss_at(list(shape.values()), run_compute) * np.exp(SD * rng.standard_normal()))
+        def loss(shape: dict[str, float], compute=run_flops / 3) -> float:
+            return float(truth.loss_at([shape[d] for d in planted.DIMS], compute) * np.exp(rng.normal(0, NOISE_SD)))
 
-        found = black_box(kind, loss, RANGES, num_trials, seed, [first])
+        found = black_box(kind, loss, ranges, num_trials, seed, [first])
         best = np.array([found.believed[d] for d in planted.DIMS], float)
-        spent = (cost(pilot) + num_trials * run_compute) / unit
-        point = dict(compute=spent, total=total, num_trials=num_trials, run_compute=run_compute / unit)
-        for label in (search, f"{search}-scaled"):
-            regrets = {}
-            for times in (10, 100):
-                target = times * largest
-                grown = label != search
-                shape = scaled(truth, best, (target / run_compute) ** SIZE_POWER) if grown else best
-                regrets[f"regret_{times}x"] = float(truth.loss_at(shape, target) / best_loss(name, target) - 1)
-            curves.setdefault(label, []).append(point | regrets | dict(shape=best.astype(int).tolist()))
+        spent = world.spent + num_trials * run_flops
+        point = dict(level=total, compute=spent / STAR_COST, train_flops=spent, num_trials=num_trials)
+        point |= dict(run_flops=run_flops, shape=best.round(1).tolist())
+        for label, grows in ((search, False), (f"{search}-scaled", True)):
+            sizes = {m: (t / run_flops) ** SIZE_POWER if grows else 1.0 for m, t in TARGETS.items()}
+            regrets = {f"regret_{m}": world.regret(scaled(truth, best, size), m) for m, size in sizes.items()}
+            curves[label].append(point | regrets)
     return [dict(truth=name, strategy=label, seed=seed, curve=curve) for label, curve in curves.items()]
-
-
-def cost(design: planted.Design, branch: float = 0.2) -> float:
-    """Forward FLOPs x images of the trunks, the longest branch of each in full and `branch` of every other."""
-    compute = design.columns["compute"]
-    longest = [compute[design.trunk == g].max() for g in range(design.trunk.max() + 1)]
-    return float(sum(longest) * (1 - branch) + branch * compute.sum())
 
 
 # the command ---------------------------------------------------------------------------------------------------------
@@ -153,7 +121,7 @@ def table(lines: Sequence[dict]) -> str:
             curves = [line["curve"] for line in lines if (line["truth"], line["strategy"]) == (name, strategy)]
             cells = []
             for total in TOTALS:
-                found = [100 * p["regret_10x"] for curve in curves for p in curve if p["total"] == total]
+                found = [100 * p["regret_10x"] for curve in curves for p in curve if p["level"] == total]
                 cells.append(f"{np.median(found):.2f}/{np.quantile(found, 0.9):.1f}" if found else "-")
             out.append(f"  {strategy:<24}{len(curves):>4}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(out)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.active import Belief, Candidate, Pick, candidates, choose, learn, should_stop
+from sovit.active import CHECK_EVERY, FORM, Belief, Candidate, Pick, candidates, choose, learn, should_stop
 from sovit.launch import run_sweep, study_parser
 from sovit.ledger import ANSWERED, is_locked, locked, read_ledger, write_atomic
 from sovit.measurements import measurements
@@ -49,6 +49,7 @@ class Question:
     num_classes: int
     target_flops: float
     max_flops: float
+    form: str = FORM  # of the belief that chooses
     min_steps: int = 100
     metric: str = "val_loss"
     overrides: Sequence[str] = ()  # key=value, of every run
@@ -119,7 +120,9 @@ def _run_of(question: Question, candidate: Mapping) -> Run:
     run = first.replace(shape=shape, recipe=question.recipe(shape), budgets=tuple(candidate["budgets"]), **seeds)
     run = override(run, [o for o in question.overrides if not o.startswith("shape.")])  # its shape has them already
     if candidate["trunk_id"] not in (None, run.trunk_id):
-        raise UserError(f"{candidate['trunk_id']} is not a trunk of this study's recipe ({run.trunk_id}); use another --name")
+        raise UserError(
+            f"{candidate['trunk_id']} is not a trunk of this study's recipe ({run.trunk_id}); use another --name"
+        )
     return run
 
 
@@ -130,11 +133,13 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     data = measurements([ledger], question.metric)
     keep = np.array([row["run_id"] in ids for row in data.rows])
     columns, y = {name: column[keep] for name, column in data.columns.items()}, data.y[keep]
-    spent = question.spent(runs)
-    left = question.max_flops - spent
     base = question.pilot[0].shape
     made = [pick for one in rounds for pick in one["picks"]]
-    belief = learn(columns, y, question.target_flops, reachable=dict(question.values))
+    # not of the merged runs: a budget below one that is trained shares nothing with it any more
+    spent = question.spent(question.pilot) + sum(pick["candidate"]["cost"] for pick in made)
+    left = question.max_flops - spent
+    reachable, zero_line = dict(question.values), data.zero_line
+    belief = learn(columns, y, question.target_flops, form=question.form, reachable=reachable, zero_line=zero_line)
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
     checks = []
     for pick in made:
@@ -162,12 +167,27 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
         except UserError as error:
             stop = f"stop: {left:.3g} of {question.max_flops:.3g} FLOPs are left ({error})"
         else:
-            picks = choose(
-                belief, pool, num=workers, num_made=len(made), check_cost=CHECK_SHARE * question.max_flops
-            )
+            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops)
             while picks and sum(pick.candidate.cost for pick in picks) > left:
                 picks.pop()
     return Look(belief, len(y), spent, whole_shape(belief, base), noise, picks, stop, verdict)
+
+
+def picks_of(belief: Belief, pool: Sequence[Candidate], num: int, num_made: int, check_cost: float) -> list[Pick]:
+    """The next `num` picks. Every CHECK_EVERY-th is a check of the law where it is to be trusted: of the shapes that were
+    never run, the run of the lowest predicted loss that check_cost pays for, which stands beside the path to the target.
+    """
+    picks: list[Pick] = []
+    if (num_made + num) // CHECK_EVERY > num_made // CHECK_EVERY:
+        new = [c for c in pool if c.kind == "trunk" and len(c.budgets) == 1 and c.cost <= check_cost]
+        if new:
+            losses = predicted(belief, [c.shape for c in new], [c.num_examples for c in new])
+            check = new[int(losses.argmin())]
+            picks += choose(belief, [check], num_made=CHECK_EVERY - 1)
+            pool = [c for c in pool if c.shape != check.shape]
+    if len(picks) < num and pool:
+        picks += choose(belief, pool, num=num - len(picks), check_every=0)
+    return picks
 
 
 def seed_sd(columns: Mapping, y: np.ndarray) -> float | None:
@@ -178,7 +198,9 @@ def seed_sd(columns: Mapping, y: np.ndarray) -> float | None:
     keys = np.stack([columns[name] for name in (*DIMENSIONS, "num_examples")], 1)
     group = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
     many = [np.log(y[group == g]) for g in range(group.max() + 1) if (group == g).sum() > 1]
-    return float(np.sqrt(sum(((v - v.mean()) ** 2).sum() for v in many) / sum(len(v) - 1 for v in many))) if many else None
+    return (
+        float(np.sqrt(sum(((v - v.mean()) ** 2).sum() for v in many) / sum(len(v) - 1 for v in many))) if many else None
+    )
 
 
 def whole_shape(belief: Belief, base: Shape) -> Shape:
@@ -192,11 +214,17 @@ def whole_shape(belief: Belief, base: Shape) -> Shape:
         step = steps.get(name, 1)
         ends.append({step * max(1, int(np.floor(x / step))), step * max(1, int(np.ceil(x / step)))})
     shapes = [base.replace(**dict(zip(belief.dims, pick))) for pick in itertools.product(*map(sorted, ends))]
-    table = {name: np.array([getattr(s, name) for s in shapes], float) for name in belief.dims}
-    table["num_params"] = np.array([s.num_params for s in shapes], float)
-    table["num_examples"] = np.exp(belief.log_budget) / belief.geometry.flops(table, head=True)
+    flops = belief.geometry.flops({n: np.array([getattr(s, n) for s in shapes], float) for n in belief.dims}, head=True)
+    return shapes[int(predicted(belief, shapes, np.exp(belief.log_budget) / flops).argmin())]
+
+
+def predicted(belief: Belief, shapes: Sequence[Shape], num_examples) -> np.ndarray:
+    """Losses [S] that the belief gives shapes trained on so many images."""
+    names = [term for term in belief.form.terms if term != "num_examples"]
+    table = {n: np.array([getattr(s, n) for s in shapes], float) for n in names}
+    table["num_examples"] = np.asarray(num_examples, float)
     u = np.log(np.stack([table[term] for term in belief.form.terms])) - belief.centre[:, None]
-    return shapes[int(belief.form.evaluate(belief.theta[None], u)[0][0].argmin())]
+    return np.exp(belief.form.evaluate(belief.theta[None], u)[0][0])
 
 
 # the command line ----------------------------------------------------------------------------------------------------

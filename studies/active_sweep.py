@@ -2,14 +2,15 @@
 
     python studies/active_sweep.py --workers 2          then  python analysis/fit_laws.py results/active_stream.jsonl
 
-Same data, recipe, learning-rate rule and budgets as studies/stream_star.py. A pilot of small trunks, then rounds: fit,
-pick the runs that lower the expected regret at --target-flops most per FLOP (`active.choose`; as many as there are
-workers), write down what they should give, train them. Every fifth pick checks the law near the target; the study
-stops when such a check came true and the expected regret is under the noise, or when --max-flops are spent. `--dry-run` shows
-the next picks and why; results/active_stream_rounds.json keeps every round.
+Same data, recipe, learning-rate rule and budgets as studies/stream_star.py. A pilot of small trunks, then rounds: fit
+(the form that fitted the star best), pick the runs that lower the expected regret at --target-flops most per FLOP
+(`active.choose`; as many as there are workers), write down what they should give, train them. Every fifth pick is a check:
+the best run there can be, by the law, of a shape never run. The study stops when such a check came true and the expected
+regret is under the noise between seeds, or when --max-flops are spent. `--dry-run` shows the next picks and why;
+results/active_stream_rounds.json keeps every round.
 
-Cost: 8e12 FLOPs at most, a third of the star's; about 15 minutes of two cores. Expected: the star's recommendation for 1e13 within
-the noise between seeds.
+Cost: 7 trunks and what the picks add, 8e12 FLOPs at most, a third of the star's; about 15 minutes of two cores.
+Expected: the star's recommendation for 1e13, up to what the noise between seeds hides.
 """
 
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from sovit.design import to_runs
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
 
-CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
-CORNERS = ((16, 1, 64), (16, 3, 256), (48, 1, 256), (48, 3, 64))
+CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+CORNERS = ((24, 1, 128), (24, 4, 512), (64, 1, 512), (64, 4, 128))
 PILOT = (CENTRE, *(CENTRE.replace(width=w, depth=d, mlp_dim=m) for w, d, m in CORNERS))
 PILOT_BUDGETS = (3.2e10, 1e11)
 VALUES = {
@@ -42,7 +43,9 @@ def runs() -> list[Run]:
 
 
 def question(target_flops: float = 1e13, max_flops: float = 8e12) -> grow.Question:
-    return grow.Question("active_stream", runs(), VALUES, BUDGETS, recipe, NUM_CLASSES, target_flops, max_flops)
+    return grow.Question(
+        "active_stream", runs(), VALUES, BUDGETS, recipe, NUM_CLASSES, target_flops, max_flops, form="bounded"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
