@@ -17,7 +17,7 @@ recommended
                     BEYOND the values that the others run, as the optimum lies there
 
 One JSON line a strategy and episode: {truth, strategy, seed, curve: [{level, compute, train_flops, num_trials, run_flops,
-shape, regret_10x, regret_100x}]}. A second call goes on where the first was stopped. Cost: about 15 minutes of one core.
+regret_10x, regret_100x}]}. A second call goes on where the first was stopped. Cost: about 15 minutes of one core.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def episode(task: tuple[str, str, int]) -> list[dict]:
     rng = np.random.default_rng([seed, 1])
     at_target = rest == "at-target"
     ranges = {d: (min(v), max(v) * (BEYOND if at_target else 1)) for d, v in VALUES.items()}
-    curves: dict[str, list] = {search: [], f"{search}-scaled": []}
+    labels = {search: False} if at_target else {search: False, f"{search}-scaled": True}
+    curves: dict[str, list] = {label: [] for label in labels}
     before = None  # a total that buys nothing more than the one below it is left out
     for total in TOTALS:
         left = total * STAR_COST - world.spent
@@ -84,12 +85,12 @@ def episode(task: tuple[str, str, int]) -> list[dict]:
         found = black_box(kind, loss, ranges, num_trials, seed, [first])
         best = np.array([found.believed[d] for d in planted.DIMS], float)
         spent = world.spent + num_trials * run_flops
-        point = dict(level=total, compute=spent / STAR_COST, train_flops=spent, num_trials=num_trials)
-        point |= dict(run_flops=run_flops, shape=best.round(1).tolist())
-        for label, grows in ((search, False), (f"{search}-scaled", True)):
+        point = dict(level=total, compute=spent / STAR_COST, train_flops=spent, run_flops=run_flops)
+        for label, grows in labels.items():
             sizes = {m: (t / run_flops) ** SIZE_POWER if grows else 1.0 for m, t in TARGETS.items()}
             regrets = {f"regret_{m}": world.regret(scaled(truth, best, size), m) for m, size in sizes.items()}
-            curves[label].append(point | regrets)
+            short = {name: float(f"{x:.6g}") for name, x in (point | regrets).items()}
+            curves[label].append(short | dict(num_trials=num_trials))
     return [dict(truth=name, strategy=label, seed=seed, curve=curve) for label, curve in curves.items()]
 
 
@@ -108,7 +109,7 @@ def todo(num_seeds: int, num_gp_seeds: int, done: Sequence[dict]) -> Iterator[tu
     for seed in range(num_seeds):
         for search in searches():
             for name in TRUTHS:
-                if (name, f"{search}-scaled", seed) not in known and (seed < num_gp_seeds or search[:2] != "gp"):
+                if (name, search, seed) not in known and (seed < num_gp_seeds or search[:2] != "gp"):
                     yield name, search, seed
 
 
