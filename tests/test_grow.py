@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fake_grow import TRUTH, main
 
-from sovit import grow
+from sovit import grow, law, planted
 from sovit.active import learn
 from sovit.ledger import read_ledger
 from sovit.measurements import measurements
@@ -187,3 +187,18 @@ def test_noise_between_seeds_and_the_whole_shape(small):
     losses = grow.predicted(belief, near, images)
     assert losses.min() > (1 - 1e-3) * losses[13] and flops.num_classes == 16  # depth is coarse, width and MLP are not
     assert isinstance(Run.from_dict(fake_grow.study().runs()[0].to_dict()), Run)
+
+
+def test_a_belief_in_a_power_mean_finds_the_optimum_of_the_star():
+    """Without noise the whole star fixes all of theta: what prior and form discrepancy leave is small beside their s.d."""
+    star = planted.stream_star()
+    y = star.losses(TRUTH)
+    geometry = {name: value for name, value in star.geometry.to_dict().items() if value is not None}
+    options = dict(clusters=star.trunk, geometry=geometry, zero_line=TRUTH.zero_line)
+    belief = learn(star.columns, y, 1e13, form="bounded", **options)
+    off = np.log(list(belief.shape.values())) - np.log(TRUTH.optimum(TARGET))
+    assert np.abs(off / belief.log_sd).max() < 1 and TRUTH.regret(list(belief.shape.values()), TARGET) < 2e-3
+    fitted = law.fit("bounded", star.columns, y, extrapolate=False, **options)
+    assert dict(zip(belief.form.names, belief.theta))["s"] == pytest.approx(fitted.params["s"], rel=0.2)
+    plain = learn(star.columns, y, 1e13, form="joint_n", **options)
+    assert TRUTH.regret(list(plain.shape.values()), TARGET) > 5 * TRUTH.regret(list(belief.shape.values()), TARGET)

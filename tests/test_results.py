@@ -20,7 +20,8 @@ from sovit.shape import Shape
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - set(VLM_LEDGERS))
+SIMULATED = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # episodes, not rows
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - set(VLM_LEDGERS) - set(SIMULATED))
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 
