@@ -16,9 +16,11 @@ from fake_grow import TRUTH, main
 
 from sovit import grow, law, planted
 from sovit.active import learn
+from sovit.design import to_runs
 from sovit.ledger import read_ledger
 from sovit.measurements import measurements
-from sovit.run import Run
+from sovit.run import Recipe, Run
+from sovit.shape import Shape
 
 SMALL = ("--max-flops", "1.2e12", "--workers", "2")  # the pilot and a few rounds
 TARGET = 1e13 / 3
@@ -202,3 +204,32 @@ def test_a_belief_in_a_power_mean_finds_the_optimum_of_the_star():
     assert dict(zip(belief.form.names, belief.theta))["s"] == pytest.approx(fitted.params["s"], rel=0.2)
     plain = learn(star.columns, y, 1e13, form="joint_n", **options)
     assert TRUTH.regret(list(plain.shape.values()), TARGET) > 5 * TRUTH.regret(list(belief.shape.values()), TARGET)
+
+
+def test_a_round_of_real_training(tmp_path):
+    """The smallest shapes, in this process: the rows are those of the real trainer and the pick is made from them."""
+    from sovit.train import train
+
+    def really(found, workers, device):
+        for run in found.pending():
+            train(run, found.runs_dir, device, on_progress=lambda *_: None, should_stop=lambda: False)
+        return found.collect()
+
+    def recipe(shape):
+        return Recipe(peak_lr=0.01, warmup_examples=32)
+
+    def question(target_flops=1e10, max_flops=1.2e9):
+        centre = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
+        corners = ((8, 1, 16), (8, 2, 64), (24, 1, 64), (24, 2, 16))
+        shapes = [centre, *(centre.replace(width=w, depth=d, mlp_dim=m) for w, d, m in corners)]
+        pilot = to_runs(shapes, (1e8, 2e8), 16, recipe, min_steps=5)
+        values = {"width": (8, 16, 24), "depth": (1, 2), "mlp_dim": (16, 32, 64)}
+        limits = dict(target_flops=target_flops, max_flops=max_flops, min_steps=5)
+        return grow.Question("tiny", pilot, values, (1e8, 2e8), recipe, 16, form="bounded", **limits)
+
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert grow.main("", question, "tiny", places, really) == 0
+    rounds = json.loads((tmp_path / "results" / "tiny_rounds.json").read_text())["rounds"]
+    rows = read_ledger(tmp_path / "results" / "tiny.jsonl")
+    assert len(rounds) >= 1 and len(rows) == 9 + sum(len(p["predicted"]) for one in rounds for p in one["picks"])
+    assert all(row["status"] == "ok" and 2 < row["val_loss"] < 3 for row in rows)
