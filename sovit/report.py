@@ -34,6 +34,7 @@ def fit_ledgers(
     train_flops: float | None = None,
     seed: int = 0,
     figures: bool = True,
+    skip_bad: bool = False,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
 
@@ -41,9 +42,10 @@ def fit_ledgers(
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
+    skip_bad     leave bad rows out, each with its reason, where otherwise the first is refused
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
-    data = measurements(paths, metric)
+    data = measurements(paths, metric, skip_bad=skip_bad)
     if form is not None and form not in LAWS:
         raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
     if train_flops is not None and not (np.isfinite(train_flops) and train_flops > 0):
@@ -72,6 +74,8 @@ def fit_ledgers(
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
 
+    for fitted in fits.values():
+        fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
         (folder / INPUTS).unlink(missing_ok=True)
@@ -95,6 +99,7 @@ def fit_ledgers(
         metric=metric,
         num_rows=len(data.y),
         left_out=len(data.left_out),
+        notes=data.notes,
         num_trunks=fits[headline].num_clusters,
         params=fits[headline].params,
         exponents=fits[headline].exponents,

@@ -20,8 +20,9 @@ from sovit.shape import Shape
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
-SIMULATED = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # episodes, not rows
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - set(VLM_LEDGERS) - set(SIMULATED))
+PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
+SIMULATED = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # episodes, not runs
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *SIMULATED})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 

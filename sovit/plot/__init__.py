@@ -1,6 +1,8 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
+from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -17,12 +19,14 @@ __all__ = [
     "budget_levels",
     "contact_sheet",
     "extrapolation",
+    "extrapolation_distance",
     "fit_by_dimension",
     "frontier",
     "isoflop",
     "learning_rates",
     "optimal_path",
     "optimal_shape",
+    "pareto_fronts",
     "residuals",
     "save",
     "validation",
