@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.active import active, scalebench
 from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
 from sovit.plot.hardware import pareto_fronts
@@ -16,6 +17,7 @@ from sovit.plot.study import contact_sheet, learning_rates, validation, validati
 from sovit.plot.style import save
 
 __all__ = [
+    "active",
     "budget_levels",
     "contact_sheet",
     "extrapolation",
@@ -29,6 +31,7 @@ __all__ = [
     "pareto_fronts",
     "residuals",
     "save",
+    "scalebench",
     "validation",
     "validation_figure",
 ]
