@@ -139,15 +139,14 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     spent = question.spent(question.pilot) + sum(pick["candidate"]["cost"] for pick in made)
     left = question.max_flops - spent
     reachable, zero_line = dict(question.values), data.zero_line
-    belief = learn(columns, y, question.target_flops, form=question.form, reachable=reachable, zero_line=zero_line)
+    options = dict(form=question.form, zero_line=zero_line, discrepancy_dof=np.inf)  # held, as in `active.next_run`
+    belief = learn(columns, y, question.target_flops, reachable=reachable, **options)
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
     checks = []
     for pick in made:
         run = _run_of(question, pick["candidate"])
         if pick["is_check"] and (value := measured.get(run.run_id(run.budgets[-1]))):
-            checks.append(
-                dict(predicted=pick["predicted"][-1], prediction_sd=pick["prediction_sd"][-1], measured=value)
-            )
+            checks.append(dict(predicted=pick["predicted"][-1], measured=value))
     noise = seed_sd(columns, y)
     done, verdict = should_stop(belief, checks, noise)
     stop, picks = verdict if done else "", []
@@ -167,15 +166,19 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
         except UserError as error:
             stop = f"stop: {left:.3g} of {question.max_flops:.3g} FLOPs are left ({error})"
         else:
-            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops)
+            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops, checks)
             while picks and sum(pick.candidate.cost for pick in picks) > left:
                 picks.pop()
     return Look(belief, len(y), spent, whole_shape(belief, base), noise, picks, stop, verdict)
 
 
-def picks_of(belief: Belief, pool: Sequence[Candidate], num: int, num_made: int, check_cost: float) -> list[Pick]:
-    """The next `num` picks. Every CHECK_EVERY-th is a check of the law where it is to be trusted: of the shapes that were
-    never run, the run of the lowest predicted loss that check_cost pays for, which stands beside the path to the target.
+def picks_of(
+    belief: Belief, pool: Sequence[Candidate], num: int, num_made: int, check_cost: float, checks: Sequence[Mapping]
+) -> list[Pick]:
+    """The next `num` picks of `active.choose`, but for the shape of a check: it is one that was never run.
+
+    Every CHECK_EVERY-th is a check of the law, the run of the lowest predicted loss that check_cost pays for. Another seed
+    of a shape that stands in the fit would come true without telling anything of the next.
     """
     picks: list[Pick] = []
     if (num_made + num) // CHECK_EVERY > num_made // CHECK_EVERY:
@@ -186,7 +189,7 @@ def picks_of(belief: Belief, pool: Sequence[Candidate], num: int, num_made: int,
             picks += choose(belief, [check], num_made=CHECK_EVERY - 1)
             pool = [c for c in pool if c.shape != check.shape]
     if len(picks) < num and pool:
-        picks += choose(belief, pool, num=num - len(picks), check_every=0)
+        picks += choose(belief, pool, num=num - len(picks), num_made=num_made, check_every=0, checks=checks)
     return picks
 
 

@@ -156,6 +156,7 @@ class NextRunSampler(optuna.samplers.BaseSampler):
             zero_line=self.zero_line,
             geometry=fixed | dict(num_classes=self.num_classes),
             reachable=self.space,
+            discrepancy_dof=np.inf,  # held, as in `active.next_run`
         )
 
     def _rows(self, study, states=(TrialState.COMPLETE,), apart_from: int | None = None) -> list[dict]:
