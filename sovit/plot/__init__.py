@@ -13,6 +13,7 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 
@@ -32,6 +33,7 @@ __all__ = [
     "residuals",
     "save",
     "scalebench",
+    "sensitivity",
     "validation",
     "validation_figure",
 ]
