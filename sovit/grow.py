@@ -139,8 +139,15 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     spent = question.spent(question.pilot) + sum(pick["candidate"]["cost"] for pick in made)
     left = question.max_flops - spent
     reachable, zero_line = dict(question.values), data.zero_line
-    options = dict(form=question.form, zero_line=zero_line, discrepancy_dof=np.inf)  # held, as in `active.next_run`
-    belief = learn(columns, y, question.target_flops, reachable=reachable, **options)
+    belief = learn(
+        columns,
+        y,
+        question.target_flops,
+        form=question.form,
+        zero_line=zero_line,
+        reachable=reachable,
+        discrepancy_dof=np.inf,  # held, as in `active.next_run`
+    )
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
     checks = []
     for pick in made:
@@ -308,7 +315,7 @@ def _dry_run(question: Question, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(now.to_dict(), indent=1))
         return 0
-    print(f"{question.name} after {len(rounds)} rounds: {now.line}\n{now.verdict}")
+    print(f"{question.name} after {len(rounds)} rounds: {now.line}\n{now.stop or now.verdict}")
     for pick in now.picks:
         print(f"  {pick_text(pick)}")
     return 0

@@ -195,7 +195,7 @@ def test_a_belief_in_a_power_mean_finds_the_optimum_of_the_star():
     """Without noise the whole star fixes all of theta: what prior and form discrepancy leave is small beside their s.d."""
     star = planted.stream_star()
     y = star.losses(TRUTH)
-    geometry = {name: value for name, value in star.geometry.to_dict().items() if value is not None}
+    geometry = dict(patch_size=4, image_size=16, pool="none", head_dim=8, num_classes=16)
     options = dict(clusters=star.trunk, geometry=geometry, zero_line=TRUTH.zero_line)
     belief = learn(star.columns, y, 1e13, form="bounded", **options)
     off = np.log(list(belief.shape.values())) - np.log(TRUTH.optimum(TARGET))
