@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
 PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
-SIMULATED = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # episodes, not runs
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *SIMULATED})
+EPISODES = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # of simulated studies
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *EPISODES})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 
