@@ -8,6 +8,8 @@ Percentiles and nothing else: draws on a bound make every reflected or standard-
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from sovit.fitter import Polished, Solved, polish
@@ -46,7 +48,7 @@ def _refit(form, u, log_y, weights, solved: Solved) -> Polished:
 
 def strata_of(arms: list[str]) -> np.ndarray:
     """Stratum of each trunk from its arm; arms of fewer than 3 trunks are pooled, for alone they could not vary."""
-    small = {arm for arm in arms if arms.count(arm) < 3}
+    small = {arm for arm, count in Counter(arms).items() if count < 3}
     return np.array(["pooled" if arm in small else arm for arm in arms])
 
 

@@ -9,7 +9,7 @@ from sovit.allocate import optimum
 from sovit.bootstrap import interval
 from sovit.fitter import free_columns, solve
 from sovit.forms import FALLING
-from sovit.rows import Rows, positive, prepare
+from sovit.rows import Rows, codes, positive, prepare
 from sovit.shape import DIMENSIONS
 
 MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not determined
@@ -119,22 +119,17 @@ def seed_noise(table, y, index, solved) -> dict:
     known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
     more, suffix = ({}, "") if known is None else (dict(support_sd=known), "+support")
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
-    columns = [np.unique(table[n].astype(str), return_inverse=True)[1] for n in (*names, "num_examples") if n in table]
-    columns = columns or [np.arange(len(y))]
-    group = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].ravel()
-    shapes = [tuple(row) for row in np.stack(columns[: len(names)] or [np.zeros(len(y), int)], 1).tolist()]
-    squares = dof = num_rows = 0
-    seeded: dict = {}
-    for g in np.unique(group):
-        rows = np.flatnonzero(group == g)
-        if len(np.unique(index[rows])) > 1:
-            values = np.log(y[rows])
-            squares, dof = squares + ((values - values.mean()) ** 2).sum(), dof + len(rows) - 1
-            num_rows += len(rows)
-            seeded.setdefault(shapes[rows[0]], set()).update(index[rows].tolist())
-    if dof:
-        n = sum(len(trunks) - 1 for trunks in seeded.values())
-        return dict(sd=float(np.sqrt(squares / dof)), source="seeds" + suffix, n=n, num_rows=num_rows) | more
+    columns = [codes(table[n]) for n in (*names, "num_examples") if n in table] or [np.arange(len(y))]
+    group = codes(np.stack(columns, 1))
+    shape = codes(np.stack(columns[: len(names)], 1)) if names else np.zeros(len(y), int)
+    num_trunks = np.bincount(np.unique(np.stack([group, index]), axis=1)[0])  # of each group
+    rows = np.flatnonzero(num_trunks[group] > 1)
+    if len(rows):
+        values, group, count = np.log(y[rows]), codes(group[rows]), len(np.unique(group[rows]))
+        values = values - (np.bincount(group, values) / np.bincount(group))[group]
+        n = np.unique(np.stack([shape[rows], index[rows]]), axis=1).shape[1] - len(np.unique(shape[rows]))
+        sd = float(np.sqrt((values**2).sum() / (len(rows) - count)))
+        return dict(sd=sd, source="seeds" + suffix, n=n, num_rows=len(rows)) | more
     sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
     return dict(sd=sd, source="residuals" + suffix, n=int(round(solved.dof)), num_rows=len(y)) | more
 
@@ -186,9 +181,18 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
     near = (*dims, "num_examples") if dims or "num_examples" in table else ("compute",)
     logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
     spread = logs.std(0) + 1e-12
-    distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
-    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][distance.argmin(1)])
+    nearest = _nearest(logs[above] / spread, logs[below] / spread)
+    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][nearest])
     return out
+
+
+def _nearest(points: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which of known [m, K] is nearest to each of points [n, K]; the first of several."""
+    if len(points) * len(known) <= 1e6:
+        return ((points[:, None] - known) ** 2).sum(2).argmin(1)
+    from scipy.spatial import cKDTree  # not at import: prediction needs no scipy
+
+    return cKDTree(known).query(points)[1]
 
 
 def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> dict:

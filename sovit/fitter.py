@@ -14,8 +14,9 @@ import numpy as np
 
 POINT_TOLERANCE, DRAW_TOLERANCE = 1e-10, 1e-9  # 1e-6 leaves up to 17 % of sovit replicates above their optimum
 HUBER = 1.345  # 95 % efficiency on Gaussian noise
-CACHED = 65_000  # numbers of the Jacobian that are worked on at once
+CACHED = 100_000  # numbers of the Jacobian that are worked on at once
 DENSE_ROWS = 200  # rows up to which whitening is a matrix product
+START_ROWS = 2_000  # starts are sought among whole trunks of about so many rows
 REWEIGHTED = 3  # passes over components and weights where part of the noise is known
 
 
@@ -200,7 +201,7 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
     known_sd^2) within what trunks share; components, weights and fit are iterated REWEIGHTED times.
     """
     log_y, plain = np.log(y), Groups.plain(index)
-    starts = form.starts(u, y) if starts is None else starts
+    starts = _starts(form, u, y, index) if starts is None else starts
     from_data = loss == "huber_log" and huber_delta is None
     delta = float(huber_delta) if loss == "huber_log" and huber_delta is not None else np.inf
 
@@ -245,6 +246,20 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
         theta,
         known_sd,
     )
+
+
+def _starts(form, u, y, index) -> np.ndarray:
+    """Starting points: those of the form; with many rows, their polish on whole trunks of START_ROWS of them."""
+    if len(y) <= START_ROWS:
+        return form.starts(u, y)
+    size = np.bincount(index)
+    trunk = np.random.default_rng(0).permutation(len(size))
+    taken = trunk[: max(1, int(np.searchsorted(np.cumsum(size[trunk]), START_ROWS)))]
+    rows = np.flatnonzero(np.isin(index, taken))
+    some = np.unique(index[rows], return_inverse=True)[1].ravel()
+    done = polish(form, u[:, rows], form.starts(u[:, rows], y[rows]), np.log(y[rows]), groups=Groups.plain(some))
+    order = np.argsort(done.objective, kind="stable")
+    return _distinct(done.theta[order], done.objective[order])[0]
 
 
 def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 
@@ -22,6 +22,7 @@ DATA_COLUMNS = ("num_examples", "tokens", "compute")
 FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
 NUM_STARTS = 8
 MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
+IN_MEMORY = 2_000_000  # numbers of the bases that are solved at once
 BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
 MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
 
@@ -181,7 +182,9 @@ class Form:
 
         These from the most exponents to the fewest: (term, its exponents, the terms that hold them all).
         """
-        above = [[i for i, b in enumerate(self._holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self._holds)]
+        above = [
+            [i for i, b in enumerate(self._holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self._holds)
+        ]
         alone = [j for j, at in enumerate(self._holds) if len(at) == 1 and not above[j]]
         others = sorted(set(range(len(self.formula))) - set(alone), key=lambda j: -len(self._holds[j]))
         return alone, [self._holds[j][0] for j in alone], [(j, self._holds[j], above[j]) for j in others]
@@ -311,8 +314,7 @@ class Form:
             objective = np.zeros(NUM_STARTS)
             for g in range(len(self.arms) or 1):
                 rows = u[2] == g if self.arms else slice(None)
-                basis = self._basis(local, u[:, rows]) / y[rows]
-                amplitude, squares = nnls(basis, np.ones(basis.shape[2]))
+                amplitude, squares = self._amplitudes(local, u[:, rows], y[rows])
                 best = np.argsort(squares, kind="stable")[:NUM_STARTS]
                 best = np.resize(best, NUM_STARTS)
                 theta[:, self._index[:num, g]] = amplitude[best]
@@ -333,6 +335,13 @@ class Form:
         pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
         grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in self.exponents]
         return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * self.shift
+
+    def _amplitudes(self, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Best amplitudes [G, J] at exponents local [G, E], and the sum of squared relative errors [G]."""
+        size = max(1, IN_MEMORY // (len(self.formula) * len(y)))
+        parts = [local[i : i + size] for i in range(0, len(local), size)]
+        found = [nnls(self._basis(part, u) / y, np.ones(len(y))) for part in parts]
+        return np.concatenate([amplitude for amplitude, _ in found]), np.concatenate([squares for _, squares in found])
 
     def _basis(self, local: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
@@ -390,27 +399,35 @@ class Form:
 def nnls(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Non-negative least squares of target [n] on basis [G, p, n] for G bases at once, exactly.
 
-    Every one of the 2^p - 1 supports is solved and the best feasible one kept: with p <= 7 that is faster than an
-    active-set method, has no iterations and cannot stop early. Returns coefficients [G, p] and the sum of squares [G].
+    Block principal pivoting (Judice and Pires 1994) on the normal equations: all infeasible coefficients change sides,
+    or, after three exchanges without progress, the last of them alone, which cannot cycle. Returns coefficients [G, p]
+    and the sum of squares [G].
     """
     num, p, _ = basis.shape
     scale = np.linalg.norm(basis, axis=2) + 1e-300
     unit = basis / scale[:, :, None]
     normal = unit @ unit.transpose(0, 2, 1) + 1e-13 * np.eye(p)
     moment = unit @ target
-    best = np.full(num, float(target @ target))
-    coef = np.zeros((num, p))
-    for size in range(1, p + 1):
-        for support in combinations(range(p), size):
-            s = list(support)
-            x = np.linalg.solve(normal[:, s][:, :, s], moment[:, s][:, :, None])[:, :, 0]
-            objective = target @ target - np.einsum("gs,gs->g", x, moment[:, s])
-            better = (x >= 0).all(1) & (objective < best)
-            best[better] = objective[better]
-            rows = np.zeros((int(better.sum()), p))
-            rows[:, s] = x[better]
-            coef[better] = rows
-    return coef / scale, best
+    squares = float(target @ target)
+    coef, held = np.zeros((num, p)), np.ones((num, p), bool)
+    fewest, patience, live = np.full(num, p + 1), np.full(num, 3), np.arange(num)
+    identity, tolerance = np.eye(p, dtype=bool), 1e-12 * np.sqrt(squares)
+    while len(live):
+        on = held[live]
+        system = np.where(on[:, :, None] & on[:, None, :], normal[live], identity)
+        x = np.linalg.solve(system, np.where(on, moment[live], 0.0)[:, :, None])[:, :, 0]
+        slope = (normal[live] @ x[:, :, None])[:, :, 0] - moment[live]
+        wrong = np.where(on, x < 0, slope < -tolerance)
+        count = wrong.sum(1)
+        coef[live] = np.maximum(x, 0)
+        better = count < fewest[live]
+        patience[live] = np.where(better, 3, patience[live] - 1)
+        fewest[live] = np.minimum(fewest[live], count)
+        last = p - 1 - wrong[:, ::-1].argmax(1)
+        change = np.where((patience[live] >= 0)[:, None], wrong, wrong & (np.arange(p) == last[:, None]))
+        held[live] = on ^ change
+        live = live[count > 0]
+    return coef / scale, squares - (coef * moment).sum(1)
 
 
 @dataclass(frozen=True)
