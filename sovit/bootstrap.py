@@ -41,9 +41,25 @@ def pairs(form, u, y, solved: Solved, num: int, rng, strata: np.ndarray) -> Poli
 
 
 def _refit(form, u, log_y, weights, solved: Solved) -> Polished:
+    """Each replicate from the fit, and by arm from a second start too, of which the better counts.
+
+    From the fit alone about 1 % of a star's replicates by arm stay more than .1 % above their optimum, with the second
+    .1 %; of the other forms none does. It is the steepest in the data of the four best points of the grid.
+    """
     num = len(weights) if weights is not None else len(log_y)
-    start = np.tile(solved.theta, (num, 1))
-    return polish(form, u, start, log_y, weights=weights, groups=solved.groups, delta=solved.delta)
+    options = dict(weights=weights, groups=solved.groups, delta=solved.delta)
+    first = polish(form, u, np.tile(solved.theta, (num, 1)), log_y, **options)
+    if not (form.arms and form.shared):
+        return first
+    grid = form.starts(u, np.exp(form.evaluate(solved.theta[None], u)[0][0]))[:4]
+    second = polish(form, u, np.tile(grid[grid[:, -1].argmax()], (num, 1)), log_y, **options)
+    better = second.objective < first.objective
+    return Polished(
+        np.where(better[:, None], second.theta, first.theta),
+        np.where(better, second.objective, first.objective),
+        first.iterations + second.iterations,
+        np.where(better, second.converged, first.converged),
+    )
 
 
 def strata_of(arms: list[str]) -> np.ndarray:

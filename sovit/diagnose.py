@@ -9,7 +9,7 @@ from sovit.allocate import optimum
 from sovit.bootstrap import interval
 from sovit.fitter import free_columns, solve
 from sovit.forms import FALLING
-from sovit.rows import Rows, codes, positive, prepare
+from sovit.rows import Rows, positive, prepare
 from sovit.shape import DIMENSIONS
 
 MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not determined
@@ -43,15 +43,15 @@ def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=Fals
     return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
 
 
-def growth(form, centre, theta, geometry, grid, ends) -> np.ndarray:
-    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]."""
+def growth(form, centre, theta, geometry, grid, ends, head=False) -> np.ndarray:
+    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]. head: compute counts it."""
     low, high = np.log(ends)
     if form.arms:
         num = len(form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
         return np.where(absent, 0.0, theta[:, 6 * num :] / (a + b))
-    at = [optimum_of(form, centre, theta, geometry, grid, t) for t in (low, high)]
+    at = [optimum_of(form, centre, theta, geometry, grid, t, head) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
 
@@ -108,6 +108,24 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
     return out, shares
 
 
+def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0) -> dict:
+    """By dimension, where the optimum lies strictly between the values run: {at, low, high}.
+
+    at: the optimum at the two computes `ends`. low, high: the ends of the stretch of compute, from `decades` below the
+    runs to `decades` above them, over which it is inside; None where it is inside at no compute.
+    """
+    computes = np.geomspace(ends[0] / 10**decades, ends[1] * 10**decades, 161)
+    every = np.log(np.concatenate([computes, ends]))
+    *path, first, last = optimum_of(form, centre, np.tile(theta, (len(every), 1)), geometry, grid, every)
+    out = {}
+    for k, name in enumerate(grid):
+        x = np.exp(np.array(path)[:, k])
+        held = computes[(x > min(grid[name])) & (x < max(grid[name]))]
+        low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
+        out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)
+    return out
+
+
 def seed_noise(table, y, index, solved) -> dict:
     """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals.
 
@@ -119,19 +137,35 @@ def seed_noise(table, y, index, solved) -> dict:
     known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
     more, suffix = ({}, "") if known is None else (dict(support_sd=known), "+support")
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
-    columns = [codes(table[n]) for n in (*names, "num_examples") if n in table] or [np.arange(len(y))]
-    group = codes(np.stack(columns, 1))
-    shape = codes(np.stack(columns[: len(names)], 1)) if names else np.zeros(len(y), int)
-    num_trunks = np.bincount(np.unique(np.stack([group, index]), axis=1)[0])  # of each group
-    rows = np.flatnonzero(num_trunks[group] > 1)
-    if len(rows):
-        values, group, count = np.log(y[rows]), codes(group[rows]), len(np.unique(group[rows]))
-        values = values - (np.bincount(group, values) / np.bincount(group))[group]
-        n = np.unique(np.stack([shape[rows], index[rows]]), axis=1).shape[1] - len(np.unique(shape[rows]))
-        sd = float(np.sqrt((values**2).sum() / (len(rows) - count)))
-        return dict(sd=sd, source="seeds" + suffix, n=n, num_rows=len(rows)) | more
+    shape = _groups([table[n] for n in names], len(y))
+    group = _groups([shape, table["num_examples"] if "num_examples" in table else np.arange(len(y))], len(y))
+    trunks = np.bincount(_distinct(group, index)[0])
+    repeated = np.flatnonzero(trunks[group] > 1)
+    if len(repeated):
+        group, shape, index, values = group[repeated], shape[repeated], index[repeated], np.log(y[repeated])
+        size = np.bincount(group)
+        means = np.bincount(group, values) / np.maximum(size, 1)
+        dof = len(group) - int((size > 0).sum())
+        n = len(_distinct(shape, index)[0]) - len(np.unique(shape))
+        sd = float(np.sqrt(((values - means[group]) ** 2).sum() / dof))
+        return dict(sd=sd, source="seeds" + suffix, n=n, num_rows=len(group)) | more
     sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
     return dict(sd=sd, source="residuals" + suffix, n=int(round(solved.dof)), num_rows=len(y)) | more
+
+
+def _groups(columns: list, num: int) -> np.ndarray:
+    """Which rows [num] agree in all columns, as 0..G-1."""
+    group = np.zeros(num, np.int64)
+    for column in columns:
+        values = column if column.dtype.kind in "iuf" else column.astype(str)
+        place = np.unique(values, return_inverse=True)[1].ravel()
+        group = np.unique(group * (int(place.max()) + 1) + place, return_inverse=True)[1].ravel()
+    return group
+
+
+def _distinct(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct pairs of two columns of whole numbers."""
+    return np.divmod(np.unique(a * (int(b.max()) + 1) + b), int(b.max()) + 1)
 
 
 def compute_cut(compute: np.ndarray) -> float:
@@ -180,19 +214,22 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
         out["forms"][label] = scored
     near = (*dims, "num_examples") if dims or "num_examples" in table else ("compute",)
     logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
-    spread = logs.std(0) + 1e-12
-    nearest = _nearest(logs[above] / spread, logs[below] / spread)
-    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][nearest])
+    nearest = np.flatnonzero(below)[_nearest(logs[below], logs[above], logs.std(0))]
+    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[nearest])
     return out
 
 
-def _nearest(points: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which of known [m, K] is nearest to each of points [n, K]; the first of several."""
-    if len(points) * len(known) <= 1e6:
-        return ((points[:, None] - known) ** 2).sum(2).argmin(1)
-    from scipy.spatial import cKDTree  # not at import: prediction needs no scipy
-
-    return cKDTree(known).query(points)[1]
+def _nearest(run: np.ndarray, asked: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """The first of the nearest rows of run [n, D] to each row of asked [m, D], in units of the spread [D]: [m]."""
+    places, first = np.unique(run, axis=0, return_index=True)
+    first = first[order := np.argsort(first)]
+    places, (wanted, back) = places[order], np.unique(asked, axis=0, return_inverse=True)
+    out = np.empty(len(wanted), int)
+    size = max(1, 10**7 // len(places))
+    for i in range(0, len(wanted), size):
+        distance = (((wanted[i : i + size, None] - places) / (spread + 1e-12)) ** 2).sum(2)
+        out[i : i + size] = first[distance.argmin(1)]
+    return out[back.ravel()]
 
 
 def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> dict:
@@ -230,7 +267,12 @@ def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(rows: Rows, solved, noise: dict, table) -> dict:
-    """Diagnostics of the point fit that need no draws; see law.json."""
+    """Diagnostics of the point fit that need no draws; see law.json.
+
+    `weakest` is the direction in which the rows say least: the least singular vector of the Jacobian with columns of
+    unit norm, its two largest loadings, and the `step` of the centred parameters that is one standard error along it
+    (rows taken for independent).
+    """
     form, theta = rows.form, solved.theta
     value, jac = form.evaluate(theta[None], rows.u)
     residual, jac = value[0] - np.log(rows.y), jac[0]
@@ -242,6 +284,7 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
     unit = jac[free] / np.linalg.norm(jac[free], axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit.T, full_matrices=False)
     names, weak = np.array(form.names)[free], right[-1]
+    weak = weak * np.sign(weak[np.argmax(np.abs(weak))])  # a singular vector has no sign of its own
     top = np.argsort(-np.abs(weak), kind="stable")[:2]
     against = "against" if weak[top[0]] * weak[top[-1]] < 0 else "with"
     weakest = (
@@ -253,6 +296,8 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         else "one free parameter"
     )
     rms = float(np.sqrt(residual @ residual / max(len(residual) - int(free.sum()), 1)))
+    size = np.linalg.norm(jac[free], axis=1) * max(singular[-1], 1e-12)
+    shift = dict(zip(names.tolist(), (weak * rms / size).tolist()))
     misfit = rms / noise["sd"] if noise["sd"] > 0 else None
     return dict(
         objective=solved.objective,
@@ -263,6 +308,12 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         num_starts=len(solved.starts),
         active_bounds=bounds,
         weakest_direction=weakest,
+        weakest=dict(
+            parameters=[str(names[i]) for i in top],
+            loadings=[float(weak[i]) for i in top],
+            singular_values=[float(singular[0]), float(singular[-1])],
+            step=shift,
+        ),
         trunk_sd=solved.trunk_sd,
         row_sd=solved.row_sd,
         nu=solved.dof,

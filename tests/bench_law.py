@@ -9,6 +9,7 @@ import argparse
 import resource
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import planted
@@ -26,10 +27,11 @@ DELTAS = {"squared": np.inf, "Huber 1e-3": 1e-3, "Huber .005": 5e-3}
 FORMS = tuple(name for name in LAWS if name != "additive")  # which is joint over other columns
 
 
-def seconds(f) -> float:
+def timed(f, *arguments, **options) -> tuple[float, Any]:
+    """Seconds of the process that a call takes, and what it returns."""
     start = time.process_time()
-    f()
-    return time.process_time() - start
+    value = f(*arguments, **options)
+    return time.process_time() - start, value
 
 
 def rows_of(name: str, seed: int, sd: float = 0.005):
@@ -65,7 +67,9 @@ def lbfgs(form, u, log_y, delta, starts) -> np.ndarray:
 
     options = dict(maxiter=2000, maxfun=4000, ftol=1e-15, gtol=1e-9)
     first = np.where(logged, np.log(starts), starts)
-    return np.array([minimize(f, p, jac=True, method="L-BFGS-B", bounds=bounds, options=options).fun for p in first]) / 1e4
+    return (
+        np.array([minimize(f, p, jac=True, method="L-BFGS-B", bounds=bounds, options=options).fun for p in first]) / 1e4
+    )
 
 
 def trust_region(form, u, log_y, delta, starts) -> np.ndarray:
@@ -104,12 +108,10 @@ def multistart(forms, num: int, num_sets: int) -> None:
             for seed in range(num_sets):
                 rows, index, _ = rows_of(name, seed)
                 log_y, starts = np.log(rows.y), random_starts(rows.form, num, seed)
-                solved, found, spent = ours(rows, index, delta), {}, {}
-                spent["ours"] = min(seconds(partial(ours, rows, index, delta)) for _ in range(3))
+                found, spent = {}, {}
+                spent["ours"], solved = min((timed(ours, rows, index, delta) for _ in range(3)), key=lambda t: t[0])
                 for way in (lbfgs, trust_region):
-                    start = time.process_time()
-                    found[way] = way(rows.form, rows.u, log_y, delta, starts)
-                    spent[way] = time.process_time() - start
+                    spent[way], found[way] = timed(way, rows.form, rows.u, log_y, delta, starts)
                 best = min(f.min() for f in found.values())
                 excess = solved.objective / best - 1
                 worst = max(worst, excess)
@@ -130,14 +132,16 @@ def bootstraps() -> None:
         rows, index, arms = rows_of(name, 0)
         solved = solve(rows.form, rows.u, rows.y, index)
         strata = strata_of(arms[rows.source][np.unique(index, return_index=True)[1]].tolist())
-        made: dict = {}
         rng = np.random.default_rng(0)
-        effects = seconds(
-            lambda: made.update(effects=random_effects(rows.form, rows.u, solved, 1000, rng, rows.source))
-        )
-        drawn = seconds(lambda: made.update(pairs=pairs(rows.form, rows.u, rows.y, solved, 1000, rng, strata)))
-        words = [f"{k} {d.iterations.mean():.0f} iterations, {d.converged.mean():.3f} converged" for k, d in made.items()]
-        print(f"{name:8} 1,000 refits: random effects {effects:.2f} s, pairs {drawn:.2f} s ({'; '.join(words)})")
+        made = {
+            "random effects": timed(random_effects, rows.form, rows.u, solved, 1000, rng, rows.source),
+            "pairs": timed(pairs, rows.form, rows.u, rows.y, solved, 1000, rng, strata),
+        }
+        words = [
+            f"{kind} {spent:.2f} s ({done.iterations.mean():.0f} iterations, {done.converged.mean():.3f} converged)"
+            for kind, (spent, done) in made.items()
+        ]
+        print(f"{name:8} 1,000 refits: {', '.join(words)}", flush=True)
 
 
 def against_scipy() -> None:
@@ -147,12 +151,11 @@ def against_scipy() -> None:
         log_y, starts = np.log(rows.y), random_starts(rows.form, STARTS, 0)
         for label, delta in DELTAS.items():
             solved = ours(rows, index, delta)
-            spent = np.median([seconds(partial(ours, rows, index, delta)) for _ in range(5)])
+            spent = np.median([timed(ours, rows, index, delta)[0] for _ in range(5)])
             text = f"{name:8} {label:11} ours {spent:.4f} s {solved.objective:.10g};"
             for way in (lbfgs, trust_region):
-                found: list = []
-                theirs = seconds(lambda: found.append(way(rows.form, rows.u, log_y, delta, starts)))
-                excess = solved.objective / found[0].min() - 1
+                theirs, found = timed(way, rows.form, rows.u, log_y, delta, starts)
+                excess = solved.objective / found.min() - 1
                 title = "L-BFGS-B" if way is lbfgs else "least_squares"
                 text += f" {STARTS} x {title} {theirs:.2f} s = {theirs / spent:.0f} times, ours/best-1 {excess:+.1e};"
             print(text, flush=True)
@@ -167,10 +170,9 @@ def many_rows(num_trunks: int = 25_000, draws: int = 100) -> None:
     y = planted.loss(table) * planted.noise(trunk, 0.01, 0)
     fit = partial(law.fit, "joint", table, y, clusters=trunk, geometry=planted.GEOMETRY)
     for bootstrap in (0, draws):
-        found: list = []
-        spent = seconds(lambda: found.append(fit(bootstrap=bootstrap)))
+        spent, found = timed(fit, bootstrap=bootstrap)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        a = [round(found[0].params[f"a_{d}"], 4) for d in planted.DIMS]
+        a = [round(found.params[f"a_{d}"], 4) for d in planted.DIMS]
         print(
             f"joint, {len(y):,} rows, bootstrap={bootstrap}: {spent:.1f} s, peak memory {peak:.2f} GiB; exponents {a},"
             f" planted {planted.EXPONENTS.tolist()}",
@@ -192,7 +194,7 @@ def main() -> None:
     common = dict(clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
     for form, more in (("joint", {}), ("bounded", dict(zero_line=10.0)), ("sovit", {})):
         fit = partial(law.fit, form, table, y, **common, **more)
-        once, both = seconds(fit), seconds(partial(fit, bootstrap=1000))
+        once, both = timed(fit)[0], timed(fit, bootstrap=1000)[0]
         print(f"{form:8} law.fit {once:.3f} s; with 1,000 draws of each interval {both:.2f} s", flush=True)
     bootstraps()
     against_scipy()

@@ -1,6 +1,9 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.active import active, scalebench
+from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
+from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -10,21 +13,27 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 
 __all__ = [
+    "active",
     "budget_levels",
     "contact_sheet",
     "extrapolation",
+    "extrapolation_distance",
     "fit_by_dimension",
     "frontier",
     "isoflop",
     "learning_rates",
     "optimal_path",
     "optimal_shape",
+    "pareto_fronts",
     "residuals",
     "save",
+    "scalebench",
+    "sensitivity",
     "validation",
     "validation_figure",
 ]
