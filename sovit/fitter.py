@@ -140,7 +140,8 @@ def polish(form, u, theta, log_y, *, weights=None, groups: Groups, delta=np.inf,
         system[:, diagonal, diagonal] += np.where(frozen, 1.0, damped)
         step = np.linalg.solve(system, descent[:, :, None])[:, :, 0]
         trial = np.clip(advance(at, step), low, high)
-        new = measure(trial, live)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a loss of 0 is tried, and refused
+            new = measure(trial, live)
         accept = new[0] <= objective  # False for nan
         gain = objective - new[0]
         calm = np.where(accept, np.where(gain < tolerance * objective, calm + 1, 0), calm)
