@@ -204,6 +204,11 @@ class Design:
     def losses(self, law: Truth) -> np.ndarray:
         return law.loss(self.shapes, self.columns["num_examples"])
 
+    @property
+    def known(self) -> dict:
+        """What `law.fit` takes as `geometry`: all that the columns do not say."""
+        return {name: value for name, value in self.geometry.to_dict().items() if value is not None}
+
     def rows(self, keep: np.ndarray) -> Design:
         """The rows of a mask or an index [m]; trunks are numbered anew."""
         trunk = np.unique(self.trunk[keep], return_inverse=True)[1]
