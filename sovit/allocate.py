@@ -1,26 +1,33 @@
 """Where a law has its optimum: the shape that minimises the predicted loss at a given compute. Numpy only.
 
-Minimise phi(v) = ln M, M = (K^s + D^s)^(1/s), over v = ln x; K = sum_k A_k e^{-a_k v_k}, D = B (F(x)/t)^c, exact F.
-s = 1 is the additive law; an irreducible term or a zero line is monotone in M and moves no optimum. ln K is a
-log-sum-exp of linear functions and ln F that of a posynomial, so phi is convex: there is one optimum.
+Minimise ln M over v = ln x, M = the law less its irreducible term and its zero line (both monotone in M, they move no
+optimum) at n = budget / F(x), with exact FLOPs F and, where the law reads it, the exact parameter count N(x). Sums of
+powers are log-sum-exps of linear functions and ln F that of a posynomial, so ln M is convex and has one optimum; N(x)
+with a negative power and a shift of the data are not convex, and start from the best of a grid too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sovit.shape import encoder_flops
+from sovit.shape import encoder_flops, encoder_params
+
+BEND = 1e-20  # complex step: derivatives of the counts are exact
+DIFFERENCE = 1e-5  # of the gradient, for the curvature
+GRID_POINTS = 512  # of the survey where a law is not convex
+NUM_SURVEYED = 3  # local minima of the survey that are followed
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What FLOPs need beyond the dimensions of a law: the values held fixed, and the task head.
+    """What FLOPs and parameters need beyond the dimensions of a law: the values held fixed, and the task head.
 
-    `flops_scale` is the data's own forward_flops over our count (geometric mean); 1 for rows that sovit wrote.
+    `flops_scale` is the data's own forward_flops over our count (geometric mean), `params_scale` the same of num_params;
+    1 for rows that sovit wrote.
     """
 
     width: float | None = None
@@ -33,74 +40,149 @@ class Geometry:
     num_prefix_tokens: int = 0
     num_classes: int = 0
     flops_scale: float = 1.0
+    params_scale: float = 1.0
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def flops(self, dims: Mapping[str, np.ndarray], head: bool):
-        """Forward FLOPs of one image, task head included or not; real, complex or integer arrays."""
+    def _sizes(self, dims: Mapping[str, np.ndarray]):
+        """width, depth, mlp_dim, patches, patch_size."""
         width, depth, mlp_dim, patch, size = (
             dims.get(name, getattr(self, name)) for name in ("width", "depth", "mlp_dim", "patch_size", "image_size")
         )
-        patches = (size / patch) ** 2
+        return width, depth, mlp_dim, (size / patch) ** 2, patch
+
+    def flops(self, dims: Mapping[str, np.ndarray], head: bool):
+        """Forward FLOPs of one image, task head included or not; real, complex or integer arrays."""
+        width, depth, mlp_dim, patches, patch = self._sizes(dims)
         count = encoder_flops(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
         if head:
             count = count + 2 * width * self.num_classes * (patches if self.pool == "none" else 1)
         return count * self.flops_scale
 
+    def num_params(self, dims: Mapping[str, np.ndarray]):
+        """Parameters of the encoder, task head apart; real, complex or integer arrays."""
+        width, depth, mlp_dim, patches, patch = self._sizes(dims)
+        count = encoder_params(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
+        return count * self.params_scale
+
     def log_flops(self, names, v: np.ndarray, head: bool) -> tuple[np.ndarray, np.ndarray]:
-        """ln F [R] and its gradient [R, K] at v = ln x [R, K], by complex step (F is analytic in x: exact)."""
-        value, gradient = np.log(self.flops(dict(zip(names, np.exp(v).T)), head)), np.empty_like(v)
-        for k in range(v.shape[1]):
-            bent = v.astype(complex)
-            bent[:, k] += 1e-20j
-            gradient[:, k] = np.log(self.flops(dict(zip(names, np.exp(bent).T)), head)).imag / 1e-20
-        return value, gradient
+        """ln F [R] and its gradient [R, K] at v = ln x [R, K]."""
+        return _bent(lambda dims: self.flops(dims, head), names, v)
+
+    def log_params(self, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ln N [R] and its gradient [R, K] at v = ln x [R, K]."""
+        return _bent(self.num_params, names, v)
 
 
-def optimum(parts, centre, names, geometry: Geometry, log_budget, low, high, head=False, steps=80) -> np.ndarray:
-    """ln x of the optimal dimensions [R, K], by damped projected Newton from the middle of the box.
+def _bent(count, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ln count and its gradient at v = ln x [R, K], by complex step (a count is analytic in x: exact)."""
+    bent = np.repeat(v[:, None].astype(complex), v.shape[1], 1)  # [R, K, K]
+    bent += BEND * 1j * np.eye(v.shape[1])
+    value = np.log(count({name: column for name, column in zip(names, np.exp(np.moveaxis(bent, 2, 0)))}))  # [R, K]
+    return value[:, 0].real, value.imag / BEND
 
-    parts: A a [R, K], B c s [R] as `split` of a form gives them, on centred logs; centre [K + 1], the last of
-    ln num_examples; log_budget [R] or a number: ln of forward FLOPs x images (head=True: head FLOPs included);
-    low, high [K]: the box in ln x, where a dimension without an amplitude ends up.
+
+def law_columns(terms: Sequence[str], table: Mapping, images, geometry: Geometry) -> np.ndarray:
+    """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted."""
+    known = {"num_examples": lambda: images, "num_params": lambda: geometry.num_params(table)}
+    return np.log(np.stack([np.asarray(table[n] if n in table else known[n](), float) for n in terms]))
+
+
+def optimum(form, theta, centre, names, geometry: Geometry, log_budget, low, high, head=False, steps=80) -> np.ndarray:
+    """ln x of the optimal dimensions [R, K] for each theta [R, P], by damped Newton within a box.
+
+    centre: of the form's columns; log_budget [R] or a number: ln of forward FLOPs x images (head=True: head FLOPs
+    included); low, high [K]: the box in ln x, where a dimension without an amplitude ends up.
     """
-    A, a, B, c, s = (parts[key] for key in ("A", "a", "B", "c", "s"))
-    log_budget = np.broadcast_to(np.asarray(log_budget, float), B.shape)
-    identity = np.eye(len(names))
+    centre, names = np.asarray(centre, float), tuple(names)
+    log_budget = np.broadcast_to(np.asarray(log_budget, float), (len(theta),))
+    form = dataclasses.replace(form, zero_line=None)
+    theta = np.array(theta, float)
+    theta[:, [j for j, term in enumerate(form.formula) if not term.factors]] = 1e-30
+    problem = form, centre, names, geometry, head
+    middle = np.array([centre[form.terms.index(name)] for name in names])
+    starts = [np.tile(np.clip(middle, low, high), (len(theta), 1))]
+    if not form.convex:
+        starts += _survey(problem, theta, log_budget, low, high)
+    ends = [_newton(problem, theta, log_budget, v, low, high, steps) for v in starts]
+    best = np.argmin([phi for _, phi in ends], 0)
+    return np.stack([v for v, _ in ends])[best, np.arange(len(theta))]
 
-    def measure(v):
-        term = A * np.exp(-a * (v - centre[:-1]))
-        total = term.sum(1) + 1e-30
-        ln_f, g_f = geometry.log_flops(names, v, head)
-        ln_k = np.log(total)
-        ln_d = np.log(B + 1e-30) + c * (ln_f + centre[-1] - log_budget)
-        phi = np.logaddexp(s * ln_k, s * ln_d) / s
-        g_k, g_d = -a * term / total[:, None], c[:, None] * g_f
-        p = np.exp(s * (ln_k - phi))[:, None]
-        gap = g_k - g_d
-        # exact Hessian but for the curvature of ln F, which is small and positive
-        curve = (p * a * a * term / total[:, None])[:, :, None] * identity
-        curve = curve - p[:, :, None] * g_k[:, :, None] * g_k[:, None, :]
-        curve = curve + (s[:, None] * p * (1 - p))[:, :, None] * gap[:, :, None] * gap[:, None, :]
-        return phi, p * g_k + (1 - p) * g_d, curve
 
-    v = np.tile(np.clip(np.asarray(centre[:-1], float), low, high), (len(B), 1))
-    phi, gradient, curve = measure(v)
-    damping = np.full(len(B), 1e-3)
+def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
+    """ln M [R] and its gradient [R, K] at v [R, K]: the form's own value and elasticities, chained through F and N."""
+    form, centre, names, geometry, head = problem
+    columns, slopes = np.empty((len(v), len(form.terms))), np.zeros((len(v), len(form.terms), len(names)))
+    for k, term in enumerate(form.terms):
+        if term in names:
+            columns[:, k] = v[:, names.index(term)]
+            slopes[:, k, names.index(term)] = 1
+        elif term == "num_params":
+            columns[:, k], slopes[:, k] = geometry.log_params(names, v)
+        else:
+            ln_f, slope = geometry.log_flops(names, v, head)
+            columns[:, k], slopes[:, k] = log_budget - ln_f, -slope
+    value, by_column = form.elasticities(theta, (columns - centre)[:, :, None])
+    return value[:, 0], np.einsum("rk,rkd->rd", by_column[:, :, 0], slopes)
+
+
+def _newton(problem, theta, log_budget, v, low, high, steps) -> tuple[np.ndarray, np.ndarray]:
+    """From v [R, K] to a local minimum and its ln M; curvature by differences of the gradient, damped until it falls."""
+    num = v.shape[1]
+    identity = np.eye(num)
+    phi, gradient = _measure(problem, theta, log_budget, v)
+    out, out_phi, live = v.copy(), phi.copy(), np.arange(len(v))
+    damping = np.full(len(v), 1e-3)
     for _ in range(steps):
+        near = (v[:, None] + DIFFERENCE * identity).reshape(-1, num)
+        _, bent = _measure(problem, np.repeat(theta, num, 0), np.repeat(log_budget, num), near)
+        curve = (bent.reshape(len(v), num, num) - gradient[:, None]) / DIFFERENCE
+        curve = (curve + curve.transpose(0, 2, 1)) / 2
         frozen = ((v <= low) & (gradient > 0)) | ((v >= high) & (gradient < 0))
         matrix = np.where(frozen[:, :, None] | frozen[:, None, :], 0.0, curve)
         matrix = matrix + identity * np.where(frozen, 1.0, damping[:, None])[:, :, None]
         step = np.linalg.solve(matrix, np.where(frozen, 0.0, -gradient)[:, :, None])[:, :, 0]
         trial = np.clip(v + np.clip(step, -0.7, 0.7), low, high)
-        if np.abs(trial - v).max() < 1e-10:
-            break
-        new_phi, new_gradient, new_curve = measure(trial)
-        better = new_phi <= phi
+        new_phi, new_gradient = _measure(problem, theta, log_budget, trial)
+        better = new_phi <= phi + 1e-14
+        still = np.abs(trial - v).max(1) < 1e-10
         damping = np.clip(np.where(better, damping * 0.2, damping * 10), 1e-9, 1e6)
         v = np.where(better[:, None], trial, v)
         phi = np.where(better, new_phi, phi)
         gradient = np.where(better[:, None], new_gradient, gradient)
-        curve = np.where(better[:, None, None], new_curve, curve)
-    return v
+        out[live], out_phi[live] = v, phi
+        if still.all():
+            break
+        go = ~still
+        live, v, phi, gradient, damping = live[go], v[go], phi[go], gradient[go], damping[go]
+        theta, log_budget = theta[go], log_budget[go]
+    return out, out_phi
+
+
+def _survey(problem, theta, log_budget, low, high) -> list[np.ndarray]:
+    """The NUM_SURVEYED best local minima of a grid over the box, of each theta: list of [R, K]."""
+    form, centre, names, geometry, head = problem
+    per_dim = int(GRID_POINTS ** (1 / len(names)) + 1e-9)
+    axes = [np.linspace(a, b, per_dim) for a, b in zip(low, high)]
+    points = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")])  # [K, G]
+    table = dict(zip(names, np.exp(points)))
+    ln_f = np.log(geometry.flops(table, head))
+    found: list = [[] for _ in range(NUM_SURVEYED)]
+    for i in range(0, len(theta), 256):
+        images = log_budget[i : i + 256, None] - ln_f
+        u = np.stack(
+            [np.broadcast_to(row, images.shape) for row in law_columns(form.terms[:-1], table, None, geometry)]
+        )
+        u = np.concatenate([u, images[None]]).transpose(1, 0, 2) - centre[:, None]
+        phi = form.evaluate(theta[i : i + 256], u)[0].reshape(-1, *[per_dim] * len(names))
+        padded = np.pad(phi, [(0, 0)] + [(1, 1)] * len(names), constant_values=np.inf)
+        inner = tuple(slice(1, -1) for _ in names)
+        lowest = np.ones(phi.shape, bool)
+        for axis in range(1, phi.ndim):
+            for shift in (1, -1):
+                lowest &= phi <= np.roll(padded, shift, axis)[(slice(None), *inner)]
+        order = np.argsort(np.where(lowest, phi, np.inf).reshape(len(phi), -1), 1, kind="stable")
+        for rank, column in enumerate(found):
+            column.append(points[:, order[:, rank]].T)
+    return [np.concatenate(column) for column in found]

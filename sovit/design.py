@@ -4,6 +4,7 @@ star     the centre, and one dimension at a time moved off it (SoViT's sweep, ar
          with corners, a few cheap shapes off every axis, without which no interaction can be seen
 grid     every combination of the values
 isoflop  shapes of constant proportions, so that a size curve stands at each compute budget (arXiv 2203.15556)
+next_run given what was measured, the most informative runs per FLOP for a target budget (`sovit.active`)
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ def to_runs(
     if not runs:
         raise UserError(f"no shape reaches {min_steps} steps within {max(train_flops):.3g} FLOPs; raise the budgets")
     return runs
+
+
+def next_run(columns: Mapping, y, pool: Sequence, train_flops: float, **options) -> list:
+    """The runs of `pool` that lower the expected regret at `train_flops` most per FLOP: see `sovit.active.next_run`."""
+    from sovit import active  # not at import: a study needs no numpy to list its runs
+
+    return active.next_run(columns, y, pool, train_flops, **options)
 
 
 def geometric(low: float, high: float, count: int) -> list[float]:

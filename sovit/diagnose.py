@@ -8,7 +8,7 @@ from sovit import UserError
 from sovit.allocate import optimum
 from sovit.bootstrap import interval
 from sovit.fitter import free_columns, solve
-from sovit.forms import PerArm
+from sovit.forms import FALLING
 from sovit.rows import Rows, positive, prepare
 from sovit.shape import DIMENSIONS
 
@@ -26,39 +26,41 @@ def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.log(ends[:, 0] / BOX_BELOW), np.log(ends[:, 1] * BOX_ABOVE)
 
 
-def optimum_of(form, centre, theta, geometry, grid: dict, log_compute: float, head=False) -> np.ndarray:
-    """ln x of the optimal dimensions [R, K] at ln compute, for each theta [R, P].
+def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=False) -> np.ndarray:
+    """ln x of the optimal dimensions [R, K] at ln compute (a number, or [R]), for each theta [R, P].
 
     For `sovit` each dimension has its own, x* = (alpha a t^c / (beta b))^(1/(a+b)) (Eq. 4), the others at the centre.
     """
     low, high = box(grid)
-    if isinstance(form, PerArm):
-        num = len(form.terms)
+    if form.arms:
+        num = len(form.arms)
         alpha, beta, _, _, a, b = (theta[:, i * num : (i + 1) * num] for i in range(6))
+        above = np.broadcast_to(np.asarray(log_compute, float), (len(theta),))[:, None] - centre[-1]
         with np.errstate(divide="ignore", invalid="ignore"):
-            shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, -1:] * (log_compute - centre[-1])) / (a + b)
+            shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, 6 * num :] * above) / (a + b)
         shift = np.where(alpha <= 0, -np.inf, np.where(beta <= 0, np.inf, shift))
         return np.clip(centre[:-1] + shift, low, high)
-    return optimum(form.split(theta), centre, tuple(grid), geometry, log_compute, low, high, head)
+    return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
 
 
 def growth(form, centre, theta, geometry, grid, ends) -> np.ndarray:
     """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]."""
     low, high = np.log(ends)
-    if isinstance(form, PerArm):
-        num = len(form.terms)
+    if form.arms:
+        num = len(form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
-        return np.where(absent, 0.0, theta[:, -1:] / (a + b))
+        return np.where(absent, 0.0, theta[:, 6 * num :] / (a + b))
     at = [optimum_of(form, centre, theta, geometry, grid, t) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
 
 def amplitudes(form, theta: np.ndarray) -> np.ndarray:
-    """The size amplitude of each dimension [R, K]; 0 = the loss does not depend on it."""
-    if isinstance(form, PerArm):
-        return theta[:, : len(form.terms)]
-    return form.split(theta)["A"]
+    """The size amplitude of each dimension [R, K], or the parameter count's; 0 = the loss does not depend on it."""
+    if form.arms:
+        return theta[:, : len(form.arms)]
+    own = theta[:, [i for i, term in enumerate(form.terms) if term in DIMENSIONS]]
+    return np.maximum(own, theta[:, [form.terms.index("num_params")]]) if "num_params" in form.terms else own
 
 
 def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict, dict]:
@@ -66,7 +68,7 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
     names = list(grid)
     if ends[1] < MIN_SPAN * ends[0]:
         nothing = dict(estimate=None, low=None, high=None, pairs_low=None, pairs_high=None, status="unidentified")
-        kind = "marginal" if isinstance(form, PerArm) else "joint"
+        kind = "marginal" if form.arms else "joint"
         note = f"the rows span a factor {ends[1] / ends[0]:.3g} in compute; growth needs budgets further apart"
         return {name: nothing | dict(kind=kind, compute_range=list(ends), note=note) for name in names}, {}
     point = growth(form, centre, theta[None], geometry, grid, ends)[0]
@@ -80,8 +82,9 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
     for k, name in enumerate(names):
         sides: dict = dict(low=None, high=None, pairs_low=None, pairs_high=None)
         for kind, grown in many.items():
-            ends_of = interval(grown[:, k], widen if kind == "" else 1.0, EXPONENT_FLOOR)
-            sides[kind + "low"], sides[kind + "high"] = ends_of
+            sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
+            ends_of = interval(sign * grown[:, k], widen if kind == "" else 1.0, EXPONENT_FLOOR)
+            sides[kind + "low"], sides[kind + "high"] = sorted(sign * end for end in ends_of)
         status, note = "ok", ""
         for compute, x in zip(computes, np.exp([middle[k], top[k]])):
             low, high = min(grid[name]), max(grid[name])
@@ -95,13 +98,12 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
             shares[name] = float((amplitudes(form, draws)[:, k] <= 0).mean())
             if shares[name] > MAX_ABSENT:
                 status, note = "unidentified", f"no gain from this dimension in {shares[name]:.0%} of the draws"
-            elif sides["high"] > MAX_RATIO * sides["low"]:
-                ratio = sides["high"] / sides["low"]
+            elif (ratio := max(sides["high"] / sides["low"], sides["low"] / sides["high"])) > MAX_RATIO:
                 status, note = "unidentified", f"the interval spans a factor {ratio:.3g}, above {MAX_RATIO:g}"
         if not many:
             note = (note + "; " if note else "") + "no interval: fitted with bootstrap=0"
         estimate = None if status == "unidentified" else float(point[k])
-        kind = "marginal" if isinstance(form, PerArm) else "joint"
+        kind = "marginal" if form.arms else "joint"
         out[name] = dict(estimate=estimate, kind=kind, compute_range=list(ends), status=status, note=note) | sides
     return out, shares
 
@@ -181,7 +183,8 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
         except (UserError, np.linalg.LinAlgError) as error:
             scored = dict(rmse=None, bias=None, n=0, note=str(error))
         out["forms"][label] = scored
-    logs = np.log(np.stack([positive(table, n) for n in (*dims, "num_examples") if n in table], 1))
+    near = (*dims, "num_examples") if dims or "num_examples" in table else ("compute",)
+    logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
     spread = logs.std(0) + 1e-12
     distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
     out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][distance.argmin(1)])
@@ -212,7 +215,7 @@ def _score(y, rows: np.ndarray, predicted: np.ndarray) -> dict:
 
 def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
     """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
-    if not isinstance(form, PerArm):
+    if not form.arms:
         logs = np.log(np.stack([positive(table, n) for n in form.terms]))
         return logs - centre[:, None], np.arange(logs.shape[1])
     picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]

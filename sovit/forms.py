@@ -1,23 +1,341 @@
-"""The law forms: value, Jacobian, bounds and starting points, batched over replicates. Numpy only.
+"""The law forms, a table: value, Jacobian, bounds and starting points, batched over replicates. Numpy only.
 
-A form works on centred log columns u = ln x - centre, so that its amplitudes are losses at the middle of the data and
-nothing overflows; `raw` undoes the centring where parameters are printed. Shapes below: R replicates, P parameters,
-K columns (terms), n rows.
+Every form is a link of sum_j amplitude_j x prod_k x_k^(+-exponent_jk) and is written as that formula in LAWS. A form works
+on centred log columns u = ln x - centre, so that its amplitudes are losses at the middle of the data and nothing
+overflows; `raw` undoes the centring where parameters are printed. Shapes below: R replicates, P parameters, K columns,
+n rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, product
 
 import numpy as np
 
 SIZE_GRID = (0.1, 0.3, 0.6, 1.0, 1.8, 3.0)
 DATA_GRID = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
+SHIFT_GRID = (0.0, 0.1, 0.5, 2.0, 10.0)
 DATA_COLUMNS = ("num_examples", "tokens", "compute")
+FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
 NUM_STARTS = 8
 MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
 BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
+MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
+
+
+@dataclass(frozen=True)
+class Term:
+    """amplitude x prod of column^(sign exponent); one without factors is the floor. factors: (column, exponent, sign)."""
+
+    amplitude: str
+    factors: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """f = link(sum of terms). theta = [amplitudes, exponents, s of a power mean, d of a shift], in formula order.
+
+    terms: the columns read, the data last. Of a form by arm: its arms, one dimension each; its columns are then
+    u = [ln x of the row's own arm, ln compute, arm], and each parameter but those `shared` stands once an arm.
+    power_mean: f = (C^s + D^s)^(1/s) + floor, D the terms in the data, C the others. s = 1 is the plain sum; a large s
+    says that the worse of the two limits decides, as when a skill is missing for want of capacity or of data.
+    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4). shift: the data column is n + d.
+    """
+
+    terms: tuple[str, ...]
+    formula: tuple[Term, ...]
+    lowest: tuple[tuple[str, float], ...] = ()  # lower bound of an exponent where it is not 0.05
+    arms: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    power_mean: bool = False
+    zero_line: float | None = None
+    shift: bool = False
+
+    @cached_property
+    def exponents(self) -> tuple[tuple[str, str, int], ...]:
+        """(column, exponent, sign) of each exponent; it stands on one column with one sign."""
+        return tuple(dict.fromkeys(factor for term in self.formula for factor in term.factors))
+
+    @cached_property
+    def _row(self) -> np.ndarray:
+        """Row of u that each exponent stands on."""
+        columns = ("x", "compute") if self.arms else self.terms
+        return np.array([columns.index(column) for column, _, _ in self.exponents])
+
+    @cached_property
+    def _sign(self) -> np.ndarray:
+        return np.array([sign for _, _, sign in self.exponents], float)
+
+    @cached_property
+    def _holds(self) -> list[list[int]]:
+        """Exponents of each term."""
+        return [[self.exponents.index(factor) for factor in term.factors] for term in self.formula]
+
+    @cached_property
+    def _of(self) -> list[list[int]]:
+        """Terms of each exponent."""
+        return [[j for j, held in enumerate(self._holds) if e in held] for e in range(len(self.exponents))]
+
+    @cached_property
+    def _data(self) -> list[bool]:
+        """Terms in the data column."""
+        return [any(self.terms[-1] == column for column, _, _ in term.factors) for term in self.formula]
+
+    @cached_property
+    def _local(self) -> tuple[str, ...]:
+        """Parameters before they are repeated by arm."""
+        extra = ("s",) * self.power_mean + ("d",) * self.shift
+        return tuple(t.amplitude for t in self.formula) + tuple(name for _, name, _ in self.exponents) + extra
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        """Place in theta of each local parameter in each arm, [L, arms]."""
+        place = {name: i for i, name in enumerate(self.names)}
+        return np.array([[place.get(f"{p}_{arm}", place.get(p)) for arm in self.arms or ("",)] for p in self._local])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        if not self.arms:
+            return self._local
+        return tuple(n for p in self._local for n in ([p] if p in self.shared else [f"{p}_{arm}" for arm in self.arms]))
+
+    @cached_property
+    def partners(self) -> list[tuple[str, str]]:
+        """(amplitude, exponent) pairs: without the first the second means nothing."""
+        found = [(terms[0], e) for e, terms in enumerate(self._of) if len(terms) == 1]
+        pairs = [(self._local[j], self._local[len(self.formula) + e]) for j, e in found]
+        pairs += [(self.formula[self._data.index(True)].amplitude, "d")] if self.shift else []
+        return [(f"{p}_{arm}", f"{e}_{arm}") for p, e in pairs for arm in self.arms] if self.arms else pairs
+
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        ends = {t.amplitude: (0.0, np.inf) for t in self.formula} | dict(s=(1.0, 8.0), d=(0.0, MAX_SHIFT))
+        lowest = dict(self.lowest)
+        for column, name, _ in self.exponents:
+            ends[name] = lowest.get(name, lowest.get("", 0.05)), 2.0 if column in DATA_COLUMNS else 4.0
+        both = np.empty((2, len(self.names)))
+        for name, places in zip(self._local, self._index):
+            both[:, places] = np.array(ends[name])[:, None]
+        return both[0], both[1]
+
+    @property
+    def convex(self) -> bool:
+        """Whether ln f is convex in the log dimensions at fixed compute: not where N or a shift stand in it."""
+        return "num_params" not in self.terms and not self.shift
+
+    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """theta [R, P], u [K, n] (or [R, K, n]) -> ln f [R, n] and d ln f / d theta [R, P, n]."""
+        value, _, jac = self._work(theta, u)
+        if not self.arms:
+            return value, jac
+        full = np.empty((len(theta), len(self.names), u.shape[-1]))
+        own = u[2].astype(int) == np.arange(len(self.arms))[:, None]
+        for i, places in enumerate(self._index):
+            if len(set(places)) == 1:
+                full[:, places[0]] = jac[:, i]
+            else:
+                np.multiply(jac[:, i, None], own, out=full[:, places[0] : places[-1] + 1])
+        return value, full
+
+    def elasticities(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ln f [R, n] and d ln f / d u [R, K, n], for the optimum. Not for a form by arm."""
+        value, part, _ = self._work(theta, u)
+        out = np.zeros((len(theta), len(self.terms), u.shape[-1]))
+        for e, (row, sign) in enumerate(zip(self._row, self._sign)):
+            weight = sign * theta[:, len(self.formula) + e, None]
+            if self.shift and row == len(self.terms) - 1:
+                weight = weight / (1 + theta[:, -1:] * np.exp(-u[..., row, :]))
+            for j in self._of[e]:
+                out[:, row] += weight * part[j]
+        return value, out
+
+    @cached_property
+    def _plain(self) -> bool:
+        """A sum of one power each and the floor, which block operations evaluate faster than term by term."""
+        linked = self.arms or self.shift or self.power_mean or self.zero_line is not None
+        return not linked and self._holds == [[e] for e in range(len(self.exponents))] + [[]]
+
+    def _plain_work(self, theta, u):
+        num = len(self.exponents)
+        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        factor = np.exp(theta[:, num + 1 :, None] * logs)
+        value = (theta[:, :num, None] * factor).sum(1) + theta[:, num : num + 1]
+        jac = np.empty((len(theta), 2 * num + 1, u.shape[-1]))
+        np.divide(1.0, value, out=jac[:, num])
+        np.multiply(factor, jac[:, num : num + 1], out=jac[:, :num])
+        part = np.multiply(theta[:, :num, None], jac[:, :num], out=factor)
+        np.multiply(part, logs, out=jac[:, num + 1 :])
+        return np.log(value), part.swapaxes(0, 1), jac
+
+    def _work(self, theta, u):
+        """ln f [R, n]; d ln f / d ln term [R, n] of each term; the Jacobian [R, L, n] by local parameter."""
+        if self._plain:
+            return self._plain_work(theta, u)
+        num, held = len(self.formula), len(self.formula) + len(self.exponents)
+        if self.arms:
+            own = theta[:, self._index[:, u[2].astype(int)]]  # [R, L, n]
+        else:
+            own = theta[:, :, None]  # [R, L, 1]
+        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        if self.shift:
+            logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
+            shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                logs[:, e] = self._sign[e] * np.log(shifted)
+        factor = np.exp(own[:, num:held] * logs)
+        power = []
+        for at in self._holds:
+            product_of = factor[:, at[0]] if at else None
+            for e in at[1:]:
+                product_of = product_of * factor[:, e]
+            power.append(product_of)
+        part = [own[:, j] if p is None else own[:, j] * p for j, p in enumerate(power)]
+        jac = np.empty((len(theta), own.shape[1], u.shape[-1]))
+        if self.power_mean or self.zero_line is not None:
+            value, slopes, jac_s = self._link(part, theta[:, held] if self.power_mean else None)
+            if self.power_mean:
+                jac[:, held] = jac_s
+        else:
+            total = part[0]
+            for p in part[1:]:
+                total = total + p
+            value, slopes = np.log(total), [1 / total] * num
+        for j, p in enumerate(power):
+            jac[:, j] = slopes[j] if p is None else slopes[j] * p
+            part[j] = own[:, j] * jac[:, j]
+        for e, at in enumerate(self._of):
+            moved = part[at[0]]
+            for j in at[1:]:
+                moved = moved + part[j]
+            np.multiply(moved, logs[..., e, :], out=jac[:, num + e])
+        if self.shift:
+            jac[:, -1] = 0.0
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                for j in self._of[e]:
+                    jac[:, -1] += self._sign[e] * own[:, num + e] * part[j] / shifted
+        return value, part, jac
+
+    def _link(self, part, s):
+        """ln f and d ln f / d term of a power mean and a zero line, and d ln f / ds; part: [R, n] of each term."""
+        floor = sum(p for p, t in zip(part, self.formula) if not t.factors)
+        if self.power_mean:
+            s = s[:, None]
+            sides = [
+                sum(p for p, t, data in zip(part, self.formula, self._data) if t.factors and data == side)
+                for side in (False, True)
+            ]
+            # the floor keeps ln 0 out where every amplitude of one side is zero; it is far below any loss
+            ln_c, ln_d = (np.log(side + 1e-12) for side in sides)
+            top = np.maximum(ln_c, ln_d)
+            ln_m = top + np.log(np.exp(s * (ln_c - top)) + np.exp(s * (ln_d - top))) / s
+            mean = np.exp(ln_m)
+        else:
+            mean = sum(p for p, t in zip(part, self.formula) if t.factors)
+        loss = mean + floor
+        value, slope = loss, 1 / loss  # slope = d ln f / d loss
+        if self.zero_line is not None:
+            value = (self.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
+            slope = value**BOUND_POWER / loss ** (BOUND_POWER + 1)
+        if not self.power_mean:
+            return np.log(value), [slope] * len(part), None
+        by = [slope * np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # dM/dC = (C/M)^(s-1)
+        share_c, share_d = np.exp(s * (ln_c - ln_m)), np.exp(s * (ln_d - ln_m))  # C^s / M^s, D^s / M^s
+        # d ln M / ds = (sum_i share_i ln x_i - ln M) / s
+        by_s = slope * mean * (share_c * ln_c + share_d * ln_d - ln_m) / s
+        slopes = [by[data] if t.factors else slope for t, data in zip(self.formula, self._data)]
+        return np.log(value), slopes, by_s
+
+    def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The best points of an exponent grid, amplitudes by NNLS on relative error; [starts, P]."""
+        if self.power_mean:
+            return self._mean_starts(u, y)
+        names = [name for _, name, _ in self.exponents] + ["d"] * self.shift
+        grid = dict(zip(names, self._grids()))
+        own = [name for name in names if name not in self.shared]
+        points = np.array(list(product(*(grid[name] for name in own))))
+        num, found, score = len(self.formula), [], []
+        for common in product(*(grid[name] for name in names if name in self.shared)):
+            local = np.empty((len(points), len(names)))
+            local[:, [names.index(n) for n in own]] = points
+            local[:, [names.index(n) for n in names if n in self.shared]] = common
+            theta = np.empty((NUM_STARTS, len(self.names)))
+            objective = np.zeros(NUM_STARTS)
+            for g in range(len(self.arms) or 1):
+                rows = u[2] == g if self.arms else slice(None)
+                basis = self._basis(local, u[:, rows]) / y[rows]
+                amplitude, squares = nnls(basis, np.ones(basis.shape[2]))
+                best = np.argsort(squares, kind="stable")[:NUM_STARTS]
+                best = np.resize(best, NUM_STARTS)
+                theta[:, self._index[:num, g]] = amplitude[best]
+                theta[:, self._index[num:, g]] = local[best]
+                objective += squares[best]
+            keep = 1 if self.arms and self.shared else min(NUM_STARTS, len(points))
+            found.append(theta[:keep])
+            score.append(objective[:keep])
+        best = np.argsort(np.concatenate(score), kind="stable")[:NUM_STARTS]
+        return np.concatenate(found)[best]
+
+    def _grids(self) -> list[tuple[float, ...]]:
+        """Grid of each exponent (and of the shift), thinned until all points that go together are at most MAX_GRID."""
+        free = sum(name not in self.shared for _, name, _ in self.exponents)
+        per_term, limit = len(SIZE_GRID), MAX_GRID / (len(SHIFT_GRID) if self.shift else 1)
+        while per_term**free > limit and per_term > 2:
+            per_term -= 1
+        pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
+        grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in self.exponents]
+        return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * self.shift
+
+    def _basis(self, local: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
+        logs = np.broadcast_to(self._sign[:, None] * u[self._row], (len(local), len(self.exponents), u.shape[1]))
+        if self.shift:
+            logs = logs.copy()
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                logs[:, e] = self._sign[e] * np.log(np.exp(u[-1]) + local[:, -1:])
+        out = np.ones((len(local), len(self.formula), u.shape[1]))
+        for j, at in enumerate(self._holds):
+            if at:
+                out[:, j] = np.exp((local[:, at, None] * logs[:, at]).sum(1))
+        return out
+
+    def _mean_starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Starts of the plain sum on the unbounded loss, each at several s, amplitudes rescaled so that the level fits."""
+        loss = y
+        if self.zero_line is not None:
+            capped = np.minimum(y, 0.98 * self.zero_line)
+            loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
+        base = replace(self, power_mean=False, zero_line=None).starts(u, loss)
+        found = []
+        for s in (1.0, 1.7, 3.0):
+            for factor in (1.0, 1.2, 1.5, 2.0):
+                theta = np.insert(base, len(self.formula) + len(self.exponents), s, 1)
+                theta[:, [bool(t.factors) for t in self.formula] + [False] * (theta.shape[1] - len(self.formula))] *= (
+                    factor
+                )
+                found.append(theta)
+        theta = np.array(found)  # [s x factor, starts, P]
+        residual = (self.evaluate(theta.reshape(-1, theta.shape[2]), u)[0] - np.log(y)) ** 2
+        score = residual.sum(1).reshape(3, 4, -1).argmin(1)  # the best factor of each (s, start)
+        theta = theta.reshape(3, 4, len(base), -1)
+        return np.concatenate([theta[i, score[i], np.arange(len(base))] for i in range(3)])
+
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Undo the centring: A x^-a = (A e^{a centre}) applied to the raw column. centre: of each column, [K].
+
+        Of a form by arm: [centre of each arm, centre of ln compute].
+        """
+        out, num = theta.copy(), len(self.formula)
+        for g in range(len(self.arms) or 1):
+            middle = np.array([centre[g], centre[-1]]) if self.arms else np.asarray(centre)
+            for place, at in zip(self._index[:num, g], self._holds):
+                for e in at:
+                    out[:, place] *= np.exp(-self._sign[e] * theta[:, self._index[num + e, g]] * middle[self._row[e]])
+        if self.shift:
+            out[:, -1] *= np.exp(centre[-1])
+        return out
 
 
 def nnls(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,258 +364,131 @@ def nnls(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return coef / scale, best
 
 
-def _exponent_limits(term: str, lowest: float) -> tuple[float, float]:
-    return (lowest, 2.0) if term in DATA_COLUMNS else (lowest, 4.0)
-
-
-@dataclass(frozen=True)
-class Additive:
-    """f = sum_k A_k x_k^-a_k + eps over any columns: joint, Chinchilla (2203.15556), the Gemstones forms (2502.06857).
-
-    theta = [A (K), eps, a (K)]. `labels` are the printed names of (amplitude, exponent) of each column.
-    """
-
-    terms: tuple[str, ...]
-    labels: tuple[tuple[str, str], ...]
-    floor: str = "eps"
-    lowest: float = 0.05
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(a for a, _ in self.labels) + (self.floor,) + tuple(e for _, e in self.labels)
-
-    @property
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        k = len(self.terms)
-        limits = np.array([_exponent_limits(t, self.lowest) for t in self.terms])
-        return np.r_[np.zeros(k + 1), limits[:, 0]], np.r_[np.full(k + 1, np.inf), limits[:, 1]]
-
-    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """theta [R, P], u [K, n] -> ln f [R, n] and d ln f / d theta [R, P, n]."""
-        k = len(self.terms)
-        power = np.exp(-theta[:, k + 1 :, None] * u)
-        value = (theta[:, :k, None] * power).sum(1) + theta[:, k : k + 1]
-        jac = np.empty((len(theta), 2 * k + 1, u.shape[1]))
-        jac[:, :k] = power / value[:, None]
-        jac[:, k] = 1 / value
-        jac[:, k + 1 :] = -u * theta[:, :k, None] * jac[:, :k]
-        return np.log(value), jac
-
-    def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """The best points of an exponent grid, amplitudes by NNLS on relative error; [NUM_STARTS, P]."""
-        k = len(self.terms)
-        per_term = len(SIZE_GRID)
-        while per_term**k > MAX_GRID:
-            per_term -= 1
-        pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
-        grids = [np.array(DATA_GRID if t in DATA_COLUMNS else SIZE_GRID)[pick] for t in self.terms]
-        a = np.array(list(product(*grids)))
-        basis = np.concatenate([np.exp(-a[:, :, None] * u), np.ones((len(a), 1, u.shape[1]))], 1) / y
-        amplitude, objective = nnls(basis, np.ones(len(y)))
-        best = np.argsort(objective, kind="stable")[:NUM_STARTS]
-        return np.concatenate([amplitude[best], a[best]], 1)
-
-    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Undo the centring: A x^-a = (A e^{a centre}) applied to the raw column."""
-        k = len(self.terms)
-        out = theta.copy()
-        out[:, :k] *= np.exp(theta[:, k + 1 :] * centre)
-        return out
-
-    def split(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-        """Capacity and data terms, the last column being the data: A a [R, K-1]; B c s eps [R]."""
-        k = len(self.terms)
-        return dict(
-            A=theta[:, : k - 1],
-            B=theta[:, k - 1],
-            eps=theta[:, k],
-            a=theta[:, k + 1 : -1],
-            c=theta[:, -1],
-            s=np.ones(len(theta)),
-        )
-
-
-@dataclass(frozen=True)
-class PowerMean:
-    """f = (K^s + D^s)^(1/s) + eps, K = sum_k A_k x_k^-a_k, D = B n^-c; then bounded by the zero line z, if any.
-
-    s = 1 is the additive form; a large s says that the worse of the two limits decides, as when a skill is missing for
-    want of capacity or of data. The bound (z^-4 + f^-4)^(-1/4) keeps an early loss below that of knowing nothing.
-    theta = [A (K-1), B, eps, a (K-1), c, s]; the last column is the data.
-    """
-
-    terms: tuple[str, ...]
-    labels: tuple[tuple[str, str], ...]
-    zero_line: float | None = None
-    lowest: float = 0.05
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self._additive.names + ("s",)
-
-    @property
-    def _additive(self) -> Additive:
-        return Additive(self.terms, self.labels, lowest=self.lowest)
-
-    @property
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        low, high = self._additive.bounds
-        return np.r_[low, 1.0], np.r_[high, 8.0]
-
-    def bound(self, loss: np.ndarray) -> np.ndarray:
-        if self.zero_line is None:
-            return loss
-        return (self.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
-
-    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """theta [R, P], u [K, n] -> ln f [R, n] and d ln f / d theta [R, P, n]."""
-        k = len(self.terms)
-        s = theta[:, -1:]
-        power = np.exp(-theta[:, k + 1 : -1, None] * u)
-        part = theta[:, :k, None] * power
-        # the floor keeps ln 0 out where every amplitude of one side is zero; it is far below any loss
-        ln_k, ln_d = np.log(part[:, :-1].sum(1) + 1e-12), np.log(part[:, -1] + 1e-12)
-        top = np.maximum(ln_k, ln_d)
-        ln_m = top + np.log(np.exp(s * (ln_k - top)) + np.exp(s * (ln_d - top))) / s
-        share_k, share_d = np.exp(s * (ln_k - ln_m)), np.exp(s * (ln_d - ln_m))  # K^s / M^s, D^s / M^s
-        loss = np.exp(ln_m) + theta[:, k : k + 1]
-        value = self.bound(loss)
-        slope = 1 / loss if self.zero_line is None else value**BOUND_POWER / loss ** (BOUND_POWER + 1)  # d ln f/d loss
-        jac = np.empty((len(theta), 2 * k + 2, u.shape[1]))
-        # dM/dK = (K/M)^(s-1)
-        by_k, by_d = slope * np.exp((s - 1) * (ln_k - ln_m)), slope * np.exp((s - 1) * (ln_d - ln_m))
-        jac[:, : k - 1] = by_k[:, None] * power[:, :-1]
-        jac[:, k - 1] = by_d * power[:, -1]
-        jac[:, k] = slope
-        jac[:, k + 1 : -1] = -u * theta[:, :k, None] * jac[:, :k]
-        # d ln M / ds = (sum_i share_i ln x_i - ln M) / s
-        jac[:, -1] = slope * np.exp(ln_m) * (share_k * ln_k + share_d * ln_d - ln_m) / s
-        return np.log(value), jac
-
-    def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Additive starts on the unbounded loss, each at several s, with amplitudes rescaled so that the level fits."""
-        loss = y
-        if self.zero_line is not None:
-            capped = np.minimum(y, 0.98 * self.zero_line)
-            loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
-        base = self._additive.starts(u, loss)
-        k = len(self.terms)
-        found = []
-        for s in (1.0, 1.7, 3.0):
-            for factor in (1.0, 1.2, 1.5, 2.0):
-                theta = np.column_stack([base, np.full(len(base), s)])
-                theta[:, :k] *= factor
-                found.append(theta)
-        theta = np.array(found)  # [s x factor, starts, P]
-        residual = (self.evaluate(theta.reshape(-1, theta.shape[2]), u)[0] - np.log(y)) ** 2
-        score = residual.sum(1).reshape(3, 4, -1).argmin(1)  # the best factor of each (s, start)
-        theta = theta.reshape(3, 4, len(base), -1)
-        return np.concatenate([theta[i, score[i], np.arange(len(base))] for i in range(3)])
-
-    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._additive.raw(theta[:, :-1], centre), theta[:, -1:]], 1)
-
-    def split(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-        return self._additive.split(theta[:, :-1]) | dict(s=theta[:, -1])
-
-
-@dataclass(frozen=True)
-class PerArm:
-    """Eq. 2 of 2305.13035 for each arm of a star, c shared: alpha x^-a + (beta x^b + xi) t^-c + eps.
-
-    theta = [alpha, beta, xi, eps, a, b (one an arm each), c]; columns u = [ln x of the row's own arm, ln t, arm].
-    """
-
-    terms: tuple[str, ...]  # the arms: one dimension each
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"{p}_{t}" for p in ("alpha", "beta", "xi", "eps", "a", "b") for t in self.terms) + ("c",)
-
-    @property
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        one = np.ones(len(self.terms))
-        return (
-            np.r_[np.zeros(4 * len(one)), 0.05 * one, 0.02 * one, 0.05],
-            np.r_[np.full(4 * len(one), np.inf), 4 * one, 4 * one, 2.0],
-        )
-
-    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """theta [R, P], u [3, n] -> ln f [R, n] and d ln f / d theta [R, P, n]."""
-        num, arm = len(self.terms), u[2].astype(int)
-        own = arm == np.arange(num)[:, None]
-        alpha, beta, xi, eps, a, b = (theta[:, i * num : (i + 1) * num][:, arm] for i in range(6))
-        size, cost, data = np.exp(-a * u[0]), np.exp(b * u[0]), np.exp(-theta[:, -1:] * u[1])
-        value = alpha * size + (beta * cost + xi) * data + eps
-        by_arm = (size, cost * data, data, np.ones_like(value), -u[0] * alpha * size, u[0] * beta * cost * data)
-        jac = np.empty((len(theta), 6 * num + 1, u.shape[1]))
-        for i, part in enumerate(by_arm):
-            jac[:, i * num : (i + 1) * num] = (part / value)[:, None] * own
-        jac[:, -1] = -u[1] * (beta * cost + xi) * data / value
-        return np.log(value), jac
-
-    def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Given c the arms separate: for every c the best (a, b) of a grid, arm by arm; [len(DATA_GRID), P]."""
-        num, arm = len(self.terms), u[2].astype(int)
-        a, b = np.array(list(product(SIZE_GRID, SIZE_GRID))).T
-        found = []
-        for c in DATA_GRID:
-            theta = np.empty((6, num))
-            for g in range(num):
-                x, t, loss = u[0, arm == g], u[1, arm == g], y[arm == g]
-                size, cost = np.exp(-a[:, None] * x), np.exp(b[:, None] * x)
-                data = np.broadcast_to(np.exp(-c * t), size.shape)
-                amplitude, objective = nnls(
-                    np.stack([size, cost * data, data, np.ones_like(size)], 1) / loss, np.ones(len(loss))
-                )
-                best = int(objective.argmin())
-                theta[:, g] = np.r_[amplitude[best], a[best], b[best]]
-            found.append(np.r_[theta.ravel(), c])
-        return np.array(found)
-
-    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """centre = [centre of each arm, centre of ln t]."""
-        num = len(self.terms)
-        out = theta.copy()
-        data = np.exp(theta[:, -1:] * centre[-1])
-        out[:, :num] *= np.exp(theta[:, 4 * num : 5 * num] * centre[:-1])
-        out[:, num : 2 * num] *= np.exp(-theta[:, 5 * num : 6 * num] * centre[:-1]) * data
-        out[:, 2 * num : 3 * num] *= data
-        return out
-
-
-Form = Additive | PowerMean | PerArm
-
-
 @dataclass(frozen=True)
 class Law:
-    """One entry of LAWS: the family, the columns it reads beside the shape dimensions, and where it comes from."""
+    """One entry of LAWS.
 
-    family: type
-    needs: tuple[str, ...]  # columns, the shape dimensions apart
-    uses_dims: bool
+    formula: terms `amplitude column^-exponent ...` joined by +; `x` is each dimension of the law (one term each, with the
+    parameters A_<x> a_<x>) or, by arm, the dimension of the arm; (column + d) is a column with a shift.
+    ranks_shapes: it describes every row and its optimum is a whole shape. shared: of a form by arm, parameters that its
+    arms have in common. lowest: lower bounds of exponents, "" for all; 0.05 where nothing is said.
+    """
+
+    formula: str
     about: str
+    ranks_shapes: bool = False
+    by_arm: bool = False
+    shared: tuple[str, ...] = ()
+    lowest: tuple[tuple[str, float], ...] = ()
+    power_mean: bool = False
+    bounded: bool = False
+    takes_terms: bool = False  # columns may be named instead of dimensions; the last is then the data
+    needs_terms: bool = False
+
+    @property
+    def uses_dims(self) -> bool:
+        return any(column == "x" for term in self._terms for column, _, _ in term.factors)
+
+    @property
+    def plain_sum(self) -> bool:
+        """Whether it is a sum of one power of each column and a floor, theta = [A (K), floor, a (K)]."""
+        return not (self.by_arm or self.power_mean or "+ d)" in self.formula)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Columns read, the shape dimensions apart."""
+        return tuple(dict.fromkeys(c for term in self._terms for c, _, _ in term.factors if c != "x"))
+
+    @property
+    def _terms(self) -> list[Term]:
+        return [_term(text) for text in self.formula.replace(" + d)", "+d)").split(" + ")]
 
     def build(self, dims: tuple[str, ...], zero_line: float | None = None, terms: tuple | None = None) -> Form:
-        """The form for these dimensions; `terms` replaces the columns of an additive form."""
-        if self.family is PerArm:
-            return PerArm(dims)
-        if not self.uses_dims:
-            return Additive(
-                terms or ("num_params", "num_examples"), (("A", "alpha"), ("B", "beta")), floor="E", lowest=0.01
-            )
-        columns = tuple(terms or (*dims, "num_examples"))
-        labels = tuple(("B", "c") if t == "num_examples" else (f"A_{t}", f"a_{t}") for t in columns)
-        if self.family is PowerMean:
-            return PowerMean(columns, labels, zero_line)
-        return Additive(columns, labels, lowest=0.01 if terms else 0.05)
+        """The form for these dimensions; `terms` names its columns instead."""
+        if self.by_arm:
+            return Form(dims, tuple(self._terms), self.lowest, dims, self.shared)
+        columns = tuple(terms or dict.fromkeys(c for c in (*dims, *self.needs)))
+        lowest = (("", 0.01),) if self.needs_terms else self.lowest
+        formula: list[Term] = []
+        for term in self._terms:
+            if any(column == "x" for column, _, _ in term.factors):
+                sized = columns[: len(columns) - len(self.needs)] if terms else dims
+                formula += [_own(column) for column in sized]
+            elif terms and term.factors:  # the named columns stand in for the last of the formula
+                formula.append(Term(term.amplitude, ((columns[-1], *term.factors[0][1:]),)))
+            else:
+                formula.append(term)
+        return Form(
+            columns,
+            tuple(formula),
+            lowest,
+            power_mean=self.power_mean,
+            zero_line=zero_line if self.bounded else None,
+            shift="+ d)" in self.formula,
+        )
+
+
+def _own(column: str) -> Term:
+    """The term of one column in a sum over columns."""
+    amplitude, exponent = ("B", "c") if column == "num_examples" else (f"A_{column}", f"a_{column}")
+    return Term(amplitude, ((column, exponent, 1 if column in FALLING else -1),))
+
+
+def _term(text: str) -> Term:
+    amplitude, *factors = text.split()
+    parts = [re.fullmatch(r"\(?(\w+)(?:\+d\))?\^(-?)(\w+)", factor) for factor in factors]
+    return Term(amplitude, tuple((m[1], m[3], -1 if m[2] else 1) for m in parts if m))
 
 
 LAWS = {
-    "sovit": Law(PerArm, ("compute",), True, "Eq. 2 of arXiv 2305.13035 for each arm of a star, c shared"),
-    "joint": Law(Additive, ("num_examples",), True, "sum_k A_k x_k^-a_k + B n^-c + eps; exact FLOPs give the compute"),
-    "bounded": Law(PowerMean, ("num_examples",), True, "joint with a power mean, bounded by the zero line"),
-    "power_mean": Law(PowerMean, ("num_examples",), True, "bounded without the zero line"),
-    "chinchilla": Law(Additive, ("num_params", "num_examples"), False, "E + A/N^alpha + B/D^beta, arXiv 2203.15556"),
-    "additive": Law(Additive, (), True, "sum over `terms` of A_k x_k^-a_k, plus eps: any columns (arXiv 2502.06857)"),
+    "sovit": Law(
+        "alpha x^-a + beta x^b compute^-c + xi compute^-c + eps",
+        "Eq. 2 of arXiv 2305.13035 for each arm of a star, c shared",
+        by_arm=True,
+        shared=("c",),
+        lowest=(("b", 0.02),),
+    ),
+    "sovit_free_c": Law(
+        "alpha x^-a + beta x^b compute^-c + xi compute^-c + eps",
+        "Eq. 2 of arXiv 2305.13035 for each arm of a star, each with its own c",
+        by_arm=True,
+        lowest=(("b", 0.02),),
+    ),
+    "joint": Law(
+        "A_x x^-a_x + B num_examples^-c + eps",
+        "sum_k A_k x_k^-a_k + B n^-c + eps; exact FLOPs give the compute",
+        ranks_shapes=True,
+    ),
+    "joint_n": Law(
+        "A_x x^-a_x + A_N num_params^-a_N + B num_examples^-c + eps",
+        "joint with an interaction of the dimensions through the encoder's parameter count N",
+        ranks_shapes=True,
+    ),
+    "bounded": Law(
+        "A_x x^-a_x + B num_examples^-c + eps",
+        "joint with a power mean, bounded by the zero line",
+        ranks_shapes=True,
+        power_mean=True,
+        bounded=True,
+    ),
+    "power_mean": Law(
+        "A_x x^-a_x + B num_examples^-c + eps", "bounded without the zero line", ranks_shapes=True, power_mean=True
+    ),
+    "shifted": Law(
+        "A_x x^-a_x + B (num_examples + d)^-c + eps",
+        "joint with a shift of the data, arXiv 2106.04560: for errors, which saturate at the poor end",
+        ranks_shapes=True,
+        takes_terms=True,
+    ),
+    "chinchilla": Law(
+        "A num_params^-alpha + B num_examples^-beta + E",
+        "E + A/N^alpha + B/D^beta, arXiv 2203.15556",
+        lowest=(("", 0.01),),
+    ),
+    "additive": Law(
+        "A_x x^-a_x + eps",
+        "sum over `terms` of A_k x_k^-a_k, plus eps: any columns (arXiv 2502.06857)",
+        takes_terms=True,
+        needs_terms=True,
+    ),
 }

@@ -20,11 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
+from sovit.allocate import Geometry
 from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, random_effects, strata_of, stretch
 from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
 from sovit.fitter import solve
-from sovit.forms import LAWS, PerArm
+from sovit.forms import LAWS
 from sovit.rows import check, geometry_of, positive, prepare, relative_sd, star, trunks, varied_dims
+from sovit.shape import DIMENSIONS
 
 __all__ = ["LAWS", "Fit", "fit"]
 DRAW_DIGITS = 8  # significant digits of a stored bootstrap draw
@@ -58,8 +60,9 @@ class Fit:
     @property
     def shape_form(self):
         """The form object of `sovit.forms` that evaluates this law."""
-        terms = tuple(self.model["terms"]) if self.form == "additive" else None
-        return LAWS[self.form].build(tuple(self.model["dims"]), self.model["zero_line"], terms)
+        entry, dims = LAWS[self.form], tuple(self.model["dims"])
+        terms = tuple(self.model["terms"]) if entry.takes_terms and not dims else None
+        return entry.build(dims, self.model["zero_line"], terms)
 
     @property
     def theta(self) -> np.ndarray:
@@ -68,17 +71,21 @@ class Fit:
     def predict(self, columns: Mapping) -> np.ndarray:
         """Losses [n] for columns name -> [n]: the law's dims and num_examples (sovit: dims and compute).
 
+        Where a law needs num_params and the columns lack them they are counted from the dims.
         `sovit` describes one arm at a time: a row at the centre gets the mean of its arms, a row off every arm nan.
         Raises UserError for a missing column or a value that is not positive.
         """
         form, dims = self.shape_form, self.model["dims"]
-        needed = (*dims, "compute") if isinstance(form, PerArm) else form.terms
+        needed = (*dims, "compute") if form.arms else form.terms
+        if "num_params" in needed and "num_params" not in columns and self.geometry and set(dims) <= set(columns):
+            sizes = {d: np.atleast_1d(np.asarray(columns[d], float)) for d in DIMENSIONS if d in columns}
+            columns = dict(columns) | dict(num_params=Geometry(**self.geometry).num_params(sizes))
         missing = [n for n in needed if n not in columns]
         if missing:
             raise UserError(f"predict with form={self.form!r} needs the column {missing[0]!r}; add it")
         table = {n: np.atleast_1d(columns[n]) for n in needed}
         arms = None
-        if isinstance(form, PerArm):
+        if form.arms:
             differs = np.stack([table[d] != self.data["centre"][d] for d in dims])
             arms = np.where(differs.sum(0) == 1, np.array(dims)[differs.argmax(0)], "corner")
             arms = np.where(differs.any(0), arms, "centre")
@@ -135,8 +142,9 @@ def fit(
     huber_delta   None = 1.345 robust s.d., whitened by trunk; a number = as in a paper (1e-3), rows as they are
     bootstrap     draws of each of the two bootstraps; needs 3 trunks (1,000 for results to keep)
     dims          dimensions of the law; None = those of width, depth, mlp_dim, patch_size, image_size that vary
-    terms         form "additive" only: the columns of sum_k A_k x_k^-a_k + eps. ("num_params", "tokens"),
-                  ("width", "depth", "tokens") and so on are the Gemstones forms (2502.06857)
+    terms         form "additive": the columns of sum_k A_k x_k^-a_k + eps. ("num_params", "tokens"),
+                  ("width", "depth", "tokens") and so on are the Gemstones forms (2502.06857). Form "shifted": the same
+                  in place of the dims, the last of them shifted; ("num_examples",) or ("compute",) is a plain curve
     zero_line     form "bounded" only: the loss of knowing nothing
     whiten        None = as said under huber_delta
     geometry      what the columns do not say for counting FLOPs: patch_size, image_size, pool, head_dim, num_classes
@@ -152,7 +160,7 @@ def fit(
         raise UserError(f"loss={loss!r} is unknown; choose huber_log or log_squares")
     if huber_delta is not None and not huber_delta > 0:
         raise UserError(f"huber_delta={huber_delta!r} is not positive; give a number such as 1e-3, or None")
-    table, y = check(form, columns, y, clusters, terms, zero_line)
+    table, y = check(form, columns, y, clusters, terms, zero_line, geometry)
     whiten = (huber_delta is None) if whiten is None else whiten
     log_sd = relative_sd(measurement_sd, y, whiten)
     shaped = LAWS[form].uses_dims and terms is None
@@ -189,7 +197,7 @@ def fit(
     params, intervals = _params(rows, solved.theta, draws, widen)
     growths: dict = {}
     absent: dict = {}
-    countable = isinstance(rows.form, PerArm) or known is not None
+    countable = rows.form.arms or known is not None
     if dims and countable and "compute_range" in data:
         growths, absent = exponents(
             rows.form,
@@ -206,7 +214,7 @@ def fit(
         growths = _size_growth(rows, solved.theta, draws, widen, data)
     diagnostics["absent_share"] = absent
     diagnostics["interval_ratio"] = {
-        d: float(np.log(e["pairs_high"] / e["pairs_low"]) / max(np.log(e["high"] / e["low"]), 1e-12))
+        d: float(abs(np.log(e["pairs_high"] / e["pairs_low"])) / max(abs(np.log(e["high"] / e["low"])), 1e-12))
         for d, e in growths.items()
         if e["low"] is not None
     }
@@ -253,7 +261,7 @@ def _rounded(theta: np.ndarray) -> np.ndarray:
 def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
     raw = rows.form.raw(theta[None], rows.centre)[0]
     params = dict(zip(rows.form.names, (float(p) for p in raw)))
-    for amplitude, exponent in _partners(rows.form):
+    for amplitude, exponent in rows.form.partners:
         if params[amplitude] <= 0:
             params[exponent] = None
     spread = {kind: rows.form.raw(many, rows.centre) for kind, many in draws.items()}
@@ -264,13 +272,6 @@ def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
         pairs_low, pairs_high = interval(spread["pairs"][:, i], floor=None)
         intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=pairs_low, pairs_high=pairs_high)
     return params, intervals
-
-
-def _partners(form) -> list[tuple[str, str]]:
-    """(amplitude, exponent) pairs: without the first the second means nothing."""
-    if isinstance(form, PerArm):
-        return [(f"{p}_{d}", f"{e}_{d}") for p, e in (("alpha", "a"), ("beta", "b")) for d in form.terms]
-    return list(form.labels)
 
 
 def _data(table, dims, centre) -> dict:

@@ -16,6 +16,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.fewshot import about, is_spread, noise_of, probe_of
+from sovit.forms import LAWS
 from sovit.ledger import merge, read_exclusions, read_ledger
 from sovit.shape import DIMENSIONS, Shape
 
@@ -28,7 +29,7 @@ NUMBERS = (
     *("peak_lr", "weight_decay", "batch_size"),
 )
 SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
-WHOLE_SHAPE = ("joint", "bounded", "power_mean")  # law forms that describe every row and can rank whole shapes
+WHOLE_SHAPE = tuple(name for name, entry in LAWS.items() if entry.ranks_shapes)  # forms that describe every row
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
 
 

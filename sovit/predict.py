@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.allocate import Geometry
+from sovit.allocate import Geometry, law_columns
 from sovit.bootstrap import interval
 from sovit.diagnose import amplitudes, optimum_of
+from sovit.forms import LAWS
 from sovit.law import Fit
 from sovit.shape import DIMENSIONS, Shape
 
@@ -206,7 +207,7 @@ def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
 
 
 def _geometry(fit: Fit, train_flops: float) -> Geometry:
-    if fit.form not in ("joint", "bounded", "power_mean"):
+    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
     if fit.geometry is None:
         raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
@@ -251,7 +252,7 @@ def _loss(fit, table: Mapping, geometry, log_budget, theta=None) -> np.ndarray:
     """Loss of real or whole shapes at the budget, [S], or [R, S] for theta [R, P]."""
     images = np.exp(log_budget) / geometry.flops(table, head=True)
     form = fit.shape_form
-    logs = np.log(np.stack([np.asarray(table[n], float) for n in fit.model["dims"]] + [images]))
+    logs = law_columns(form.terms, table, images, geometry)
     value = form.evaluate(fit.theta[None] if theta is None else theta, logs - np.array(fit.model["centres"])[:, None])[
         0
     ]
@@ -361,10 +362,9 @@ def _uncertainty(fit, geometry, log_budget, names, real, best) -> tuple[dict, di
 
 def _loss_at(fit, v, geometry, log_budget, theta) -> np.ndarray:
     """Loss of each theta [R, P] at its own ln x [R, K]: [R]."""
-    ln_f, _ = geometry.log_flops(fit.model["dims"], v, head=True)
-    u = np.column_stack([v, log_budget - ln_f]) - np.array(fit.model["centres"])
-    form = fit.shape_form
-    return np.exp([form.evaluate(t[None], row[:, None])[0][0, 0] for t, row in zip(theta, u)])
+    form, table = fit.shape_form, dict(zip(fit.model["dims"], np.exp(v.T)))
+    logs = law_columns(form.terms, table, np.exp(log_budget) / geometry.flops(table, head=True), geometry)
+    return np.exp(form.evaluate(theta, (logs.T - np.array(fit.model["centres"]))[:, :, None])[0][:, 0])
 
 
 def _loss_interval(fit, kind, best, geometry, log_budget) -> tuple[float, float]:

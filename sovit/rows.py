@@ -10,7 +10,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.allocate import Geometry
-from sovit.forms import LAWS, Form, PerArm
+from sovit.forms import LAWS, Form
 from sovit.shape import DIMENSIONS, POOLS
 
 IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "init_seed", "data_seed", "peak_lr")
@@ -27,12 +27,16 @@ class Rows:
     centre: np.ndarray  # [K]
 
 
-def check(form: str, columns: Mapping, y, clusters, terms, zero_line) -> tuple[dict, np.ndarray]:
+def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=None) -> tuple[dict, np.ndarray]:
     """Columns as arrays and y as floats. Raises UserError (one line) naming the first bad column, row or option."""
     if form not in LAWS:
         raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
-    if (form == "additive") != (terms is not None):
-        raise UserError(f"form={form!r} with terms={terms!r}; the form 'additive', and only it, needs terms=(columns)")
+    able = [name for name, entry in LAWS.items() if entry.takes_terms]
+    if (terms is not None and form not in able) or (terms is None and LAWS[form].needs_terms):
+        raise UserError(
+            f"form={form!r} with terms={terms!r}; 'additive' needs terms=(columns), of the others {', '.join(able[:-1])}"
+            " takes them"
+        )
     if form == "bounded" and not (zero_line and np.isfinite(zero_line) and zero_line > 0):
         raise UserError(
             f"form='bounded' with zero_line={zero_line!r}; give the loss of knowing nothing, such as log(num_classes)"
@@ -49,7 +53,10 @@ def check(form: str, columns: Mapping, y, clusters, terms, zero_line) -> tuple[d
         )
     if "compute" not in table and {"forward_flops", "num_examples"} <= set(table):
         table["compute"] = table["forward_flops"].astype(float) * table["num_examples"].astype(float)
-    missing = [name for name in (*LAWS[form].needs, *(terms or ())) if name not in table]
+    needed = terms or LAWS[form].needs
+    if "num_params" in needed and "num_params" not in table and (known := geometry_of(table, geometry)):
+        table["num_params"] = known.num_params({d: positive(table, d) for d in DIMENSIONS if d in table})
+    missing = [name for name in needed if name not in table]
     if missing:
         raise UserError(
             f"form={form!r} needs the column {missing[0]!r}; the columns given are {', '.join(sorted(table))}"
@@ -134,17 +141,18 @@ def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndar
 def prepare(form_name: str, table, y, dims, *, zero_line=None, terms=None, arms=None, centre=None) -> Rows:
     """Centred logs for a form; `centre` reuses that of another fit. Raises UserError for too few rows."""
     form = LAWS[form_name].build(tuple(dims), zero_line, terms)
-    if isinstance(form, PerArm):
+    if form.arms:
         picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in dims]
         source = np.concatenate(picks)
         arm = np.repeat(np.arange(len(dims)), [len(p) for p in picks])
         own = np.log(np.concatenate([positive(table, d)[p] for d, p in zip(dims, picks)]))
         t = np.log(positive(table, "compute")[source])
-        if min(len(p) for p in picks) < 6:  # alpha, beta, xi, eps, a, b of one arm
+        own_params = sum(name.endswith(f"_{dims[0]}") for name in form.names)  # of one arm
+        if min(len(p) for p in picks) < own_params:
             thin = dims[int(np.argmin([len(p) for p in picks]))]
             raise UserError(
-                f"the arm {thin!r} of form='sovit' has {min(len(p) for p in picks)} rows for 6 parameters; run more of"
-                " it, or fit 'joint'"
+                f"the arm {thin!r} of form={form_name!r} has {min(len(p) for p in picks)} rows for {own_params}"
+                " parameters; run more of it, or fit 'joint'"
             )
         if centre is None:
             centre = np.array([own[arm == g].mean() for g in range(len(dims))] + [t.mean()])
@@ -181,7 +189,7 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
     for name in ("head_dim", "num_classes", "num_registers", "num_prefix_tokens"):  # a ledger's columns are floats
         if name in known:
             known[name] = int(known[name])
-    unknown = [name for name in known if name not in (*names, "flops_scale")]
+    unknown = [name for name in known if name not in (*names, "flops_scale", "params_scale")]
     if unknown:
         raise UserError(f"geometry has {unknown[0]!r}; it takes {', '.join(names)}")
     if any(known.get(name) is None for name in DIMENSIONS):
@@ -191,9 +199,19 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
     def with_pool(pool: str) -> Geometry:
         return Geometry(**({"num_prefix_tokens": registers + (pool == "token")} | known | {"pool": pool}))
 
-    if "forward_flops" not in table:
-        return with_pool(known.get("pool", "avg"))
     dims = {d: positive(table, d) for d in DIMENSIONS if d in table}
+
+    def scaled(geometry: Geometry, flops_scale: float) -> Geometry:
+        """With what the rows' own counts are of ours, where that is not 1 to 1e-6."""
+        params = np.zeros(1)
+        if "num_params" in table and "params_scale" not in known:
+            params = np.log(positive(table, "num_params") / geometry.num_params(dims))
+        if np.abs(params).max() >= 1e-6:
+            geometry = dataclasses.replace(geometry, params_scale=float(np.exp(params.mean())))
+        return geometry if flops_scale == 1 else dataclasses.replace(geometry, flops_scale=flops_scale)
+
+    if "forward_flops" not in table:
+        return scaled(with_pool(known.get("pool", "avg")), 1.0)
     forward = positive(table, "forward_flops")
     spent = None  # per image, head included: what tells "none" from "avg", whose encoders cost the same
     if {"train_flops", "num_examples"} <= set(table):
@@ -205,6 +223,4 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
         off = [np.abs(ratio).max(), 0.0 if spent is None else np.abs(np.log(spent / candidate.flops(dims, True))).max()]
         tried.append((round(sum(off), 9), len(tried), candidate, off[0], float(np.exp(ratio.mean()))))
     _, _, geometry, off, scale = min(tried, key=lambda t: t[:2])
-    if off < 1e-6 or "flops_scale" in known:
-        return geometry
-    return dataclasses.replace(geometry, flops_scale=scale)
+    return scaled(geometry, 1.0 if off < 1e-6 or "flops_scale" in known else scale)

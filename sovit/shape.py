@@ -80,13 +80,17 @@ class Shape:
     @property
     def num_params(self) -> int:
         """Parameters of the encoder, task head apart."""
-        w, m = self.width, self.mlp_dim
-        qkv = 3 * w * w + 3 * w * self.qkv_bias
-        block = 4 * w + qkv + (w * w + w) + (w * m + m) + (m * w + w) + 2 * w * self.layer_scale
-        embed = (3 * self.patch_size**2 * w + w) + self.num_tokens * w + self.num_prefix_tokens * w
-        # latent + q + kv + projection + norm + MLP
-        map_head = w + (w * w + w) + (2 * w * w + 2 * w) + (w * w + w) + 2 * w + (w * m + m) + (m * w + w)
-        return embed + self.depth * block + 2 * w + map_head * (self.pool == "map")
+        return encoder_params(
+            self.width,
+            self.depth,
+            self.mlp_dim,
+            self.num_patches,
+            self.num_prefix_tokens,
+            self.patch_size,
+            self.pool,
+            self.qkv_bias,
+            self.layer_scale,
+        )
 
     @property
     def forward_flops(self) -> int:
@@ -152,6 +156,19 @@ def encoder_flops(width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_s
     block = 8 * t * w * w + 4 * t * t * w + 4 * t * w * m
     map_head = 4 * w * w + 4 * n * w * w + 4 * n * w + 4 * w * m if pool == "map" else 0
     return embed + depth * block + map_head
+
+
+def encoder_params(
+    width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_size, pool, qkv_bias=True, layer_scale=False
+):
+    """Parameters of the encoder, task head apart, in closed form; arguments may be real numbers or arrays."""
+    w, m = width, mlp_dim
+    qkv = 3 * w * w + 3 * w * qkv_bias
+    block = 4 * w + qkv + (w * w + w) + (w * m + m) + (m * w + w) + 2 * w * layer_scale
+    embed = (3 * patch_size**2 * w + w) + (num_patches + num_prefix_tokens) * w + num_prefix_tokens * w
+    # latent + q + kv + projection + norm + MLP
+    map_head = w + (w * w + w) + (2 * w * w + 2 * w) + (w * w + w) + 2 * w + (w * m + m) + (m * w + w)
+    return embed + depth * block + 2 * w + map_head * (pool == "map")
 
 
 # width, depth, mlp_dim, num_heads, pool. big_vision models/vit.py decode_variant; SoViT: arXiv 2305.13035 Table 1, App. B

@@ -16,7 +16,7 @@ from sovit.forms import LAWS, nnls
 from sovit.rows import prepare, star, trunks
 
 GEMSTONES = Path(__file__).resolve().parents[2] / "shared" / "data" / "gemstones"
-FORMS = ("joint", "power_mean", "bounded", "sovit", "chinchilla")
+FORMS = tuple(name for name in LAWS if name != "additive")  # which is joint over other columns
 TRUE_POWER = {"bounded": 1.9, "power_mean": None}
 
 

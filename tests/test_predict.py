@@ -13,6 +13,7 @@ import pytest
 
 from sovit import UserError, law
 from sovit.allocate import Geometry, optimum
+from sovit.forms import LAWS
 from sovit.predict import best_shape, form_dependence, predicted_difference, predicted_loss, proportional_shape
 from sovit.shape import Shape
 
@@ -23,6 +24,12 @@ BUDGET = 3 * 600e6 * 25e9
 def fits():
     table, trunk = planted.star()
     out = {}
+    corners = [(w, d, m) for w in (608, 1152) for d in (8, 20) for m in (1088, 3072)]
+    crossed, crossed_trunk = planted.star(extra=tuple(corners))
+    num_params = Geometry(**planted.GEOMETRY).num_params(crossed)
+    y = (planted.loss(crossed) + 0.02 * (num_params / 5e8) ** -0.35) * planted.noise(crossed_trunk, 0.003, 0)
+    options = dict(clusters=crossed_trunk, geometry=planted.GEOMETRY | dict(num_classes=1000))
+    out["joint_n"] = law.fit("joint_n", crossed, y, bootstrap=120, **options)
     for name, power in (("joint", None), ("bounded", 1.9)):
         y = planted.loss(table, power=power) * planted.noise(trunk, 0.003, 0)
         zero_line = planted.ZERO_LINE if power else None
@@ -46,15 +53,16 @@ def test_optimum_has_the_closed_form_exponents_where_flops_are_a_power_law():
             return dims["width"] * dims["depth"] * dims["mlp_dim"]
 
     a, c = planted.EXPONENTS, planted.C
-    parts = dict(A=np.full((2, 3), 0.1), a=np.tile(a, (2, 1)), B=np.full(2, 0.2), c=np.full(2, c), s=np.ones(2))
+    theta = np.tile(np.r_[0.1, 0.1, 0.1, 0.2, 0.7, a, c], (2, 1))
     budgets = np.log([1e12, 1e16])
     box = np.full(3, -50.0), np.full(3, 50.0)
-    v = optimum(parts, np.array([3.0, 2.0, 4.0, 10.0]), planted.DIMS, Product(), budgets, *box)
+    joint = LAWS["joint"].build(planted.DIMS)
+    v = optimum(joint, theta, np.array([3.0, 2.0, 4.0, 10.0]), planted.DIMS, Product(), budgets, *box)
     sigma = (1 / a) / (1 / c + (1 / a).sum())
     np.testing.assert_allclose((v[1] - v[0]) / (budgets[1] - budgets[0]), sigma, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["joint", "bounded"])
+@pytest.mark.parametrize("name", ["joint", "bounded", "joint_n"])
 def test_the_real_optimum_beats_its_surroundings(fits, name):
     found = best_shape(fits[name], BUDGET)
     real = np.array([found.optimum[d]["estimate"] for d in planted.DIMS])
@@ -68,7 +76,7 @@ def test_the_real_optimum_beats_its_surroundings(fits, name):
     assert losses.argmin() == 0 and losses[0] == pytest.approx(found.optimum_loss, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["joint", "bounded"])
+@pytest.mark.parametrize("name", ["joint", "bounded", "joint_n"])
 def test_the_best_whole_shape_equals_brute_force(fits, name):
     found = best_shape(fits[name], BUDGET, head_dim=32, mlp_multiple=32)
     best = Shape(**found.shape)
@@ -188,7 +196,7 @@ def test_a_dimension_without_gain_stays_within_the_values_run():
 
 
 def test_forms_are_compared_on_each_others_shapes(fits):
-    table = form_dependence(list(fits.values()), BUDGET)
+    table = form_dependence([fits["joint"], fits["bounded"]], BUDGET)
     assert [row["form"] for row in table] == ["joint", "bounded"]
     for row in table:
         assert row["loss_excess"][row["form"]] == 0 and max(row["loss_excess"].values()) < 0.1

@@ -9,9 +9,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from sovit.allocate import Geometry, optimum
+from sovit.allocate import Geometry
 from sovit.bootstrap import interval
-from sovit.diagnose import box, optimum_of
+from sovit.diagnose import optimum_of
 from sovit.measurements import WHOLE_SHAPE, levels
 from sovit.plot.style import (
     COLUMN,
@@ -373,11 +373,9 @@ def optimal_path(fit, ln_compute: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """ln of the optimal dimensions at each ln compute [T] (head apart), for each theta [R, P]: [T, R, K]."""
     geometry = Geometry(**(fit.geometry or {}))  # the closed form below needs none
     form, centre, grid = fit.shape_form, np.array(fit.model["centres"]), fit.data["grid"]
-    if fit.form not in WHOLE_SHAPE:  # closed form, one compute at a time
-        return np.array([optimum_of(form, centre, theta, geometry, grid, t) for t in ln_compute])
     tiled, budget = np.tile(theta, (len(ln_compute), 1)), np.repeat(ln_compute, len(theta))
     flat = [
-        optimum(form.split(tiled[i : i + CHUNK]), centre, tuple(grid), geometry, budget[i : i + CHUNK], *box(grid))
+        optimum_of(form, centre, tiled[i : i + CHUNK], geometry, grid, budget[i : i + CHUNK])
         for i in range(0, len(tiled), CHUNK)
     ]
     return np.concatenate(flat).reshape(len(ln_compute), len(theta), -1)
