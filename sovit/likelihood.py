@@ -19,14 +19,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sovit.allocate import law_columns
 from sovit.bootstrap import LEVEL
 from sovit.diagnose import EXPONENT_FLOOR, box, optimum_of
 from sovit.fitter import Groups, Solved, free_columns, loss_of, polish
-from sovit.forms import PerArm
+from sovit.forms import FALLING
 
-KAPPA = 100.0
-PASSES, STEPS, TOLERANCE = 8, 60, 1e-5  # targets tried an end, most need three; the fitter's limits at each
+KAPPA = 1.0
+PASSES, STEPS, TOLERANCE = 8, 60, 1e-6  # targets tried an end, most need three; the fitter's limits at each
 REACH = np.log(100.0)  # an end further than this factor from the estimate is open
+STEEP = 1e6
 PRECISION = 0.01  # of the cut, in units of t
 
 # theta [R, P], quantity of each [R], a number that names each replicate [R] -> h [R] and its gradient [R, P]
@@ -53,6 +55,7 @@ class _Held:
         name = theta[:, -1].astype(int)
         value, jac = self.form.evaluate(theta[:, :-1], u[:, :-1])  # type: ignore[attr-defined]
         h, slope = self.measure(theta[:, :-1], self.which[name], name)
+        slope = np.clip(np.nan_to_num(slope), -STEEP, STEEP)  # at a law whose optimum is nowhere
         wide = np.zeros((len(theta), theta.shape[1], u.shape[1]))
         wide[:, :-1, :-1] = jac
         wide[:, :-1, -1] = np.sqrt(KAPPA) * slope
@@ -77,6 +80,7 @@ def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float
         reach = cut * np.sqrt(variance) * _spread(form, u, solved, slope, log_y)  # distance from the estimate aimed at
         live = np.isfinite(reach) & (reach > 0) & np.isfinite(best)
         reach = np.clip(reach, 1e-4, 1.0)
+        stuck = np.zeros(2 * num, int)
         inner, outer = np.zeros((2, 2 * num)), np.full((2, 2 * num), np.inf)  # (distance, root) known on either side
         for _ in range(PASSES):
             at = np.flatnonzero(live)
@@ -94,7 +98,8 @@ def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float
             gone = side[at] * (measure(theta[at], which[at], at)[0] - best[at])
             found = done.converged & (np.abs(root - cut) < PRECISION * cut) & (gone > 0)
             ends[at[found]] = (best[at] + side[at] * gone)[found]
-            open_end = (root < cut) & ((gone < 0.5 * reach[at]) | (gone > REACH))
+            stuck[at] = np.where((root < cut) & (gone < 0.5 * reach[at]), stuck[at] + 1, 0)
+            open_end = (stuck[at] == 3) | ((root < cut) & (gone > REACH))
             for r, g, t, converged in zip(at, gone, root, done.converged):
                 if t < cut and g > inner[0, r]:
                     inner[:, r] = g, t
@@ -156,6 +161,7 @@ def of_optimum(form, centre, geometry, grid: dict, ends, log_computes=()) -> tup
     Returns the measure and how many quantities it has: K (1 + number of ln computes), the dimensions running fastest.
     """
     k = len(grid)
+    sign = np.array([-1.0 if name in FALLING else 1.0 for name in grid])  # the best patch shrinks as compute grows
     computes = [*np.log(ends), *log_computes]
     memory = [np.full((2 * k * (1 + len(log_computes)), k), np.nan) for _ in computes]  # where each optimum was last
 
@@ -170,11 +176,11 @@ def of_optimum(form, centre, geometry, grid: dict, ends, log_computes=()) -> tup
         grows = which < k
         if grows.any():
             (low, low_slope), (high, high_slope) = (at(i, theta[grows], which[grows], name[grows]) for i in (0, 1))
-            span = computes[1] - computes[0]
+            span = sign[which[grows]] * (computes[1] - computes[0])
             s = np.maximum((high - low) / span, EXPONENT_FLOOR)
             h[grows] = np.log(s)
             moves = s > EXPONENT_FLOOR
-            gradient[grows] = np.where(moves[:, None], (high_slope - low_slope) / span / s[:, None], 0.0)
+            gradient[grows] = np.where(moves[:, None], (high_slope - low_slope) / (span * s)[:, None], 0.0)
         for i in range(len(log_computes)):
             mine = which // k == i + 1
             if mine.any():
@@ -202,7 +208,7 @@ def optimum_slope(form, centre, theta, geometry, grid: dict, log_compute: float,
     differences around v, of L itself and of the form's own Jacobian. near [R, K]: an optimum close by, from which
     Newton's steps lead to this one; where they do not, or it is nan, the optimum is found from nothing.
     """
-    if isinstance(form, PerArm):
+    if form.arms:
         return _numeric(lambda t: optimum_of(form, centre, t, geometry, grid, log_compute), theta)
     low, high = box(grid)
     v = np.full((len(theta), len(grid)), np.nan) if near is None else near.copy()
@@ -233,21 +239,14 @@ def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 def _around(form, centre, theta, geometry, grid: dict, log_compute, v) -> tuple:
     """dL/dv [R, K], d2L/dv2 [R, K, K] and d2L/dv dtheta [R, K, P] at v [R, K], each replicate's own."""
-    (num, k), step = v.shape, 1e-4
+    k, step = v.shape[1], 1e-4
     single = step * np.eye(k)
     pairs = [(i, j) for i in range(k) for j in range(i)]
     both = np.array([single[i] + single[j] for i, j in pairs]).reshape(-1, k)
     offsets = np.concatenate([np.zeros((1, k)), single, -single, both, -both])  # [S, K]
-    points = (v[:, None] + offsets).reshape(-1, k)  # [R S, K]
-    columns = dict(zip(grid, np.exp(points).T))
-    columns["num_examples"] = np.exp(log_compute) / geometry.flops(columns, head=False)
-    if "num_params" in form.terms:
-        columns["num_params"] = geometry.num_params(columns)
-    u = np.log(np.stack([columns[name] for name in form.terms])) - np.asarray(centre)[:, None]
-    size, own = len(offsets), np.arange(num)
-    value, jac = form.evaluate(theta, u)
-    value = value.reshape(num, num, size)[own, own]  # [R, S], each replicate at its own points
-    jac = jac.reshape(num, theta.shape[1], num, size)[own, :, own]  # [R, P, S]
+    table = dict(zip(grid, np.exp(np.moveaxis(v[:, None] + offsets, 2, 0))))  # name -> [R, S]
+    logs = law_columns(form.terms, table, np.exp(log_compute) / geometry.flops(table, head=False), geometry)
+    value, jac = form.evaluate(theta, logs.transpose(1, 0, 2) - np.asarray(centre)[:, None])
     up, down = slice(1, k + 1), slice(k + 1, 2 * k + 1)
     diagonal = (value[:, up] + value[:, down] - 2 * value[:, :1]) / step**2
     curve = diagonal[:, :, None] * np.eye(k)
