@@ -14,6 +14,15 @@ from pathlib import Path
 
 from sovit import UserError, __version__
 
+RULES = {  # of `sovit predict`: the fields of sovit.integers.Rules
+    "head_dim": "head dim; width is a multiple of it (default: as run)",
+    "width_multiple": "width a multiple of N as well, such as 128",
+    "depth_multiple": "depth a multiple of N",
+    "mlp_multiple": "MLP dim a multiple of N, such as 128 (default 8)",
+    "max_params": "at most N encoder parameters",
+    "max_forward_flops": "at most N forward FLOPs an image, task head apart",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 done, 1 a run failed, 2 bad input (said in one line)."""
@@ -86,7 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("predict", help="best shape for a budget, its interval, and the shapes as good as it")
     p.add_argument("law", type=Path, metavar="LAW.json")
-    p.add_argument("--train-flops", type=float, required=True, help="budget: 3 x forward FLOPs x images, head included")
+    p.add_argument("--train-flops", type=float, help="budget: 3 x forward FLOPs x images, head included")
+    for name, what in RULES.items():
+        p.add_argument(f"--{name.replace('_', '-')}", type=float if "max" in name else int, metavar="N", help=what)
+    p.add_argument("--frontier", action="store_true", help="a table of best shapes over a ladder of budgets instead")
+    p.add_argument("--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)")
+    p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: 100 x the largest run)")
+    p.add_argument("--points", type=int, metavar="N", help="how many (default 9)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
 
@@ -242,43 +258,69 @@ def _status(options) -> None:
 
 
 def _predict(options) -> None:
+    from sovit import growth
     from sovit.law import read_law
     from sovit.predict import best_shape
+    from sovit.predict_words import recommendation_text
 
-    recommendation = best_shape(read_law(options.law), options.train_flops)
-    print(json.dumps(recommendation.to_dict(), indent=2) if options.json else recommendation_text(recommendation))
+    if options.frontier:
+        return _frontier(options)
+    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points), ("out", options.out)):
+        if value is not None:
+            raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
+    if options.train_flops is None:
+        raise UserError("name a budget with --train-flops, or ask for a --frontier")
+    fit = read_law(options.law)
+    best = best_shape(fit, options.train_flops, **_rules(options))
+    others = {form: path for form in ("sovit", "chinchilla") if (path := _sibling(options.law, form)).is_file()}
+    beside: dict = {"paper_rule": None, "size_rule": None}
+    if {"width", "depth", "mlp_dim"} & set(fit.model["dims"]):
+        marginal = read_law(others["sovit"]) if "sovit" in others else None
+        beside["paper_rule"] = growth.paper_rule(fit, options.train_flops, marginal, best)
+    if "chinchilla" in others:
+        beside["size_rule"] = growth.size_rule(fit, options.train_flops, read_law(others["chinchilla"]), best)
+    beside["closed_form"] = growth.closed_form(fit, options.train_flops)
+    print(json.dumps(best.to_dict() | beside, indent=2) if options.json else recommendation_text(best, beside))
 
 
-def recommendation_text(r) -> str:
-    """A recommendation in words."""
-    s = r.shape
+def _sibling(law: Path, form: str) -> Path:
+    """Where `sovit fit` keeps the law of another form of the same rows."""
+    return law.parent / f"{form}.json" if law.parent.name == "forms" else law.parent / "forms" / f"{form}.json"
 
-    def interval(low, high, form: str) -> str:
-        known = low is not None and high is not None
-        return f"{r.level:.0%} interval {low:{form}} to {high:{form}}" if known else "no interval: fitted without draws"
 
-    lines = [
-        f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
-        f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']},"
-        f" patch {s['patch_size']}, {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
-        f"predicted loss {r.loss:.4f} ({interval(r.loss_low, r.loss_high, '.4f')})",
-    ]
-    for name, o in r.optimum.items():
-        if o["estimate"] is None:
-            lines.append(f"  {name}: not determined ({o['status']}: {o['note']})")
-        else:
-            note = f"; {o['status']}: {o['note']}" if o["status"] != "ok" else ""
-            lines.append(f"  {name}: {o['estimate']:.3g}, {interval(o['low'], o['high'], '.3g')}{note}")
-    flat = r.flat_region
-    ranges = ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in flat["ranges"].items())
-    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat['count']} shapes, {ranges}")
-    usual = r.proportional
-    u = usual["shape"]
-    lines.append(
-        f"ViT-B proportions at the same FLOPs: {u['width']}x{u['depth']}x{u['mlp_dim']}, predicted {usual['loss']:.4f}"
-        f" ({usual['loss_excess']:+.2%})"
-    )
-    return "\n".join(lines + [f"warning: {w}" for w in r.warnings])
+def _rules(options) -> dict:
+    return {name: getattr(options, name) for name in RULES if getattr(options, name) is not None}
+
+
+def _frontier(options) -> None:
+    from sovit.frontier import frontier, ladder
+    from sovit.law import read_law
+    from sovit.predict_words import frontier_text
+
+    if options.train_flops is not None:
+        raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
+    fit = read_law(options.law)
+    budgets = ladder(fit, options.first, options.last, 9 if options.points is None else options.points)
+    rows = frontier(fit, budgets, **_rules(options))
+    metric = fit.data.get("metric", "loss")
+    if options.out is not None:
+        from sovit import plot
+
+        plot.save(plot.frontier(fit, rows, _rows_of(options.law)), options.out / "frontier")
+    body = dict(law=str(options.law), form=fit.form, metric=metric, level=fit.level, rows=rows)
+    print(json.dumps(body, indent=2) if options.json else frontier_text(rows, metric, fit.level))
+
+
+def _rows_of(law: Path):
+    """The measurements that a law was fitted to, where its ledgers still stand beside its folder as it says; else None."""
+    from sovit.measurements import measurements
+
+    try:
+        made_of = json.loads((law.parent / "inputs.json").read_text())
+        data = measurements([law.parent.parent / name for name in made_of["ledgers"]], made_of["metric"])
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return data if data.identity == made_of else None
 
 
 def _probe(options) -> None:

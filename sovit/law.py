@@ -134,6 +134,7 @@ def fit(
     cut=None,
     extrapolate=True,
     measurement_sd=None,
+    metric=None,
 ) -> Fit:
     """Fit the law `form` (a key of LAWS) to losses y [n] > 0 measured at columns name -> [n].
 
@@ -153,6 +154,7 @@ def fit(
                   over its support sets (only what is not shared by all rows: that cancels where rows are compared). A row
                   weighs by 1 / (tau^2 + its own variance) in the log loss, tau^2 being estimated from what is left, and
                   the parametric bootstrap draws both. Needs whitening, so huber_delta=None
+    metric        what y is, such as "val_loss": kept in `data` for the words of a prediction
 
     Raises UserError (one line, value and remedy) for bad columns, too few rows or trunks, unknown names.
     """
@@ -179,7 +181,7 @@ def fit(
     noise = seed_noise(table, y, index, solved)
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
-    data = _data(table, dims, centre)
+    data = _data(table, dims, centre) | (dict(metric=metric) if metric else {})
     draws, widen = {}, 1.0
     if bootstrap:
         rng = np.random.default_rng(seed)

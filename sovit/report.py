@@ -55,7 +55,8 @@ def fit_ledgers(
     fits, refused = {}, {}
     for name in dict.fromkeys((*FORMS, *([form] if form else []))):
         try:
-            options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd) | _options(name, data)
+            options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
+            options |= _options(name, data)
             fits[name] = law.fit(name, data.columns, data.y, **options)
         except np.linalg.LinAlgError as error:
             refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"

@@ -12,6 +12,7 @@ import numpy as np
 
 from sovit.law import LAWS
 from sovit.measurements import WHOLE_SHAPE, Measurements, levels
+from sovit.predict_words import count_words
 from sovit.rows import star
 from sovit.shape import DIMENSIONS, named_shape
 
@@ -95,7 +96,7 @@ def _found(data, fits, headline, why, recommendation, no_recommendation) -> str:
             f"- For {_flops(r.train_flops)} training FLOPs: {_shape_words(r.shape)}, trained on {r.num_examples:,}"
             " images;"
             f" predicted {data.metric} {_with_interval(r.loss, r.loss_low, r.loss_high)}."
-            f" {r.flat_region['count']:,} of {r.flat_region['surveyed']:,} surveyed shapes lie within one noise s.d."
+            f" {count_words(r.flat_region)} shapes lie within one noise s.d."
             " of it."
         )
     open_ = [NAMES[n] for n, e in fit.exponents.items() if e["status"] != "ok"]
@@ -528,7 +529,7 @@ def _recommendation(fit, r, reason, dependence) -> str:
     flat = r.flat_region
     ranges = _and([f"{NAMES[n]} {_number(low)} to {_number(high)}" for n, (low, high) in flat["ranges"].items()])
     region = (
-        f"- Flat region: {flat['count']:,} of {flat['surveyed']:,} surveyed shapes are within one noise s.d."
+        f"- Flat region: {count_words(flat)} shapes are within one noise s.d."
         f" ({percent(flat['within'])}, from {flat['noise_source']}) of the best: {ranges}."
     )
     if flat["open_above"]:

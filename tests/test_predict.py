@@ -14,8 +14,16 @@ import pytest
 from sovit import UserError, law
 from sovit.allocate import Geometry, optimum
 from sovit.forms import LAWS
-from sovit.predict import best_shape, form_dependence, predicted_difference, predicted_loss, proportional_shape
+from sovit.predict import (
+    best_shape,
+    form_dependence,
+    predicted_difference,
+    predicted_loss,
+    proportional_shape,
+    rules_of,
+)
 from sovit.shape import Shape
+from sovit.target import columns, target
 
 BUDGET = 3 * 600e6 * 25e9
 
@@ -89,6 +97,128 @@ def test_the_best_whole_shape_equals_brute_force(fits, name):
     assert found.optimum_loss <= found.loss and found.rounding_regret >= 0
 
 
+@pytest.fixture(scope="module")
+def mixed():
+    """A law whose optimum is not known to be unique: a term in parameters."""
+    table, trunk = planted.star(((608, 8, 1088), (1152, 20, 3072), (608, 20, 3072), (1152, 8, 1088)))
+    y = planted.loss(table) * (1 + 0.1 * table["forward_flops"] ** -0.1) * planted.noise(trunk, 0.003, 0)
+    return law.fit("joint_n", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
+
+
+RULES = [
+    dict(head_dim=64, width_multiple=128, mlp_multiple=128),
+    dict(head_dim=64, depth_multiple=3, mlp_multiple=64),
+    dict(head_dim=64, mlp_multiple=128, max_params=4e7),
+    dict(head_dim=64, mlp_multiple=128, max_forward_flops=1.2e10),
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda rules: ",".join(rules))
+@pytest.mark.parametrize("form", ["joint", "bounded", "joint_n"])
+def test_the_search_under_rules_equals_brute_force_over_a_box(fits, mixed, form, rules):
+    fit = mixed if form == "joint_n" else fits[form]
+    at = target(fit, BUDGET)
+    given = rules_of(at, **rules)
+    w, d, m = (np.arange(step, top, step) for step, top in zip(given.steps.values(), (1700, 61, 4100)))
+    table = dict(zip(planted.DIMS, (grid.ravel() for grid in np.meshgrid(w, d, m, indexing="ij"))))
+    shapes = table | dict(patch_size=np.full(table["width"].shape, 14), image_size=np.full(table["width"].shape, 224))
+    keep = at.geometry.num_params(shapes) <= rules.get("max_params", np.inf)
+    keep &= at.geometry.flops(shapes, head=False) <= rules.get("max_forward_flops", np.inf)
+    loss = np.where(keep, at.loss(table), np.inf)
+    i = int(loss.argmin())
+    found = best_shape(fit, BUDGET, **rules)
+    assert found.loss == pytest.approx(loss[i], rel=1e-12)
+    assert [found.shape[n] for n in planted.DIMS] == [table[n][i] for n in planted.DIMS]
+    assert found.num_params <= rules.get("max_params", np.inf) and found.shape["head_dim"] == 64
+    inside = loss <= found.loss * np.exp(fit.noise["sd"])
+    flat = found.flat_region
+    assert flat["exact"] and flat["count"] == inside.sum()
+    assert flat["ranges"] == {n: [table[n][inside].min(), table[n][inside].max()] for n in planted.DIMS}
+    if flat["count"] <= 50:
+        listed = {tuple(s[n] for n in planted.DIMS) for s in flat["shapes"]}
+        assert listed == set(zip(*(table[n][inside].tolist() for n in planted.DIMS))) and flat["listed"] == "all"
+
+
+@pytest.mark.parametrize("form", [name for name, entry in law.LAWS.items() if entry.ranks_shapes])
+def test_every_law_that_ranks_shapes_falls_with_size_and_with_images(form):
+    """What the exact search rests on: at fixed images no size, and at fixed sizes no images, may raise the loss."""
+    table, trunk = planted.star()
+    y = planted.loss(table) * planted.noise(trunk, 0.003, 0)
+    zero_line = planted.ZERO_LINE if form == "bounded" else None
+    fit = law.fit(form, table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False, zero_line=zero_line)
+    at, rng = target(fit, BUDGET), np.random.default_rng(0)
+    low, high = fit.shape_form.bounds
+    theta = np.exp(rng.normal(-2, 1.5, (40, len(low))))
+    theta = np.clip(
+        np.where(np.isfinite(high), low + rng.random(theta.shape) * np.minimum(high - low, 3), theta), low, high
+    )
+    shapes = np.exp(rng.uniform(0, 8, (60, 3))) + 1
+    images = np.exp(rng.uniform(8, 25, 60))
+
+    def loss(sizes, seen):
+        return at.loss(dict(zip(planted.DIMS, sizes.T)), theta, images=seen)
+
+    base = loss(shapes, images)
+    for k in range(3):
+        assert (loss(shapes * (1 + 0.3 * np.eye(3)[k]), images) <= base * (1 + 1e-9)).all()
+    assert (loss(shapes, images * 1.3) <= base * (1 + 1e-9)).all()
+
+
+def test_what_rounding_and_rules_cost_is_told_with_intervals(fits):
+    fit = fits["joint"]
+    plain = best_shape(fit, BUDGET)
+    assert plain.rules_cost is None and plain.rounding["estimate"] == plain.rounding_regret >= 0
+    ruled = best_shape(fit, BUDGET, head_dim=64, width_multiple=256, mlp_multiple=512)
+    cost = ruled.rules_cost
+    assert cost["estimate"] == pytest.approx(ruled.loss / plain.loss - 1) and cost["estimate"] > 0
+    assert cost["low"] < cost["estimate"] < cost["high"]
+    assert (1 + cost["estimate"]) * (1 + plain.rounding["estimate"]) == pytest.approx(1 + ruled.rounding["estimate"])
+    # draw by draw, by hand
+    theta, widen = np.array(fit.draws["random_effects"]), fit.diagnostics["draws"]["t_over_z"]
+    both = columns([Shape(**ruled.shape), Shape(**plain.shape)])
+    many = target(fit, BUDGET).loss(both, theta)
+    low, middle, high = np.quantile(many[:, 0] / many[:, 1] - 1, [0.05, 0.5, 0.95])
+    assert (cost["low"], cost["high"]) == pytest.approx(
+        (middle + widen * (low - middle), middle + widen * (high - middle))
+    )
+
+
+def test_regret_of_listed_shapes_is_over_each_draws_own_optimum(fits):
+    fit = fits["bounded"]
+    found = best_shape(fit, BUDGET)
+    listed = found.flat_region["shapes"]
+    assert all(s["regret_high"] > 0 for s in listed)
+    at, theta = target(fit, BUDGET), np.array(fit.draws["random_effects"])
+    v = at.optimum(theta)
+    least = [at.loss(dict(zip(planted.DIMS, np.exp(x)[:, None])), t[None])[0, 0] for x, t in zip(v, theta)]
+    excess = at.loss({n: np.array([listed[-1][n]]) for n in planted.DIMS}, theta)[:, 0] / least - 1
+    assert listed[-1]["regret_high"] == pytest.approx(np.quantile(excess, 0.95))
+
+
+def test_a_region_too_large_to_count_is_surveyed(fits, monkeypatch):
+    exact = best_shape(fits["joint"], BUDGET).flat_region
+    monkeypatch.setattr("sovit.integers.MAX_CELLS", 10)
+    found = best_shape(fits["joint"], BUDGET).flat_region
+    assert not found["exact"] and 0 < found["count"] < exact["count"] and found["count"] < found["surveyed"]
+    for name, (low, high) in found["ranges"].items():
+        assert exact["ranges"][name][0] <= low <= high <= exact["ranges"][name][1]
+
+
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        (dict(max_params=1e4), "no shape keeps to the rules: the smallest, width 16 x depth 1 x mlp_dim 8"),
+        (dict(max_forward_flops=1e6), "no shape keeps to the rules"),
+        (dict(mlp_multiple=0), "mlp_multiple=0 is too small"),
+        (dict(max_params=-1), "max_params=-1 is too small"),
+        (dict(max_params=float("nan")), "max_params=nan is too small"),
+    ],
+)
+def test_rules_that_leave_nothing_are_refused(fits, rules, words):
+    with pytest.raises(UserError, match=words):
+        best_shape(fits["joint"], BUDGET, **rules)
+
+
 def test_the_budget_is_spent_head_included(fits):
     found = best_shape(fits["joint"], BUDGET)
     per_image = Shape(**found.shape).train_flops_per_image(1000)
@@ -99,13 +229,13 @@ def test_the_budget_is_spent_head_included(fits):
 def test_the_flat_region_contains_the_best_and_only_shapes_as_good(fits):
     found = best_shape(fits["joint"], BUDGET)
     flat = found.flat_region
-    assert flat["shapes"][0] == {k: found.shape[k] for k in (*planted.DIMS, "patch_size", "image_size")} | dict(
-        regret=0.0
-    )
+    first = {k: v for k, v in flat["shapes"][0].items() if k != "regret_high"}
+    assert first == {k: found.shape[k] for k in (*planted.DIMS, "patch_size", "image_size")} | dict(regret=0.0)
+    assert flat["shapes"][0]["regret_high"] == pytest.approx(found.regret["high"])
     shapes = [Shape(**found.shape).replace(**{k: s[k] for k in planted.DIMS}) for s in flat["shapes"]]
     excess = np.log(predicted_loss(fits["joint"], shapes, BUDGET) / found.loss)
     assert (excess >= -1e-12).all() and (excess <= flat["within"]).all() and flat["within"] == fits["joint"].noise["sd"]
-    assert len(flat["shapes"]) == min(flat["count"], 50) and flat["count"] > 1
+    assert 1 < len(flat["shapes"]) <= min(flat["count"], 50) and flat["exact"]
     for dim, (low, high) in flat["ranges"].items():
         assert low <= found.shape[dim] <= high
 

@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.frontier import frontier
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -17,6 +18,7 @@ __all__ = [
     "contact_sheet",
     "extrapolation",
     "fit_by_dimension",
+    "frontier",
     "isoflop",
     "learning_rates",
     "optimal_path",

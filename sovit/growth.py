@@ -1,0 +1,214 @@
+"""How the best shape grows with the budget, in closed form and exactly, and the rules that others grow shapes by.
+
+closed_form   the exponents of x* ~ t^sigma under the joint law, beside the slope of its exact optimum
+paper_rule    SoViT's recipe (2305.13035, section 3.2 and App. B): each dimension by tau^(s_k / D)
+size_rule     constant proportions, the size chosen by a law of parameters and images (Chinchilla)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sovit import UserError
+from sovit.bootstrap import interval
+from sovit.diagnose import amplitudes
+from sovit.integers import SIZES, Rules
+from sovit.law import Fit
+from sovit.predict import Recommendation, best_shape, predicted_difference, proportional_family
+from sovit.shape import Shape
+from sovit.target import Target, budgets_run, columns, target
+
+PAPER = dict(width=0.22, depth=0.45, mlp_dim=0.60)  # s_k as stated in 2305.13035, classification
+STEP = 1e-2  # of ln t, for the slope at one budget
+
+
+def closed_form(fit: Fit, train_flops: float) -> dict:
+    """Exponents of x* ~ t^sigma at a budget, t = training FLOPs: in closed form, and of the exact optimum.
+
+    With FLOPs elasticities g_k = d ln F / d ln x_k taken as constant, the first-order conditions a_k A_k x_k^-a_k =
+    c g_k B (F/t)^c of the joint law give sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), F* ~ t^(sum_j g_j sigma_j) and
+    images ~ t^(1 - sum_j g_j sigma_j). A power mean and a zero line change nothing in that: capacity and data terms
+    fall together, their ratio stays, and s drops out. A shift d of the data makes c local: (c n - d) / (n + d) takes its
+    place at n images. With a term in parameters there is none.
+
+    Returns {train_flops, span, level, note, dims, flops, images}; dims (by dimension), flops (of one image) and images
+    hold {closed, closed_low, closed_high, slope, exact, low, high}: the closed form at this budget (None where there is
+    none), the slope of the exact optimum there, and its mean slope over `span`, from the least budget run, or a decade
+    below this one, to this one. Headline intervals, None without draws. dims have besides exponent a_k, elasticity g_k,
+    and apart: the factor by which the closed form, followed down from this budget, misses x* at the other end of span.
+    Raises UserError as `sovit.target` does.
+    """
+    at = target(fit, train_flops)
+    low = min(budgets_run(fit)[0], train_flops / 10)
+    span = np.log(train_flops / low)
+    closed, exact, g = _exponents(at, _at(at, low), fit.theta[None])
+    near = [_path(_at(at, train_flops * np.exp(h)), fit.theta[None]) for h in (-STEP, STEP)]
+    slope = _with_images((near[1] - near[0])[0] / (2 * STEP))
+    rows: dict = {
+        name: dict(closed=None, closed_low=None, closed_high=None, slope=float(s), exact=float(e), low=None, high=None)
+        for name, s, e in zip((*at.dims, "flops", "images"), slope, exact[0])
+    }
+    theta, widen = at.draws()
+    many = _exponents(at, _at(at, low), theta) if len(theta) else (None, None, None)
+    for k, row in enumerate(rows.values()):
+        if closed is not None:
+            row["closed"] = float(closed[0, k])
+        if many[1] is not None:
+            row["low"], row["high"] = interval(many[1][:, k], widen, floor=None)
+        if many[0] is not None:
+            row["closed_low"], row["closed_high"] = interval(many[0][:, k], widen, floor=None)
+    a, _ = _powers(at, fit.theta[None], np.ones(1))
+    for k, name in enumerate(at.dims):
+        known = name not in at.absent()
+        miss = None if closed is None or not known else float(np.exp((exact[0, k] - closed[0, k]) * span))
+        rows[name] |= dict(
+            exponent=float(a[0, k]) if known else None,
+            elasticity=float(g[0, k]),
+            apart=miss,
+        )
+    return dict(
+        train_flops=float(train_flops),
+        span=[float(low), float(train_flops)],
+        level=fit.level,
+        note=""
+        if closed is not None
+        else f"form {fit.form!r} has no closed form: its parameter term mixes the dimensions",
+        dims={name: rows[name] for name in at.dims},
+        flops=rows["flops"],
+        images=rows["images"],
+    )
+
+
+def sigma_of(a: np.ndarray, c: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), [R, K], for a, g [R, K] and c [R]; a = inf stands for no such term."""
+    return (c / (1 + c * (g / a).sum(1)))[:, None] / a
+
+
+def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: Recommendation | None = None) -> dict:
+    """SoViT's recipe at a budget: from the law's optimum x(0) at the least budget run, each dimension by tau^(s_k / D).
+
+    tau is the ratio of the budgets and D the number of dimensions that grow; s_k are the marginal exponents of
+    `marginal`, a fit of form `sovit` to the same rows, where it determines all of them, else those that the paper states.
+    `best` is the recommendation to compare with, `best_shape(fit, train_flops)` unless given; its rules hold here too.
+    Returns {shape, num_params, num_examples, loss, difference, note, start, exponents, source, factors,
+    params_per_decade, law_params_per_decade, under_growth}: difference is {estimate, low, high} of ln loss(rule) -
+    ln loss(best); factors, by dimension: the law's real optimum over the rule's real size; under_growth: the factor a
+    decade of compute by which the law's models outgrow the rule's in parameters (None at the least budget itself).
+    Raises UserError as `best_shape` does.
+    """
+    at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
+    exponents, source = _marginal([name for name in SIZES if name in at.dims], marginal)
+    least = budgets_run(fit)[0]
+    start, real = _real(_at(at, least)), _real(at)
+    decades = float(np.log10(train_flops / least))
+    sizes = start | {n: start[n] * 10 ** (decades * s / len(exponents)) for n, s in exponents.items()}
+    ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
+    first, rule, law = at.geometry.num_params(ends).tolist()
+    grows = abs(decades) > 1e-9
+    return _beside(at, nearest(at, sizes, Rules(**best.rules)), best) | dict(
+        start=start,
+        exponents=exponents,
+        source=source,
+        factors={n: float(real[n] / sizes[n]) for n in at.dims},
+        params_per_decade=float((rule / first) ** (1 / decades)) if grows else None,
+        law_params_per_decade=float((law / first) ** (1 / decades)) if grows else None,
+        under_growth=float((law / rule) ** (1 / decades)) if grows else None,
+    )
+
+
+def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | None = None) -> dict:
+    """ViT-B's proportions, their size chosen by `sizes`, a fit of form `chinchilla` to the same rows.
+
+    Returns what `paper_rule` does as far as `note`. Raises UserError for another form, and as `best_shape` does.
+    """
+    if sizes.form != "chinchilla":
+        raise UserError(f"form={sizes.form!r} is no law of parameters and images; give a fit of form 'chinchilla'")
+    at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
+    rules = Rules(**best.rules)
+    table = proportional_family(at, rules.steps["width"])
+    images = at.images(table)
+    loss = sizes.predict(dict(num_params=at.geometry.num_params(table), num_examples=images))
+    i = int(np.where(images >= 1, loss, np.inf).argmin())
+    return _beside(at, at.shape({n: x[i] for n, x in table.items()}, rules.head_dim), best)
+
+
+def nearest(at: Target, sizes: Mapping, rules: Rules) -> Shape:
+    """The nearest whole shape by the rules' multiples, each size by itself; patch and image size as run."""
+    values = {n: step * max(1, round(sizes.get(n, at.fixed(n)) / step)) for n, step in rules.steps.items()}
+    for name in ("patch_size", "image_size"):
+        run = np.array(at.fit.data["grid"].get(name, [at.fixed(name)]), float)
+        values[name] = round(float(run[np.abs(np.log(run / sizes.get(name, at.fixed(name)))).argmin()]))
+    return at.shape(values, rules.head_dim)
+
+
+def _beside(at: Target, shape: Shape, best: Recommendation) -> dict:
+    """A shape of another rule compared with the law's best at the same budget."""
+    images = int(at.images(columns([shape]))[0])
+    rules = Rules(**best.rules)
+    caps = (rules.max_params, shape.num_params), (rules.max_forward_flops, shape.forward_flops)
+    over = any(cap is not None and value > cap for cap, value in caps)
+    unpaid = "the budget does not pay for one image of it"
+    return dict(
+        shape=shape.to_dict(),
+        num_params=shape.num_params,
+        num_examples=images,
+        loss=float(at.loss(columns([shape]))[0]),
+        difference=predicted_difference(at.fit, shape, Shape(**best.shape), at.train_flops),
+        note=unpaid if images < 1 else "larger than the rules allow" if over else "",
+    )
+
+
+def _marginal(names: list[str], marginal: Fit | None) -> tuple[dict, str]:
+    """s_k by dimension and where they come from."""
+    if marginal is not None:
+        if marginal.form != "sovit":
+            raise UserError(f"form={marginal.form!r} has no marginal exponents; give a fit of form 'sovit'")
+        found = {n: marginal.exponents.get(n, {}).get("estimate") for n in names}
+        if all(s is not None for s in found.values()):
+            return found, "Eq. 2 fitted to the same rows"
+    lack = "" if marginal is None else "; Eq. 2 fitted to the same rows does not determine them all"
+    return {n: PAPER[n] for n in names}, "as stated in arXiv 2305.13035" + lack
+
+
+def _at(at: Target, train_flops: float) -> Target:
+    """The same law at another budget, which may be beyond MAX_DECADES."""
+    return Target(at.fit, float(train_flops), at.geometry)
+
+
+def _real(at: Target) -> dict[str, float]:
+    return {n: float(x) for n, x in zip(at.dims, np.exp(at.optimum()))}
+
+
+def _path(at: Target, theta: np.ndarray) -> np.ndarray:
+    """ln of the optimal dimensions and of the forward FLOPs there, head included: [R, K + 1]."""
+    v = at.optimum(theta)
+    return np.column_stack([v, at.geometry.log_flops(at.dims, v, True)[0]])
+
+
+def _with_images(growth: np.ndarray) -> np.ndarray:
+    """[..., K + 1] exponents of dimensions and FLOPs, and that of the images beside them: [..., K + 2]."""
+    return np.concatenate([growth, 1 - growth[..., -1:]], -1)
+
+
+def _exponents(at: Target, low: Target, theta: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """Closed form at a budget and mean slope of the optimum from a lower one, [R, K + 2] each; elasticities [R, K]."""
+    top = _path(at, theta)
+    exact = (top - _path(low, theta)) / np.log(at.train_flops / low.train_flops)
+    g = at.geometry.log_flops(at.dims, top[:, :-1], True)[1]
+    if "num_params" in at.fit.shape_form.terms:
+        return None, _with_images(exact), g
+    sigma = sigma_of(*_powers(at, theta, at.train_flops / 3 / np.exp(top[:, -1])), g)
+    return _with_images(np.column_stack([sigma, (g * sigma).sum(1)])), _with_images(exact), g
+
+
+def _powers(at: Target, theta: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """a_k [R, K], inf where the amplitude is 0, negative where the loss rises with x_k; c [R], of a shift the local one."""
+    form = at.fit.shape_form
+    power = {column: -sign * theta[:, form.names.index(name)] for column, name, sign in form.exponents}
+    a, c = np.stack([power[n] for n in at.dims], 1), power["num_examples"]
+    if form.shift:
+        share = 1 / (1 + theta[:, form.names.index("d")] * np.exp(at.fit.model["centres"][-1]) / images)
+        c = c * share - (1 - share)
+    return np.where(amplitudes(form, theta) > 0, a, np.inf), c

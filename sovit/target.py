@@ -1,0 +1,121 @@
+"""A law at one budget: the loss of any shape trained for it, and the law's real-valued optimum. Numpy only.
+
+Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. Shapes below: S shapes, R draws, P parameters, K
+dimensions of the law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sovit import UserError
+from sovit.allocate import Geometry, law_columns
+from sovit.diagnose import amplitudes, optimum_of
+from sovit.forms import LAWS
+from sovit.law import Fit
+from sovit.shape import DIMENSIONS, Shape
+
+FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
+MAX_DECADES = 6.0  # budgets further than this from the data are refused
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a law says at one budget. A table maps dimension -> real or whole values [S]; what it lacks is as run."""
+
+    fit: Fit
+    train_flops: float
+    geometry: Geometry
+
+    @property
+    def dims(self) -> list[str]:
+        return self.fit.model["dims"]
+
+    @property
+    def log_budget(self) -> float:
+        """ln of (forward FLOPs, head included) x images."""
+        return float(np.log(self.train_flops / 3))
+
+    def images(self, table: Mapping) -> np.ndarray:
+        """Images that the budget pays for, [S], real."""
+        return self.train_flops / 3 / self.geometry.flops(table, head=True)
+
+    def loss(self, table: Mapping, theta=None, images=None) -> np.ndarray:
+        """Predicted loss, [S], or [R, S] for theta [R, P]; trained for the budget unless `images` [S] are given."""
+        images = self.images(table) if images is None else images
+        form = self.fit.shape_form
+        u = law_columns(form.terms, table, images, self.geometry) - np.array(self.fit.model["centres"])[:, None]
+        value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
+        return np.exp(value[0] if theta is None else value)
+
+    def optimum(self, theta=None) -> np.ndarray:
+        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]."""
+        fit = self.fit
+        many = fit.theta[None] if theta is None else theta
+        centre = np.array(fit.model["centres"])
+        v = optimum_of(fit.shape_form, centre, many, self.geometry, fit.data["grid"], self.log_budget, head=True)
+        return v[0] if theta is None else v
+
+    def paired(self, v: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """Loss of each theta [R, P] at its own ln x [R, K]: [R]."""
+        table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
+        u = law_columns(form.terms, table, self.images(table), self.geometry).T - np.array(self.fit.model["centres"])
+        return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
+
+    def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
+        """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
+        theta = np.array(self.fit.draws.get(kind, np.empty((0, len(self.fit.theta)))))
+        widen = self.fit.diagnostics["draws"]["t_over_z"] if kind == "random_effects" and len(theta) else 1.0
+        return theta, widen
+
+    def absent(self) -> list[str]:
+        """Dimensions whose amplitude is 0: the law has nothing to say for them, so they stay within the values run."""
+        present = amplitudes(self.fit.shape_form, self.fit.theta[None])[0] > 0
+        return [n for n, known in zip(self.dims, present) if not known]
+
+    def fixed(self, name: str) -> float:
+        """The value of a dimension that the law has no term for, or else its centre."""
+        return self.fit.data["centre"].get(name, getattr(self.geometry, name))
+
+    def shape(self, values: Mapping, head_dim: int) -> Shape:
+        """The Shape of whole values by dimension."""
+        width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMENSIONS)
+        registers = self.geometry.num_prefix_tokens - (self.geometry.pool == "token")
+        return Shape(
+            width, depth, mlp_dim, head_dim, patch_size, image_size, pool=self.geometry.pool, num_registers=registers
+        )
+
+
+def target(fit: Fit, train_flops: float) -> Target:
+    """Raises UserError for a law that cannot rank shapes or price them, and for a budget that is no number, not
+    positive, or more than MAX_DECADES from the budgets run."""
+    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
+        raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
+    if fit.geometry is None:
+        raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
+    if "compute_range" not in fit.data:
+        raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
+    if not (np.isfinite(train_flops) and train_flops > 0):
+        raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
+    low, high = budgets_run(fit)
+    if not low / 10**MAX_DECADES <= train_flops <= high * 10**MAX_DECADES:
+        raise UserError(
+            f"train_flops={train_flops:g} is more than {MAX_DECADES:g} decades from the budgets run, {low:.3g} to"
+            f" {high:.3g}; name one nearer to them"
+        )
+    return Target(fit, float(train_flops), Geometry(**fit.geometry))
+
+
+def budgets_run(fit: Fit) -> tuple[float, float]:
+    """Least and largest training FLOPs in the data; from its compute where the rows do not carry train_flops."""
+    if "train_flops_range" in fit.data:
+        return tuple(fit.data["train_flops_range"])
+    low, high = fit.data["compute_range"]
+    return 3 * low, 3 * high
+
+
+def columns(shapes: Sequence[Shape]) -> dict[str, np.ndarray]:
+    return {n: np.array([getattr(s, n) for s in shapes], float) for n in DIMENSIONS}
