@@ -76,10 +76,11 @@ def stretch(dof: float, level: float = LEVEL) -> float:
 def interval(draws: np.ndarray, widen: float = 1.0, floor: float | None = 1e-300) -> tuple[float, float]:
     """Percentile interval of draws [R] at LEVEL, both sides stretched by `widen` from the median, on the log scale.
 
+    Percentile p is the p (R + 1)-th draw in order, so that few draws do not make it narrower (of 99, 90 % instead of 88).
     Draws are floored at `floor` before the log; floor=None works on the plain scale, for what may be negative.
     """
     values = np.asarray(draws, float) if floor is None else np.log(np.maximum(draws, floor))
-    low, middle, high = np.quantile(values, [0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2])
+    low, middle, high = np.quantile(values, [0.5 - LEVEL / 2, 0.5, 0.5 + LEVEL / 2], method="weibull")
     low, high = middle + widen * (low - middle), middle + widen * (high - middle)
     if floor is not None:
         low, high = np.exp(min(low, 700.0)), np.exp(min(high, 700.0))

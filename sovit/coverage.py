@@ -24,6 +24,7 @@ from sovit import UserError, planted
 from sovit.bootstrap import LEVEL, both, interval, strata_of, stretch
 from sovit.diagnose import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
 from sovit.fitter import Solved, solve
+from sovit.ledger import write_atomic
 from sovit.rows import Rows, prepare, star
 
 KINDS = ("random_effects", "pairs", "profile")
@@ -42,7 +43,9 @@ class Setup:
     geometry: planted.Geometry | None
     grid: dict
     ends: tuple[float, float]  # smallest and largest compute
+    solver: dict = dataclasses.field(default_factory=dict)  # options of `fitter.solve`
     reaches: tuple[float, ...] = REACHES
+    known_sd: np.ndarray | None = None
 
     @property
     def labels(self) -> list[tuple[str, str]]:
@@ -84,7 +87,7 @@ def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator, p
     draws = 0 makes no bootstrap.
     """
     form = s.rows.form
-    solved = solve(form, s.rows.u, np.exp(log_y), s.own)
+    solved = solve(form, s.rows.u, np.exp(log_y), s.own, known_sd=s.known_sd, **s.solver)
     estimate = s.quantities(solved.theta[None])[0]
     out: dict = dict(estimate=estimate, ends=np.full((3, len(estimate), 2), np.nan), nu=solved.dof)
     if profiled:
@@ -106,15 +109,14 @@ def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator, p
 
 
 def profile_ends(s: Setup, log_y: np.ndarray, solved: Solved) -> np.ndarray:
-    """Ends of the profile interval of each quantity [M, 2]; -inf or inf where open. Reaches beyond the first are nan."""
+    """Ends of the profile interval [M, 2] of the exponents; -inf or inf where open, nan for the shapes (not asked for)."""
     from sovit import likelihood
 
     form = s.rows.form
-    if not s.grid:
-        measure, num = likelihood.of_function(s.quantities)
+    if s.grid:
+        measure, num = likelihood.of_optimum(form, s.rows.centre, s.geometry, s.grid, s.ends)
     else:
-        first = np.log([r * s.ends[1] for r in s.reaches[:1]])
-        measure, num = likelihood.of_optimum(form, s.rows.centre, s.geometry, s.grid, s.ends, first)
+        measure, num = likelihood.of_function(s.quantities)
     found = likelihood.profile(form, s.rows.u, np.exp(log_y), solved, measure, num)
     ends = np.full((len(s.labels), 2), np.nan)
     ends[:num] = [(-np.inf if a is None else a, np.inf if b is None else b) for a, b in found]
@@ -294,7 +296,11 @@ def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int =
     """
     wanted = {json.dumps(dataclasses.asdict(c) | dict(draws=draws)): c for c in conditions}
     have = {}
-    for number, text in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    whole = path.read_text() if path.exists() else ""
+    if whole and not whole.endswith("\n"):  # killed while it wrote its last line
+        whole = whole[: whole.rfind("\n") + 1]
+        write_atomic(path, whole)
+    for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
             key = json.dumps({f.name: line[f.name] for f in dataclasses.fields(Condition)} | dict(draws=line["draws"]))
@@ -360,14 +366,16 @@ def table(lines: Sequence[dict]) -> str:
             wide = " ".join("open" if w is None else f"{w:.2f}" for w in widths)
             bias = " ".join(f"{b:+.2f}" for b in line["bias"]["exponent"])
             name = line["name"].replace(" | ", ", ")
-            out.append(f"| {name} | {line['sets']} | {' | '.join(cells)} | {wide} | {bias} | {line['unidentified']:.0%} |")
+            out.append(
+                f"| {name} | {line['sets']} | {' | '.join(cells)} | {wide} | {bias} | {line['unidentified']:.0%} |"
+            )
     return "\n".join(out)
 
 
 # ---------------------------------------------------------------- a fit's own coverage
 
 
-def of_fit(s: Setup, solved: Solved, num: int, draws: int, seed: int = 0) -> dict:
+def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -> dict:
     """Coverage where the fitted law is the truth, on its own design, with its own estimates of the noise.
 
     `num` sets, each refitted with `draws` of both bootstraps and the profile; what is held true is the fit's exponents
@@ -375,6 +383,7 @@ def of_fit(s: Setup, solved: Solved, num: int, draws: int, seed: int = 0) -> dic
     """
     rng = np.random.default_rng([seed, num])
     form, source = s.rows.form, s.rows.source
+    s = dataclasses.replace(s, known_sd=solved.known_sd)
     row_sd = solved.row_sd if solved.known_sd is None else np.hypot(solved.row_sd, solved.known_sd)
     clean = form.evaluate(solved.theta[None], s.rows.u)[0][0]
     sets, failed = [], 0

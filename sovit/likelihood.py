@@ -7,7 +7,7 @@ on another scale, E psi^2 / E psi' of its variance (Schrader & Hettmansperger 19
 unwhitened rows, or with the chi-square cut, holds the truth in 64 to 82 % of cases instead of 90; neither is offered.
 
 Each end is searched for by itself, all ends as one batch of the fitter: a law is held at h = target by one more
-residual sqrt(KAPPA) (h - target), and the target moves until the loss meets the cut. The force of that residual leaves
+residual (h - target) sqrt(STIFF) / spread, its spread under the data at unit noise, and the target moves until the loss meets the cut. The force of that residual leaves
 h a hair short of its target; what counts is h and the loss where the fit stands. An end that no law reaches at the
 cut, where the profile is flat, is open: None.
 """
@@ -25,7 +25,7 @@ from sovit.diagnose import EXPONENT_FLOOR, box, optimum_of
 from sovit.fitter import Groups, Solved, free_columns, loss_of, polish
 from sovit.forms import FALLING
 
-KAPPA = 1.0
+STIFF = 1000.0  # how much stronger h is held than the data hold it
 PASSES, STEPS, TOLERANCE = 8, 60, 1e-6  # targets tried an end, most need three; the fitter's limits at each
 REACH = np.log(100.0)  # an end further than this factor from the estimate is open
 STEEP = 1e6
@@ -37,7 +37,7 @@ Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class _Held:
-    """`form` with one more row, sqrt(KAPPA) h: the fitter then holds h at the value that stands as that row's ln y.
+    """`form` with one more row, h times its stiffness: the fitter then holds h at the value that stands as that row's ln y.
 
     The last parameter names the replicate: no row moves with it, so the fitter leaves it where it is.
     """
@@ -45,6 +45,7 @@ class _Held:
     form: object
     measure: Measure
     which: np.ndarray  # [R], the quantity of each replicate
+    stiffness: np.ndarray  # [R]
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -58,8 +59,8 @@ class _Held:
         slope = np.clip(np.nan_to_num(slope), -STEEP, STEEP)  # at a law whose optimum is nowhere
         wide = np.zeros((len(theta), theta.shape[1], u.shape[1]))
         wide[:, :-1, :-1] = jac
-        wide[:, :-1, -1] = np.sqrt(KAPPA) * slope
-        return np.concatenate([value, np.sqrt(KAPPA) * h[:, None]], 1), wide
+        wide[:, :-1, -1] = self.stiffness[name, None] * slope
+        return np.concatenate([value, (self.stiffness[name] * h)[:, None]], 1), wide
 
 
 def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float = LEVEL) -> list[tuple]:
@@ -77,7 +78,9 @@ def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float
         theta = np.tile(solved.theta, (2 * num, 1))
         best, slope = measure(theta, which, np.arange(2 * num))
         wide_u, groups = np.concatenate([u, np.zeros((len(u), 1))], 1), _with_a_row(solved.groups)
-        reach = cut * np.sqrt(variance) * _spread(form, u, solved, slope, log_y)  # distance from the estimate aimed at
+        spread = _spread(form, u, solved, slope, log_y)
+        stiffness = np.sqrt(STIFF) / np.maximum(spread, 1e-12)
+        reach = cut * np.sqrt(variance) * spread  # distance from the estimate aimed at
         live = np.isfinite(reach) & (reach > 0) & np.isfinite(best)
         reach = np.clip(reach, 1e-4, 1.0)
         stuck = np.zeros(2 * num, int)
@@ -87,11 +90,12 @@ def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float
             if not len(at):
                 break
             wanted = np.tile(np.r_[log_y, 0.0], (len(at), 1))
-            wanted[:, -1] = np.sqrt(KAPPA) * (best + side * reach)[at]
-            held = _Held(form, measure, which)
+            wanted[:, -1] = (stiffness * (best + side * reach))[at]
+            held = _Held(form, measure, which, stiffness)
             start = np.column_stack([theta[at], at])
-            options = dict(groups=groups, delta=solved.delta, tolerance=TOLERANCE, cap=STEPS)
-            done = polish(held, wide_u, start, wanted, **options)
+            done = polish(
+                held, wide_u, start, wanted, groups=groups, delta=solved.delta, tolerance=TOLERANCE, cap=STEPS
+            )
             theta[at] = done.theta[:, :-1]
             excess = loss_of(solved.groups.whiten(form.evaluate(theta[at], u)[0] - log_y), solved.delta).sum(1)
             root = np.sqrt(np.maximum(2 * (excess - solved.objective) / variance, 0.0))

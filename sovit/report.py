@@ -34,12 +34,14 @@ def fit_ledgers(
     train_flops: float | None = None,
     seed: int = 0,
     figures: bool = True,
+    coverage: int = 0,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
+    coverage     data sets simulated from the headline law, to see how often its intervals hold it; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
@@ -50,6 +52,8 @@ def fit_ledgers(
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     if bootstrap < 0:
         raise UserError(f"bootstrap={bootstrap} is negative; give the number of draws, or 0 for no intervals")
+    if coverage < 0:
+        raise UserError(f"coverage={coverage} is negative; give the number of data sets to simulate, or 0 for none")
     if 0 < bootstrap < MIN_DRAWS:
         raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
@@ -71,6 +75,10 @@ def fit_ledgers(
     headline, why = choose_headline(fits, form)
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
+    if coverage:
+        options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
+        options |= _options(headline, data) | dict(coverage=coverage)
+        fits[headline] = law.fit(headline, data.columns, data.y, **options)
 
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better

@@ -1,5 +1,6 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.coverage import coverage
 from sovit.plot.frontier import frontier
 from sovit.plot.law import (
     budget_levels,
@@ -16,6 +17,7 @@ from sovit.plot.style import save
 __all__ = [
     "budget_levels",
     "contact_sheet",
+    "coverage",
     "extrapolation",
     "fit_by_dimension",
     "frontier",
