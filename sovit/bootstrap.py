@@ -2,7 +2,8 @@
 
 RE-t: new data from the fitted law plus a trunk and a row error of the estimated s.d., refitted with the same whitening;
 percentiles are stretched by t(nu)/z because the s.d. are themselves estimated from nu degrees of freedom.
-Pairs: whole trunks drawn with replacement within each arm of the star; it does not use the noise model.
+Pairs: whole trunks drawn with replacement within each arm of the star; it does not use the noise model. Its percentiles
+are stretched by sqrt(n / (n - 1)), for n trunks an arm.
 Percentiles and nothing else: draws on a bound make every reflected or standard-error interval fail.
 """
 
@@ -64,6 +65,16 @@ def strata_of(arms: list[str]) -> np.ndarray:
     """Stratum of each trunk from its arm; arms of fewer than 3 trunks are pooled, for alone they could not vary."""
     small = {arm for arm in arms if arms.count(arm) < 3}
     return np.array(["pooled" if arm in small else arm for arm in arms])
+
+
+def pairs_stretch(strata: np.ndarray) -> float:
+    """sqrt(sum n / sum (n - 1)) over strata of n trunks: drawing n of n with replacement spreads a mean too little.
+
+    The bootstrap variance of the mean of n is (n - 1)/n of the unbiased one (Rao & Wu 1988): 9 % in width at 6 trunks an
+    arm, 22 % at 3. Drawing n - 1 instead would be the same in theory, but leaves an arm of 3 with a point or two.
+    """
+    counts = np.unique(strata, return_counts=True)[1]
+    return float(np.sqrt(counts.sum() / (counts - 1).sum()))
 
 
 def stretch(dof: float, level: float = LEVEL) -> float:

@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--coverage", type=int, default=0, metavar="N", help="simulate N data sets: how often would the intervals hold?"
     )
     p.add_argument("--train-flops", type=float, help="budget of the recommendation (default: beyond the largest run)")
+    p.add_argument("--skip-bad", action="store_true", help="leave bad rows out, each with its reason, and go on")
     p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
     p.set_defaults(run=_fit)
 
@@ -84,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--metric", default="val_loss")
     p.add_argument("--form", help="a law form (default: the fitted law's, or chosen by extrapolation)")
     p.add_argument("--law", type=Path, metavar="DIR", help="a folder that sovit fit wrote of these rows")
+    p.add_argument("--skip-bad", action="store_true", help="as of sovit fit")
     p.set_defaults(run=_report)
 
     p = commands.add_parser("status", help="what of a study is done, running, waiting, failed, and the best so far")
@@ -108,6 +110,25 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
+
+    p = commands.add_parser("profile", help="seconds and memory of shapes on the device at hand, forward and training")
+    p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, a timm name, or 32x2x256[xHEAD_DIM]")
+    p.add_argument("--grid", nargs="+", default=[], metavar="NAME=N,N", help="such as width=16,32 depth=1,2 mlp_dim=64")
+    p.add_argument("--law", type=Path, metavar="LAW.json", help="patch, image, pool, head dim and classes are its own")
+    p.add_argument("--train-flops", type=float, help="with --law: also its best shape for this budget, and the usual")
+    for name in ("head-dim", "patch-size", "image-size"):
+        p.add_argument(f"--{name}", type=int)
+    p.add_argument("--pool", help="avg, map, token or none")
+    p.add_argument("--num-classes", type=int, help="of the task head (default: the law's, else 1000)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", default="float32", help="float32, or bfloat16 by autocast")
+    p.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
+    p.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="1 = latency (default 1 32)")
+    p.add_argument("--repeats", type=int, default=9, help="rounds in which all shapes take turns (default 9)")
+    p.add_argument("--out", type=Path, default=Path("results/hardware.jsonl"), help="(default results/hardware.jsonl)")
+    p.add_argument("--again", action="store_true", help="measure what the file holds already, too")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_profile)
 
     p = commands.add_parser(
         "probe", help="few-shot error of encoders on labelled images: a linear probe, SoViT's metric"
@@ -236,6 +257,7 @@ def _fit(options) -> None:
         bootstrap=options.bootstrap,
         coverage=options.coverage,
         train_flops=options.train_flops,
+        skip_bad=options.skip_bad,
     )
     print(json.dumps(summary, indent=2) if options.json else summary["text"])
 
@@ -243,7 +265,8 @@ def _fit(options) -> None:
 def _report(options) -> None:
     from sovit.html import write_page
 
-    print(write_page(options.ledgers, metric=options.metric, form=options.form, law=options.law, out=options.out))
+    chosen = dict(metric=options.metric, form=options.form, law=options.law, out=options.out)
+    print(write_page(options.ledgers, **chosen, skip_bad=options.skip_bad))
 
 
 def _status(options) -> None:
@@ -325,6 +348,33 @@ def _rows_of(law: Path):
     except (OSError, ValueError, KeyError, TypeError, UserError):
         return None
     return data if data.identity == made_of else None
+
+
+def _profile(options) -> None:
+    import torch
+
+    from sovit.hardware import profile, profile_text, shapes_for
+
+    if options.threads < 1:
+        raise UserError(f"--threads {options.threads} must be at least 1")
+    torch.set_num_threads(options.threads)
+    fields = {name: getattr(options, name) for name in ("head_dim", "patch_size", "image_size", "pool")}
+    shapes, num_classes = shapes_for(options.shapes, options.grid, options.law, options.train_flops, **fields)
+    live = sys.stderr.isatty()
+    rows = profile(
+        shapes,
+        device=options.device,
+        dtype=options.dtype,
+        batch_sizes=options.batch_sizes,
+        num_classes=options.num_classes or num_classes or 1000,
+        repeats=options.repeats,
+        out=options.out,
+        again=options.again,
+        on_progress=lambda line: print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr),
+    )
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    print(json.dumps(rows, indent=2) if options.json else profile_text(rows))
 
 
 def _probe(options) -> None:

@@ -64,7 +64,10 @@ def amplitudes(form, theta: np.ndarray) -> np.ndarray:
 
 
 def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict, dict]:
-    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None."""
+    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None.
+
+    widen: of the percentiles of draws (t / z) and of other (pairs).
+    """
     names = list(grid)
     if ends[1] < MIN_SPAN * ends[0]:
         nothing = dict(estimate=None, low=None, high=None, pairs_low=None, pairs_high=None, status="unidentified")
@@ -83,7 +86,7 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
         sides: dict = dict(low=None, high=None, pairs_low=None, pairs_high=None)
         for kind, grown in many.items():
             sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
-            ends_of = interval(sign * grown[:, k], widen if kind == "" else 1.0, EXPONENT_FLOOR)
+            ends_of = interval(sign * grown[:, k], widen[kind != ""], EXPONENT_FLOOR)
             sides[kind + "low"], sides[kind + "high"] = sorted(sign * end for end in ends_of)
         status, note = "ok", ""
         for compute, x in zip(computes, np.exp([middle[k], top[k]])):
@@ -119,24 +122,35 @@ def seed_noise(table, y, index, solved) -> dict:
     known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
     more, suffix = ({}, "") if known is None else (dict(support_sd=known), "+support")
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
-    columns = [np.unique(table[n].astype(str), return_inverse=True)[1] for n in (*names, "num_examples") if n in table]
-    columns = columns or [np.arange(len(y))]
-    group = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)[1].ravel()
-    shapes = [tuple(row) for row in np.stack(columns[: len(names)] or [np.zeros(len(y), int)], 1).tolist()]
-    squares = dof = num_rows = 0
-    seeded: dict = {}
-    for g in np.unique(group):
-        rows = np.flatnonzero(group == g)
-        if len(np.unique(index[rows])) > 1:
-            values = np.log(y[rows])
-            squares, dof = squares + ((values - values.mean()) ** 2).sum(), dof + len(rows) - 1
-            num_rows += len(rows)
-            seeded.setdefault(shapes[rows[0]], set()).update(index[rows].tolist())
-    if dof:
-        n = sum(len(trunks) - 1 for trunks in seeded.values())
-        return dict(sd=float(np.sqrt(squares / dof)), source="seeds" + suffix, n=n, num_rows=num_rows) | more
+    shape = _groups([table[n] for n in names], len(y))
+    group = _groups([shape, table["num_examples"] if "num_examples" in table else np.arange(len(y))], len(y))
+    trunks = np.bincount(_distinct(group, index)[0])
+    repeated = np.flatnonzero(trunks[group] > 1)
+    if len(repeated):
+        group, shape, index, values = group[repeated], shape[repeated], index[repeated], np.log(y[repeated])
+        size = np.bincount(group)
+        means = np.bincount(group, values) / np.maximum(size, 1)
+        dof = len(group) - int((size > 0).sum())
+        n = len(_distinct(shape, index)[0]) - len(np.unique(shape))
+        sd = float(np.sqrt(((values - means[group]) ** 2).sum() / dof))
+        return dict(sd=sd, source="seeds" + suffix, n=n, num_rows=len(group)) | more
     sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
     return dict(sd=sd, source="residuals" + suffix, n=int(round(solved.dof)), num_rows=len(y)) | more
+
+
+def _groups(columns: list, num: int) -> np.ndarray:
+    """Which rows [num] agree in all columns, as 0..G-1."""
+    group = np.zeros(num, np.int64)
+    for column in columns:
+        values = column if column.dtype.kind in "iuf" else column.astype(str)
+        place = np.unique(values, return_inverse=True)[1].ravel()
+        group = np.unique(group * (int(place.max()) + 1) + place, return_inverse=True)[1].ravel()
+    return group
+
+
+def _distinct(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct pairs of two columns of whole numbers."""
+    return np.divmod(np.unique(a * (int(b.max()) + 1) + b), int(b.max()) + 1)
 
 
 def compute_cut(compute: np.ndarray) -> float:
@@ -185,10 +199,22 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
         out["forms"][label] = scored
     near = (*dims, "num_examples") if dims or "num_examples" in table else ("compute",)
     logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
-    spread = logs.std(0) + 1e-12
-    distance = (((logs[above][:, None] - logs[below][None]) / spread) ** 2).sum(2)
-    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[below][distance.argmin(1)])
+    nearest = np.flatnonzero(below)[_nearest(logs[below], logs[above], logs.std(0))]
+    out["forms"]["nearest"] = _score(y, np.flatnonzero(above), y[nearest])
     return out
+
+
+def _nearest(run: np.ndarray, asked: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """The first of the nearest rows of run [n, D] to each row of asked [m, D], in units of the spread [D]: [m]."""
+    places, first = np.unique(run, axis=0, return_index=True)
+    first = first[order := np.argsort(first)]
+    places, (wanted, back) = places[order], np.unique(asked, axis=0, return_inverse=True)
+    out = np.empty(len(wanted), int)
+    size = max(1, 10**7 // len(places))
+    for i in range(0, len(wanted), size):
+        distance = (((wanted[i : i + size, None] - places) / (spread + 1e-12)) ** 2).sum(2)
+        out[i : i + size] = first[distance.argmin(1)]
+    return out[back.ravel()]
 
 
 def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> dict:

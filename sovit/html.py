@@ -62,6 +62,7 @@ def write_page(
     form: str | None = None,
     law: Path | None = None,
     out: Path | None = None,
+    skip_bad: bool = False,
 ) -> str:
     """Write the report of `ledgers` as one HTML file and say in a line where it is and which law it shows.
 
@@ -69,7 +70,7 @@ def write_page(
     one is fitted for the page alone: only `sovit fit` writes laws. `law` names a folder that must match. out: None = the
     first ledger's name with _report.html. Raises UserError as `fit_ledgers` does, and for a `law` that does not match.
     """
-    data = measurements(ledgers, metric)
+    data = measurements(ledgers, metric, skip_bad=skip_bad)
     folder = Path(law) if law is not None else law_folder(data.paths)
     path = Path(out) if out is not None else Path(data.paths[0]).with_name(f"{Path(data.paths[0]).stem}_report.html")
     reason = mismatch(folder, data, form)
@@ -80,7 +81,7 @@ def write_page(
         return f"{path}: the law in {folder}, which was made of these very rows"
     print(f"fitting, because {reason}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as fresh:
-        fit_ledgers(ledgers, metric=metric, form=form, out=fresh)
+        fit_ledgers(ledgers, metric=metric, form=form, out=fresh, skip_bad=skip_bad)
         write_atomic(path, page_of(Path(fresh)))
     return f"{path}: a law fitted for it alone; sovit fit keeps one"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.allocate import Geometry
-from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, random_effects, strata_of, stretch
+from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, strata_of, stretch
 from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
 from sovit.fitter import solve
 from sovit.forms import FALLING, LAWS
@@ -185,7 +185,7 @@ def fit(
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
     data = _data(table, dims, centre) | (dict(metric=metric) if metric else {})
-    draws, widen = {}, 1.0
+    draws, widen = {}, (1.0, 1.0)
     if bootstrap:
         rng = np.random.default_rng(seed)
         strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(num_clusters)])
@@ -194,11 +194,11 @@ def fit(
             pairs=pairs(rows.form, rows.u, rows.y, solved, bootstrap, rng, strata),
         )
         draws = {kind: _rounded(done.theta) for kind, done in made.items()}
-        widen = stretch(solved.dof)
+        widen = stretch(solved.dof), pairs_stretch(strata)
         diagnostics["draws"] = {
             kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
             for kind, done in made.items()
-        } | dict(num=bootstrap, seed=seed, t_over_z=widen)
+        } | dict(num=bootstrap, seed=seed, t_over_z=widen[0], pairs_stretch=widen[1])
     params, intervals = _params(rows, solved.theta, draws, widen)
     growths: dict = {}
     absent: dict = {}
@@ -312,9 +312,9 @@ def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
     intervals = {}
     for i, name in enumerate(rows.form.names if draws else ()):
         # on the plain scale: a parameter on its bound 0 in some draws has no log; none of them can be negative
-        low, high = interval(spread["random_effects"][:, i], widen, floor=None)
-        pairs_low, pairs_high = interval(spread["pairs"][:, i], floor=None)
-        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=pairs_low, pairs_high=pairs_high)
+        low, high = interval(spread["random_effects"][:, i], widen[0], floor=None)
+        pairs_low, pairs_high = interval(spread["pairs"][:, i], widen[1], floor=None)
+        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=max(pairs_low, 0.0), pairs_high=pairs_high)
     return params, intervals
 
 
@@ -335,8 +335,8 @@ def _size_growth(rows, theta, draws, widen, data) -> dict:
 
     low = high = pairs_low = pairs_high = None
     if draws:
-        low, high = interval(share(draws["random_effects"]), widen)
-        pairs_low, pairs_high = interval(share(draws["pairs"]))
+        low, high = interval(share(draws["random_effects"]), widen[0])
+        pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
     absent = min(theta[:2]) <= 0
     note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
     return dict(

@@ -248,49 +248,88 @@ def read_ledger(path: Path | str) -> list[dict]:
 
     Raises UserError for a missing, empty or malformed file and for two different rows with one run_id.
     """
-    path = Path(path)
+    return merge(read_rows(path), str(path))
+
+
+def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
+    """The rows of a ledger as they stand in the file, one by one: a million of them are never held as text as well.
+
+    left_out: None = the first malformed line raises; a list = (FILE:LINE, reason) of each is appended to it instead.
+    Raises UserError for a missing, unreadable or empty file.
+    """
+    path, rows, num_bad = Path(path), [], 0
+    lines = _csv_lines if path.suffix == ".csv" else _json_lines
     try:
-        text = path.read_text()
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+            for number, parse in lines(file, path):
+                try:
+                    rows.append(_checked(parse()))
+                except UserError as error:
+                    if left_out is None:
+                        raise UserError(f"{path}:{number} {error}") from None
+                    left_out.append((f"{path.name}:{number}", str(error)))
+                    num_bad += 1
     except FileNotFoundError:
         raise UserError(f"no ledger at {path}; run its study first") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if path.suffix == ".csv":
-        table = csv.DictReader(text.splitlines())
-        rows = [_csv_row(row, f"{path}:{i}") for i, row in enumerate(table, 2)]
-    else:
-        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-        rows = [_parse_row(line, f"{path}:{i}") for i, line in lines]
     if not rows:
-        raise UserError(f"the ledger {path} is empty; run its study first")
-    return merge(rows, str(path))
+        what = f"has no sound row among {num_bad}" if num_bad else "is empty; run its study first"
+        raise UserError(f"the ledger {path} {what}")
+    return rows
 
 
-def merge(rows: list[dict], where: str = "the ledger") -> list[dict]:
+def _json_lines(file, path):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, functools.partial(_decoded, line)
+
+
+def _csv_lines(file, path):
+    table = csv.DictReader(file)
+    names = table.fieldnames or []
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
+    for row in table:
+        yield table.line_num, functools.partial(_csv_row, row)
+
+
+def merge(rows: list[dict], where: str = "the ledger", left_out: list | None = None) -> list[dict]:
     """Sort rows by run_id and make one of those that agree; a failed row gives way to an answer, or to a later
     failure.
 
     Rows agree when all that was measured does, as far as both say it: two runs of one measurement differ in date, speed
     and commit, of which the first row's stay. A measurement that only one of them holds (a probe made later) is kept;
     null says nothing, so that a number takes its place.
-    Raises UserError for conflicting rows with one run_id.
+    Conflicting rows with one run_id raise UserError; where a list `left_out` is given, none of them is kept, and
+    (run_id, reason) is appended to it.
     """
     by_id: dict[str, dict] = {}
+    conflicts: dict[str, str] = {}
     for row in rows:
         other = by_id.get(row["run_id"])
         if other is None or (other["status"] == "failed" and row["status"] != "failed") or _failed_later(row, other):
             by_id[row["run_id"]] = row
         elif row["status"] != "failed":
             measured = {k: v for k, v in row.items() if k not in INCIDENTAL}
-            differing = sorted(k for k, v in measured.items() if None not in (v, other.get(k)) and v != other[k])
+            differing = sorted(k for k, v in measured.items() if _differ(v, other.get(k)))
             if differing:
                 k = differing[0]
-                raise UserError(
-                    f"{where}: two rows of run_id {row['run_id']} disagree on {k} ({other.get(k)} and {row.get(k)});"
-                    " remove one of them"
-                )
+                reason = f"disagree on {k} ({other.get(k)} and {row.get(k)})"
+                if left_out is None:
+                    raise UserError(f"{where}: two rows of run_id {row['run_id']} {reason}; remove one of them")
+                conflicts.setdefault(row["run_id"], f"two rows of this run_id {reason}")
+                continue
             by_id[row["run_id"]] = other | {k: v for k, v in measured.items() if other.get(k) is None}
-    return [by_id[k] for k in sorted(by_id)]
+    if left_out is not None:
+        left_out += sorted(conflicts.items())
+    return [by_id[k] for k in sorted(by_id) if k not in conflicts]
+
+
+def _differ(a, b) -> bool:
+    """Whether two rows say different things: null says nothing, and NaN is NaN."""
+    return a is not None and b is not None and a != b and not (a != a and b != b)
 
 
 def _failed_later(row: dict, other: dict) -> bool:
@@ -328,35 +367,57 @@ def read_exclusions(path: Path | str) -> dict[str, str]:
 
 def _parse_row(text: str, where: str) -> dict:
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); mend or remove that line") from None
-    return _checked(row, where)
+        return _checked(_decoded(text))
+    except UserError as error:
+        raise UserError(f"{where} {error}") from None
 
 
-def _checked(row: object, where: str) -> dict:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object; each line holds one row")
-    missing = [name for name in REQUIRED if row.get(name) is None]
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}; see the row schema in the README")
-    wrong = [name for name in ("run_id", "trunk_id") if not isinstance(row[name], str)]
-    if wrong:
-        raise UserError(f"{where} has {wrong[0]}={row[wrong[0]]!r}; it must be text in quotes")
-    if row["status"] not in STATUSES:
-        raise UserError(f"{where} has status={row['status']!r}; it must be one of {', '.join(STATUSES)}")
+def _unrepeated(pairs: list[tuple]) -> dict:
+    """An object's names are interned, of which 100,000 rows have but one set. Raises UserError for a repeated one."""
+    row = {sys.intern(name): value for name, value in pairs}
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise UserError(f"says {twice!r} twice; remove one of them")
     return row
 
 
-def _csv_row(row: dict, where: str) -> dict:
+_decode = json.JSONDecoder(object_pairs_hook=_unrepeated).decode
+
+
+def _decoded(text: str):
+    try:
+        return _decode(text)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        raise UserError(f"is not JSON ({getattr(error, 'msg', error)}); mend or remove that line") from None
+
+
+def _checked(row: object) -> dict:
+    if not isinstance(row, dict):
+        raise UserError("is not an object; each line holds one row")
+    missing = [name for name in REQUIRED if row.get(name) in (None, "")]
+    if missing:
+        raise UserError(f"lacks {', '.join(missing)}; see the row schema in the README")
+    wrong = [name for name in ("run_id", "trunk_id") if not isinstance(row[name], str)]
+    if wrong:
+        raise UserError(f"has {wrong[0]}={row[wrong[0]]!r}; it must be text in quotes")
+    if row["status"] not in STATUSES:
+        raise UserError(f"has status={row['status']!r}; it must be one of {', '.join(STATUSES)}")
+    return row
+
+
+def _csv_row(row: dict) -> dict:
     if None in row:
-        raise UserError(f"{where} has more fields than the header; mend or remove that line")
-    return _checked({k: (v or None) if k in TEXT else _csv_value(v) for k, v in row.items()}, where)
+        raise UserError("has more fields than the header; mend or remove that line")
+    return {k: (v or None) if k in TEXT else _csv_value(v) for k, v in row.items()}
 
 
+@functools.lru_cache(maxsize=2**16)
 def _csv_value(text: str | None):
     if text is None or text == "":
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text

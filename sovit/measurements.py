@@ -5,11 +5,13 @@ Rows may come from anyone: what a row does not say (FLOPs, parameters) is counte
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +19,29 @@ import numpy as np
 from sovit import UserError
 from sovit.fewshot import about, is_spread, noise_of, probe_of
 from sovit.forms import LAWS
-from sovit.ledger import merge, read_exclusions, read_ledger
+from sovit.ledger import merge, read_exclusions, read_rows
 from sovit.shape import DIMENSIONS, Shape
 
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
 # columns handed to a law where every row has them
 COLUMNS = (*DIMENSIONS, "head_dim", "num_classes", "num_examples", *COUNTED, "peak_lr", "init_seed", "data_seed")
-# what a usable row may lack but not hold as text
+# what a usable row may lack but not hold as text: above 0, and at least 0
+ABOVE_ZERO = (*DIMENSIONS, "head_dim", "num_examples", *COUNTED)
 NUMBERS = (
-    *(*DIMENSIONS, "head_dim", "num_registers", "num_classes", "num_examples", *COUNTED, "head_flops", "zero_line"),
-    *("peak_lr", "weight_decay", "batch_size"),
+    *ABOVE_ZERO,
+    *("num_registers", "num_classes", "head_flops", "zero_line", "peak_lr", "weight_decay", "batch_size"),
 )
+WHOLE = (*DIMENSIONS, "head_dim", "num_registers")
 SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
 WHOLE_SHAPE = tuple(name for name, entry in LAWS.items() if entry.ranks_shapes)  # forms that describe every row
+CONVENTION = 0.05  # counts further apart than this (of ln) were made by different rules
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason).
+    """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason), where
+    the run_id of a line that could not be read is FILE:LINE. notes: what was taken as it is but should be known.
 
     For a few-shot error, measurement_sd [n] is what is known of the noise of each y, and support says how
     (`fewshot.support_noise`).
@@ -50,6 +56,7 @@ class Measurements:
     paths: list
     measurement_sd: np.ndarray | None = None
     support: dict | None = None
+    notes: list = field(default_factory=list)
 
     @property
     def zero_line(self) -> float | None:
@@ -71,34 +78,46 @@ class Measurements:
     @property
     def identity(self) -> dict:
         """What tells these measurements from others: a report is a function of it alone, its options apart."""
-        content = json.dumps([self.rows, self.left_out, self.statuses], sort_keys=True)
+        content = hashlib.sha256()  # of json.dumps([rows, left_out, statuses]), a row at a time
+        for i, row in enumerate(self.rows):
+            content.update(((", " if i else "[[") + json.dumps(row, sort_keys=True)).encode())
+        rest = f"], {json.dumps(self.left_out)}, {json.dumps(self.statuses, sort_keys=True)}]"
+        content.update(rest.encode())
         names = [Path(p).name for p in self.paths]
-        return {"ledgers": names, "metric": self.metric, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+        return {"ledgers": names, "metric": self.metric, "sha256": content.hexdigest()}
 
     def shapes(self) -> list[tuple]:
         """Each row's shape as the tuple of the shape columns there are."""
         names = [n for n in DIMENSIONS if n in self.columns]
-        return [tuple(self.columns[n][i].item() for n in names) for i in range(len(self.y))]
+        return list(zip(*(self.columns[n].tolist() for n in names))) if names else [()] * len(self.y)
 
 
-def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Measurements:
+def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, skip_bad: bool = False) -> Measurements:
     """Read and merge ledgers; leave out excluded rows and rows that are not ok; complete what can be counted.
 
-    `exclusions.csv` beside a ledger is applied. Raises UserError for unreadable, conflicting or mixed ledgers, for a
-    row without the metric, and where no row is left.
+    `exclusions.csv` beside a ledger is applied. Raises UserError for unreadable or mixed ledgers, for the first bad row
+    (malformed, without the metric, conflicting with another, with a number that cannot be) and where no row is left.
+    skip_bad: leave bad rows out, each with its reason, instead.
     """
     paths = [Path(p) for p in ledgers]
     if not paths:
         raise UserError("no ledger given; name at least one file of rows")
     where = ", ".join(p.name for p in paths)
-    rows = merge([row for path in paths for row in read_ledger(path)], where)
+    left_out: list[tuple[str, str]] = []
+    bad = left_out if skip_bad else None
+    read = [row for path in paths for row in read_rows(path, bad)]
+    num_read, num_bad = len(read), len(left_out)
+    rows = merge(read, where, bad)
+    del read
+    notes = []
+    repeats = num_read - len(rows) - len(left_out) + num_bad
+    if repeats:
+        notes.append(f"{repeats} of {num_read} rows repeat the run_id of another, with which they agree: counted once")
     reasons: dict[str, str] = {}
     for folder in dict.fromkeys(path.parent for path in paths):
         reasons |= read_exclusions(folder / "exclusions.csv")
-    kept, left_out = [], []
-    statuses: dict[str, int] = {}
+    kept = []
     for row in rows:
-        statuses[row["status"]] = statuses.get(row["status"], 0) + 1
         if row["run_id"] in reasons:
             left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
         elif row["status"] != "ok":
@@ -107,32 +126,44 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
             kept.append(row)
     if not kept:
         raise UserError(f"{where}: none of the {len(rows)} rows is usable (all excluded, diverged or failed); run more")
+    statuses = dict(Counter(row["status"] for row in rows))
+    del rows
     for name in SAME:
-        values = sorted({str(row.get(name)) for row in kept})
-        if len(values) > 1:
+        count = Counter(str(row.get(name)) for row in kept)
+        if len(count) > 1:
+            (one, n), (other, m) = sorted(count.items())[:2]
             raise UserError(
-                f"{where}: the rows mix {name}={values[0]} and {name}={values[1]}, whose losses cannot be compared;"
-                " give ledgers of one"
+                f"{where}: the rows mix {name}={one} ({n} rows) and {name}={other} ({m} rows), whose losses cannot be"
+                " compared; give ledgers of one"
             )
-    for row in kept:
-        for name in NUMBERS:
-            if row.get(name) is not None and not _is_number(row[name]):
-                raise UserError(
-                    f"row {row['run_id']} has {name}={row[name]!r}, which is not a number; give one or leave it empty"
-                )
-        value = row.get(metric)
-        if value is None and all(other.get(metric) is None for other in kept):
-            known = sorted(k for k, v in row.items() if k.startswith("val_") and v is not None and not is_spread(k))
-            raise UserError(
-                f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}"
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise UserError(
-                f"row {row['run_id']} has {metric}={value!r}; a power law needs a number above 0: complete the row or"
-                " name it in exclusions.csv"
-            )
-    kept = [_counted(row) for row in kept]
-    columns = {name: _column(kept, name) for name in COLUMNS if all(_is_number(row.get(name)) for row in kept)}
+    if all(row.get(metric) is None for row in kept):
+        known = sorted(k for k, v in kept[0].items() if k.startswith("val_") and v is not None and not is_spread(k))
+        raise UserError(f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}")
+
+    def sound(rows: list[dict], wrong: dict[int, str]) -> list[dict]:
+        """The rows that are not wrong, the others being refused or left out."""
+        for i in sorted(wrong):
+            if not skip_bad:
+                remedy = "mend the row, name it in exclusions.csv, or leave out all such rows with --skip-bad"
+                raise UserError(f"row {rows[i]['run_id']} {wrong[i]}; {remedy}")
+            left_out.append((rows[i]["run_id"], wrong[i]))
+        if len(wrong) == len(rows):
+            run_id, reason = left_out[-1]
+            raise UserError(f"{where}: no row is left, each being bad; the last is {run_id}, which {reason}")
+        return [row for i, row in enumerate(rows) if i not in wrong]
+
+    kept = sound(kept, _bad_numbers(kept, metric))
+    found = _shapes(kept)
+    impossible = {i: f"has no possible shape: {s}" for i, s in enumerate(found) if isinstance(s, UserError)}
+    kept, shapes = sound(kept, impossible), [s for s in found if not isinstance(s, UserError)]
+    ratios = _ratios(kept, shapes)
+    mistaken = _bad_counts(kept, shapes, ratios)
+    kept, right = sound(kept, mistaken), [i for i in range(len(kept)) if i not in mistaken]
+    shapes = [shapes[i] for i in right]
+    notes += _foreign_counts(kept, {name: (ratio[right], rule) for name, (ratio, rule) in ratios.items()})
+    notes += _odd_trunks(kept, shapes, metric)
+    kept = [_counted(row, shape) for row, shape in zip(kept, shapes)]
+    columns = {name: column for name in COLUMNS if (column := _column(kept, name)) is not None}
     if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
         columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
     columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
@@ -140,41 +171,186 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss") -> Mea
     noise, support = noise_of(kept, metric) or (None, None)
     measurement_sd = noise * y if noise is not None and noise.any() else None
     names = [str(p) for p in paths]
-    return Measurements(metric, columns, y, kept, left_out, statuses, names, measurement_sd, support)
+    return Measurements(metric, columns, y, kept, left_out, statuses, names, measurement_sd, support, notes)
+
+
+# bad rows: each function says them by place, with the reason -------------------------------------------------------------
+
+
+def _numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column as floats [n], nan where a row has no number there; and whether the row says anything [n]."""
+    values = [row.get(name) for row in rows]
+    said = np.array([value is not None for value in values])
+    if set(map(type, values)) <= {int, float, type(None)}:
+        with contextlib.suppress(OverflowError):  # a whole number beyond 1e308
+            return np.array(values, float), said
+    return np.array([value if _is_number(value) else np.nan for value in values], float), said
+
+
+def _bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
+    out: dict[int, str] = {}
+    for name in NUMBERS:
+        column, said = _numbers(rows, name)
+        above = name in ABOVE_ZERO
+        for i in np.flatnonzero(said & ~(np.isfinite(column) & ((column > 0) if above else (column >= 0)))):
+            value = rows[i][name]
+            what = "not a number" if not _is_number(value) else "not above 0" if above else "below 0"
+            out.setdefault(int(i), f"has {name}={value!r}, which is {what}")
+        if name in WHOLE:
+            for i in np.flatnonzero(np.isfinite(column) & (column != np.round(column))):
+                out.setdefault(int(i), f"has {name}={rows[i][name]!r}, which is not a whole number")
+    column, _ = _numbers(rows, metric)
+    for i in np.flatnonzero(~(np.isfinite(column) & (column > 0))):
+        out.setdefault(int(i), f"has {metric}={rows[i].get(metric)!r}; a power law needs a number above 0")
+    return out
+
+
+def _ratios(rows: list[dict], shapes: list[Shape | None]) -> dict[str, tuple[np.ndarray, str]]:
+    """By counted column: what the rows give over what their own shape and numbers say, nan where either is not said."""
+    given = {name: _numbers(rows, name)[0] for name in ("forward_flops", "num_params", "compute", "num_examples")}
+    count = {id(s): (s.forward_flops, s.num_params) for s in {id(s): s for s in shapes if s is not None}.values()}
+    forward, params = np.array([count.get(id(s), (np.nan, np.nan)) for s in shapes], float).T
+    own = np.where(np.isfinite(given["forward_flops"]), given["forward_flops"], forward)
+    return dict(
+        forward_flops=(given["forward_flops"] / forward, "what its shape counts"),
+        num_params=(given["num_params"] / params, "what its shape counts"),
+        compute=(given["compute"] / (own * given["num_examples"]), "forward_flops x num_examples"),
+    )
+
+
+def _bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict) -> dict[int, str]:
+    """Rows whose counts were made by another rule than those of the same shape: these can only be a mistake."""
+    group = np.array([0 if s is None else id(s) for s in shapes])  # `_shapes` makes equal ones one
+    out: dict[int, str] = {}
+    for name, (ratio, rule) in ratios.items():
+        use = np.flatnonzero(np.isfinite(ratio) & (group > 0))
+        order = use[np.lexsort((ratio[use], group[use]))]
+        for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else ():
+            low, high = members[0], members[-1]
+            if ratio[high] / ratio[low] < 1 + CONVENTION:
+                continue
+            typical = np.median(ratio[members])  # of two equal camps it is neither's, and both are left out
+            for i in members[np.abs(np.log(ratio[members] / typical)) > CONVENTION / 2]:
+                other = low if ratio[i] > typical else high
+                out.setdefault(
+                    int(i),
+                    f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {rule}, where row {rows[other]['run_id']} of the"
+                    f" same shape has {ratio[other]:.4g} x",
+                )
+    return out
+
+
+def _foreign_counts(rows: list[dict], ratios: dict) -> list[str]:
+    """What to know of counts that are not ours: legitimate, where one rule made them all."""
+    out = []
+    for name, (ratio, rule) in ratios.items():
+        off = np.flatnonzero(np.abs(np.log(ratio)) > CONVENTION)  # False for nan
+        if not len(off):
+            continue
+        known = ratio[np.isfinite(ratio)]
+        low, high = known.min(), known.max()
+        if high / low < 1 + CONVENTION:
+            how = f"{np.median(known):.4g} x {rule} in all rows: another convention, and kept"
+        else:
+            i = off[np.abs(np.log(ratio[off])).argmax()]
+            how = (
+                f"{low:.4g} to {high:.4g} x {rule}, off by more than {CONVENTION:.0%} in {len(off)} of {len(known)} rows"
+                f" (most in {rows[i]['run_id']}): kept, but rows counted by different rules cannot be compared"
+            )
+        out.append(f"{name} is {how}")
+    return out
+
+
+def _odd_trunks(rows: list[dict], shapes: list[Shape | None], metric: str) -> list[str]:
+    """Trunk ids that cannot be those of one training run each."""
+    size: dict = {}
+    names: dict = {}
+    several, twice = [], []
+    for row, shape in zip(rows, shapes):
+        own = row.get("num_params") if shape is None else id(shape)
+        if size.setdefault(row["trunk_id"], own) != own:
+            several.append(row["trunk_id"])
+        other = names.setdefault((row["trunk_id"], row["num_examples"], row[metric]), row["run_id"])
+        if other != row["run_id"]:
+            twice.append((other, row["run_id"]))
+    out = []
+    if several:
+        out.append(
+            f"{len(set(several))} trunk_id (such as {several[0]}) stand for several shapes each; a trunk is one training"
+            " run, and intervals are by trunk"
+        )
+    if twice:
+        out.append(
+            f"{len(twice)} rows agree with another row in trunk_id, num_examples and {metric} to the last digit (such as"
+            f" {twice[0][0]} and {twice[0][1]}): one measurement under two names counts twice"
+        )
+    return out
+
+
+# what a row says and what is counted from it -----------------------------------------------------------------------------
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
-def _column(rows: list[dict], name: str) -> np.ndarray:
-    """Whole numbers stay whole, so that a shape can be rebuilt from the column."""
-    values = np.array([row[name] for row in rows], float)
+def _column(rows: list[dict], name: str) -> np.ndarray | None:
+    """Whole numbers stay whole, so that a shape can be rebuilt from the column. None where a row lacks it."""
+    values, _ = _numbers(rows, name)
+    if not np.isfinite(values).all():
+        return None
     return values.astype(np.int64) if (values == values.round()).all() and np.abs(values).max() < 2**53 else values
 
 
-def _counted(row: dict) -> dict:
-    """The row with `COUNTED` filled in where it lacks them and its shape is known. No count needs head_dim."""
-    row = dict(row)
-    if all(_is_number(row.get(name)) for name in DIMENSIONS) and row.get("pool"):
-        more: dict = {name: int(row[name]) for name in DIMENSIONS}
-        more |= {n: row[n] for n in ("num_registers", "qkv_bias", "layer_scale") if row.get(n) is not None}
-        try:
-            shape = Shape(**more, head_dim=int(row.get("head_dim") or row["width"]), pool=row["pool"])
-        except UserError as error:
-            raise UserError(f"row {row['run_id']}: {error}") from None
-        for name in ("forward_flops", "num_params"):
-            if row.get(name) is None:
-                row[name] = getattr(shape, name)
+def _shapes(rows: list[dict]) -> list:
+    """The Shape of each row, None where it says too little for one, or the UserError that says why there can be none.
+
+    Equal shapes are one object. No count needs head_dim: a row may lack it.
+    """
+    made: dict = {}
+    out: list = []
+    for row in rows:
+        if not row.get("pool") or any(row.get(name) is None for name in DIMENSIONS):
+            out.append(None)
+            continue
+        key = (*(row[name] for name in DIMENSIONS), row.get("head_dim"), repr(row["pool"]), row.get("num_registers"))
+        key += repr(row.get("qkv_bias")), repr(row.get("layer_scale"))
+        if key not in made:
+            made[key] = _shape(row)
+        out.append(made[key])
+    return out
+
+
+def _shape(row: dict) -> Shape | UserError:
+    more: dict = {name: int(row[name]) for name in (*DIMENSIONS, "num_registers") if row.get(name) is not None}
+    more |= {name: row[name] for name in ("qkv_bias", "layer_scale") if row.get(name) is not None}
+    try:
+        return Shape(**more, head_dim=int(row.get("head_dim") or row["width"]), pool=row["pool"])
+    except UserError as error:
+        return error
+
+
+def _counted(row: dict, shape: Shape | None) -> dict:
+    """The row with `COUNTED` filled in where it lacks them and its shape is known."""
+    more = {}
+    if shape is not None:
+        more = {name: getattr(shape, name) for name in ("forward_flops", "num_params") if row.get(name) is None}
         if row.get("head_flops") is None and row.get("num_classes"):
-            row["head_flops"] = shape.head_flops(int(row["num_classes"]))
-    if row.get("forward_flops") is not None:
+            more["head_flops"] = shape.head_flops(int(row["num_classes"]))
+    forward = row.get("forward_flops") or more.get("forward_flops")
+    if forward is not None:
         images = row["num_examples"]
         if row.get("compute") is None:
-            row["compute"] = row["forward_flops"] * images
+            more["compute"] = forward * images
         if row.get("train_flops") is None:
-            row["train_flops"] = 3 * (row["forward_flops"] + (row.get("head_flops") or 0)) * images
-    return row
+            head = row.get("head_flops") or more.get("head_flops") or 0
+            more["train_flops"] = 3 * (forward + head) * images
+    return row | more if more else row
 
 
 def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,5 +359,6 @@ def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(logs, kind="stable")
     group = np.empty(len(logs), int)
     group[order] = np.concatenate([[0], np.cumsum(np.diff(logs[order]) > LEVEL_WIDTH)])
-    centres = np.array([np.exp(logs[group == g].mean()) for g in range(group.max() + 1)])
+    ends = np.flatnonzero(np.diff(group[order])) + 1
+    centres = np.array([np.exp(logs[np.sort(part)].mean()) for part in np.split(order, ends)])
     return group, centres

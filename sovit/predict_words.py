@@ -61,8 +61,8 @@ def beside_lines(r, beside: Mapping) -> list[str]:
             worse = {k: None if v is None else expm1(v) for k, v in rule["difference"].items()}
             note = f"; {rule['note']}" if rule["note"] else ""
             lines.append(
-                f"{title}: {label(rule['shape'])}, {rule['num_params']:,} parameters, predicted {rule['loss']:.4f}"
-                f" ({_gain(worse, sign=True)}){note}"
+                f"{title}: {label(rule['shape'])}, {rule['num_params']:,} parameters, predicted {rule['loss']:.4f},"
+                f" {_gain(worse, sign=True)}{note}"
             )
     if beside.get("paper_rule"):
         lines += paper_lines(beside["paper_rule"])
@@ -79,12 +79,16 @@ def paper_lines(rule: Mapping) -> list[str]:
     ]
     under = rule["under_growth"]
     if under is not None:
+        implied = ", ".join(f"{NAMES[n]} {x:.3g}" for n, x in rule["implied"].items())
         verb, factor = ("under", under) if under >= 1 else ("over", 1 / under)
         parts = ", ".join(f"{NAMES[n]} {x:.2f}" for n, x in rule["factors"].items())
         lines.append(
             f"  it {verb}-grows the model by a factor {factor:.2f} in parameters a decade of compute"
             f" (x{rule['params_per_decade']:.2f} a decade; the law x{rule['law_params_per_decade']:.2f});"
             f" the law's optimum over the recipe's here: {parts}"
+        )
+        lines.append(
+            f"  budget ratio at which the recipe would reach the law's optimum: {implied}; it is {rule['budget_ratio']:.3g}"
         )
     return lines
 
@@ -161,4 +165,4 @@ def _interval(level: float, low, high, form: str) -> str:
 def _gain(excess: Mapping, sign: bool = False) -> str:
     form = "+.2%" if sign else ".2%"
     text = f"{excess['estimate']:{form}}"
-    return text if excess["low"] is None else f"{text}, {excess['low']:{form}} to {excess['high']:{form}}"
+    return text if excess["low"] is None else f"{text} ({excess['low']:{form}} to {excess['high']:{form}})"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError, law, predict
+from sovit.coverage import words as coverage_words
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
@@ -34,6 +35,7 @@ def fit_ledgers(
     train_flops: float | None = None,
     seed: int = 0,
     figures: bool = True,
+    skip_bad: bool = False,
     coverage: int = 0,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
@@ -43,9 +45,10 @@ def fit_ledgers(
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     coverage     data sets simulated from the headline law, to see how often its intervals hold it; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
+    skip_bad     leave bad rows out, each with its reason, where otherwise the first is refused
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
-    data = measurements(paths, metric)
+    data = measurements(paths, metric, skip_bad=skip_bad)
     if form is not None and form not in LAWS:
         raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
     if train_flops is not None and not (np.isfinite(train_flops) and train_flops > 0):
@@ -80,6 +83,8 @@ def fit_ledgers(
         options |= _options(headline, data) | dict(coverage=coverage)
         fits[headline] = law.fit(headline, data.columns, data.y, **options)
 
+    for fitted in fits.values():
+        fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
         (folder / INPUTS).unlink(missing_ok=True)
@@ -89,6 +94,9 @@ def fit_ledgers(
             write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
     drawn = draw(fits[headline], data, recommendation, scores, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, drawn)
+    simulated = coverage_words(fits[headline].diagnostics["coverage"]) if coverage else ""
+    if simulated:
+        text += f"\n## How often these intervals would hold\n\n{simulated}\n"
     write_atomic(folder / "report.md", text)
     if figures:
         write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
@@ -103,6 +111,7 @@ def fit_ledgers(
         metric=metric,
         num_rows=len(data.y),
         left_out=len(data.left_out),
+        notes=data.notes,
         num_trunks=fits[headline].num_clusters,
         params=fits[headline].params,
         exponents=fits[headline].exponents,
@@ -110,8 +119,11 @@ def fit_ledgers(
         extrapolation=extrapolation_table(fits),
         recommendation=recommendation.to_dict() if recommendation else None,
         figures=[f"{n}.png" for n in drawn],
+        coverage=fits[headline].diagnostics.get("coverage"),
     )
-    return summary | dict(text=summary_text(summary, no_recommendation))
+    return summary | dict(
+        text="\n\n".join(part for part in (summary_text(summary, no_recommendation), simulated) if part)
+    )
 
 
 def law_folder(paths: Sequence[Path | str]) -> Path:

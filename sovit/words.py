@@ -152,9 +152,10 @@ def _data(data: Measurements, fit) -> str:
     lines.append(f"- {_rates(data)}")
     excluded = Counter(reason for _, reason in data.left_out)
     total = ", ".join(f"{n} {status}" for status, n in sorted(data.statuses.items()))
+    most = [f"{n} × {reason}" for reason, n in sorted(excluded.most_common(9))] + ["..."] * (len(excluded) > 9)
     lines.append(
         f"- Status of the {sum(data.statuses.values())} rows read: {total}. Left out: {len(data.left_out)}"
-        + (f" ({'; '.join(f'{n} × {reason}' for reason, n in sorted(excluded.items()))})." if excluded else ".")
+        + (f" ({'; '.join(most)})." if excluded else ".")
     )
     lines += [f"  - `{run_id}`: {reason}" for run_id, reason in data.left_out[:20]]
     if len(data.left_out) > 20:
@@ -255,7 +256,7 @@ def misfits(fit) -> float | None:
 
 def _cautions(data) -> list[str]:
     """What makes rows hard to compare although nothing forbids it."""
-    out = []
+    out = [_sentence(note) for note in data.notes]
     rates: dict = {}
     for shape, row in zip(data.shapes(), data.rows):
         rates.setdefault(shape, set()).add(row.get("peak_lr"))
@@ -651,6 +652,7 @@ def summary_text(summary: dict, no_recommendation: str) -> str:
         f" because {summary['why']}"
     ]
     lines += [f"  {exponent_words(name, e)}" for name, e in summary["exponents"].items()]
+    lines += [f"  note: {note}" for note in summary["notes"]]
     r = summary["recommendation"]
     if r is None:
         lines.append(f"no recommendation: {no_recommendation}")

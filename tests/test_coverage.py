@@ -82,7 +82,10 @@ def test_the_slope_of_the_optimum_equals_differences_of_the_optimum(kind, form):
         step[0, i] = 1e-3 * max(abs(theta[0, i]), 1e-4)
         ends = [likelihood.optimum_of(s.rows.form, s.rows.centre, theta + sign * step, *args)[0] for sign in (1, -1)]
         np.testing.assert_allclose(
-            slope[0, :, i], (ends[0] - ends[1]) / (2 * step[0, i]), rtol=0.02, atol=max(0.02 * np.abs(slope[0]).max(0)[i], 1e-6)
+            slope[0, :, i],
+            (ends[0] - ends[1]) / (2 * step[0, i]),
+            rtol=0.02,
+            atol=max(0.02 * np.abs(slope[0]).max(0)[i], 1e-6),
         )
 
 

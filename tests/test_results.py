@@ -20,7 +20,8 @@ from sovit.shape import Shape
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - set(VLM_LEDGERS))
+PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 

@@ -2,6 +2,7 @@
 
 from sovit.plot.coverage import coverage
 from sovit.plot.frontier import frontier
+from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
     budget_levels,
     extrapolation,
@@ -25,6 +26,7 @@ __all__ = [
     "learning_rates",
     "optimal_path",
     "optimal_shape",
+    "pareto_fronts",
     "residuals",
     "save",
     "validation",

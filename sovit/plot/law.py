@@ -38,6 +38,9 @@ from sovit.plot.style import (
 from sovit.rows import star
 
 CHUNK = 4000  # optima solved at once
+MAX_POINTS = 5000  # more are pixels in the SVG too: as paths they would make a file of megabytes
+MAX_LINES = 9  # budgets that get a line of their own in a figure
+MAX_SHAPES = 60  # shapes that get a row of their own in a figure
 
 
 @styled
@@ -54,7 +57,7 @@ def fit_by_dimension(fit, data) -> Figure | None:
         return None
     kind, group, budgets = budget_levels(fit, data)
     colours = ramp(len(budgets))
-    shown = set(np.linspace(0, len(budgets) - 1, min(len(budgets), 7)).round().astype(int).tolist())
+    shown = _thinned(len(budgets), 7)
     figure, axes = panels(
         1, len(dims), PAGE, 2.6, sharey=True, right=0.895, left=0.075, bottom=0.17, top=0.88, wspace=0.08
     )
@@ -63,11 +66,8 @@ def fit_by_dimension(fit, data) -> Figure | None:
     for axis, dim in zip(axes, dims):
         mine = (arms == dim) | (arms == "centre")
         values = measured[dim][mine].astype(float)
-        for g in range(len(budgets)):
-            here = mine & (group == g)
-            axis.scatter(measured[dim][here], data.y[here], s=11, color=colours[g], linewidths=0, zorder=3, alpha=0.9)
-            if g not in shown:
-                continue
+        _points(axis, measured[dim][mine], data.y[mine], group[mine], colours, s=11, alpha=0.9)
+        for g in shown:
             x = np.geomspace(values.min() / 1.12, values.max() * 1.12, 201)
             loss = _along(fit, dim, x, kind, budgets[g])
             axis.plot(x, loss, color=colours[g], zorder=2)
@@ -129,18 +129,17 @@ def isoflop(fit, data) -> Figure | None:
         return None
     figure, (axis,) = panels(1, 1, COLUMN + 0.6, 3.2, left=0.125, right=0.86, bottom=0.13, top=0.84)
     valley = []
-    for g, budget in enumerate(budgets):
+    for g in _thinned(len(budgets), MAX_LINES):
+        budget = budgets[g]
         images = budget / 3 / with_head
         loss = fit.predict(table | dict(num_examples=images))
         axis.plot(path_size[keep], loss[keep], color=colours[g], zorder=2)
         curve_label(axis, 1.02, loss[keep][-1], flops_label(budget), colours[g])
         best = int(loss.argmin())
         valley.append((path_size[best], loss[best]))
-        for arm, marker in _markers(dims).items():
-            here = (group == g) & (arms == arm)
-            axis.scatter(
-                size[here], data.y[here], s=13, marker=marker, color=colours[g], linewidths=0, zorder=3, alpha=0.85
-            )
+    for arm, marker in _markers(dims).items():
+        here = arms == arm
+        _points(axis, size[here], data.y[here], group[here], colours, s=13, marker=marker, alpha=0.85)
     axis.plot(*np.array(valley).T, color=INK, lw=0.9, ls=(0, (3, 2)), marker="D", ms=4, mfc="white", mec=INK, zorder=4)
     axis.set_xscale("log")
     if np.ptp(np.log10(axis.get_xlim())) < 1.5:
@@ -259,6 +258,8 @@ def residuals(fit, data) -> Figure:
         arms = np.full(len(data.y), "all")
     names = [a for a in _markers(dims) if (arms == a).any()] if dims else ["all"]
     shapes, order = _shape_order(data, dims, arms)
+    num_shapes = len(order)
+    order = [order[i] for i in _thinned(num_shapes, MAX_SHAPES)]
     figure, axes = panels(
         1,
         2,
@@ -288,6 +289,7 @@ def residuals(fit, data) -> Figure:
             alpha=0.9,
             zorder=3,
             label=arm_name(name),
+            rasterized=len(data.y) > MAX_POINTS,
         )
     left.set_xscale("log")
     left.set_xlabel(COMPUTE if "compute" in data.columns else "images seen")
@@ -300,14 +302,14 @@ def residuals(fit, data) -> Figure:
     kind, group, budgets = budget_levels(fit, data)
     colours = ramp(len(budgets))
     place = {shape: i for i, shape in enumerate(order)}
-    at = np.array([place[s] for s in shapes])
-    for g in range(len(budgets)):
-        here = group == g
-        right.scatter(residual[here], at[here], s=11, color=colours[g], linewidths=0, zorder=3)
+    at = np.array([place.get(s, -1) for s in shapes])
+    drawn = at >= 0
+    _points(right, residual[drawn], at[drawn], group[drawn], colours, s=11)
     right.set_yticks(range(len(order)), [_shape_name(data, s, dims) for s in order], fontsize=6)
     right.set_ylim(len(order) - 0.4, -0.6)
     right.tick_params(axis="y", length=0)
-    right.set_xlabel("ln(measured / fitted) × 100")
+    some = f"; {len(order)} of {num_shapes:,} shapes" if len(order) < num_shapes else ""
+    right.set_xlabel(f"ln(measured / fitted) × 100{some}")
     unit = "training FLOPs" if kind == "train_flops" else "images"
     right.set_title(unit, fontsize=7, pad=15, color=INK)
     for i, g in enumerate(np.unique(np.linspace(0, len(budgets) - 1, min(len(budgets), 5)).round().astype(int))):
@@ -339,6 +341,7 @@ def extrapolation(scores, metric="val_loss") -> Figure | None:
             linewidths=0,
             alpha=0.85,
             zorder=3,
+            rasterized=len(score["measured"]) > MAX_POINTS,
         )
         axis.set_title(score["label"], fontweight="bold" if not i else "normal", pad=21)
         error = f"RMSE {100 * score['rmse']:.2f} %\nbias {100 * score['bias']:+.2f} %".replace("-", "−")
@@ -389,6 +392,18 @@ def _along(fit, dim: str, x: np.ndarray, kind: str, budget: float) -> np.ndarray
     geometry = Geometry(**fit.geometry)
     images = budget / 3 / geometry.flops(table, head=True) if kind == "train_flops" else np.full(len(x), budget)
     return fit.predict(table | dict(num_examples=images, compute=geometry.flops(table, head=False) * images))
+
+
+def _thinned(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def _points(axis, x, y, group, colours, **style) -> None:
+    """Points in the colours of their groups, later groups above earlier ones."""
+    order = np.argsort(group, kind="stable")
+    inks = np.array(colours)[group[order]]
+    axis.scatter(x[order], y[order], c=inks, linewidths=0, zorder=3, rasterized=len(x) > MAX_POINTS, **style)
 
 
 def _markers(dims) -> dict[str, str]:
