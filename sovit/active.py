@@ -10,7 +10,8 @@ function theorem D = -H^-1 M, M = d2 ln loss / dv dphi. So the expected regret i
 posterior covariance of phi: Gauss-Newton information of the rows plus a weak prior. Rows of one trunk share an error, rows
 of one shape share what the form gets wrong about it: an s.d. of `discrepancy` per log unit between the shape and the
 target. Without that term the criterion buys many small cheap runs and trusts the extrapolation, which a wrong
-form punishes; for the same reason it works under `joint_n`, and every fifth pick is a check near the target. Numpy only.
+form punishes; for the same reason it works under `joint_n`, and every fifth pick is a check near the target. Measured in
+results/active_sweep.json. Numpy only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from sovit.shape import DIMENSIONS, Shape
 
 FORM = "joint_n" if "joint_n" in LAWS else "joint"
 DISCREPANCY = 0.01  # per log unit of shape; .003 helps little, .03 wastes compute where the form is right
+DISCREPANCY_DOF = 4.0  # shapes that it is worth against what the residuals say; inf = held as it is
 CHECK_EVERY = 5  # picks; the fifth is a check of the law near the target
 STEP = 1e-3  # of the differences in ln x
 FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
@@ -43,7 +45,7 @@ AMPLITUDE, AMPLITUDE_SD = 0.1, 1.5
 LEAST = 1e-5  # amplitude in mean losses that counts as none
 NOISE_SD, NOISE_DOF = 0.005, 4.0  # expected s.d. of ln loss (.3-.5 % in published sweeps), worth so many trunks
 EM_STEPS = 5
-SEEN = 2.0  # |z| of a check up to which prediction and measurement agree
+TRUE = 3.0  # noise s.d. by which a check may miss and still have come true
 MAX_ROWS = 4000
 
 
@@ -107,9 +109,9 @@ class Belief:
     hessian: np.ndarray  # [K, K] of ln loss there, along the budget
     mixed: np.ndarray  # [K, P], M
     reachable: tuple[np.ndarray, np.ndarray]  # [K] each: ln of the smallest and largest values that can be trained
-    discrepancy: float
     trunk_sd: float
     row_sd: float
+    discrepancy: float  # s.d. per log unit of shape
     logs: np.ndarray  # [terms, n] of the rows
     jac: np.ndarray  # [P, n], d ln loss / d phi
     trunk: tuple[str, ...]  # [n]
@@ -132,6 +134,12 @@ class Belief:
         """The real-valued optimum at the target, by dimension."""
         return dict(zip(self.dims, np.exp(self.target).tolist()))
 
+    def shape_at(self, train_flops: float) -> dict[str, float]:
+        """The real-valued optimum at another budget, by dimension."""
+        limits = {d: np.exp([low, high]) for d, low, high in zip(self.dims, *self.reachable)}
+        v = _optimum(self.form, self.centre, self.phi, self.geometry, limits, float(np.log(train_flops / 3)))
+        return dict(zip(self.dims, np.exp(v).tolist()))
+
     @property
     def log_sd(self) -> np.ndarray:
         """S.d. of ln x of each optimal dimension [K]."""
@@ -139,7 +147,7 @@ class Belief:
 
     def form_variance(self, logs: np.ndarray) -> np.ndarray:
         """Variance of ln loss [n] by which the form may be wrong about shapes logs [>= K, n], seen from the target."""
-        return _form_variance(logs[: len(self.dims)], self.target, self.reachable, self.discrepancy)
+        return (self.discrepancy * _distance_to(logs[: len(self.dims)], self.target, self.reachable)) ** 2
 
 
 # Candidates ----------------------------------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def candidates(
     base: Shape,
     values: Mapping[str, Sequence[int]],
     *,
-    num_examples: Sequence[int] | None = None,
+    num_examples: Sequence[float] | None = None,
     train_flops: Sequence[float] | None = None,
     rows: Sequence[Mapping] = (),
     max_cost: float = np.inf,
@@ -161,17 +169,17 @@ def candidates(
 ) -> list[Candidate]:
     """Every run worth weighing: new trunks on a lattice of shapes, branches of the trunks in `rows`, further seeds.
 
-    values: dimension -> its lattice (those that no shape can take, such as a width that is no multiple of head_dim, are
-    an error); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give one of the two. A new
-    trunk is offered to each level alone and with all lower ones as branches. rows: ledger rows, for trunk_id, shape,
-    num_examples, init_seed and status, those that did not end well included: they are not offered again, nor are other
-    branches of a trunk that diverged. A shape may have `seeds` seeds in all. Raises UserError.
+    values: dimension -> its lattice (a value that no shape can take, such as a width that is no multiple of head_dim, is
+    an error; none = no new shapes); the rest is as in `base`. Budgets are levels of images or of training FLOPs, give
+    one of the two. A new trunk is offered to each level alone and with all lower ones as branches. rows: ledger rows,
+    for trunk_id, shape, num_examples, init_seed and status, those that did not end well included: they are not offered
+    again, nor are other branches of a trunk that diverged. A shape may have `seeds` seeds in all. Raises UserError.
     """
     if (num_examples is None) == (train_flops is None):
         raise UserError("candidates need budgets: give num_examples=(...) or train_flops=(...), one of the two")
     unknown = [name for name in values if name not in DIMENSIONS]
-    if unknown or not values:
-        raise UserError(f"values={dict(values)!r} must name dimensions; choose from {', '.join(DIMENSIONS)}")
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not a dimension of a shape; choose from {', '.join(DIMENSIONS)}")
 
     def levels(shape: Shape) -> tuple[int, ...]:
         if train_flops is not None:
@@ -206,7 +214,7 @@ def candidates(
         taken.setdefault(shape, set()).add(seed)
 
     pool = []
-    for combination in itertools.product(*values.values()):
+    for combination in itertools.product(*values.values()) if values else ():
         shape = base.replace(**dict(zip(values, combination)))
         if shape not in taken:
             pool += [Candidate(shape, b, "trunk", cost_of(shape, b)) for b in ladders(shape)]
@@ -264,6 +272,7 @@ def learn(
     geometry: Mapping | None = None,
     discrepancy: float = DISCREPANCY,
     reachable: Mapping[str, Sequence[float]] | None = None,
+    discrepancy_dof: float = DISCREPANCY_DOF,
     noise: tuple[float, float] | None = None,
     previous: Belief | None = None,
 ) -> Belief:
@@ -271,7 +280,8 @@ def learn(
 
     columns, y, clusters, dims, geometry: as in `law.fit`. reachable: dimension -> values that can be trained (None = the
     values run); noise: (trunk, row) s.d. of ln loss, None = estimated, shrunk towards .5 % while trunks are few;
-    previous: the belief before the latest rows, to start from. Raises UserError.
+    discrepancy: what the form is expected to be wrong by, estimated too, worth `discrepancy_dof` shapes; previous: the
+    belief before the latest rows, to start from. Raises UserError.
     """
     known = [n for n, law in LAWS.items() if law.ranks_shapes and law.plain_sum]
     if form not in known:
@@ -300,30 +310,31 @@ def learn(
     centre = before.centre if before else logs.mean(1)
     u = logs - centre[:, None]
     prior = _prior(built, float(np.exp(log_y.mean())))
-    trunk_sd, row_sd = noise or ((before.trunk_sd, before.row_sd) if before else (NOISE_SD / 2**0.5, NOISE_SD / 2**0.5))
+    expected = [(NOISE_SD / 2**0.5, NOISE_DOF)] * 2 if noise is None else [(sd, np.inf) for sd in noise]
+    expected += [(discrepancy, discrepancy_dof if discrepancy else np.inf)]
+    sds = (before.trunk_sd, before.row_sd, before.discrepancy) if before else tuple(sd for sd, _ in expected)
     if before:
         starts = np.stack([before.phi, prior[0]])
-        variance = _form_variance(logs[: len(dims)], before.target, edges, discrepancy)
+        distance = _distance_to(logs[: len(dims)], before.target, edges)
     else:
         starts = np.log(np.maximum(built.starts(u, y), LEAST * np.exp(log_y.mean())))
-        starts, variance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
-    for last in (False, True):  # the first fit is for the target and the noise, by which the second weighs its rows
-        phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd), starts)
+        starts, distance = np.concatenate([starts, prior[:1]]), np.zeros(len(y))
+    for _ in range(1 if before else 2):  # a first fit is for target and noise, by which rows weigh
+        phi = _map(built, u, log_y, prior, _covariance(logs[: len(dims)], index, distance, *sds), starts)
         target = _optimum(built, centre, phi, counted, limits, log_budget)
         value, jac = built.evaluate(np.exp(phi)[None], u)
         jac = jac[0] * np.exp(phi)[:, None]
-        variance = _form_variance(logs[: len(dims)], target, edges, discrepancy)
-        if noise is None and not last:
-            rest = logs[: len(dims)], index, variance, trunk_sd, row_sd
-            trunk_sd, row_sd = _noise(log_y - value[0], jac, prior[1], *rest)
+        distance = _distance_to(logs[: len(dims)], target, edges)
+        residual, steps = log_y - value[0], 1 if before else EM_STEPS
+        sds = _spreads(residual, jac, prior[1], logs[: len(dims)], index, distance, sds, expected, steps)
         starts = phi[None]
-    white = jac @ _whitener(_covariance(logs[: len(dims)], index, variance, trunk_sd, row_sd)).T
+    white = jac @ _whitener(_covariance(logs[: len(dims)], index, distance, *sds)).T
     covariance = np.linalg.inv(white @ white.T + np.diag(prior[1] ** -2))
     hessian, mixed = curvature(built, centre, phi, counted, dims, target, log_budget, box(limits))
     names = tuple(np.asarray(clusters if clusters is not None else table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
-        built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges, discrepancy,
-        float(trunk_sd), float(row_sd), logs, jac, names,
+        built, dims, centre, counted, log_budget, phi, covariance, target, hessian, mixed, edges,
+        sds[0], sds[1], sds[2], logs, jac, names,
     )  # fmt: skip
 
 
@@ -334,14 +345,16 @@ def _map(form, u, log_y, prior, covariance, starts) -> np.ndarray:
     room = np.zeros((len(u), len(form.names)))
     groups = Groups.plain(np.arange(len(observed)))
     posterior = _Posterior(form, whitener, prior)
-    done = polish(posterior, np.concatenate([u, room], 1), starts, observed, groups=groups, delta=HUBER)
+    done = polish(
+        posterior, np.concatenate([u, room], 1), starts, observed, groups=groups, delta=HUBER, tolerance=1e-7, cap=400
+    )
     return done.theta[int(done.objective.argmin())]
 
 
-def _form_variance(shape_logs, target, edges, discrepancy) -> np.ndarray:
-    """(discrepancy x distance)^2 [...] of shapes [K, ...] from the target, clipped to what can be trained."""
-    seen_from = np.clip(target, *edges)
-    return discrepancy**2 * ((shape_logs - seen_from.reshape(-1, *[1] * (shape_logs.ndim - 1))) ** 2).sum(0)
+def _distance_to(shape_logs, target, edges) -> np.ndarray:
+    """Distance [...] in log shape of shapes [K, ...] from the target, clipped to what can be trained."""
+    seen_from = np.clip(target, *edges).reshape(-1, *[1] * (shape_logs.ndim - 1))
+    return np.sqrt(((shape_logs - seen_from) ** 2).sum(0))
 
 
 def _prior(form: Form, level: float) -> np.ndarray:
@@ -352,11 +365,11 @@ def _prior(form: Form, level: float) -> np.ndarray:
     return np.stack([centre, np.r_[np.full(k + 1, AMPLITUDE_SD), np.full(k, EXPONENT_SD)]])
 
 
-def _covariance(shape_logs, index, form_variance, trunk_sd, row_sd) -> np.ndarray:
-    """Of ln loss [n, n]: row noise, what rows of a trunk share, what rows of a shape share (form_variance [n])."""
+def _covariance(shape_logs, index, distance, trunk_sd, row_sd, discrepancy) -> np.ndarray:
+    """Of ln loss [n, n]: row noise, what rows of a trunk share, and what those of a shape share, by its distance [n]."""
     same_trunk = index[:, None] == index
     same_shape = (np.abs(shape_logs[:, :, None] - shape_logs[:, None, :]) < 1e-9).all(0)
-    shared = np.sqrt(form_variance[:, None] * form_variance)
+    shared = discrepancy**2 * distance[:, None] * distance
     return row_sd**2 * np.eye(len(index)) + trunk_sd**2 * same_trunk + shared * same_shape
 
 
@@ -364,26 +377,31 @@ def _whitener(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
-def _noise(residual, jac, prior_sd, shape_logs, index, form_variance, trunk_sd, row_sd) -> tuple[float, float]:
-    """Trunk and row s.d. by EM_STEPS of expectation-maximisation on the fit linearised at its MAP.
+def _spreads(residual, jac, prior_sd, shape_logs, index, distance, sds, expected, steps) -> tuple[float, ...]:
+    """(trunk_sd, row_sd, discrepancy) by `steps` of expectation-maximisation on the fit linearised at its MAP.
 
-    residual [n], jac [P, n]. What the parameters may still take up is in the expectation, so that few rows do not pass
-    for little noise; the prior NOISE_SD counts as NOISE_DOF trunks or rows. One odd row counts as 2.5 s.d. at most.
+    residual, distance [n], jac [P, n]; sds: where to begin; expected: (s.d., degrees of freedom) of the prior of each; with
+    inf degrees of freedom one is held. What the parameters may still take up is in the expectation, so that few rows do
+    not pass for little noise. One odd row counts as 2.5 s.d. at most.
     """
-    expected = NOISE_SD**2 / 2
-    member = (index[:, None] == np.arange(index.max() + 1)).astype(float)  # [n, G]
-    for _ in range(EM_STEPS):
-        whitener = _whitener(_covariance(shape_logs, index, form_variance, trunk_sd, row_sd))
+    sds = tuple(sd if np.isfinite(dof) else held for sd, (held, dof) in zip(sds, expected))
+    alike = (np.abs(shape_logs[:, :, None] - shape_logs[:, None, :]) < 1e-9).all(0)
+    kinds = np.unique(alike.argmax(1), return_inverse=True)[1]
+    trunk, shape = ((i[:, None] == np.arange(i.max() + 1)).astype(float) for i in (index, kinds))  # [n, G], [n, S]
+    effects = trunk, np.eye(len(residual)), shape * distance[:, None]
+    for _ in range(steps):
+        whitener = _whitener(sum(sd**2 * e @ e.T for sd, e in zip(sds, effects)))
         white = jac @ whitener.T
         seen = whitener.T @ np.clip(whitener @ residual, -2.5, 2.5)  # V^-1 r
         sides = np.linalg.solve(white @ white.T + np.diag(prior_sd**-2.0), white @ whitener)
         left = whitener.T @ whitener - (whitener.T @ white.T) @ sides  # (V + J S J')^-1
-        trunk = trunk_sd**4 * (member.T @ seen) ** 2
-        trunk += trunk_sd**2 - trunk_sd**4 * np.einsum("ng,nm,mg->g", member, left, member)
-        row = row_sd**4 * seen**2 + row_sd**2 - row_sd**4 * np.diag(left)
-        trunk_sd = np.sqrt((NOISE_DOF * expected + trunk.sum()) / (NOISE_DOF + len(trunk)))
-        row_sd = np.sqrt((NOISE_DOF * expected + row.sum()) / (NOISE_DOF + len(row)))
-    return float(trunk_sd), float(row_sd)
+        found = []
+        for sd, e, (centre, dof) in zip(sds, effects, expected):
+            square = sd**4 * (e.T @ seen) ** 2 + sd**2 - sd**4 * (e * (left @ e)).sum(0)
+            mean = (dof * centre**2 + square.sum()) / (dof + len(square)) if np.isfinite(dof) else centre**2
+            found.append(float(np.sqrt(mean)))
+        sds = tuple(found)
+    return sds
 
 
 def _optimum(form, centre, phi, geometry, limits, log_budget) -> np.ndarray:
@@ -549,7 +567,7 @@ def choose(
     num_made: int = 0,
     check_every: int = CHECK_EVERY,
     check_cost: float = np.inf,
-    check_first: bool = False,
+    checks: Sequence[Mapping] = (),
 ) -> list[Pick]:
     """`num` picks in the order to make them, each chosen as if those before it were made. See `next_run`."""
     if num < 1 or num_made < 0 or check_every < 0:
@@ -561,9 +579,11 @@ def choose(
     variance = belief.form_variance(arrays.logs[: len(belief.dims), :, 0])
     keys = _keys(arrays.logs[: len(belief.dims), :, 0])
     made, covariance, weight = _Made.of(belief), belief.covariance, belief.weight
-    distance = _distance(belief, arrays)
+    longest = value[np.arange(len(pool)), arrays.real.sum(1) - 1]
     open_ = np.ones(len(pool), bool)
     picks: list[Pick] = []
+    trusted = not checks or came_true(belief, checks[-1])
+    fresh = np.array([c.kind == "trunk" for c in pool])
     for i in range(min(num, len(pool))):
         if not open_.any():
             break
@@ -572,10 +592,12 @@ def choose(
         affordable = open_ & (arrays.cost <= check_cost) & np.array([c.kind != "branch" for c in pool])
         is_check = check_every > 0 and (num_made + i + 1) % check_every == 0 and affordable.any()
         if is_check:
-            near = np.where(affordable, distance, np.inf)
-            best = int(np.lexsort((arrays.cost, np.where(affordable, near.round(9), np.inf)))[0])
-        else:
+            best = int(np.lexsort((arrays.cost, np.where(affordable, longest.round(9), np.inf)))[0])
+        elif trusted or not (open_ & fresh).any():
             best = int(np.where(open_, gain / arrays.cost, -np.inf).argmax())
+        else:
+            chance = np.where(open_ & fresh, 1 / arrays.cost, 0.0)
+            best = int(np.random.default_rng([num_made, i]).choice(len(pool), p=chance / chance.sum()))
         rows, real = white[best], arrays.real[best]
         through = rows @ covariance
         after = covariance - through.T @ np.linalg.solve(np.eye(len(rows)) + through @ rows.T, through)
@@ -593,7 +615,7 @@ def choose(
                 predicted=tuple(np.exp(value[best][real]).tolist()),
                 prediction_sd=tuple(sd[real].tolist()),
                 is_check=bool(is_check),
-                why=_why(belief, chosen, covariance, after, before, left, is_check),
+                why=_why(belief, chosen, covariance, after, before, left, is_check, trusted),
             )
         )
         made.add(keys[best], jac[best][real], [chosen.trunk_id or f"new {chosen.init_seed}"] * int(real.sum()))
@@ -603,21 +625,15 @@ def choose(
     return picks
 
 
-def _distance(belief: Belief, arrays: _Pool) -> np.ndarray:
-    """Distance [C] in ln shape and ln images of each candidate's longest branch to the recommended run at the target."""
-    flops = belief.geometry.flops({d: np.exp(belief.target[k : k + 1]) for k, d in enumerate(belief.dims)}, head=True)
-    data = belief.form.terms.index("num_examples")
-    apart = arrays.logs[: len(belief.dims), :, -1] - belief.target[:, None]
-    return np.sqrt((apart**2).sum(0) + (arrays.logs[data, :, -1] - (belief.log_budget - np.log(flops))) ** 2)
-
-
-def _why(belief, chosen, covariance, after, before, left, is_check) -> str:
+def _why(belief, chosen, covariance, after, before, left, is_check, trusted) -> str:
     what = {"trunk": "a new trunk", "branch": f"a branch of {chosen.trunk_id}", "seed": f"seed {chosen.init_seed}"}
     images = " and ".join(f"{n:.3g}" for n in chosen.budgets)
     head = f"{what[chosen.kind]} {chosen.shape.label} to {images} images, {chosen.cost:.3g} FLOPs"
     fall = f"expected regret {100 * before:.3g} % -> {100 * left:.3g} %"
     if is_check:
         return f"{head}: the run nearest the target, to check the law there before it is trusted; {fall}"
+    if not trusted:
+        return f"{head}: at random, the cheaper the likelier, for the last check did not come true; {fall}"
     was, now = (_spread(belief.hessian, belief.mixed, c) for c in (covariance, after))
     most = int(np.argmax(was**2 - now**2))
     return f"{head}: {fall}, most of all by {belief.dims[most]} (s.d. of its log {was[most]:.2f} -> {now[most]:.2f})"
@@ -633,18 +649,29 @@ def next_run(
     num_made: int = 0,
     check_every: int = CHECK_EVERY,
     check_cost: float = np.inf,
+    checks: Sequence[Mapping] = (),
     **options,
 ) -> list[Pick]:
     """The runs of the pool that lower the expected regret at `train_flops` most per FLOP, in the order to make them.
 
     columns, y: what was measured, as for `law.fit`. num: picks for as many workers, each chosen as if the earlier ones
-    were made. num_made: picks made so far: pick number check_every, twice that, ... is the trunk nearest the target among
-    those of check_cost FLOPs or less, whose prediction is in the pick and is to be compared with what it measures
-    (check_every=0: never). options: of `learn` (form, discrepancy, geometry, clusters, ...). Raises UserError.
+    were made. num_made: picks made so far: pick number check_every, twice that, ... is a check (check_every=0: never), the
+    trunk nearest the target, which is that of the lowest predicted loss, among those of check_cost FLOPs or less. Its
+    prediction is in the pick and is to be compared with what it measures. checks: {predicted, measured} of those made,
+    in order; while the last did not come true the criterion is not believed, and new trunks are drawn at random with
+    p ~ 1/cost. options: of `learn` (form, discrepancy, which is held here, geometry, clusters, ...). Raises UserError.
     """
     options.setdefault("reachable", _reach(pool))
+    options.setdefault("discrepancy_dof", np.inf)  # the runs so far do not show what the form gets wrong elsewhere
     belief = learn(columns, y, train_flops, **options)
-    return choose(belief, pool, num=num, num_made=num_made, check_every=check_every, check_cost=check_cost)
+    return choose(
+        belief, pool, num=num, num_made=num_made, check_every=check_every, check_cost=check_cost, checks=checks
+    )
+
+
+def came_true(belief: Belief, check: Mapping) -> bool:
+    """Whether a check missed by no more than TRUE noise s.d. However unsure the law says it is: that is no excuse here."""
+    return abs(np.log(check["measured"] / check["predicted"])) <= TRUE * np.hypot(belief.trunk_sd, belief.row_sd)
 
 
 def _reach(pool: Sequence[Candidate]) -> dict[str, tuple[int, ...]]:
@@ -654,7 +681,7 @@ def _reach(pool: Sequence[Candidate]) -> dict[str, tuple[int, ...]]:
 def should_stop(belief: Belief, checks: Sequence[Mapping], noise_sd: float | None = None) -> tuple[bool, str]:
     """(stop, why). Only a check that came true says stop; a small expected regret alone never does.
 
-    checks: {predicted, prediction_sd, measured} of each check made, in order; the last one counts. noise_sd: s.d. of ln
+    checks: {predicted, measured} of each check made, in order; the last one counts (`came_true`). noise_sd: s.d. of ln
     loss under which regret does not matter, None = the belief's own.
     """
     noise = noise_sd or float(np.hypot(belief.trunk_sd, belief.row_sd))
@@ -664,9 +691,9 @@ def should_stop(belief: Belief, checks: Sequence[Mapping], noise_sd: float | Non
         return False, f"go on: no prediction near the target was put to the test yet ({small})"
     last = checks[-1]
     error = float(np.log(last["measured"] / last["predicted"]))
-    z = error / float(last["prediction_sd"])
-    tested = f"the last check missed by {100 * error:+.3g} % (z {z:+.1f})"
-    if abs(z) > SEEN:
+    z = error / float(np.hypot(belief.trunk_sd, belief.row_sd))
+    tested = f"the last check missed by {100 * error:+.3g} % ({z:+.1f} noise s.d.)"
+    if not came_true(belief, last):
         return False, f"go on: {tested}, so the law is wrong near the target whatever it expects ({small})"
     if regret > noise:
         return False, f"go on: {small}; {tested}"

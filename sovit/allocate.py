@@ -41,6 +41,7 @@ class Geometry:
     num_classes: int = 0
     flops_scale: float = 1.0
     params_scale: float = 1.0
+    counting: str = "exact"  # a key of shape.COUNTINGS
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -55,7 +56,11 @@ class Geometry:
     def flops(self, dims: Mapping[str, np.ndarray], head: bool):
         """Forward FLOPs of one image, task head included or not; real, complex or integer arrays."""
         width, depth, mlp_dim, patches, patch = self._sizes(dims)
-        count = encoder_flops(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
+        prefix = self.num_prefix_tokens
+        if self.counting == "params_tokens":
+            count = 2 * self.num_params(dims) * (patches + prefix)
+        else:
+            count = encoder_flops(width, depth, mlp_dim, patches, prefix, patch, self.pool, self.counting)
         if head:
             count = count + 2 * width * self.num_classes * (patches if self.pool == "none" else 1)
         return count * self.flops_scale
@@ -105,9 +110,11 @@ def optimum(form, theta, centre, names, geometry: Geometry, log_budget, low, hig
     starts = [np.tile(np.clip(middle, low, high), (len(theta), 1))]
     if not form.convex:
         starts += _survey(problem, theta, log_budget, low, high)
-    ends = [_newton(problem, theta, log_budget, v, low, high, steps) for v in starts]
-    best = np.argmin([phi for _, phi in ends], 0)
-    return np.stack([v for v, _ in ends])[best, np.arange(len(theta))]
+    many = len(starts)  # all starts as one batch: for a few laws the steps cost what they cost for one
+    repeated = np.tile(theta, (many, 1)), np.tile(log_budget, many)
+    v, phi = _newton(problem, *repeated, np.concatenate(starts), low, high, steps)
+    best = phi.reshape(many, -1).argmin(0)
+    return v.reshape(many, len(theta), -1)[best, np.arange(len(theta))]
 
 
 def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:

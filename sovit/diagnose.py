@@ -43,15 +43,15 @@ def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=Fals
     return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
 
 
-def growth(form, centre, theta, geometry, grid, ends) -> np.ndarray:
-    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]."""
+def growth(form, centre, theta, geometry, grid, ends, head=False) -> np.ndarray:
+    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]. head: compute counts it."""
     low, high = np.log(ends)
     if form.arms:
         num = len(form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
         return np.where(absent, 0.0, theta[:, 6 * num :] / (a + b))
-    at = [optimum_of(form, centre, theta, geometry, grid, t) for t in (low, high)]
+    at = [optimum_of(form, centre, theta, geometry, grid, t, head) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
 
@@ -109,6 +109,24 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
         kind = "marginal" if form.arms else "joint"
         out[name] = dict(estimate=estimate, kind=kind, compute_range=list(ends), status=status, note=note) | sides
     return out, shares
+
+
+def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0) -> dict:
+    """By dimension, where the optimum lies strictly between the values run: {at, low, high}.
+
+    at: the optimum at the two computes `ends`. low, high: the ends of the stretch of compute, from `decades` below the
+    runs to `decades` above them, over which it is inside; None where it is inside at no compute.
+    """
+    computes = np.geomspace(ends[0] / 10**decades, ends[1] * 10**decades, 161)
+    every = np.log(np.concatenate([computes, ends]))
+    *path, first, last = optimum_of(form, centre, np.tile(theta, (len(every), 1)), geometry, grid, every)
+    out = {}
+    for k, name in enumerate(grid):
+        x = np.exp(np.array(path)[:, k])
+        held = computes[(x > min(grid[name])) & (x < max(grid[name]))]
+        low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
+        out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)
+    return out
 
 
 def seed_noise(table, y, index, solved) -> dict:
@@ -252,7 +270,12 @@ def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
 
 
 def describe(rows: Rows, solved, noise: dict, table) -> dict:
-    """Diagnostics of the point fit that need no draws; see law.json."""
+    """Diagnostics of the point fit that need no draws; see law.json.
+
+    `weakest` is the direction in which the rows say least: the least singular vector of the Jacobian with columns of
+    unit norm, its two largest loadings, and the `step` of the centred parameters that is one standard error along it
+    (rows taken for independent).
+    """
     form, theta = rows.form, solved.theta
     value, jac = form.evaluate(theta[None], rows.u)
     residual, jac = value[0] - np.log(rows.y), jac[0]
@@ -264,6 +287,7 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
     unit = jac[free] / np.linalg.norm(jac[free], axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit.T, full_matrices=False)
     names, weak = np.array(form.names)[free], right[-1]
+    weak = weak * np.sign(weak[np.argmax(np.abs(weak))])  # a singular vector has no sign of its own
     top = np.argsort(-np.abs(weak), kind="stable")[:2]
     against = "against" if weak[top[0]] * weak[top[-1]] < 0 else "with"
     weakest = (
@@ -275,6 +299,8 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         else "one free parameter"
     )
     rms = float(np.sqrt(residual @ residual / max(len(residual) - int(free.sum()), 1)))
+    size = np.linalg.norm(jac[free], axis=1) * max(singular[-1], 1e-12)
+    shift = dict(zip(names.tolist(), (weak * rms / size).tolist()))
     misfit = rms / noise["sd"] if noise["sd"] > 0 else None
     return dict(
         objective=solved.objective,
@@ -285,6 +311,12 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         num_starts=len(solved.starts),
         active_bounds=bounds,
         weakest_direction=weakest,
+        weakest=dict(
+            parameters=[str(names[i]) for i in top],
+            loadings=[float(weak[i]) for i in top],
+            singular_values=[float(singular[0]), float(singular[-1])],
+            step=shift,
+        ),
         trunk_sd=solved.trunk_sd,
         row_sd=solved.row_sd,
         nu=solved.dof,

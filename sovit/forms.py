@@ -470,9 +470,14 @@ LAWS = {
         ranks_shapes=True,
         power_mean=True,
         bounded=True,
+        takes_terms=True,
     ),
     "power_mean": Law(
-        "A_x x^-a_x + B num_examples^-c + eps", "bounded without the zero line", ranks_shapes=True, power_mean=True
+        "A_x x^-a_x + B num_examples^-c + eps",
+        "bounded without the zero line",
+        ranks_shapes=True,
+        power_mean=True,
+        takes_terms=True,
     ),
     "shifted": Law(
         "A_x x^-a_x + B (num_examples + d)^-c + eps",

@@ -129,7 +129,8 @@ def implied_compute(start: Mapping, end: Mapping, exponents: Mapping) -> dict[st
     Were the recipe that made `end` followed exactly, all would be equal. From (608, 10, 928) to SoViT-400m, by the paper's
     own exponents, they are 6,092, 751 and 2,146.
     """
-    return {n: float((end[n] / start[n]) ** (len(exponents) / s)) for n, s in exponents.items()}
+    logs = {n: np.log(end[n] / start[n]) * len(exponents) / max(s, 1e-9) for n, s in exponents.items()}
+    return {n: float(np.exp(np.clip(ratio, -700, 700))) for n, ratio in logs.items()}  # finite for an s next to 0
 
 
 def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | None = None) -> dict:

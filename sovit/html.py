@@ -24,6 +24,7 @@ from sovit.measurements import Measurements, measurements
 from sovit.report import INPUTS, fit_ledgers, law_folder
 
 FIGURE = {"figure": True}  # marks the images that are
+LONG_CELL = 45  # letters; a longer cell of a table is broken into lines
 FIGURE_SCALE = 1.3  # of a figure's printed size; never wider than the text
 
 CSS = """
@@ -44,6 +45,7 @@ ul { padding-left: 1.3rem; } li { margin: .3rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { border-bottom: 2px solid var(--dim); } td:not(:last-child) { white-space: nowrap; }
+td.long { white-space: normal !important; min-width: 14rem; }
 figure { margin: 1.5rem 0; } figcaption { color: var(--dim); font-size: .9rem; margin-top: .5rem; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 nav { background: var(--shade); padding: .75rem 1rem; font-size: .95rem; }
@@ -121,6 +123,8 @@ def render(text: str, read) -> str:
     for token, inside in zip(tokens, tokens[1:]):
         if token.type == "th_open":
             token.attrSet("scope", "col")
+        elif token.type == "td_open" and len(inside.content) > LONG_CELL:
+            token.attrSet("class", "long")
         elif token.type == "heading_open":
             words = "".join(child.content for child in inside.children or ())
             if token.tag == "h1":

@@ -240,7 +240,7 @@ def main(
             return 0
         run_sweep(sweep, options.workers, options.device)
         choice = "" if metric == "val_loss" else f" --metric {metric}"
-        print(f"next: python analysis/fit_laws.py {sweep.ledger}{choice}")
+        print(f"next: sovit fit {sweep.ledger}{choice}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

@@ -6,22 +6,37 @@ No clock and no torch: the same ledgers give the same bytes.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError, law, predict
+from sovit import UserError, growth, law, predict
+from sovit.allocate import Geometry
 from sovit.coverage import words as coverage_words
+from sovit.diagnose import inside, optimum_of
+from sovit.frontier import frontier, ladder
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
-from sovit.words import extrapolation_scores, extrapolation_table, own_rmse, percent, report_text, summary_text
+from sovit.sensitivity import extrapolation_cuts, implied_compute, sensitivity
+from sovit.words import report_text
+from sovit.words.checklist import checklist
+from sovit.words.extrapolation import extrapolation_scores, extrapolation_table, own_rmse
+from sovit.words.found import summary_text
+from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
+SENSITIVITY, FACTS = (
+    "sensitivity.json",
+    "report.json",
+)  # beside law.json: what report.md says that law.json does not hold
 INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
+FRONTIER_POINTS = 6  # budgets of the frontier, from the least run to 100 x the largest
+NO_REFITS = "no refits were asked for"
 NEXT_BUDGET = 10**0.5  # the default recommendation is for this many times the largest budget run
 
 
@@ -35,16 +50,19 @@ def fit_ledgers(
     train_flops: float | None = None,
     seed: int = 0,
     figures: bool = True,
+    refits: bool = True,
     skip_bad: bool = False,
     coverage: int = 0,
 ) -> dict:
-    """Fit every law form that the rows of `paths` allow; write law.json, forms/, report.md, inputs.json and figures.
+    """Fit every law form that the rows of `paths` allow; write law.json, forms/, sensitivity.json, report.json, report.md,
+    inputs.json and figures.
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     coverage     data sets simulated from the headline law, to see how often its intervals hold it; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
+    refits       False = without the hundred refits that say what the law depends on, and without the further cuts
     skip_bad     leave bad rows out, each with its reason, where otherwise the first is refused
     Returns a summary of plain data (`text` holds it in words). Raises UserError for bad input, before writing anything.
     """
@@ -82,6 +100,7 @@ def fit_ledgers(
         options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
         options |= _options(headline, data) | dict(coverage=coverage)
         fits[headline] = law.fit(headline, data.columns, data.y, **options)
+    facts = facts_of(data, fits, headline, why, refused, recommendation, seed, refits)
 
     for fitted in fits.values():
         fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
@@ -92,8 +111,10 @@ def fit_ledgers(
     for name, fitted in fits.items():
         if name != headline:
             write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
-    drawn = draw(fits[headline], data, recommendation, scores, folder) if figures else {}
-    text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, drawn)
+    write_atomic(folder / SENSITIVITY, _json(facts["sensitivity"]))
+    write_atomic(folder / FACTS, _json({name: fact for name, fact in facts.items() if name != "sensitivity"}))
+    drawn = draw(fits[headline], data, recommendation, scores, facts, folder) if figures else {}
+    text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
     simulated = coverage_words(fits[headline].diagnostics["coverage"]) if coverage else ""
     if simulated:
         text += f"\n## How often these intervals would hold\n\n{simulated}\n"
@@ -174,7 +195,100 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     ]
 
 
-def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[str, str]:
+def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendation, seed: int, refits: bool) -> dict:
+    """What the report says beyond the laws, as plain data: {cuts, rules, frontier, closed_form, implied,
+    inside, weakest, sensitivity, checklist}; empty where a law cannot say."""
+    fit = fits[headline]
+    budget = recommendation.train_flops if recommendation else None
+    return dict(
+        cuts=extrapolation_cuts(data, fits) if refits else [],
+        rules=_rules(fits, headline, recommendation),
+        frontier=_frontier(fit) if recommendation else [],
+        closed_form=growth.closed_form(fit, recommendation.train_flops) if recommendation else {},
+        implied=_implied(fit, recommendation),
+        inside=_inside(fit),
+        weakest=_weakest(fit, budget),
+        sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
+        checklist=checklist(data, fits, headline, why, refused),
+    )
+
+
+def _rules(fits: dict, headline: str, recommendation) -> dict:
+    """Other rules at the budget of the recommendation: `growth.paper_rule` and `growth.size_rule`; {} without one."""
+    if recommendation is None:
+        return {}
+    fit, budget = fits[headline], recommendation.train_flops
+    found = {}
+    if {"width", "depth", "mlp_dim"} & set(fit.model["dims"]):
+        found["paper_rule"] = growth.paper_rule(fit, budget, fits.get("sovit"), recommendation)
+    if "chinchilla" in fits:
+        found["size_rule"] = growth.size_rule(fit, budget, fits["chinchilla"], recommendation)
+    return found
+
+
+def _frontier(fit) -> list[dict]:
+    """Rows of `frontier.frontier` at FRONTIER_POINTS budgets, without those at which the law has no shape."""
+    rows = []
+    for budget in ladder(fit, points=FRONTIER_POINTS):
+        with contextlib.suppress(UserError):  # a budget that does not pay for one image of the law's best shape
+            rows += frontier(fit, [budget])
+    return rows
+
+
+def _implied(fit, recommendation) -> list[dict]:
+    """`implied_compute` from the smallest budget run to the largest, and to that of the recommendation.
+
+    [{from_train_flops, to_train_flops, actual, optimum, shape}]: actual is the ratio of compute, optimum speaks of the
+    law's real-valued optima, shape of its whole-number shapes.
+    """
+    growing = {d: e["estimate"] for d, e in fit.exponents.items() if e["estimate"] is not None and e["estimate"] > 0}
+    if recommendation is None or "train_flops_range" not in fit.data or not growing:
+        return []
+    low, high = fit.data["train_flops_range"]
+    bare, head_dim, out = dataclasses.replace(fit, draws={}), recommendation.shape["head_dim"], []
+    for budget in (b for b in dict.fromkeys((high, recommendation.train_flops)) if b > low):
+        try:
+            ends = [predict.best_shape(bare, b, head_dim=head_dim) for b in (low, budget)]
+        except UserError:  # a budget that does not pay for one image
+            continue
+        compute = [r.forward_flops * r.num_examples for r in ends]
+        first, last = ({d: r.optimum[d]["estimate"] for d in growing} for r in ends)
+        optimum = implied_compute(first, last, growing)
+        first, last = ({d: r.shape[d] for d in growing} for r in ends)
+        shape = implied_compute(first, last, growing)
+        actual = compute[1] / compute[0]
+        out.append(dict(from_train_flops=low, to_train_flops=budget, actual=actual, optimum=optimum, shape=shape))
+    return out
+
+
+def _inside(fit) -> dict:
+    """Over which compute the optimum lies between the values run, by dimension; {} where nothing is known of it."""
+    if not fit.model["dims"] or not fit.exponents:
+        return {}
+    geometry = Geometry(**fit.geometry) if fit.geometry else None
+    centre = np.array(fit.model["centres"])
+    return inside(fit.shape_form, centre, fit.theta, geometry, fit.data["grid"], fit.data["compute_range"])
+
+
+def _weakest(fit, train_flops: float | None) -> dict:
+    """The weakest direction of the fit, with what a standard error along it does to each recommended dimension."""
+    weakest = dict(fit.diagnostics["weakest"])
+    step = weakest.pop("step")
+    if train_flops is None or not fit.geometry:
+        return weakest | dict(moves={})
+    form, centre, low_high = fit.shape_form, np.array(fit.model["centres"]), fit.shape_form.bounds
+    moved = fit.theta + np.array([step.get(name, 0.0) for name in form.names])
+    theta = np.stack([fit.theta, np.clip(moved, *low_high)])
+    budget, grid = np.log(train_flops / 3), fit.data["grid"]
+    x = np.exp(optimum_of(form, centre, theta, Geometry(**fit.geometry), grid, budget, head=True))
+    return weakest | dict(moves=dict(zip(fit.model["dims"], (x[1] / x[0] - 1).tolist())))
+
+
+def _json(value) -> str:
+    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: Path) -> dict[str, str]:
     """Write every figure that this law allows; name -> what it shows (the caption), in the order of the report."""
     from sovit import plot
 
@@ -190,13 +304,19 @@ def draw(fit, data: Measurements, recommendation, scores, folder: Path) -> dict[
         " deviation.",
         "extrapolation": "The most expensive rows, predicted by laws fitted to the cheaper ones only; the headline"
         " first.",
+        "frontier": "The law's best shape at each budget: predicted loss with its 90 % interval, model size and images,"
+        " beside the runs.",
+        "sensitivity": "The growth exponent of each dimension under every alteration (dots) and random sets of shapes left"
+        " out (bars: 5 to 95 %, the dot the median); the line is the headline law's, the band its 90 % interval.",
     }
     made = dict(
+        extrapolation=plot.extrapolation(scores, data.metric),
+        frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
+        optimal_shape=plot.optimal_shape(fit, recommendation),
+        sensitivity=plot.sensitivity(facts["sensitivity"]),
         fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
         isoflop=plot.isoflop(fit, data),
-        optimal_shape=plot.optimal_shape(fit, recommendation),
         residuals=plot.residuals(fit, data),
-        extrapolation=plot.extrapolation(scores, data.metric),
     )
     for name, figure in made.items():
         if figure is not None:

@@ -99,9 +99,9 @@ def test_the_planted_exponents_and_optimum_are_found(summary):
 
 def test_every_form_and_figure_is_there(summary):
     names = set(contents(summary["out"]))
-    figures = {"fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation"}
+    figures = {"fit_by_dimension", "isoflop", "optimal_shape", "residuals", "extrapolation", "sensitivity", "frontier"}
     assert names == (
-        {"law.json", "report.md", "inputs.json"}
+        {"law.json", "report.md", "inputs.json", "sensitivity.json", "report.json"}
         | {f"forms/{f}.json" for f in ("joint", "sovit", "chinchilla")}
         | {f"{f}.{end}" for f in figures for end in ("png", "svg")}
     )
@@ -122,12 +122,15 @@ def test_a_rerun_writes_the_same_bytes(summary, ledger, tmp_path):
 
 
 def test_a_budget_and_a_form_can_be_asked_for(ledger, tmp_path):
-    summary = fit_ledgers([ledger], form="joint", train_flops=2e12, bootstrap=0, out=tmp_path, figures=False)
+    options = dict(train_flops=2e12, bootstrap=0, out=tmp_path, figures=False, refits=False)
+    summary = fit_ledgers([ledger], form="joint", **options)
     assert summary["form"] == "joint" and summary["why"] == "it was asked for"
     assert summary["recommendation"]["train_flops"] == 2e12
     assert set(contents(tmp_path)) == {
         "law.json",
         "report.md",
+        "report.json",
+        "sensitivity.json",
         *(f"forms/{f}.json" for f in ("bounded", "sovit", "chinchilla")),
     }
     assert "bootstrap=0" in (tmp_path / "report.md").read_text()
@@ -181,7 +184,7 @@ def test_rows_are_left_out_with_a_reason(rows, tmp_path):
     data = measurements([path])
     assert len(data.y) == len(rows) - 3 and data.statuses == {"ok": 93, "diverged": 1, "failed": 1}
     assert {reason for _, reason in data.left_out} == {"status diverged", "status failed", "excluded: power cut"}
-    summary = fit_ledgers([path], bootstrap=0, figures=False)
+    summary = fit_ledgers([path], bootstrap=0, figures=False, refits=False)
     text = Path(summary["report"]).read_text()
     assert "Left out: 3" in text and "power cut" in text and "1 diverged" in text
 

@@ -255,7 +255,8 @@ def test_a_few_shot_metric_brings_its_noise(ledger):
 
 
 def test_the_report_says_where_the_noise_comes_from(ledger, tmp_path):
-    summary = fit_ledgers([ledger], metric=column(10, "d"), out=tmp_path, bootstrap=100, figures=False)
+    options = dict(bootstrap=100, figures=False, refits=False)
+    summary = fit_ledgers([ledger], metric=column(10, "d"), out=tmp_path, **options)
     assert "bounded" in summary["forms"]  # the error of a guess is the zero line
     noise = json.loads((tmp_path / "law.json").read_text())["noise"]
     assert noise["source"] == "seeds+support" and 0.004 < noise["support_sd"] < 0.008 and noise["sd"] > 0.002

@@ -1,5 +1,6 @@
 """report.md says what was found and, as plainly, what was not."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,30 +13,53 @@ from sovit.measurements import measurements
 from sovit.report import choose_headline, fit_ledgers, held_out
 from sovit.run import learning_rate
 from sovit.shape import Shape
-from sovit.words import _rates, equation, exponent_words, extrapolation_table
+from sovit.words.data import rates
+from sovit.words.extrapolation import extrapolation_table
+from sovit.words.found import exponent_words
+from sovit.words.law import equation
 
 
 def report_of(rows, folder, **options):
-    options = dict(bootstrap=100, figures=False) | options
+    options = dict(bootstrap=100, figures=False, refits=False) | options
     return Path(fit_ledgers([planted.write_ledger(folder / "planted.jsonl", rows)], **options)["report"]).read_text()
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return report_of(planted.planted_rows(), tmp_path_factory.mktemp("report"))
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    report_of(planted.planted_rows(), folder, refits=True)
+    return folder / "planted_law"
+
+
+@pytest.fixture(scope="module")
+def text(folder):
+    return (folder / "report.md").read_text()
+
+
+def part(text, title):
+    """The section of that title."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table(text, first):
+    """Rows of the table whose head begins with `first`."""
+    lines = text.split(f"| {first} |")[1].splitlines()[2:]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines[: [*lines, ""].index("")]]
 
 
 def test_every_section_is_there_and_nothing_is_unfilled(text):
     for title in (
         "What was found",
-        "Data",
-        "The law",
-        "How the best shape grows",
-        "How good the fit is",
         "Extrapolation",
         "Recommendation",
+        "How the best shape grows",
+        "What is known, and what is not",
+        "What it depends on",
+        "The law",
+        "How good the fit is",
+        "Data",
         "What was not shown",
-        "Counting and checklist",
+        "Checklist",
     ):
         assert f"\n## {title}\n" in text
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b|\{|\}", text)
@@ -116,12 +140,13 @@ def test_rows_without_shapes_give_a_law_of_size_and_no_recommendation(tmp_path):
     text = Path(summary["report"]).read_text()
     assert summary["form"] == "chinchilla" and summary["recommendation"] is None
     assert "No shape is recommended" in text and "`joint` was not fitted" in text
-    assert summary["figures"] == ["residuals.png", "extrapolation.png"]
+    assert "Not examined: the law has no shape dimension" in text
+    assert summary["figures"] == ["extrapolation.png", "residuals.png"]
 
 
 def test_rows_at_one_budget_have_a_report_that_says_what_it_cannot(tmp_path):
     path = planted.write_ledger(tmp_path / "a.jsonl", planted.planted_rows(budgets=(1e11,)))
-    summary = fit_ledgers([path], form="joint", bootstrap=0)
+    summary = fit_ledgers([path], form="joint", bootstrap=0, refits=False)
     text = Path(summary["report"]).read_text()
     assert "No extrapolation test was possible: the rows span a factor" in text
     assert "extrapolation.png" not in summary["figures"] and "Width: unidentified" in text
@@ -136,7 +161,7 @@ def test_a_form_that_cannot_be_solved_is_refused(tmp_path, monkeypatch):
         return plain(name, *args, **options)
 
     monkeypatch.setattr(law, "fit", broken)
-    summary = fit_ledgers([path], bootstrap=0, figures=False, out=tmp_path)
+    summary = fit_ledgers([path], bootstrap=0, figures=False, refits=False, out=tmp_path)
     assert "SVD did not converge" in summary["refused"]["bounded"] and summary["form"] == "joint"
     with pytest.raises(UserError, match="form='bounded' cannot be fitted"):
         fit_ledgers([path], form="bounded", bootstrap=0, figures=False, out=tmp_path)
@@ -146,7 +171,7 @@ def test_rates_are_said_by_their_rule_their_range_or_to_be_the_same(tmp_path):
     rows = planted.planted_rows(seeds=1)
 
     def said(rows):
-        return _rates(measurements([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
+        return rates(measurements([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
 
     def ruled(r):
         return learning_rate(Shape(r["width"], r["depth"], 64, head_dim=8), 0.01, 0.65, 0.75)
@@ -158,6 +183,106 @@ def test_rates_are_said_by_their_rule_their_range_or_to_be_the_same(tmp_path):
     assert "from 0.01 to 0.02, by no power" in said(
         [row | dict(peak_lr=0.01 * (1 + (row["depth"] == 3))) for row in rows]
     )
+
+
+def test_extrapolation_leads(text, folder):
+    first = part(text, "What was found").strip().splitlines()[0]
+    fit = law.Fit.from_json((folder / "law.json").read_text())
+    scores = fit.extrapolation["forms"]
+    assert first.startswith("- **Extrapolation**: fitted to the") and "It beats every baseline" in first
+    for name in ("bounded", "chinchilla", "compute_only", "nearest"):
+        assert f"{100 * scores[name]['rmse']:.2f} %" in first
+    assert f"({scores['nearest']['rmse'] / scores['bounded']['rmse']:.2g} ×)" in first
+    titles = re.findall(r"\n## (.*)\n", text)
+    assert titles[:3] == ["What was found", "Extrapolation", "Recommendation"] and len(titles) == 11
+    cuts = json.loads((folder / "report.json").read_text())["cuts"]
+    rows = table(part(text, "Extrapolation"), "fitted to, in training FLOPs")
+    assert [row[:3] for row in rows] == [
+        [f"up to {b}", str(c["n_fit"]), str(c["n"])] for b, c in zip(("1e11", "3.2e11"), cuts)
+    ]
+    assert rows[-1][3].startswith(f"{100 * scores['bounded']['rmse']:.2f} %")
+
+
+def test_what_it_depends_on_begins_with_the_conclusion(text, folder):
+    found = json.loads((folder / "sensitivity.json").read_text())
+    section = part(text, "What it depends on")
+    for dim, label in (("width", "width"), ("depth", "depth"), ("mlp_dim", "MLP dim")):
+        moved = found["dimensions"][dim]
+        line = next(
+            line for line in section.splitlines() if line.startswith(f"- **The {label} exponent** moves between")
+        )
+        low, high = (float(x) for x in re.findall(r"between ([\d.]+) and ([\d.]+);", line)[0])
+        assert low <= moved["choices"]["smallest"] * 1.01 and high >= moved["choices"]["largest"] * 0.99
+        assert f"its interval is {moved['low']:.3g} to {moved['high']:.3g}" in line and "largest mover is" in line
+        assert ("nothing moves it out" in line) == (not moved["choices"]["outside"])
+    assert section.index("exponent** moves") < section.index("| altered |")
+    shown = table(section, "altered")
+    assert shown[0][0] == "headline: `bounded`, all rows" and shown[0][-2] == "0.00 %"
+    assert all(
+        row["setting"] in section for row in found["alterations"] if row["what"] in ("window", "counting", "loss")
+    )
+
+
+def test_each_dimension_is_said_to_be_known_or_not(text, folder, tmp_path):
+    facts = json.loads((folder / "report.json").read_text())
+    section = part(text, "What is known, and what is not")
+    for dim, label in (("width", "Width"), ("depth", "Depth"), ("mlp_dim", "MLP dim")):
+        line = next(line for line in section.splitlines() if line.startswith(f"- **{label}** grows as compute^"))
+        assert "{:.3g} to {:.3g}".format(*facts["inside"][dim]["at"]) in line and "Remedy" not in line
+    assert f"(`{facts['weakest']['parameters'][0]}`)" in section and "moves the recommended width by" in section
+    flat = report_of(planted.planted_rows(amplitudes={"depth": (0.0, 1.0)}, noise=0.01), tmp_path)
+    flat = part(flat, "What is known, and what is not")
+    assert "**Depth** is not determined" in flat and "Remedy: run larger budgets" in flat
+
+
+def test_implied_compute_is_printed_beside_the_actual(text, folder):
+    section = part(text, "How the best shape grows")
+    cases = json.loads((folder / "report.json").read_text())["implied"]
+    assert [case["to_train_flops"] for case in cases] == pytest.approx([1e12, 3.16e12], rel=0.01)
+    for case in cases:
+        assert case["actual"] == pytest.approx(case["to_train_flops"] / case["from_train_flops"], rel=0.1)
+        assert case["optimum"]["agree"] and f"the actual ratio is {case['actual']:.3g}" in section
+        for name, v in case["shape"]["dimensions"].items():
+            s = json.loads((folder / "law.json").read_text())["exponents"][name]["estimate"]
+            assert v["tau"] == pytest.approx((v["end"] / v["start"]) ** (1 / s))
+
+
+def test_the_checklist_answers_from_the_rows_and_says_what_they_lack(text, folder, tmp_path):
+    rows = planted.planted_rows()
+    said = {(stage, question): answer for stage, question, answer in table(part(text, "Checklist"), "stage")}
+    fit = law.Fit.from_json((folder / "law.json").read_text())
+    assert {stage for stage, _ in said} == {"form", "training set-up", "data extraction", "fitting"}
+    assert said["form", "parameters"].startswith(f"{len(fit.params)},")
+    assert said["data extraction", "rows and clusters"].startswith(f"{len(rows)} rows of {fit.num_clusters} trunks")
+    assert said["training set-up", "data"] == "stream, preset cpu, 16 classes"
+    assert "batch size 16, weight decay 0.05" in said["training set-up", "optimiser"]
+    assert "0.008 · (32 / width)^0.50" in said["training set-up", "learning rate, fair to every shape?"]
+    assert "the last 20 % of its images" in said["training set-up", "schedule"]
+    assert repr(fit.model["huber_delta"]) in said["fitting", "loss"]
+    assert repr(fit.objective) in said["fitting", "optimiser"]
+    assert said["fitting", "active bounds"] == (
+        ", ".join(f"`{n}` ({side})" for n, side in fit.diagnostics["active_bounds"].items()) or "none"
+    )
+    assert "`c` 0.05 to 2" in said["fitting", "bounds"] and "`s` 1 to 8" in said["fitting", "bounds"]
+    assert f"{100 * fit.extrapolation['forms']['bounded']['rmse']:.2f} %" in said["fitting", "held-out extrapolation"]
+    answers = json.loads((folder / "report.json").read_text())["checklist"]
+    assert {(a["stage"], a["question"]): a["answer"] for a in answers} == said
+    bare = [{k: v for k, v in row.items() if k not in ("batch_size", "commit", "cooldown_examples")} for row in rows]
+    bare[0] |= dict(status="failed", error="a | b")
+    text = part(report_of(bare, tmp_path, bootstrap=0), "Checklist")
+    lacking = {(stage, question): answer for stage, question, answer in table(text, "stage")}
+    assert lacking["training set-up", "schedule"] == "not recorded in the rows"
+    assert lacking["training set-up", "code"].startswith("commit not recorded in the rows")
+    assert "batch size not recorded" in lacking["training set-up", "optimiser"]
+    assert lacking["data extraction", "left out, and why"] == "1: 1 × status failed"
+    assert lacking["data extraction", "rows read"] == f"{len(rows)} (1 failed, {len(rows) - 1} ok)"
+
+
+def test_predict_names_the_metric(folder, capsys):
+    from sovit.cli import main
+
+    assert main(["predict", str(folder / "law.json"), "--train-flops", "3e12"]) == 0
+    assert "predicted val_loss 1." in capsys.readouterr().out
 
 
 def test_exponent_words():

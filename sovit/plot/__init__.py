@@ -1,6 +1,8 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
+from sovit.plot.active import active, scalebench
 from sovit.plot.coverage import coverage
+from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
 from sovit.plot.hardware import pareto_fronts
 from sovit.plot.law import (
@@ -12,14 +14,17 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 
 __all__ = [
+    "active",
     "budget_levels",
     "contact_sheet",
     "coverage",
     "extrapolation",
+    "extrapolation_distance",
     "fit_by_dimension",
     "frontier",
     "isoflop",
@@ -29,6 +34,8 @@ __all__ = [
     "pareto_fronts",
     "residuals",
     "save",
+    "scalebench",
+    "sensitivity",
     "validation",
     "validation_figure",
 ]

@@ -1,0 +1,56 @@
+"""What was not shown."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sovit.measurements import WHOLE_SHAPE
+from sovit.shape import DIMENSIONS, named_shape
+from sovit.words.phrases import NAMES, flops, listed, short, span
+
+SOURCES = {
+    "stream": "The data are the procedural scenes of the stream: small synthetic pictures with a long tail of"
+    " questions.",
+    "icons": "The data are drawings (icons), rendered from vector files.",
+    "hub": "The data are a public data set read with `datasets`, at the size and preset named above.",
+}
+
+
+def not_shown_section(data, fits, headline, recommendation) -> str:
+    fit = fits[headline]
+    source = str(data.rows[0].get("data"))
+    lines = [
+        f"- {SOURCES.get(source, f'The data are “{source}”.')} Nothing here shows that the exponents or the"
+        " recommended proportions carry"
+        " over to other images, labels or objectives."
+    ]
+    if "train_flops_range" in fit.data:
+        low, high = fit.data["train_flops_range"]
+        usual = 3e8 * named_shape("B/16").train_flops_per_image()
+        lines.append(
+            f"- Budgets span {np.log10(high / low):.1f} decades, up to {flops(high)} training FLOPs a run. A"
+            " ViT-B/16 that sees 300"
+            f" million images takes {flops(usual)}: {np.log10(usual / high):.1f} decades more."
+        )
+    if recommendation is not None:
+        run = any(all(recommendation.shape[n] == row.get(n) for n in DIMENSIONS) for row in data.rows)
+        lines.append(
+            "- The recommendation is a prediction; "
+            + ("that shape was run, but not at that budget." if run else "that shape was never run.")
+            + " Train it and the usual proportions with paired seeds before relying on it."
+        )
+    open_ = [n for n, e in fit.exponents.items() if e["status"] != "ok"]
+    if open_:
+        lines.append(f"- The law is not determined in {listed([NAMES.get(n, n) for n in open_])}.")
+    floor = fit.model["names"][len(fit.model["terms"])] if fit.form in WHOLE_SHAPE or fit.form == "chinchilla" else None
+    ends = fit.intervals.get(floor or "", {})
+    if floor and (not fit.params[floor] or (ends and ends["low"] < 0.1 * ends["high"])):
+        lines.append(
+            f"- The irreducible loss `{floor}` is not identified ({short(fit.params[floor])},"
+            f" {span(ends.get('low'), ends.get('high'))}):"
+            " these budgets do not come near it."
+        )
+    lines.append(
+        "- How the best shape moves with the recipe (learning rate, batch, schedule) cannot be read from these rows."
+    )
+    return "\n".join(lines)

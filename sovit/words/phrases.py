@@ -1,0 +1,65 @@
+"""Numbers and lists as words: the formats of every report, in one place."""
+
+from __future__ import annotations
+
+NAMES = {
+    "width": "width",
+    "depth": "depth",
+    "mlp_dim": "MLP dim",
+    "patch_size": "patch size",
+    "image_size": "image size",
+    "num_params": "parameters",
+}
+
+
+def listed(items: list[str], word: str = "and") -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}" if items else ""
+
+
+def sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") or not text else ".")
+
+
+def said(value) -> str:
+    return "not said" if value is None else str(value)
+
+
+def cell(text: str) -> str:
+    """Text of the rows inside a table: one line, without a bar."""
+    return " ".join(str(text).split()).replace("|", "/")
+
+
+def three(value: float | None) -> str:
+    return "not determined" if value is None else f"{value:.3g}"
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def percent(value: float, sign: bool = False) -> str:
+    return f"{100 * value:+.2f} %" if sign else f"{100 * value:.2f} %"
+
+
+def span(low, high) -> str:
+    return "not computed" if low is None else f"{low:.4g} to {high:.4g}"
+
+
+def with_interval(value, low, high, digits: int = 4) -> str:
+    text = f"{value:.{digits}g}"
+    return text if low is None else f"{text} ({low:.{digits}g} to {high:.{digits}g})"
+
+
+def flops(value: float) -> str:
+    head, exponent = f"{value:.2e}".split("e")
+    return f"{head.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def shape_words(shape: dict) -> str:
+    text = f"width {shape['width']}, depth {shape['depth']}, MLP dim {shape['mlp_dim']}"
+    return text + f" (head dim {shape['head_dim']}, patch {shape['patch_size']}, image {shape['image_size']})"
