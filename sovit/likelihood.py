@@ -64,6 +64,7 @@ class _Held:
         return np.concatenate([value, (self.stiffness[name] * h)[:, None]], 1), wide
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # trial laws may be absurd; the fitter turns them down
 def profile(form, u, y, solved: Solved, measure: Measure, num: int, level: float = LEVEL) -> list[tuple]:
     """(low, high) of h for each of `num` quantities; None for an open end, or where there is no noise to measure by.
 
