@@ -10,8 +10,8 @@ function theorem D = -H^-1 M, M = d2 ln loss / dv dphi. So the expected regret i
 posterior covariance of phi: Gauss-Newton information of the rows plus a weak prior. Rows of one trunk share an error, rows
 of one shape share what the form gets wrong about it: an s.d. of `discrepancy` per log unit between the shape and the
 target. Without that term the criterion buys many small cheap runs and trusts the extrapolation, which a wrong
-form punishes; for the same reason it works under `joint_n`, and every fifth pick is a check near the target. Measured in
-results/active_sweep.json. Numpy only.
+form punishes; for the same reason it works under `joint_n`, and every fifth pick is a check near the target. Where the
+form's compute term is wrong it still does worse than drawing cheap runs at random (results/active_sweep.json). Numpy only.
 """
 
 from __future__ import annotations

@@ -277,9 +277,10 @@ def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float) -> float:
 def summary(lines: list[dict], measure: str = "regret_10x") -> dict:
     """{truths: {truth: {strategies, same_regret, same_compute}}, measure, ...}: plain data for the table and the figure.
 
-    strategies: by name {levels, median, low, high (quartiles), seeds} of each measure. same_regret: compute of OURS over
-    that of FAIR for the regret that FAIR has at LEVELS_COMPARED; same_compute: regret of OURS over that of FAIR, geometric
-    mean over seeds, at each checkpoint of both. Intervals are 90 %, by resampling seeds, which the two share.
+    strategies: by name {levels, seeds, and of each measure median, low, high (quartiles)}. same_regret: compute from which
+    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that level (null: not by the end of its episodes).
+    same_compute: regret of OURS over that of FAIR, geometric mean over seeds, at each checkpoint of both. Intervals are
+    90 %, by resampling seeds, which the two share.
     """
     measures = [f"{kind}regret_{m}" for kind in ("", "joint_") for m in TARGETS]
     out: dict = {}
@@ -317,7 +318,7 @@ def _compare(both: dict, seeds: list, measure: str) -> dict:
 
     def ratio(pick, at: int) -> float:
         ours, fair = (np.median(curves[s][pick], 0) for s in (OURS, FAIR))
-        return compute_to(levels[OURS], ours, fair[at]) / compute_to(levels[FAIR], fair, fair[at])
+        return compute_to(levels[OURS], ours, fair[at]) / levels[FAIR][at]
 
     same_regret = []
     for level in LEVELS_COMPARED:

@@ -46,7 +46,7 @@ FAMILIES: dict[str, tuple] = {
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of what the whole pool costs
 STRATEGIES = ("next_run", "v_optimal", "d_optimal", "cost_random", "random")
 NUM_START = 5
-SEEDS = 4
+SEEDS = 3
 CHECK_EVERY, CHECK_SHARE = 5, 0.1
 
 

@@ -1,8 +1,8 @@
 """The prediction tested: written down first, then two shapes trained at equal FLOPs, and a verdict by a rule fixed before.
 
-The rule (paired by seed: same data order, same initial seed): d = ln loss(recommended) - ln loss(usual proportions) for
-each of at least three seeds; the 90 % interval of its mean by Student's t. Verdict `better` if the interval lies below
-zero, `worse` if above, else `not distinguishable`.
+The rule (paired by seed: same data order, same initial seed): d = ln loss(recommended) - ln loss(usual proportions), or
+of what another law recommends, for each of at least three seeds; the 90 % interval of its mean by Student's t. Verdict
+`better` if the interval lies below zero, `worse` if above, else `not distinguishable`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from sovit.run import Recipe, Run, budgets_for
 from sovit.shape import Shape
 
 RULE = (
-    "d = ln loss(recommended) - ln loss(usual) for each seed; verdict by the 90 % Student t interval of its mean:"
+    "d = ln loss(recommended) - ln loss({}) for each seed; verdict by the 90 % Student t interval of its mean:"
     " better if it lies below 0, worse if above 0, else not distinguishable"
 )
+USUAL, OTHER = "usual", "other law's"  # the second arm
 MIN_SEEDS = 3
 LEVEL = 0.90
 
 
-def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
+def make_prediction(law_path: Path, train_flops: float, seeds: list[int], against: Path | None = None) -> dict:
     """What the law says of both arms at `train_flops`, with its intervals.
 
+    The second arm has ViT-B proportions, or the shape that the law `against` recommends, as the first law judges it.
     Raises UserError for fewer than three seeds, and for a law that cannot rank shapes or count a task head.
     """
     from sovit.law import read_law
-    from sovit.predict import best_shape
+    from sovit.predict import best_shape, loss_interval, predicted_difference, predicted_loss
+    from sovit.target import target
 
     if len(set(seeds)) < MIN_SEEDS:
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
@@ -43,9 +46,17 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dic
     num_classes = (law.geometry or {}).get("num_classes")
     if num_classes is None:
         raise UserError(f"{law_path} does not know its num_classes; give its ledger that column and fit again")
-    usual = best["proportional"]
+    usual, name, difference = best["proportional"], USUAL, best["difference"]
+    if against is not None:
+        name, other = OTHER, Shape(**best_shape(read_law(against), train_flops).shape)
+        low, high = (
+            loss_interval(target(law, train_flops), "random_effects", other.to_dict()) if law.draws else (None, None)
+        )
+        loss = float(predicted_loss(law, [other], train_flops)[0])
+        usual = dict(shape=other.to_dict(), loss=loss, loss_low=low, loss_high=high)
+        difference = predicted_difference(law, Shape(**best["shape"]), other, train_flops)
     return {
-        **_identity_of(law_path, train_flops, seeds),
+        **_identity_of(law_path, train_flops, seeds, against),
         "form": best["form"],
         "decades": best["decades"],
         "num_classes": num_classes,
@@ -56,31 +67,33 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dic
                 "predicted_low": best["loss_low"],
                 "predicted_high": best["loss_high"],
             },
-            "usual": {
+            name: {
                 "shape": usual["shape"],
                 "predicted": usual["loss"],
                 "predicted_low": usual.get("loss_low"),
                 "predicted_high": usual.get("loss_high"),
             },
         },
-        "predicted_difference": best["difference"],
+        "predicted_difference": difference,
     }
 
 
-def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path: Path) -> dict:
+def write_prediction(
+    law_path: Path, train_flops: float, seeds: list[int], path: Path, against: Path | None = None
+) -> dict:
     """Make the prediction and write it down; the file, once written, is not changed.
 
     Raises UserError where `path` holds a prediction made from another law, budget or seeds, or is damaged.
     """
     if not path.exists():
-        prediction = make_prediction(law_path, train_flops, seeds)
+        prediction = make_prediction(law_path, train_flops, seeds, against)
         write_atomic(path, json.dumps(prediction, indent=2) + "\n")
         return prediction
     try:
         prediction = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged; delete it to make the prediction anew") from None
-    identity = _identity_of(law_path, train_flops, seeds)
+    identity = _identity_of(law_path, train_flops, seeds, against)
     if {k: prediction.get(k) for k in identity} != identity:
         raise UserError(
             f"{path} holds a prediction from another law, budget or seeds; name another file, or delete it to start anew"
@@ -88,12 +101,18 @@ def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path:
     return prediction
 
 
-def _identity_of(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
+def _identity_of(law_path: Path, train_flops: float, seeds: list[int], against: Path | None) -> dict:
+    identity = {"law_sha256": _digest(law_path), "train_flops": train_flops, "seeds": seeds}
+    if against is None:
+        return identity | {"rule": RULE.format(USUAL)}
+    return identity | {"rule": RULE.format(OTHER), "against_sha256": _digest(against)}
+
+
+def _digest(law_path: Path) -> str:
     try:
-        digest = hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
+        return hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read the law {law_path}: {error.strerror}; make one with sovit fit") from None
-    return {"law_sha256": digest, "train_flops": train_flops, "seeds": seeds, "rule": RULE}
 
 
 def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields) -> list[Run]:
@@ -115,14 +134,14 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         shape = Shape(**arm["shape"])
         losses = []
         for seed in prediction["seeds"]:
-            ours = [
+            found = [
                 r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())
             ]
-            if len(ours) != 1 or ours[0]["status"] != "ok" or ours[0].get(metric) is None:
+            if len(found) != 1 or found[0]["status"] != "ok" or found[0].get(metric) is None:
                 raise UserError(
                     f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again"
                 )
-            losses.append(ours[0][metric])
+            losses.append(found[0][metric])
         arms[name] = {
             **arm,
             "label": shape.label,
@@ -130,7 +149,8 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
             "mean": float(np.mean(losses)),
             "sd": float(np.std(losses, ddof=1)),
         }
-    difference = np.log(arms["recommended"]["losses"]) - np.log(arms["usual"]["losses"])  # [seeds]
+    ours, theirs = arms.values()
+    difference = np.log(ours["losses"]) - np.log(theirs["losses"])  # [seeds]
     n, mean, sd = len(difference), float(difference.mean()), float(difference.std(ddof=1))
     half = student_t(n - 1) * sd / math.sqrt(n)
     low, high = mean - half, mean + half
@@ -142,7 +162,7 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         "arms": arms,
         "difference": {"mean": mean, "sd": sd, "n": n, "low": low, "high": high, "level": LEVEL},
         "predicted_difference": prediction["predicted_difference"],
-        "same_shape": arms["recommended"]["shape"] == arms["usual"]["shape"],
+        "same_shape": ours["shape"] == theirs["shape"],
         "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
         "verdict": "better" if high < 0 else "worse" if low > 0 else "not distinguishable",
     }
@@ -162,15 +182,17 @@ def student_t(degrees: int) -> float:
 def verdict_text(result: dict) -> str:
     """The verdict in words, and whether the prediction held."""
     d, arms, said = result["difference"], result["arms"], result["predicted_difference"]
+    second = list(arms)[1]
     if result["same_shape"]:
-        return f"The law recommends the usual proportions themselves, {arms['usual']['label']}: there is nothing to compare."
+        what = "the usual proportions themselves" if second == USUAL else "what the other law recommends"
+        return f"The law recommends {what}, {arms[second]['label']}: there is nothing to compare."
     lines = [
         f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}),"
         f" predicted {arm['predicted']:.4f}"
         for name, arm in arms.items()
     ]
     lines.append(
-        f"recommended / usual: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to"
+        f"recommended / {second}: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to"
         f" {math.expm1(d['high']):+.2%}). Verdict: {result['verdict']}."
     )
     predicted, known = f"Predicted: {math.expm1(said['estimate']):+.2%}", said["low"] is not None

@@ -1,6 +1,7 @@
-"""Is the shape that a law recommends better than ViT-B proportions at the same training FLOPs?
+"""Is the shape that a law recommends better than ViT-B proportions, or another law's choice, at the same training FLOPs?
 
     python studies/validate_prediction.py results/stream_star_law/law.json --train-flops 3.2e12 --workers 2
+    python studies/validate_prediction.py LAW.json --against OTHER_LAW.json --train-flops 3.2e12 --name two_laws
 
 Writes the prediction down (results/<name>_prediction.json) before anything is trained, then trains both shapes with
 three paired seeds, and states the verdict by the rule in sovit/validate.py. The seeds are not among those of the star.
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("law", type=Path, metavar="LAW.json")
     parser.add_argument("--train-flops", type=float, required=True)
+    parser.add_argument("--against", type=Path, metavar="LAW.json", help="the second arm is this law's choice instead")
     parser.add_argument("--name", default="validate_prediction")
     parser.add_argument("--data", default="stream:cpu", help="source:preset that the law was fitted on")
     parser.add_argument("--results", type=Path, default=Path("results"))
@@ -38,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     data, _, preset = options.data.partition(":")
     try:
         path = options.results / f"{options.name}_prediction.json"
-        arguments = (options.law, options.train_flops, SEEDS)
-        prediction = make_prediction(*arguments) if "--dry-run" in rest else write_prediction(*arguments, path)
+        arguments, against = (options.law, options.train_flops, SEEDS), options.against
+        dry = "--dry-run" in rest
+        prediction = make_prediction(*arguments, against) if dry else write_prediction(*arguments, path, against)
         print(json.dumps(prediction["arms"], indent=2))
 
         def runs() -> list[Run]:
@@ -47,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
         options_of_sweep = [*rest, "--name", options.name, "--results", str(options.results)]
         status = launch.main(__doc__, options.name, runs, options_of_sweep)
-        if status or "--dry-run" in rest:
+        if status or dry:
             return status
         rows = read_ledger(options.results / f"{options.name}.jsonl")
         print(verdict_text(validation_report(prediction, rows, options.results / options.name)))

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
 PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES})
+EPISODES = set(RESULTS.glob("active_*.jsonl"))  # of simulated studies, a line an episode
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *EPISODES})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 

@@ -114,3 +114,26 @@ def test_a_prediction_that_missed_is_called_that():
     near = prediction() | {"predicted_difference": {"estimate": -0.05, "low": -0.1, "high": 0.0}}
     result = verdict(near, rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
     assert "which meets the measured interval" in verdict_text(result)
+
+
+def test_two_laws_meet_by_their_own_choices(tmp_path):
+    from planted_ledger import planted_rows, write_ledger
+
+    from sovit import law
+    from sovit.measurements import measurements
+    from sovit.predict import best_shape
+
+    paths, chosen = [], []
+    for name, amplitudes in (("a", None), ("b", dict(depth=(1.6, 1.3)))):  # the second wants more depth
+        data = measurements([write_ledger(tmp_path / f"{name}.jsonl", planted_rows(amplitudes=amplitudes))])
+        fit = law.fit("joint", data.columns, data.y, bootstrap=20)
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(fit.to_json())
+        chosen.append(best_shape(fit, 1e12).shape)
+    made = write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json", paths[1])
+    first, second = made["arms"].values()
+    assert [first["shape"], second["shape"]] == chosen and chosen[0] != chosen[1]
+    assert first["predicted"] < second["predicted"] and made["predicted_difference"]["estimate"] < 0
+    assert second["predicted_low"] < second["predicted"] < second["predicted_high"]
+    with pytest.raises(UserError, match="holds a prediction from another law"):
+        write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json")

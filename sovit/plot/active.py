@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sovit.plot.style import GREY, OKABE_ITO, PAGE, legend_row, panels, styled
 
@@ -37,8 +38,8 @@ def active(summary: dict):
     """Median actual regret against compute, quartiles as a band, a panel a truth, a line a strategy."""
     measure = summary["measure"]
     multiple = measure.rpartition("_")[2].replace("x", " ×")
-    label = f"regret at {multiple} the largest run (%)"
-    return _panels(summary["truths"], measure, "compute spent, pilot included (SoViT stars)", label, 100.0)
+    label = f"regret at {multiple} (%)"
+    return _panels(summary["truths"], measure, "compute spent (SoViT stars)", label, 100.0)
 
 
 @styled
@@ -68,6 +69,10 @@ def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
             shown[name] = Line2D([], [], color=colour, label=NAMES.get(name, name))
         axis.set_xscale("log")
         axis.set_yscale("log")
+        for side, steps in ((axis.xaxis, (1.0,)), (axis.yaxis, (1.0, 2.0, 5.0))):
+            side.set_major_locator(LogLocator(subs=steps, numticks=9))
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            side.set_minor_formatter(NullFormatter())
         axis.set_title(truth)
         if i % columns == 0:
             axis.set_ylabel(ylabel)
