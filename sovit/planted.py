@@ -202,7 +202,8 @@ class Design:
     @property
     def known(self) -> dict:
         """What `law.fit` takes as `geometry`: all that the columns do not say."""
-        return {name: value for name, value in self.geometry.to_dict().items() if value is not None}
+        names = ("patch_size", "image_size", "pool", "head_dim", "num_classes", "num_prefix_tokens")
+        return {name: getattr(self.geometry, name) for name in names}
 
     def rows(self, keep: np.ndarray) -> Design:
         """The rows of a mask or an index [m]; trunks are numbered anew."""
