@@ -29,6 +29,7 @@ from sovit.words.found import summary_text
 from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the loss of knowing nothing is not known
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = (
     "sensitivity.json",
@@ -78,7 +79,8 @@ def fit_ledgers(
     if 0 < bootstrap < MIN_DRAWS:
         raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
-    for name in dict.fromkeys((*FORMS, *([form] if form else []))):
+    tried = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    for name in dict.fromkeys((*tried, *([form] if form else []))):
         try:
             options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
             options |= _options(name, data)
