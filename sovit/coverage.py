@@ -196,7 +196,7 @@ class Condition:
     rho: float = 0.5
     noise: str = "normal"  # or t3, arms, bad rows, bad trunk
     frac: float = 0.0
-    sets: int = 100
+    sets: int = 200
     profile: bool = False  # this interval alone, which takes as long as both others
 
     @property
@@ -220,8 +220,8 @@ SIMULATED = (
     Condition(rho=0.9),
     Condition(sd=0.01),
     Condition(truth="eq3", form="sovit"),
-    Condition(truth="inter", frac=0.8),
-    Condition(truth="eq3"),
+    Condition(truth="inter", frac=0.8, sets=100),
+    Condition(truth="eq3", sets=100),
     Condition(truth="bounded", form="bounded"),
     Condition(design="4 an arm"),
     Condition(noise="bad rows"),
@@ -231,9 +231,9 @@ SIMULATED = (
     Condition(design="star x4"),
     Condition(sd=0.003),
     Condition(truth="inter", frac=0.4, form="joint_n", design="star+8"),
-    Condition(truth="inter", frac=0.4),
-    Condition(truth="bounded"),
-    Condition(form="chinchilla"),
+    Condition(truth="inter", frac=0.4, sets=100),
+    Condition(truth="bounded", sets=100),
+    Condition(form="chinchilla", sets=100),
     Condition(form="sovit", sets=60),
 )
 PROFILED = 40  # sets of each condition on which the profile is made
