@@ -281,6 +281,9 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         n: "lower" if t <= lo else "upper" for n, t, lo, hi in zip(form.names, theta, low, high) if t <= lo or t >= hi
     }
     free = free_columns(form, theta, jac)
+    if not free.any():
+        line = "" if form.zero_line is None else f" every loss is far above zero_line={form.zero_line:g}, or"
+        raise UserError(f"no parameter moves the fit:{line} no column moves the loss; check the losses and their unit")
     unit = jac[free] / np.linalg.norm(jac[free], axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit.T, full_matrices=False)
     names, weak = np.array(form.names)[free], right[-1]
