@@ -8,6 +8,8 @@ Percentiles and nothing else: draws on a bound make every reflected or standard-
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from sovit.fitter import Polished, Solved, polish
@@ -39,14 +41,30 @@ def pairs(form, u, y, solved: Solved, num: int, rng, strata: np.ndarray) -> Poli
 
 
 def _refit(form, u, log_y, weights, solved: Solved) -> Polished:
+    """Each replicate from the fit, and by arm from a second start too, of which the better counts.
+
+    From the fit alone about 1 % of a star's replicates by arm stay more than .1 % above their optimum, with the second
+    .1 %; of the other forms none does. It is the steepest in the data of the four best points of the grid.
+    """
     num = len(weights) if weights is not None else len(log_y)
-    start = np.tile(solved.theta, (num, 1))
-    return polish(form, u, start, log_y, weights=weights, groups=solved.groups, delta=solved.delta)
+    options = dict(weights=weights, groups=solved.groups, delta=solved.delta)
+    first = polish(form, u, np.tile(solved.theta, (num, 1)), log_y, **options)
+    if not (form.arms and form.shared):
+        return first
+    grid = form.starts(u, np.exp(form.evaluate(solved.theta[None], u)[0][0]))[:4]
+    second = polish(form, u, np.tile(grid[grid[:, -1].argmax()], (num, 1)), log_y, **options)
+    better = second.objective < first.objective
+    return Polished(
+        np.where(better[:, None], second.theta, first.theta),
+        np.where(better, second.objective, first.objective),
+        first.iterations + second.iterations,
+        np.where(better, second.converged, first.converged),
+    )
 
 
 def strata_of(arms: list[str]) -> np.ndarray:
     """Stratum of each trunk from its arm; arms of fewer than 3 trunks are pooled, for alone they could not vary."""
-    small = {arm for arm in arms if arms.count(arm) < 3}
+    small = {arm for arm, count in Counter(arms).items() if count < 3}
     return np.array(["pooled" if arm in small else arm for arm in arms])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 
@@ -22,6 +22,7 @@ DATA_COLUMNS = ("num_examples", "tokens", "compute")
 FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
 NUM_STARTS = 8
 MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
+IN_MEMORY = 2_000_000  # numbers of the bases that are solved at once
 BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
 MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
 
@@ -42,7 +43,8 @@ class Form:
     u = [ln x of the row's own arm, ln compute, arm], and each parameter but those `shared` stands once an arm.
     power_mean: f = (C^s + D^s)^(1/s) + floor, D the terms in the data, C the others. s = 1 is the plain sum; a large s
     says that the worse of the two limits decides, as when a skill is missing for want of capacity or of data.
-    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4). shift: the data column is n + d.
+    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4). shift: the data column is n + d, centred
+    as (n + d) / (1 + d).
     """
 
     terms: tuple[str, ...]
@@ -140,13 +142,60 @@ class Form:
                 np.multiply(jac[:, i, None], own, out=full[:, places[0] : places[-1] + 1])
         return value, full
 
+    def advance(self, theta: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """theta + step [R, P] to first order, along the valley that power laws lie in.
+
+        An exponent is nearly undetermined where the slope A a and the level A + eps of its term stay as they are. So
+        what moves by the step exactly is, of each term, the sum of the amplitudes of all terms that hold its exponents
+        times those exponents; amplitudes follow. Where one would turn negative, it and those it is left over from move
+        by the step itself. A step this way takes a third of the iterations.
+        """
+        if self.power_mean:
+            return theta + step
+        out, num = theta + step, len(self.formula)
+        sizes, powers = self._index[:num], self._index[num : num + len(self.exponents)]
+        low, high = self.bounds
+        size, grown = theta[:, sizes], out[:, sizes]  # [R, J, arms]
+        old, new = theta[:, powers], np.clip(out[:, powers], low[powers], high[powers])  # [R, E, arms]
+        moved, ratio = (new - old) / old, old / new
+        stuck = (size <= 0) & (grown <= 0)
+        alone, power, rest = self._order
+        taken = (grown[:, alone] + size[:, alone] * moved[:, power]) * ratio[:, power]
+        straight = grown.copy()
+        grown[:, alone] = np.where((taken < 0) | stuck[:, alone], grown[:, alone], taken)
+        for j, at, above in rest:
+            level, amplitude = size[:, [j, *above]].sum(1), straight[:, [j, *above]].sum(1)
+            if at:
+                amplitude = (amplitude + level * moved[:, at].sum(1)) * ratio[:, at].prod(1)
+            if above:
+                amplitude = amplitude - grown[:, above].sum(1)
+            bad = (amplitude < 0) | stuck[:, j]
+            grown[:, j] = np.where(bad, straight[:, j], amplitude)
+            if above:
+                grown[:, above] = np.where(bad[:, None], straight[:, above], grown[:, above])
+        out[:, sizes], out[:, powers] = grown, new
+        return out
+
+    @cached_property
+    def _order(self):
+        """For `advance`: terms of one exponent that stands nowhere else, those exponents, and the other terms.
+
+        These from the most exponents to the fewest: (term, its exponents, the terms that hold them all).
+        """
+        above = [
+            [i for i, b in enumerate(self._holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self._holds)
+        ]
+        alone = [j for j, at in enumerate(self._holds) if len(at) == 1 and not above[j]]
+        others = sorted(set(range(len(self.formula))) - set(alone), key=lambda j: -len(self._holds[j]))
+        return alone, [self._holds[j][0] for j in alone], [(j, self._holds[j], above[j]) for j in others]
+
     def elasticities(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ln f [R, n] and d ln f / d u [R, K, n], for the optimum. Not for a form by arm."""
         value, part, _ = self._work(theta, u)
         out = np.zeros((len(theta), len(self.terms), u.shape[-1]))
         for e, (row, sign) in enumerate(zip(self._row, self._sign)):
             weight = sign * theta[:, len(self.formula) + e, None]
-            if self.shift and row == len(self.terms) - 1:
+            if self.shift and row == len(self.terms) - 1:  # d ln(n + d) / d ln n
                 weight = weight / (1 + theta[:, -1:] * np.exp(-u[..., row, :]))
             for j in self._of[e]:
                 out[:, row] += weight * part[j]
@@ -184,7 +233,7 @@ class Form:
             logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
             shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
             for e in np.flatnonzero(self._row == len(self.terms) - 1):
-                logs[:, e] = self._sign[e] * np.log(shifted)
+                logs[:, e] = self._sign[e] * np.log(shifted / (1 + theta[:, -1:]))
         factor = np.exp(own[:, num:held] * logs)
         power = []
         for at in self._holds:
@@ -215,7 +264,7 @@ class Form:
             jac[:, -1] = 0.0
             for e in np.flatnonzero(self._row == len(self.terms) - 1):
                 for j in self._of[e]:
-                    jac[:, -1] += self._sign[e] * own[:, num + e] * part[j] / shifted
+                    jac[:, -1] += self._sign[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
         return value, part, jac
 
     def _link(self, part, s):
@@ -265,8 +314,7 @@ class Form:
             objective = np.zeros(NUM_STARTS)
             for g in range(len(self.arms) or 1):
                 rows = u[2] == g if self.arms else slice(None)
-                basis = self._basis(local, u[:, rows]) / y[rows]
-                amplitude, squares = nnls(basis, np.ones(basis.shape[2]))
+                amplitude, squares = self._amplitudes(local, u[:, rows], y[rows])
                 best = np.argsort(squares, kind="stable")[:NUM_STARTS]
                 best = np.resize(best, NUM_STARTS)
                 theta[:, self._index[:num, g]] = amplitude[best]
@@ -288,13 +336,20 @@ class Form:
         grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in self.exponents]
         return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * self.shift
 
+    def _amplitudes(self, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Best amplitudes [G, J] at exponents local [G, E], and the sum of squared relative errors [G]."""
+        size = max(1, IN_MEMORY // (len(self.formula) * len(y)))
+        parts = [local[i : i + size] for i in range(0, len(local), size)]
+        found = [nnls(self._basis(part, u) / y, np.ones(len(y))) for part in parts]
+        return np.concatenate([amplitude for amplitude, _ in found]), np.concatenate([squares for _, squares in found])
+
     def _basis(self, local: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
         logs = np.broadcast_to(self._sign[:, None] * u[self._row], (len(local), len(self.exponents), u.shape[1]))
         if self.shift:
             logs = logs.copy()
             for e in np.flatnonzero(self._row == len(self.terms) - 1):
-                logs[:, e] = self._sign[e] * np.log(np.exp(u[-1]) + local[:, -1:])
+                logs[:, e] = self._sign[e] * np.log((np.exp(u[-1]) + local[:, -1:]) / (1 + local[:, -1:]))
         out = np.ones((len(local), len(self.formula), u.shape[1]))
         for j, at in enumerate(self._holds):
             if at:
@@ -333,7 +388,10 @@ class Form:
             for place, at in zip(self._index[:num, g], self._holds):
                 for e in at:
                     out[:, place] *= np.exp(-self._sign[e] * theta[:, self._index[num + e, g]] * middle[self._row[e]])
-        if self.shift:
+        if self.shift:  # the amplitude is the loss at the centre, (n + d) / (1 + d) being 1 there
+            j = self._data.index(True)
+            for e in self._holds[j]:
+                out[:, j] *= (1 + theta[:, -1]) ** (-self._sign[e] * theta[:, num + e])
             out[:, -1] *= np.exp(centre[-1])
         return out
 
@@ -341,27 +399,35 @@ class Form:
 def nnls(basis: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Non-negative least squares of target [n] on basis [G, p, n] for G bases at once, exactly.
 
-    Every one of the 2^p - 1 supports is solved and the best feasible one kept: with p <= 7 that is faster than an
-    active-set method, has no iterations and cannot stop early. Returns coefficients [G, p] and the sum of squares [G].
+    Block principal pivoting (Judice and Pires 1994) on the normal equations: all infeasible coefficients change sides,
+    or, after three exchanges without progress, the last of them alone, which cannot cycle. Returns coefficients [G, p]
+    and the sum of squares [G].
     """
     num, p, _ = basis.shape
     scale = np.linalg.norm(basis, axis=2) + 1e-300
     unit = basis / scale[:, :, None]
     normal = unit @ unit.transpose(0, 2, 1) + 1e-13 * np.eye(p)
     moment = unit @ target
-    best = np.full(num, float(target @ target))
-    coef = np.zeros((num, p))
-    for size in range(1, p + 1):
-        for support in combinations(range(p), size):
-            s = list(support)
-            x = np.linalg.solve(normal[:, s][:, :, s], moment[:, s][:, :, None])[:, :, 0]
-            objective = target @ target - np.einsum("gs,gs->g", x, moment[:, s])
-            better = (x >= 0).all(1) & (objective < best)
-            best[better] = objective[better]
-            rows = np.zeros((int(better.sum()), p))
-            rows[:, s] = x[better]
-            coef[better] = rows
-    return coef / scale, best
+    squares = float(target @ target)
+    coef, held = np.zeros((num, p)), np.ones((num, p), bool)
+    fewest, patience, live = np.full(num, p + 1), np.full(num, 3), np.arange(num)
+    identity, tolerance = np.eye(p, dtype=bool), 1e-12 * np.sqrt(squares)
+    while len(live):
+        on = held[live]
+        system = np.where(on[:, :, None] & on[:, None, :], normal[live], identity)
+        x = np.linalg.solve(system, np.where(on, moment[live], 0.0)[:, :, None])[:, :, 0]
+        slope = (normal[live] @ x[:, :, None])[:, :, 0] - moment[live]
+        wrong = np.where(on, x < 0, slope < -tolerance)
+        count = wrong.sum(1)
+        coef[live] = np.maximum(x, 0)
+        better = count < fewest[live]
+        patience[live] = np.where(better, 3, patience[live] - 1)
+        fewest[live] = np.minimum(fewest[live], count)
+        last = p - 1 - wrong[:, ::-1].argmax(1)
+        change = np.where((patience[live] >= 0)[:, None], wrong, wrong & (np.arange(p) == last[:, None]))
+        held[live] = on ^ change
+        live = live[count > 0]
+    return coef / scale, squares - (coef * moment).sum(1)
 
 
 @dataclass(frozen=True)

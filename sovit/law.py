@@ -185,7 +185,7 @@ def fit(
     draws, widen = {}, 1.0
     if bootstrap:
         rng = np.random.default_rng(seed)
-        strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(num_clusters)])
+        strata = strata_of(arms[rows.source][np.unique(own, return_index=True)[1]].tolist())
         made = dict(
             random_effects=random_effects(rows.form, rows.u, solved, bootstrap, rng, rows.source),
             pairs=pairs(rows.form, rows.u, rows.y, solved, bootstrap, rng, strata),

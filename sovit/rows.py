@@ -112,11 +112,21 @@ def trunks(table: Mapping, clusters, num: int) -> np.ndarray:
         clusters = table.get("trunk_id")
     if clusters is not None:
         return np.unique(np.asarray(clusters).astype(str), return_inverse=True)[1]
-    keys = [np.unique(table[name].astype(str), return_inverse=True)[1] for name in IDENTITY if name in table]
+    keys = [codes(table[name]) for name in IDENTITY if name in table]
     if not keys:  # no shape is known: rows that share every column but the data columns
         varying = [n for n in sorted(table) if n not in ("num_examples", "tokens", "compute", "train_flops")]
-        keys = [np.unique(table[name].astype(str), return_inverse=True)[1] for name in varying] or [np.arange(num)]
-    return np.unique(np.stack(keys, 1), axis=0, return_inverse=True)[1].ravel()
+        keys = [codes(table[name]) for name in varying] or [np.arange(num)]
+    return codes(np.stack(keys, 1))
+
+
+def codes(column: np.ndarray) -> np.ndarray:
+    """Equal values of a column [n], or equal rows [n, k], as equal numbers 0, 1, ... [n]; values in the order of text."""
+    if column.ndim == 2:
+        return np.unique(column, axis=0, return_inverse=True)[1].ravel()
+    if column.dtype.kind not in "biuf":
+        return np.unique(column.astype(str), return_inverse=True)[1].ravel()
+    values, place = np.unique(column, return_inverse=True)
+    return np.argsort(np.argsort(values.astype(str), kind="stable"), kind="stable")[place.ravel()]
 
 
 def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:
