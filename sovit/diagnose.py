@@ -308,7 +308,7 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         converged=solved.converged,
         objective_spread=solved.spread,
         starts_agreeing=solved.agreeing,
-        num_starts=len(solved.starts),
+        num_starts=solved.num_starts,
         active_bounds=bounds,
         weakest_direction=weakest,
         weakest=dict(
