@@ -259,15 +259,17 @@ LEVELS_COMPARED = (0.044, 0.1, 0.22)  # of the regret that FAIR has there: what 
 DRAWS = 1000
 
 
-def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float) -> float:
+def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float, first: bool = False) -> float:
     """Compute from which on a falling-and-rising regret curve [C] stays at or under `goal`; inf where it never does.
 
-    Between two checkpoints by a straight line in both logs.
+    first: at which it is there for the first time. Between two checkpoints by a straight line in both logs.
     """
-    over = np.flatnonzero(regret > goal)
-    if not len(over):
+    over = regret > goal
+    if not over.any() or (first and not over[0]):
         return float(levels[0])
-    i = int(over[-1])
+    if first and over.all():
+        return float("inf")
+    i = int(np.argmin(over)) - 1 if first else int(np.flatnonzero(over)[-1])
     if i == len(levels) - 1:
         return float("inf")
     x, y = np.log(levels[i : i + 2]), np.log(np.maximum(regret[i : i + 2], 1e-12))
