@@ -280,7 +280,8 @@ def summary(lines: list[dict], measure: str = "regret_10x") -> dict:
     """{truths: {truth: {strategies, same_regret, same_compute}}, measure, ...}: plain data for the table and the figure.
 
     strategies: by name {levels, seeds, and of each measure median, low, high (quartiles)}. same_regret: compute from which
-    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that level (null: not by the end of its episodes).
+    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that at which FAIR first has it, `fair` (null: not by the
+    end of its episodes). FAIR is followed further: what OURS would do later must not count for it.
     same_compute: regret of OURS over that of FAIR, geometric mean over seeds, at each checkpoint of both. Intervals are
     90 %, by resampling seeds, which the two share.
     """
@@ -320,7 +321,7 @@ def _compare(both: dict, seeds: list, measure: str) -> dict:
 
     def ratio(pick, at: int) -> float:
         ours, fair = (np.median(curves[s][pick], 0) for s in (OURS, FAIR))
-        return compute_to(levels[OURS], ours, fair[at]) / levels[FAIR][at]
+        return compute_to(levels[OURS], ours, fair[at]) / compute_to(levels[FAIR], fair, fair[at], first=True)
 
     same_regret = []
     for level in LEVELS_COMPARED:
@@ -328,10 +329,10 @@ def _compare(both: dict, seeds: list, measure: str) -> dict:
         if len(found):
             many = np.array([ratio(pick, int(found[0])) for pick in picks])
             low, high = np.quantile(many, [0.05, 0.95], method="nearest")
-            goal = float(np.median(curves[FAIR][:, found[0]]))
-            entry = dict(
-                level=level, regret=goal, ratio=ratio(np.arange(len(seeds)), int(found[0])), low=low, high=high
-            )
+            middle, own = np.median(curves[FAIR], 0), ratio(np.arange(len(seeds)), int(found[0]))
+            goal = float(middle[found[0]])
+            fair = compute_to(levels[FAIR], middle, goal, first=True)
+            entry = dict(level=level, regret=goal, fair=fair, ratio=own, low=low, high=high)
             same_regret.append({k: float(v) if np.isfinite(v) else None for k, v in entry.items()})
     same_compute = []
     for i, level in enumerate(levels[OURS]):
@@ -364,11 +365,11 @@ def table(summary: dict) -> str:
                 cells = (f"{level:g}: {100 * m:.3f}" for level, m in zip(strategy["levels"], found["median"]))
                 lines.append(f"  {name:<12}{len(strategy['seeds']):>3} seeds  " + "  ".join(cells))
         for one in entry.get("same_regret", []):
-            ends = [f"over {entry['ours_until'] / one['level']:.2f}" if one[k] is None else f"{one[k]:.2f}"
+            ends = [f"over {entry['ours_until'] / one['fair']:.2f}" if one[k] is None else f"{one[k]:.2f}"
                     for k in ("ratio", "low", "high")]  # fmt: skip
             lines.append(
-                f"  {FAIR}'s {100 * one['regret']:.3f} % at {one['level']:g}: {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}]"
-                " of that compute"
+                f"  {FAIR}'s {100 * one['regret']:.3f} % of {one['level']:g}, which it first has at {one['fair']:.3g}:"
+                f" {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}] of that compute"
             )
         for one in entry.get("same_compute", []):
             lines.append(
