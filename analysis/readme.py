@@ -13,8 +13,11 @@ import sys
 from pathlib import Path
 
 from published_flops import table as flops_table
+from published_shapes import STATED
+from published_shapes import table as shapes_table
 from vlm_arms import table as vlm_table
 
+from sovit.coverage import together
 from sovit.ledger import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +122,114 @@ def probe(study: str, data: str, shots: int = 10) -> str:
     )
 
 
+SETS = {  # data sets of results/extrapolation.json, in words
+    ("stream_star", "val_loss"): "stream, loss",
+    ("stream_star", "val_error"): "stream, error",
+    ("icons_star", "val_loss"): "icons, loss",
+    ("icons_star", "val_error"): "icons, error",
+    ("gemstones hot_100b+", "loss"): "Gemstones, constant rate",
+    ("gemstones cool_end", "loss"): "Gemstones, cooled down",
+    ("farseer", "loss"): "Farseer",
+    ("data_constrained", "loss"): "repeated data",
+}
+INTERVALS = {"random_effects": "parametric, the headline", "pairs": "pairs of trunks", "profile": "profile"}
+BASELINES = {"chinchilla": "N-D law", "compute_only": "compute alone", "nearest": "nearest run"}
+
+
+def extrapolation() -> str:
+    """RMSE of the chosen form and the baselines over all cuts, and whether the N-D law is beaten."""
+    found = {(e["name"], e["metric"]): e["pooled"] for e in json.loads((RESULTS / "extrapolation.json").read_text())
+             if "pooled" in e}  # fmt: skip
+    lines = [
+        f"| RMSE, all cuts | `sovit fit` | {' | '.join(BASELINES.values())} | against the N-D law (90 %) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, name in SETS.items():
+        forms, against = found[key]["forms"], found[key]["against"]["headline"]["chinchilla"]
+        scores = " | ".join(f"{forms[b]['rmse']:.1%}" for b in BASELINES)
+        lines.append(
+            f"| {name} | {forms['headline']['rmse']:.1%} | {scores} | × {against['ratio']:.2f} ({against['low']:.2f} to"
+            f" {against['high']:.2f}): {against['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def published_fits() -> str:
+    """Gemstones: our objective beside that at the authors' exponents."""
+    lines = [
+        "| Gemstones (2502.06857) | exponents | published | objective | at the published exponents |",
+        "|---|---|---|---|---|",
+    ]
+    for g in json.loads((RESULTS / "public_fits.json").read_text())["gemstones"]:
+        ours, theirs = (", ".join(f"{e:.4f}" for e in x) for x in (g["exponents"], g["published"]["exponents"]))
+        at = g["published"].get("objective")
+        lines.append(
+            f"| {g['file']}: {', '.join(g['terms'])} | {ours} | {theirs} | {g['objective']:.12f} |"
+            f" {'' if at is None else f'{at:.12f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def coverage_range() -> str:
+    """Least and largest coverage of each interval over the conditions where the form is right."""
+    lines = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]
+    lines = [line for line in together(lines) if line["right"]]
+    out = [
+        "| interval (nominal 90 %) | growth exponents | best shape at 10 × the compute | conditions |",
+        "|---|---|---|---|",
+    ]
+    for kind, name in INTERVALS.items():
+        cells = []
+        for quantity in ("exponent", "shape_10x"):
+            have = [c[quantity]["mean"] for line in lines if quantity in (c := line["coverage"].get(kind, {}))]
+            median = sorted(have)[len(have) // 2] if have else None
+            cells.append(f"{median:.0%} (from {min(have):.0%} to {max(have):.0%})" if have else "not measured")
+        out.append(f"| {name} | {cells[0]} | {cells[1]} | {sum(kind in line['coverage'] for line in lines)} |")
+    return "\n".join(out)
+
+
+def next_run() -> str:
+    """Regret of chosen runs over that of cost-weighted random runs at equal compute, by planted truth."""
+    summary = json.loads((RESULTS / "active_sweep.json").read_text())
+    levels = (0.014, 0.03, 0.066)
+    lines = [
+        "| planted truth | " + " | ".join(f"at {x:g} stars" for x in levels) + " |",
+        "|---|" + "---|" * len(levels),
+    ]
+    for truth, entry in summary["truths"].items():
+        at = {e["level"]: e for e in entry["same_compute"]}
+        cells = [f"{at[x]['ratio']:.2f} ({at[x]['low']:.2f} to {at[x]['high']:.2f})" for x in levels]
+        note = ", tuned on" if entry["tuned"] else ""
+        lines.append(f"| {truth}{note} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    p = json.loads((RESULTS / "hardware" / "pareto.json").read_text())
+    flop, time = p["flop_optimal"], p["time_optimal"]
+    every = ", ".join(p["on_every_front"]) or "none"
+    return (
+        f"Of {len(p['shapes'])} shapes on one core, by the stream's law at {p['train_flops']:.2g} training FLOPs: best per"
+        f" FLOP {flop['label']}, which loses {flop['excess_at_seconds']:.1%} at equal time; best per second {time['label']},"
+        f" which loses {time['excess_at_flops']:.1%} at equal FLOPs. Training reaches {p['rate_range'][0] / 1e9:.1f} to"
+        f" {p['rate_range'][1] / 1e9:.0f} GFLOP/s. On all four fronts: {every}."
+    )
+
+
+def paper_shapes() -> str:
+    """What the paper's exponents imply of the compute between its own shapes."""
+    found = shapes_table()
+    implied = "; ".join(
+        f"from {row['from']} to {row['to']} " + ", ".join(f"{d['tau']:,.0f}" for d in row["dimensions"].values())
+        for row in found["implied"]
+    )
+    is_, said = (", ".join(f"{e:.2f}" for e in x.values()) for x in (found["exponents"], STATED))
+    return (
+        f"Its exponents and the shapes that it printed imply these ratios of compute, by width, depth and MLP dim:"
+        f" {implied}. One step has one ratio. Turned round, its two models imply exponents {is_}, where it states {said}."
+    )
+
+
 def demo() -> str:
     return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
 
@@ -134,6 +245,13 @@ BLOCKS = {
     "stream validation": lambda: validation("stream_validation"),
     "icons law": lambda: law("icons_star"),
     "probe": lambda: probe("stream_star", "icons:single40"),
+    "paper shapes": paper_shapes,
+    "two laws": lambda: validation("active_validation"),
+    "extrapolation": extrapolation,
+    "published fits": published_fits,
+    "coverage": coverage_range,
+    "next run": next_run,
+    "hardware": hardware,
     "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),
     "demo": demo,
 }
