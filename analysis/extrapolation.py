@@ -26,7 +26,7 @@ from sovit import UserError, law, public
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import measurements
-from sovit.report import FORMS, choose_headline
+from sovit.report import FORMS, FORMS_WITHOUT_LINE, choose_headline
 
 METRICS = ("val_loss", "val_error")
 TRIED = ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit")
@@ -121,10 +121,15 @@ def cuts_of(compute: np.ndarray) -> list[float]:
     return np.exp(between[enough]).tolist()
 
 
+def tried(data: Data) -> tuple[str, ...]:
+    """The forms among which `sovit fit` chooses."""
+    return FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+
+
 def fits_below(data: Data, below: np.ndarray) -> tuple[dict[str, law.Fit], dict[str, str]]:
     """Every form that the rows below a cut allow, fitted to them and to nothing else; why each other one is not."""
     fits, refused = {}, {}
-    for form in dict.fromkeys((*FORMS, *data.forms)):
+    for form in dict.fromkeys((*tried(data), *data.forms)):
         try:
             fits[form] = data.fit(form, below)
         except (UserError, np.linalg.LinAlgError) as error:
@@ -261,7 +266,7 @@ def study(data: Data, say=lambda line: None) -> dict:
     for cut in cuts_of(compute):
         below, above = np.flatnonzero(compute < cut), np.flatnonzero(compute >= cut)
         fits, refused = fits_below(data, below)
-        headline, wide = choose(fits, FORMS), choose(fits, data.forms)
+        headline, wide = choose(fits, tried(data)), choose(fits, data.forms)
         residuals = {form: np.log(p / data.y[above]) for form, p in predictions(data, fits, cut).items()}
         chosen = {"headline": headline, "of_all": wide}
         residuals = {name: residuals[form] for name, form in chosen.items() if form in residuals} | residuals

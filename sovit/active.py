@@ -42,6 +42,7 @@ FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the lo
 # prior of ln(parameter): centre and s.d. Exponents within a factor 4, amplitudes (in mean losses) within a factor 20
 SIZE_EXPONENT, DATA_EXPONENT, EXPONENT_SD = 1.0, 0.5, 0.7
 AMPLITUDE, AMPLITUDE_SD = 0.1, 1.5
+POWER, POWER_SD = 1.5, 0.4  # of a power mean
 LEAST = 1e-5  # amplitude in mean losses that counts as none
 NOISE_SD, NOISE_DOF = 0.005, 4.0  # expected s.d. of ln loss (.3-.5 % in published sweeps), worth so many trunks
 EM_STEPS = 5
@@ -275,6 +276,7 @@ def learn(
     discrepancy_dof: float = DISCREPANCY_DOF,
     noise: tuple[float, float] | None = None,
     previous: Belief | None = None,
+    zero_line: float | None = None,
 ) -> Belief:
     """Fit the rows, however few, with a weak prior, and locate the optimum at the target of `train_flops`.
 
@@ -283,14 +285,14 @@ def learn(
     discrepancy: what the form is expected to be wrong by, estimated too, worth `discrepancy_dof` shapes; previous: the
     belief before the latest rows, to start from. Raises UserError.
     """
-    known = [n for n, law in LAWS.items() if law.ranks_shapes and law.plain_sum]
+    known = [n for n, law in LAWS.items() if law.ranks_shapes and (law.plain_sum or law.power_mean)]
     if form not in known:
         raise UserError(f"form={form!r} cannot choose runs; choose one of {', '.join(known)}")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     if not (np.isfinite(discrepancy) and discrepancy >= 0):
         raise UserError(f"discrepancy={discrepancy!r} is not an s.d. per log unit; give 0 or more, such as .01")
-    table, y = check(form, columns, y, clusters, None, None)
+    table, y = check(form, columns, y, clusters, None, zero_line)
     if len(y) > MAX_ROWS:
         raise UserError(
             f"{len(y)} rows are too many to weigh a next run; give at most {MAX_ROWS}, those near the target"
@@ -299,7 +301,7 @@ def learn(
     counted = geometry_of(table, geometry)
     if counted is None:
         raise UserError("the rows do not say patch_size and image_size; give them with geometry={'patch_size': ...}")
-    built = LAWS[form].build(dims)
+    built = LAWS[form].build(dims, zero_line)
     logs = np.log(np.stack([positive(table, name) for name in built.terms]))
     index = trunks(table, clusters, len(y))
     log_y, log_budget = np.log(y), float(np.log(train_flops / 3))
@@ -358,11 +360,12 @@ def _distance_to(shape_logs, target, edges) -> np.ndarray:
 
 
 def _prior(form: Form, level: float) -> np.ndarray:
-    """Centre and s.d. of ln theta [2, P], theta = [A, eps, a]; level: the typical loss, in whose units A is."""
+    """Centre and s.d. of ln theta [2, P], theta = [A, eps, a, s of a power mean]; level: a typical loss, A's unit."""
     k = len(form.terms)
     exponents = [DATA_EXPONENT if t in (*DATA_COLUMNS, "num_params") else SIZE_EXPONENT for t in form.terms]
     centre = np.log(np.r_[np.full(k + 1, AMPLITUDE * level), exponents])
-    return np.stack([centre, np.r_[np.full(k + 1, AMPLITUDE_SD), np.full(k, EXPONENT_SD)]])
+    sd = np.r_[np.full(k + 1, AMPLITUDE_SD), np.full(k, EXPONENT_SD)]
+    return np.stack([np.r_[centre, np.log(POWER)], np.r_[sd, POWER_SD]]) if form.power_mean else np.stack([centre, sd])
 
 
 def _covariance(shape_logs, index, distance, trunk_sd, row_sd, discrepancy) -> np.ndarray:

@@ -71,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--form", help="a law form (default: chosen by extrapolation, and said)")
     p.add_argument("--out", type=Path, help="folder (default: the ledger's name with _law)")
     p.add_argument("--bootstrap", type=int, default=1000, help="draws of each interval (default 1000)")
+    p.add_argument(
+        "--coverage", type=int, default=0, metavar="N", help="simulate N data sets: how often would the intervals hold?"
+    )
     p.add_argument("--train-flops", type=float, help="budget of the recommendation (default: beyond the largest run)")
     p.add_argument("--skip-bad", action="store_true", help="leave bad rows out, each with its reason, and go on")
     p.add_argument("--json", action="store_true", help="print the law and the recommendation as JSON")
@@ -252,6 +255,7 @@ def _fit(options) -> None:
         form=options.form,
         out=options.out,
         bootstrap=options.bootstrap,
+        coverage=options.coverage,
         train_flops=options.train_flops,
         skip_bad=options.skip_bad,
     )

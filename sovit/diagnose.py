@@ -64,7 +64,10 @@ def amplitudes(form, theta: np.ndarray) -> np.ndarray:
 
 
 def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict, dict]:
-    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None."""
+    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None.
+
+    widen: of the percentiles of draws (t / z) and of other (pairs).
+    """
     names = list(grid)
     if ends[1] < MIN_SPAN * ends[0]:
         nothing = dict(estimate=None, low=None, high=None, pairs_low=None, pairs_high=None, status="unidentified")
@@ -83,7 +86,7 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
         sides: dict = dict(low=None, high=None, pairs_low=None, pairs_high=None)
         for kind, grown in many.items():
             sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
-            ends_of = interval(sign * grown[:, k], widen if kind == "" else 1.0, EXPONENT_FLOOR)
+            ends_of = interval(sign * grown[:, k], widen[kind != ""], EXPONENT_FLOOR)
             sides[kind + "low"], sides[kind + "high"] = sorted(sign * end for end in ends_of)
         status, note = "ok", ""
         for compute, x in zip(computes, np.exp([middle[k], top[k]])):

@@ -192,17 +192,8 @@ def _display(sweep: Sweep):
 # the command line of a study file ------------------------------------------------------------------------------------
 
 
-def main(
-    doc: str,
-    name: str,
-    make_runs: Callable[[], list[Run]],
-    argv: Sequence[str] | None = None,
-    metric: str = "val_loss",
-) -> int:
-    """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
-
-    Returns the exit status: 0 done, 1 a run failed, 2 bad input.
-    """
+def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """The options that every study has."""
     parser = argparse.ArgumentParser(
         prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -224,7 +215,21 @@ def main(
         "--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)"
     )
     parser.add_argument("--device", default="cpu")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(
+    doc: str,
+    name: str,
+    make_runs: Callable[[], list[Run]],
+    argv: Sequence[str] | None = None,
+    metric: str = "val_loss",
+) -> int:
+    """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
+
+    Returns the exit status: 0 done, 1 a run failed, 2 bad input.
+    """
+    options = study_parser(doc, name).parse_intermixed_args(argv)
     try:
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} must be at least 1")

@@ -21,10 +21,10 @@ import numpy as np
 
 from sovit import UserError
 from sovit.allocate import Geometry
-from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, random_effects, strata_of, stretch
+from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, strata_of, stretch
 from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
 from sovit.fitter import solve
-from sovit.forms import LAWS
+from sovit.forms import FALLING, LAWS
 from sovit.rows import check, geometry_of, positive, prepare, relative_sd, star, trunks, varied_dims
 from sovit.shape import DIMENSIONS
 
@@ -135,6 +135,7 @@ def fit(
     extrapolate=True,
     measurement_sd=None,
     metric=None,
+    coverage=0,
 ) -> Fit:
     """Fit the law `form` (a key of LAWS) to losses y [n] > 0 measured at columns name -> [n].
 
@@ -155,6 +156,8 @@ def fit(
                   weighs by 1 / (tau^2 + its own variance) in the log loss, tau^2 being estimated from what is left, and
                   the parametric bootstrap draws both. Needs whitening, so huber_delta=None
     metric        what y is, such as "val_loss": kept in `data` for the words of a prediction
+    coverage      data sets drawn from the fitted law and refitted, to see how often its intervals hold it (100 tell it
+                  to 2 points); about .5 s each, into diagnostics["coverage"]
 
     Raises UserError (one line, value and remedy) for bad columns, too few rows or trunks, unknown names.
     """
@@ -182,7 +185,7 @@ def fit(
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
     data = _data(table, dims, centre) | (dict(metric=metric) if metric else {})
-    draws, widen = {}, 1.0
+    draws, widen = {}, (1.0, 1.0)
     if bootstrap:
         rng = np.random.default_rng(seed)
         strata = strata_of(arms[rows.source][np.unique(own, return_index=True)[1]].tolist())
@@ -191,11 +194,11 @@ def fit(
             pairs=pairs(rows.form, rows.u, rows.y, solved, bootstrap, rng, strata),
         )
         draws = {kind: _rounded(done.theta) for kind, done in made.items()}
-        widen = stretch(solved.dof)
+        widen = stretch(solved.dof), pairs_stretch(strata)
         diagnostics["draws"] = {
             kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
             for kind, done in made.items()
-        } | dict(num=bootstrap, seed=seed, t_over_z=widen)
+        } | dict(num=bootstrap, seed=seed, t_over_z=widen[0], pairs_stretch=widen[1])
     params, intervals = _params(rows, solved.theta, draws, widen)
     growths: dict = {}
     absent: dict = {}
@@ -220,6 +223,15 @@ def fit(
         for d, e in growths.items()
         if e["low"] is not None
     }
+    for d, ends in (_profiles(rows, solved, known, data, growths) if bootstrap and whiten else {}).items():
+        growths[d] |= ends
+    diagnostics["profile_ratio"] = {
+        d: float(abs(np.log(e["profile_high"] / e["profile_low"])) / max(abs(np.log(e["high"] / e["low"])), 1e-12))
+        for d, e in growths.items()
+        if None not in (e["low"], e.get("profile_low"), e.get("profile_high"))
+    }
+    if coverage:
+        diagnostics["coverage"] = _coverage(rows, solved, own, arms, known, data, growths, coverage, seed, solver)
     diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
     extra = {}
     if extrapolate:
@@ -254,6 +266,36 @@ def fit(
     )
 
 
+def _profiles(rows, solved, known, data, growths) -> dict:
+    """profile_low and profile_high of each exponent, None where open, in law.json; see `likelihood`."""
+    from sovit import likelihood
+
+    if not growths or all(e["low"] is None for e in growths.values()):  # too little compute for any growth
+        return {}
+    if "num_params" in growths:
+        measure, num = likelihood.of_function(lambda t: np.log(t[:, 4:5] / (t[:, 3:4] + t[:, 4:5])))
+    else:
+        measure, num = likelihood.of_optimum(rows.form, rows.centre, known, data["grid"], data["compute_range"])
+    found = likelihood.profile(rows.form, rows.u, rows.y, solved, measure, num)
+    out = {}
+    for name, (low, high) in zip(growths, found):
+        ends = [None if e is None else float(np.exp(e)) for e in (low, high)]
+        if name in FALLING:  # shrinks as compute grows
+            ends = [None if e is None else -e for e in reversed(ends)]
+        out[name] = dict(profile_low=ends[0], profile_high=ends[1])
+    return out
+
+
+def _coverage(rows, solved, own, arms, known, data, growths, num, seed, solver) -> dict:
+    from sovit import coverage
+
+    if not growths or set(data["grid"]) & set(FALLING) or "compute_range" not in data:
+        raise UserError(f"coverage={num} needs growth exponents of width, depth or MLP dim; this law has none")
+    strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
+    setup = coverage.Setup(rows, own, strata, known, data["grid"], tuple(data["compute_range"]), solver, (10.0,))
+    return coverage.of_fit(setup, solved, num, seed=seed)
+
+
 def _rounded(theta: np.ndarray) -> np.ndarray:
     """To DRAW_DIGITS significant digits: what is stored is what the intervals are read from."""
     digits = DRAW_DIGITS - 1 - np.floor(np.log10(np.maximum(np.abs(theta), 1e-200)))
@@ -270,9 +312,9 @@ def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
     intervals = {}
     for i, name in enumerate(rows.form.names if draws else ()):
         # on the plain scale: a parameter on its bound 0 in some draws has no log; none of them can be negative
-        low, high = interval(spread["random_effects"][:, i], widen, floor=None)
-        pairs_low, pairs_high = interval(spread["pairs"][:, i], floor=None)
-        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=pairs_low, pairs_high=pairs_high)
+        low, high = interval(spread["random_effects"][:, i], widen[0], floor=None)
+        pairs_low, pairs_high = interval(spread["pairs"][:, i], widen[1], floor=None)
+        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=max(pairs_low, 0.0), pairs_high=pairs_high)
     return params, intervals
 
 
@@ -293,8 +335,8 @@ def _size_growth(rows, theta, draws, widen, data) -> dict:
 
     low = high = pairs_low = pairs_high = None
     if draws:
-        low, high = interval(share(draws["random_effects"]), widen)
-        pairs_low, pairs_high = interval(share(draws["pairs"]))
+        low, high = interval(share(draws["random_effects"]), widen[0])
+        pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
     absent = min(theta[:2]) <= 0
     note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
     return dict(

@@ -111,13 +111,8 @@ PARAM_EXPONENT = 0.35
 
 
 def num_params(shapes, geometry: Geometry) -> np.ndarray:
-    """Encoder parameters [...] of shapes [..., 3], as `Shape.num_params` counts them; the shapes may be real."""
-    w, depth, m = np.moveaxis(np.asarray(shapes), -1, 0)
-    tokens = (geometry.image_size / geometry.patch_size) ** 2 + geometry.num_prefix_tokens  # type: ignore[operator]
-    block = 4 * w * w + 2 * w * m + 9 * w + m
-    embed = w * (3 * geometry.patch_size**2 + 1 + tokens + geometry.num_prefix_tokens)  # type: ignore[operator]
-    head = 4 * w * w + 2 * w * m + 8 * w + m if geometry.pool == "map" else 0
-    return embed + depth * block + 2 * w + head
+    """Encoder parameters [...] of shapes [..., 3], which may be real or complex."""
+    return geometry.num_params(dict(zip(DIMS, np.moveaxis(np.asarray(shapes), -1, 0))))
 
 
 def elasticity(count, shape) -> np.ndarray:
@@ -203,6 +198,12 @@ class Design:
 
     def losses(self, law: Truth) -> np.ndarray:
         return law.loss(self.shapes, self.columns["num_examples"])
+
+    @property
+    def known(self) -> dict:
+        """What `law.fit` takes as `geometry`: all that the columns do not say."""
+        names = ("patch_size", "image_size", "pool", "head_dim", "num_classes", "num_prefix_tokens")
+        return {name: getattr(self.geometry, name) for name in names}
 
     def rows(self, keep: np.ndarray) -> Design:
         """The rows of a mask or an index [m]; trunks are numbered anew."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from sovit import UserError, growth, law, predict
 from sovit.allocate import Geometry
+from sovit.coverage import words as coverage_words
 from sovit.diagnose import inside, optimum_of
 from sovit.frontier import frontier, ladder
 from sovit.law import LAWS
@@ -28,6 +29,7 @@ from sovit.words.found import summary_text
 from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the loss of knowing nothing is not known
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = (
     "sensitivity.json",
@@ -51,6 +53,7 @@ def fit_ledgers(
     figures: bool = True,
     refits: bool = True,
     skip_bad: bool = False,
+    coverage: int = 0,
 ) -> dict:
     """Fit every law form that the rows of `paths` allow; write law.json, forms/, sensitivity.json, report.json, report.md,
     inputs.json and figures.
@@ -58,6 +61,7 @@ def fit_ledgers(
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
     out          folder of all this; None = `<stem of the first ledger>_law` beside it
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
+    coverage     data sets simulated from the headline law, to see how often its intervals hold it; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
     refits       False = without the hundred refits that say what the law depends on, and without the further cuts
     skip_bad     leave bad rows out, each with its reason, where otherwise the first is refused
@@ -70,10 +74,13 @@ def fit_ledgers(
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     if bootstrap < 0:
         raise UserError(f"bootstrap={bootstrap} is negative; give the number of draws, or 0 for no intervals")
+    if coverage < 0:
+        raise UserError(f"coverage={coverage} is negative; give the number of data sets to simulate, or 0 for none")
     if 0 < bootstrap < MIN_DRAWS:
         raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
-    for name in dict.fromkeys((*FORMS, *([form] if form else []))):
+    tried = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    for name in dict.fromkeys((*tried, *([form] if form else []))):
         try:
             options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
             options |= _options(name, data)
@@ -91,6 +98,10 @@ def fit_ledgers(
     headline, why = choose_headline(fits, form)
     recommendation, no_recommendation, dependence = _recommend(fits, headline, data, train_flops)
     scores = held_out(fits, headline, data)
+    if coverage:
+        options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
+        options |= _options(headline, data) | dict(coverage=coverage)
+        fits[headline] = law.fit(headline, data.columns, data.y, **options)
     facts = facts_of(data, fits, headline, why, refused, recommendation, seed, refits)
 
     for fitted in fits.values():
@@ -106,6 +117,9 @@ def fit_ledgers(
     write_atomic(folder / FACTS, _json({name: fact for name, fact in facts.items() if name != "sensitivity"}))
     drawn = draw(fits[headline], data, recommendation, scores, facts, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
+    simulated = coverage_words(fits[headline].diagnostics["coverage"]) if coverage else ""
+    if simulated:
+        text += f"\n## How often these intervals would hold\n\n{simulated}\n"
     write_atomic(folder / "report.md", text)
     if figures:
         write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
@@ -128,8 +142,11 @@ def fit_ledgers(
         extrapolation=extrapolation_table(fits),
         recommendation=recommendation.to_dict() if recommendation else None,
         figures=[f"{n}.png" for n in drawn],
+        coverage=fits[headline].diagnostics.get("coverage"),
     )
-    return summary | dict(text=summary_text(summary, no_recommendation))
+    return summary | dict(
+        text="\n\n".join(part for part in (summary_text(summary, no_recommendation), simulated) if part)
+    )
 
 
 def law_folder(paths: Sequence[Path | str]) -> Path:

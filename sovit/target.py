@@ -68,7 +68,8 @@ class Target:
     def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
         """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
         theta = np.array(self.fit.draws.get(kind, np.empty((0, len(self.fit.theta)))))
-        widen = self.fit.diagnostics["draws"]["t_over_z"] if kind == "random_effects" and len(theta) else 1.0
+        name = "t_over_z" if kind == "random_effects" else "pairs_stretch"
+        widen = self.fit.diagnostics["draws"].get(name, 1.0) if len(theta) else 1.0  # laws of before had no stretch
         return theta, widen
 
     def absent(self) -> list[str]:

@@ -349,3 +349,10 @@ def test_bad_rate_ledgers_are_one_line_and_status_2(ledger, tmp_path, capsys):
         recipe_rule.fit_rule(
             [dict(width=16, depth=1), dict(width=32, depth=2), dict(width=64, depth=4)], [0.01, 0.02, 0.03]
         )
+
+
+def test_without_a_zero_line_the_power_mean_stands_in_for_the_bounded_law(tmp_path):
+    rows = [row | dict(num_classes=None, zero_line=None) for row in planted.planted_rows(seeds=1)]
+    ledger = planted.write_ledger(tmp_path / "foreign.jsonl", rows)
+    found = fit_ledgers([ledger], out=tmp_path / "law", bootstrap=0, figures=False, refits=False)
+    assert found["form"] == "power_mean" and "bounded" not in found["forms"]

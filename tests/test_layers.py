@@ -18,6 +18,7 @@ TORCH = {
 EDGES = {
     "sweep",
     "search",
+    "grow",
     "launch",
     "status",
     "html",

@@ -35,15 +35,16 @@ def test_an_exact_fit_finds_the_growth_of_the_truth(kind):
     truth = planted.truth(kind, np.random.default_rng(5))
     design = planted.stream_star() if kind == "stream" else planted.sovit_star()
     form = "joint" if truth.zero_line is None else "bounded"
-    options = dict(geometry=design.geometry.to_dict(), extrapolate=False, zero_line=truth.zero_line)
+    options = dict(geometry=design.known, extrapolate=False, zero_line=truth.zero_line)
     found = law.fit(form, design.columns, design.losses(truth), clusters=design.trunk, **options)
+    assert tuple(found.exponents) == planted.DIMS
     for true, (name, e) in zip(truth.growth(*found.data["compute_range"]), found.exponents.items()):
-        assert e["status"] == "edge" or e["estimate"] == pytest.approx(true, rel=1e-3), name
+        assert e["status"] == "edge" or e["estimate"] == pytest.approx(true, rel=5e-3), name
 
 
 def test_eq3_is_eq2_on_every_arm():
     truth, design = planted.truth("eq3"), planted.sovit_star()
-    options = dict(geometry=design.geometry.to_dict(), extrapolate=False)
+    options = dict(geometry=design.known, extrapolate=False)
     found = law.fit("sovit", design.columns, design.losses(truth), clusters=design.trunk, **options)
     assert found.diagnostics["residual_rms"] < 1e-4
     np.testing.assert_allclose([e["estimate"] for e in found.exponents.values()], [0.22, 0.45, 0.6], rtol=0.02)

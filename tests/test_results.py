@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
 PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
-EPISODES = set(RESULTS.glob("active_*.jsonl"))  # of simulated studies, a line an episode
+EPISODES = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # of simulated studies
 LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *EPISODES})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 

@@ -1,6 +1,7 @@
 """Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
 
 from sovit.plot.active import active, scalebench
+from sovit.plot.coverage import coverage
 from sovit.plot.distance import extrapolation_distance
 from sovit.plot.frontier import frontier
 from sovit.plot.hardware import pareto_fronts
@@ -21,6 +22,7 @@ __all__ = [
     "active",
     "budget_levels",
     "contact_sheet",
+    "coverage",
     "extrapolation",
     "extrapolation_distance",
     "fit_by_dimension",

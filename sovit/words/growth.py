@@ -120,10 +120,9 @@ def disagreement(fit) -> str:
     ratios = {
         n: r for n, r in fit.diagnostics["interval_ratio"].items() if fit.exponents[n]["status"] != "unidentified"
     }
-    off = [f"{NAMES.get(n, n)} ({r:.2g} ×)" for n, r in ratios.items() if not 0.5 <= r <= 2]
+    by_profile = {n: r for n, r in fit.diagnostics.get("profile_ratio", {}).items() if n in ratios}
+    off = [f"{NAMES.get(n, n)} ({r:.2g} ×, pairs over headline)" for n, r in ratios.items() if not 0.5 <= r <= 2]
+    off += [f"{NAMES.get(n, n)} ({r:.2g} ×, profile over headline)" for n, r in by_profile.items() if not 0.5 <= r <= 2]
     if not off:
         return " They agree to within a factor of two in width." if ratios else ""
-    return (
-        f" **They disagree** by more than a factor of two in width for {listed(off)} (pairs over headline): trust"
-        " the wider."
-    )
+    return f" **They disagree** by more than a factor of two in width for {listed(off)}: trust the wider."

@@ -1,0 +1,417 @@
+"""How often the intervals hold the truth: simulation from a planted law (a study), or from a fitted one (`of_fit`).
+
+A set is one simulated data set: fitted, its three intervals made, and asked whether they hold the true value of each
+quantity: the growth exponent of each dimension over the design's range of compute, and ln x of the best shape at
+multiples of the largest compute. Nominal is LEVEL for all of them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError, planted
+from sovit.bootstrap import LEVEL, both, interval, pairs_stretch, strata_of, stretch
+from sovit.diagnose import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
+from sovit.fitter import Solved, solve
+from sovit.ledger import write_atomic
+from sovit.rows import Rows, prepare, star
+
+KINDS = ("random_effects", "pairs", "profile")
+REACHES = (10.0, 100.0)  # multiples of the largest compute at which the best shape is asked for
+NO_BOUND = ("eps", "E", "xi", "beta", "s")  # parameters that may lie on a bound without harm
+BAD = 1.05  # factor on the loss of a bad row or trunk
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all sets of one simulation share: a form and a design."""
+
+    rows: Rows
+    own: np.ndarray  # [n] trunk of each row of the form
+    strata: np.ndarray  # [G]
+    geometry: planted.Geometry | None
+    grid: dict
+    ends: tuple[float, float]  # smallest and largest compute
+    solver: dict = dataclasses.field(default_factory=dict)  # options of `fitter.solve`
+    reaches: tuple[float, ...] = REACHES
+    known_sd: np.ndarray | None = None
+
+    @property
+    def labels(self) -> list[tuple[str, str]]:
+        """(quantity, dimension) of each column of `quantities`."""
+        if not self.grid:
+            return [("exponent", "num_params")]
+        names = ["exponent", *(f"shape_{r:g}x" for r in self.reaches)]
+        return [(name, dim) for name in names for dim in self.grid]
+
+    def quantities(self, theta: np.ndarray) -> np.ndarray:
+        """ln of the growth exponents (floored), then ln x of the optimum at each reach: [R, M] for theta [R, P]."""
+        form = self.rows.form
+        if not self.grid:  # N* ~ (N D)^s of chinchilla
+            return np.log(theta[:, 4:5] / (theta[:, 3:4] + theta[:, 4:5]))
+        computes = np.log([*self.ends, *(r * self.ends[1] for r in self.reaches)])
+        tiled, at = np.tile(theta, (len(computes), 1)), np.repeat(computes, len(theta))
+        v = optimum_of(form, self.rows.centre, tiled, self.geometry, self.grid, at)
+        v = v.reshape(len(computes), len(theta), -1)
+        growth = (v[1] - v[0]) / (computes[1] - computes[0])
+        return np.concatenate([np.log(np.maximum(growth, EXPONENT_FLOOR)), *v[2:]], 1)
+
+
+def setup(form: str, design: planted.Design, zero_line: float | None = None) -> Setup:
+    """A form on a planted design."""
+    table = design.columns
+    dims = () if form == "chinchilla" else planted.DIMS
+    arms = star(table, planted.DIMS)[1]
+    dummy = np.exp(0.1 * np.sin(np.arange(len(design.trunk))))
+    rows = prepare(form, table, dummy, dims, zero_line=zero_line, arms=arms)
+    own = np.unique(design.trunk[rows.source], return_inverse=True)[1].ravel()
+    strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
+    grid = {d: np.unique(table[d]).tolist() for d in dims}
+    return Setup(rows, own, strata, design.geometry, grid, (table["compute"].min(), table["compute"].max()))
+
+
+def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator, profiled: bool) -> dict:
+    """Fit one data set, log_y over the rows of the form: estimate [M], ends [3, M, 2] (nan = not asked for), troubles.
+
+    draws = 0 makes no bootstrap.
+    """
+    form = s.rows.form
+    solved = solve(form, s.rows.u, np.exp(log_y), s.own, known_sd=s.known_sd, **s.solver)
+    estimate = s.quantities(solved.theta[None])[0]
+    out: dict = dict(estimate=estimate, ends=np.full((3, len(estimate), 2), np.nan), nu=solved.dof)
+    if profiled:
+        out["ends"][2] = profile_ends(s, log_y, solved)
+    if not draws:
+        return out
+    done = both(form, s.rows.u, np.exp(log_y), solved, draws, rng, s.rows.source, s.strata)
+    values = s.quantities(done.theta).reshape(2, draws, -1)
+    for kind, widen in enumerate((stretch(solved.dof), pairs_stretch(s.strata))):
+        out["ends"][kind] = [interval(column, widen, floor=None) for column in values[kind].T]
+    low, high = form.bounds
+    watched = [i for i, n in enumerate(form.names) if n.split("_")[0] not in NO_BOUND]
+    theta = done.theta[:draws]
+    on = (theta[:, watched] <= low[watched]) | (theta[:, watched] >= high[watched])
+    wide = out["ends"][0, : max(len(s.grid), 1)]
+    absent = (amplitudes(form, theta) <= 0).mean(0) if s.grid else 0.0
+    lost = (absent > MAX_ABSENT) | (wide[:, 1] - wide[:, 0] > np.log(MAX_RATIO))
+    return out | dict(on_bound=on.any(1).mean(), unidentified=lost.mean())
+
+
+def profile_ends(s: Setup, log_y: np.ndarray, solved: Solved) -> np.ndarray:
+    """Ends of the profile interval [M, 2] of the exponents; -inf or inf where open, nan for the shapes (not asked for)."""
+    from sovit import likelihood
+
+    form = s.rows.form
+    if s.grid:
+        measure, num = likelihood.of_optimum(form, s.rows.centre, s.geometry, s.grid, s.ends)
+    else:
+        measure, num = likelihood.of_function(s.quantities)
+    found = likelihood.profile(form, s.rows.u, np.exp(log_y), solved, measure, num)
+    ends = np.full((len(s.labels), 2), np.nan)
+    ends[:num] = [(-np.inf if a is None else a, np.inf if b is None else b) for a, b in found]
+    return ends
+
+
+def summary(labels: Sequence[tuple[str, str]], true: np.ndarray, sets: list[dict]) -> dict:
+    """Coverage, width, bias and spread by quantity. true [S, M]; `sets` as `one_set` gives them.
+
+    coverage[kind][quantity]: {mean, se, by_dim, num}; the error is that of the mean over dimensions, set by set, for
+    the dimensions of one set are not independent. width: median of ln(high / low), None where the median is open.
+    """
+    ends, estimate = np.array([o["ends"] for o in sets]), np.array([o["estimate"] for o in sets])
+    quantities = list(dict.fromkeys(name for name, _ in labels))
+    out: dict = dict(coverage={}, width={}, open={})
+    for i, kind in enumerate(KINDS):
+        for quantity in quantities:
+            at = [m for m, (name, _) in enumerate(labels) if name == quantity]
+            known = ~np.isnan(ends[:, i, at]).any((1, 2))
+            if not known.any():
+                continue
+            low, high = np.moveaxis(ends[known, i][:, at], 2, 0)
+            hit = (low <= true[known][:, at]) & (true[known][:, at] <= high)
+            wide = np.median(high - low, 0)
+            out["coverage"].setdefault(kind, {})[quantity] = dict(
+                mean=float(hit.mean()),
+                se=standard_error(hit),
+                by_dim={labels[m][1]: float(h) for m, h in zip(at, hit.mean(0))},
+                num=int(known.sum()),
+            )
+            out["width"].setdefault(kind, {})[quantity] = [float(w) if np.isfinite(w) else None for w in wide]
+            if kind == "profile":
+                out["open"][quantity] = float((~np.isfinite(high - low)).mean())
+    error = estimate - true
+    middle = np.median(error, 0)
+    for key, values in (("bias", middle), ("spread", np.median(np.abs(error - middle), 0) / 0.6745)):
+        out[key] = {q: [float(v) for v, (name, _) in zip(values, labels) if name == q] for q in quantities}
+    return out | {k: float(np.mean([o[k] for o in sets])) for k in ("on_bound", "unidentified", "nu") if k in sets[0]}
+
+
+def standard_error(hit: np.ndarray) -> float:
+    """Of the mean of hits [S, K]: between sets, and no less than that of one more miss (Agresti & Coull) in all."""
+    num = len(hit)
+    p = (hit.mean() * num + 2) / (num + 4)
+    if num < 2:
+        return float(np.sqrt(p * (1 - p) / (num + 4)))
+    return float(max(hit.mean(1).std(ddof=1) / np.sqrt(num), np.sqrt(p * (1 - p) / (num + 4) / hit.shape[1])))
+
+
+# ---------------------------------------------------------------- the study
+
+DESIGNS = {
+    "star": lambda: planted.sovit_star(),
+    "star+8": lambda: planted.sovit_star(corners=True),
+    "star x4": lambda: planted.sovit_star(images=(32e6, 64e6, 128e6, 256e6)),
+    "stream": planted.stream_star,
+    "4 an arm": lambda: planted.sovit_star(per_arm=4),
+    "3 an arm": lambda: planted.sovit_star(per_arm=3),
+    "1-4 branches": lambda: _unbalanced(),
+}
+
+
+def _unbalanced() -> planted.Design:
+    whole = DESIGNS["star x4"]()
+    branch = np.arange(len(whole.trunk)) % 4
+    return whole.rows(np.flatnonzero(branch <= whole.trunk % 4))
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One line of the study. right: the fitted form holds the truth."""
+
+    truth: str = "joint"
+    form: str = "joint"
+    design: str = "star"
+    sd: float = 0.005
+    rho: float = 0.5
+    noise: str = "normal"  # or t3, arms, bad rows, bad trunk
+    frac: float = 0.0
+    sets: int = 100
+    profile: bool = False  # this interval alone, which takes as long as both others
+
+    @property
+    def name(self) -> str:
+        truth = f"{self.truth} {self.frac:g}" if self.frac else self.truth
+        return f"{truth} | {self.form} | {self.design} | {self.sd:.1%} {self.rho:g} | {self.noise}"
+
+    @property
+    def right(self) -> bool:
+        holds = dict(joint=("joint", "weak"), joint_n=("joint", "weak", "inter"), sovit=("eq3",))
+        return self.truth in (holds | dict(bounded=("bounded", "stream"))).get(self.form, ())
+
+
+SIMULATED = (
+    Condition(),
+    Condition(truth="weak"),
+    Condition(design="3 an arm"),
+    Condition(noise="bad trunk"),
+    Condition(design="1-4 branches"),
+    Condition(truth="stream", form="bounded", design="stream"),
+    Condition(rho=0.9),
+    Condition(sd=0.01),
+    Condition(truth="eq3", form="sovit"),
+    Condition(truth="inter", frac=0.8),
+    Condition(truth="eq3"),
+    Condition(truth="bounded", form="bounded"),
+    Condition(design="4 an arm"),
+    Condition(noise="bad rows"),
+    Condition(noise="t3"),
+    Condition(noise="arms"),
+    Condition(design="star+8"),
+    Condition(design="star x4"),
+    Condition(sd=0.003),
+    Condition(truth="inter", frac=0.4, form="joint_n", design="star+8"),
+    Condition(truth="inter", frac=0.4),
+    Condition(truth="bounded"),
+    Condition(form="chinchilla"),
+    Condition(form="sovit", sets=60),
+)
+PROFILED = 40  # sets of each condition on which the profile is made
+_PROFILES = tuple(dataclasses.replace(c, sets=PROFILED, profile=True) for c in SIMULATED)
+CONDITIONS = SIMULATED[:11] + _PROFILES[:6] + SIMULATED[11:] + _PROFILES[6:]  # a run stopped early has seen most
+
+
+def draw_set(condition: Condition, design: planted.Design, i: int) -> tuple[planted.Truth, np.ndarray]:
+    """The i-th random truth of a condition and its measured losses [n]; the same whenever and wherever it is asked."""
+    rng = np.random.default_rng([zlib.crc32(condition.name.encode()), i])
+    law = planted.truth(condition.truth, rng, condition.frac)
+    kind = condition.noise if condition.noise in ("t3", "arms") else "normal"
+    y = design.losses(law) * planted.noise(design, condition.sd, condition.rho, rng, kind)
+    if condition.noise == "bad rows":
+        y[rng.choice(len(y), 2, replace=False)] *= BAD
+    if condition.noise == "bad trunk":
+        y[design.trunk == rng.integers(design.trunk.max() + 1)] *= BAD
+    return law, y
+
+
+def true_quantities(s: Setup, law: planted.Truth) -> np.ndarray:
+    """What `Setup.quantities` should have been, by the planted law itself."""
+    if not s.grid:
+        ends = np.stack([law.optimum(c) for c in s.ends])
+        size = np.diff(np.log(planted.num_params(ends, law.geometry)))
+        seen = np.diff(np.log(np.array(s.ends) / law.flops(ends)))
+        return np.log(size / (size + seen))
+    best = [np.log(law.optimum(c)) for c in (*s.ends, *(r * s.ends[1] for r in s.reaches))]
+    return np.concatenate([np.log((best[1] - best[0]) / np.log(s.ends[1] / s.ends[0])), *best[2:]])
+
+
+def run_condition(condition: Condition, draws: int = 99) -> dict:
+    """Simulate one condition: a line of the study, plain data."""
+    began = time.perf_counter()
+    design = DESIGNS[condition.design]()
+    s, sets, true, failed = None, [], [], 0
+    for i in range(condition.sets):
+        law, y = draw_set(condition, design, i)
+        s = s or setup(condition.form, design, planted.truth(condition.truth).zero_line or 1.2)
+        rng = np.random.default_rng(i)
+        try:
+            one = one_set(s, np.log(y)[s.rows.source], 0 if condition.profile else draws, rng, condition.profile)
+        except np.linalg.LinAlgError:
+            failed += 1
+            continue
+        sets.append(one)
+        true.append(true_quantities(s, law))
+    assert s is not None
+    return dict(
+        name=condition.name, right=condition.right, **dataclasses.asdict(condition), draws=draws, failed=failed,
+        num_rows=len(s.own), num_trunks=int(s.own.max()) + 1, level=LEVEL, reaches=list(s.reaches),
+        **summary(s.labels, np.array(true), sets), seconds=round(time.perf_counter() - began, 1),
+    )  # fmt: skip
+
+
+def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int = 99, workers: int = 1) -> list[dict]:
+    """Run what of `conditions` is not yet in `path`, one JSON line a finished one; returns the lines, in their order.
+
+    A line belongs to a condition if all its settings do, so that a longer run is not taken for a shorter one. Progress
+    goes to stderr. Raises UserError for a file that is not of this study.
+    """
+    wanted = {json.dumps(dataclasses.asdict(c) | dict(draws=draws)): c for c in conditions}
+    have = {}
+    whole = path.read_text() if path.exists() else ""
+    if whole and not whole.endswith("\n"):  # killed while it wrote its last line
+        whole = whole[: whole.rfind("\n") + 1]
+        write_atomic(path, whole)
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+            key = json.dumps({f.name: line[f.name] for f in dataclasses.fields(Condition)} | dict(draws=line["draws"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: not a line of this study; name another --out") from None
+        have[key] = line
+    todo = {key: c for key, c in wanted.items() if key not in have}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(key: str, line: dict) -> None:
+        have[key] = line
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        worst = min(c["mean"] for kind in line["coverage"].values() for c in kind.values())
+        print(
+            f"{sum(k in have for k in wanted):3} of {len(wanted)}  {line['name']:<58}"
+            f" {'profile' if line['profile'] else '':<7} least {worst:.0%}"
+            f"  {line['seconds']:6.1f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    if workers <= 1:
+        for key, condition in todo.items():
+            keep(key, run_condition(condition, draws))
+    elif todo:
+        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            running = {pool.submit(run_condition, c, draws): key for key, c in todo.items()}
+            for done in concurrent.futures.as_completed(running):
+                keep(running[done], done.result())
+    return together([have[key] for key in wanted])
+
+
+def together(lines: Sequence[dict]) -> list[dict]:
+    """One line a condition: the profile's coverage, width and openness joined to those of the bootstraps."""
+    out = {line["name"]: line for line in lines if not line["profile"]}
+    for line in lines:
+        if line["profile"] and line["name"] in out:
+            first = out[line["name"]]
+            joined = {key: first[key] | line[key] for key in ("coverage", "width", "open")}
+            out[line["name"]] = first | joined | dict(seconds=first["seconds"] + line["seconds"])
+    return list(out.values())
+
+
+def table(lines: Sequence[dict]) -> str:
+    """The study as a markdown table: coverage of headline / pairs / profile in per cent, mean over dimensions."""
+    out = [
+        "| condition | sets | exponents | shape at 10x | shape at 100x | width of exponents | bias | unidentified |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(line, quantity):
+        parts = [line["coverage"].get(kind, {}).get(quantity) for kind in KINDS]
+        return " / ".join(f"{100 * c['mean']:.0f}±{100 * c['se']:.0f}" if c else "–" for c in parts)
+
+    for right in (True, False):
+        chosen = [line for line in lines if line["right"] == right]
+        if chosen and not right:
+            out.append("| *the form is wrong:* | | | | | | | |")
+        for line in chosen:
+            widths = line["width"]["random_effects"]["exponent"]
+            cells = [cell(line, q) for q in ("exponent", *(f"shape_{r:g}x" for r in line["reaches"]))]
+            wide = " ".join("open" if w is None else f"{w:.2f}" for w in widths)
+            bias = " ".join(f"{b:+.2f}" for b in line["bias"]["exponent"])
+            name = line["name"].replace(" | ", ", ")
+            out.append(
+                f"| {name} | {line['sets']} | {' | '.join(cells)} | {wide} | {bias} | {line['unidentified']:.0%} |"
+            )
+    return "\n".join(out)
+
+
+# ---------------------------------------------------------------- a fit's own coverage
+
+
+def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -> dict:
+    """Coverage where the fitted law is the truth, on its own design, with its own estimates of the noise.
+
+    `num` sets, each refitted with `draws` of both bootstraps and the profile; what is held true is the fit's exponents
+    and its best shape at 10 x the largest compute. What this cannot see is a form that is wrong.
+    """
+    rng = np.random.default_rng([seed, num])
+    form, source = s.rows.form, s.rows.source
+    s = dataclasses.replace(s, known_sd=solved.known_sd)
+    row_sd = solved.row_sd if solved.known_sd is None else np.hypot(solved.row_sd, solved.known_sd)
+    clean = form.evaluate(solved.theta[None], s.rows.u)[0][0]
+    sets, failed = [], 0
+    for _ in range(num):
+        trunk = solved.trunk_sd * rng.standard_normal(int(s.own.max()) + 1)[s.own]
+        row = rng.standard_normal(int(source.max()) + 1)[source]
+        try:
+            sets.append(one_set(s, clean + trunk + row_sd * row, draws, rng, True))
+        except np.linalg.LinAlgError:
+            failed += 1
+    if not sets:
+        raise UserError(f"coverage={num}: none of the simulated data sets could be fitted; the law is not determined")
+    true = np.tile(s.quantities(solved.theta[None])[0], (len(sets), 1))
+    return dict(num=len(sets), failed=failed, draws=draws, level=LEVEL) | summary(s.labels, true, sets)
+
+
+def words(result: dict) -> str:
+    """A short paragraph of `of_fit` for a report."""
+    names = dict(random_effects="the headline interval", pairs="the pairs bootstrap", profile="the profile")
+    parts = []
+    for quantity, what in (("exponent", "the growth exponents"), ("shape_10x", "the best shape at 10 x the compute")):
+        found = {kind: c[quantity] for kind, c in result["coverage"].items() if quantity in c}
+        if found:
+            shares = ", ".join(f"{names[k]} {c['mean']:.0%} ± {c['se']:.0%}" for k, c in found.items())
+            parts.append(f"{what}: {shares}")
+    return (
+        f"Were the fitted law true, with the noise estimated here, how often would these intervals hold it? In"
+        f" {result['num']} simulated data sets on this design, nominal {result['level']:.0%}; {'; '.join(parts)}."
+        " Coverage under the fitted form says nothing of a form that is wrong."
+    )
