@@ -1,8 +1,10 @@
 """report.md says what was found and, as plainly, what was not."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import planted_ledger as planted
@@ -17,6 +19,7 @@ from sovit.words.data import rates
 from sovit.words.extrapolation import extrapolation_table
 from sovit.words.found import exponent_words
 from sovit.words.law import equation
+from sovit.words.limits import not_shown_section
 
 
 def report_of(rows, folder, **options):
@@ -85,6 +88,21 @@ def test_the_source_of_the_data_is_said(text, tmp_path):
     other = report_of([row | dict(data="icons") for row in planted.planted_rows(seeds=1)], tmp_path, bootstrap=0)
     assert "drawings (icons)" in other and "stream" not in other.split("## What was not shown")[1]
     assert "Fewer than 3 seeds" in other
+
+
+def test_what_was_not_shown_is_true_of_other_rows_too(folder):
+    data, fit = measurements([folder.parent / "planted.jsonl"]), law.read_law(folder / "law.json")
+    row = data.rows[0]
+
+    def said(fit=fit, **shape):
+        asked = SimpleNamespace(shape=dict(row) | shape, train_flops=row["train_flops"] * shape.pop("times", 1))
+        return not_shown_section(data, {fit.form: fit}, fit.form, asked)
+
+    assert "was run at that budget" in said() and "never run" in said(depth=7)
+    assert "was run, but not at that budget" in said(times=1e4)
+    assert "decades more" in said()
+    large = dataclasses.replace(fit, data=fit.data | dict(train_flops_range=[1e20, 1e24]))
+    assert re.search(r"takes 3\S+: \d\.\d decades less", said(large))
 
 
 def test_an_edge_is_said_in_words(tmp_path):

@@ -132,7 +132,7 @@ def _frontier(data, fit, rows) -> str:
     body = "\n".join(
         f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'])} | {row['num_params']:,} |"
         f" {row['num_examples']:,} | {with_interval(row['loss'], row['loss_low'], row['loss_high'])} |"
-        f" {count_words(row['flat'] | dict(surveyed=row['flat']['count']))} |"
+        f" {count_words(row['flat'])} |"
         for row in rows
     )
     return (
