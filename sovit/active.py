@@ -672,9 +672,16 @@ def next_run(
     )
 
 
-def came_true(belief: Belief, check: Mapping) -> bool:
+def came_true(belief: Belief, check: Mapping, noise_sd: float | None = None) -> bool:
     """Whether a check missed by no more than TRUE noise s.d. However unsure the law says it is: that is no excuse here."""
-    return abs(np.log(check["measured"] / check["predicted"])) <= TRUE * np.hypot(belief.trunk_sd, belief.row_sd)
+    return bool(abs(np.log(check["measured"] / check["predicted"])) <= TRUE * _noise(belief, noise_sd))
+
+
+def _noise(belief: Belief, noise_sd: float | None) -> float:
+    """S.d. by which a check is judged: noise_sd, as from seeds, where it is less than the belief's own, which also holds
+    what its form gets wrong."""
+    own = float(np.hypot(belief.trunk_sd, belief.row_sd))
+    return own if noise_sd is None else min(own, noise_sd)
 
 
 def _reach(pool: Sequence[Candidate]) -> dict[str, tuple[int, ...]]:
@@ -685,7 +692,7 @@ def should_stop(belief: Belief, checks: Sequence[Mapping], noise_sd: float | Non
     """(stop, why). Only a check that came true says stop; a small expected regret alone never does.
 
     checks: {predicted, measured} of each check made, in order; the last one counts (`came_true`). noise_sd: s.d. of ln
-    loss under which regret does not matter, None = the belief's own.
+    loss under which regret does not matter, and by which a check is judged unless the belief's own is less; None = that.
     """
     noise = noise_sd or float(np.hypot(belief.trunk_sd, belief.row_sd))
     regret = belief.expected_regret
@@ -694,9 +701,9 @@ def should_stop(belief: Belief, checks: Sequence[Mapping], noise_sd: float | Non
         return False, f"go on: no prediction near the target was put to the test yet ({small})"
     last = checks[-1]
     error = float(np.log(last["measured"] / last["predicted"]))
-    z = error / float(np.hypot(belief.trunk_sd, belief.row_sd))
+    z = error / _noise(belief, noise_sd)
     tested = f"the last check missed by {100 * error:+.3g} % ({z:+.1f} noise s.d.)"
-    if not came_true(belief, last):
+    if not came_true(belief, last, noise_sd):
         return False, f"go on: {tested}, so the law is wrong near the target whatever it expects ({small})"
     if regret > noise:
         return False, f"go on: {small}; {tested}"

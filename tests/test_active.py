@@ -1,5 +1,7 @@
 """The next run: its criterion against brute force and a closed form, what runs cost, checks, and when to stop."""
 
+import dataclasses
+
 import numpy as np
 import planted
 import pytest
@@ -238,6 +240,15 @@ def test_stop_on_a_check_that_came_true_and_on_nothing_else(belief):
     stop, why = should_stop(belief, [good, bad], noise)
     assert not stop and "missed by +9.53 %" in why
     assert should_stop(belief, [good], belief.expected_regret / 2)[0] is False
+
+
+def test_a_check_is_judged_by_the_noise_between_seeds_where_that_is_known(belief):
+    """What the form gets wrong is in a belief's own noise: by that a miss of many seed s.d. would have come true."""
+    wrong = dataclasses.replace(belief, row_sd=0.03, covariance=1e-6 * belief.covariance)
+    missed = dict(predicted=0.5, measured=0.5 * np.exp(-0.03))
+    assert should_stop(wrong, [missed])[0]
+    stop, why = should_stop(wrong, [missed], 0.0023)
+    assert not stop and "missed by -3 % (-13.0 noise s.d.)" in why
 
 
 def test_regret_expected_of_a_fit_is_over_its_draws():

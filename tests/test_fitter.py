@@ -7,6 +7,7 @@ from scipy.optimize import nnls as reference
 
 from sovit import law
 from sovit import planted as truths
+from sovit.bootstrap import _refit
 from sovit.fitter import Groups, components, free_columns, group_sums, polish, robust_sd, solve
 from sovit.forms import LAWS, nnls
 from sovit.rows import codes, prepare, star
@@ -118,6 +119,21 @@ def test_replicates_are_the_same_whichever_they_are_fitted_with(name, monkeypatc
     few = polish(rows.form, rows.u, np.tile(solved.theta, (30, 1)), log_y, **options)
     np.testing.assert_allclose(few.objective, many.objective, rtol=1e-7)
     np.testing.assert_array_equal(few.converged, many.converged)
+
+
+def test_replicates_by_arm_reach_what_all_starts_of_the_grid_reach():
+    """At 1 % noise the fit alone as a start leaves some above their optimum by .1 %, the second start hardly any."""
+    rows, trunk = rows_of("sovit", sd=0.01, seed=4)
+    solved = solve(rows.form, rows.u, rows.y, codes(trunk[rows.source]))
+    rng = np.random.default_rng(0)
+    noise = solved.trunk_sd * rng.standard_normal((80, 18))[:, trunk] + solved.row_sd * rng.standard_normal((80, 54))
+    log_y = rows.form.evaluate(solved.theta[None], rows.u)[0] + noise
+    found = _refit(rows.form, rows.u, log_y, None, solved)
+    grid = rows.form.starts(rows.u, rows.y)
+    options = dict(groups=solved.groups, delta=solved.delta)
+    every = polish(rows.form, rows.u, np.repeat(grid, 80, 0), np.tile(log_y, (len(grid), 1)), **options)
+    best = every.objective.reshape(len(grid), 80).min(0)
+    assert found.converged.mean() > 0.98 and (found.objective > 1.001 * best).mean() <= 0.02
 
 
 def test_many_rows_are_fitted_from_starts_of_a_part():
