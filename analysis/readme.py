@@ -18,6 +18,7 @@ from published_shapes import table as shapes_table
 from vlm_arms import table as vlm_table
 
 from sovit.coverage import together
+from sovit.diagnose import SIGNIFICANT
 from sovit.ledger import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +72,11 @@ def law(study: str) -> str:
             f" {e['status']} |"
         )
     noise, residual = law["noise"], law["diagnostics"]["residual_rms"]
+    misses = (law["diagnostics"]["lack_of_fit"]["p"] or 1) < SIGNIFICANT
     lines += [
         "",
         f"Noise between seeds {noise['sd']:.2%} ({noise['n']} degrees of freedom); the law misses by {residual:.2%}"
-        + (": more than noise, so the form is not the whole truth." if residual > 2 * noise["sd"] else "."),
+        + (": more than noise, so the form is not the whole truth." if misses else "."),
     ]
     e = law["extrapolation"]
     scores = ", ".join(

@@ -16,6 +16,7 @@ MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not 
 MAX_ABSENT = 0.25  # share of draws without the dimension's amplitude beyond which it is not determined
 EXPONENT_FLOOR = 1e-3  # stands for "does not grow" on the log scale
 CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
+SIGNIFICANT = 0.05  # p of the F test of lack of fit
 MIN_SPAN = 1.5  # ratio of largest to smallest compute below which nothing is said of growth or extrapolation
 BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
 
@@ -324,17 +325,22 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         row_sd=solved.row_sd,
         nu=solved.dof,
         residual_rms=rms,
-        lack_of_fit=dict(
-            residual_over_noise=misfit, noise_source=noise["source"], note=_misfit_words(misfit, noise["source"])
-        ),
+        lack_of_fit=_lack_of_fit(misfit, noise, solved.dof),
         residual_pattern=_pattern(residual, rows, table),
     )
 
 
-def _misfit_words(misfit: float | None, source: str) -> str:
-    if not source.startswith("seeds") or misfit is None:
-        return "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
-    return "the form misses more than seed noise" if misfit > 2 else "the residuals are of the size of seed noise"
+def _lack_of_fit(misfit: float | None, noise: dict, dof: float) -> dict:
+    """Residuals against the noise between seeds: p of the F test of their variances, by trunks on both sides."""
+    from scipy.special import fdtrc  # not at import: prediction needs no scipy
+
+    found = dict(residual_over_noise=misfit, noise_source=noise["source"], p=None)
+    if not noise["source"].startswith("seeds") or misfit is None:
+        words = "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
+        return found | dict(note=words)
+    p = float(fdtrc(dof, noise["n"], misfit**2))
+    more, same = "the form misses more than seed noise", "the residuals are of the size of seed noise"
+    return found | dict(p=p, note=f"{more if p < SIGNIFICANT else same} (F test, p = {p:.2g})")
 
 
 def _pattern(residual: np.ndarray, rows: Rows, table) -> dict:

@@ -287,7 +287,7 @@ class Form:
         value, slope = loss, 1 / loss  # slope = d ln f / d loss
         if self.zero_line is not None:
             value = (self.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
-            slope = value**BOUND_POWER / loss ** (BOUND_POWER + 1)
+            slope = (value / loss) ** BOUND_POWER / loss  # in this order it does not overflow
         if not self.power_mean:
             return np.log(value), [slope] * len(part), None
         by = [slope * np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # dM/dC = (C/M)^(s-1)

@@ -303,6 +303,10 @@ def test_lack_of_fit_is_measured_against_seed_noise():
     y = planted.loss(table, power=3.0) * planted.noise(trunk, 0.001, 0)
     found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics["lack_of_fit"]
     assert found["residual_over_noise"] > 2 and "more than seed noise" in found["note"]
+    assert found["p"] < 1e-3
+    y = planted.loss(table) * planted.noise(trunk, 0.005, 0)
+    found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics["lack_of_fit"]
+    assert found["p"] > 0.05 and "of the size of seed noise" in found["note"]
 
 
 def bad(**change):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sovit.diagnose import SIGNIFICANT
 from sovit.words.phrases import percent, sentence
 
 
@@ -40,6 +41,6 @@ def quality_section(fit) -> str:
 
 
 def misfits(fit) -> float | None:
-    """Residuals over seed noise where that is above 2, else None: then the form bends where the data do not."""
-    ratio = fit.diagnostics["lack_of_fit"]["residual_over_noise"]
-    return ratio if fit.noise["source"].startswith("seeds") and ratio and ratio > 2 else None
+    """Residuals over seed noise where an F test tells them apart, else None: then the form bends where the data do not."""
+    found = fit.diagnostics["lack_of_fit"]
+    return found["residual_over_noise"] if found["p"] is not None and found["p"] < SIGNIFICANT else None
