@@ -23,7 +23,7 @@ def found_section(data, fits, headline, why, recommendation, no_recommendation, 
             f"- For {flops(r.train_flops)} training FLOPs: {shape_words(r.shape)}, trained on {r.num_examples:,}"
             " images;"
             f" predicted {data.metric} {with_interval(r.loss, r.loss_low, r.loss_high)}."
-            f" {count_words(r.flat_region)} shapes lie within one noise s.d. of it."
+            f" Within one noise s.d. of it: {count_words(r.flat_region)}."
         )
     fragile = movers(facts["sensitivity"])
     if fragile:

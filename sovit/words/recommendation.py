@@ -41,7 +41,7 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
     flat = r.flat_region
     ranges = listed([f"{NAMES[n]} {number(low)} to {number(high)}" for n, (low, high) in flat["ranges"].items()])
     region = (
-        f"- Flat region: {count_words(flat)} shapes are within one noise s.d."
+        f"- Flat region: {count_words(flat)} within one noise s.d."
         f" ({percent(flat['within'])}, from {flat['noise_source']}) of the best: {ranges}."
     )
     if flat["open_above"]:
@@ -132,7 +132,7 @@ def _frontier(data, fit, rows) -> str:
     body = "\n".join(
         f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'])} | {row['num_params']:,} |"
         f" {row['num_examples']:,} | {with_interval(row['loss'], row['loss_low'], row['loss_high'])} |"
-        f" {count_words(row['flat'] | dict(surveyed=row['flat']['count']))} |"
+        f" {row['flat']['count']:,}{'' if row['flat']['exact'] else ' surveyed'} |"
         for row in rows
     )
     return (
