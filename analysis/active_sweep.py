@@ -24,8 +24,11 @@ from sovit.ledger import write_atomic
 SEEDS = {
     "next_run": 8,
     "cost_random": 8,
-    "star": 3,
-}  # random, isoflop and v_optimal of contest.STRATEGIES: add them here
+    "star": 8,
+    "isoflop": 8,
+    "random": 8,
+    "v_optimal": 4,
+}
 
 
 def episodes(quick: bool) -> list[tuple[str, str, int]]:

@@ -259,15 +259,17 @@ LEVELS_COMPARED = (0.044, 0.1, 0.22)  # of the regret that FAIR has there: what 
 DRAWS = 1000
 
 
-def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float) -> float:
+def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float, first: bool = False) -> float:
     """Compute from which on a falling-and-rising regret curve [C] stays at or under `goal`; inf where it never does.
 
-    Between two checkpoints by a straight line in both logs.
+    first: at which it is there for the first time. Between two checkpoints by a straight line in both logs.
     """
-    over = np.flatnonzero(regret > goal)
-    if not len(over):
+    over = regret > goal
+    if not over.any() or (first and not over[0]):
         return float(levels[0])
-    i = int(over[-1])
+    if first and over.all():
+        return float("inf")
+    i = int(np.argmin(over)) - 1 if first else int(np.flatnonzero(over)[-1])
     if i == len(levels) - 1:
         return float("inf")
     x, y = np.log(levels[i : i + 2]), np.log(np.maximum(regret[i : i + 2], 1e-12))
@@ -278,7 +280,8 @@ def summary(lines: list[dict], measure: str = "regret_10x") -> dict:
     """{truths: {truth: {strategies, same_regret, same_compute}}, measure, ...}: plain data for the table and the figure.
 
     strategies: by name {levels, seeds, and of each measure median, low, high (quartiles)}. same_regret: compute from which
-    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that level (null: not by the end of its episodes).
+    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that at which FAIR first has it, `fair` (null: not by the
+    end of its episodes). FAIR is followed further: what OURS would do later must not count for it.
     same_compute: regret of OURS over that of FAIR, geometric mean over seeds, at each checkpoint of both. Intervals are
     90 %, by resampling seeds, which the two share.
     """
@@ -318,7 +321,7 @@ def _compare(both: dict, seeds: list, measure: str) -> dict:
 
     def ratio(pick, at: int) -> float:
         ours, fair = (np.median(curves[s][pick], 0) for s in (OURS, FAIR))
-        return compute_to(levels[OURS], ours, fair[at]) / levels[FAIR][at]
+        return compute_to(levels[OURS], ours, fair[at]) / compute_to(levels[FAIR], fair, fair[at], first=True)
 
     same_regret = []
     for level in LEVELS_COMPARED:
@@ -326,10 +329,10 @@ def _compare(both: dict, seeds: list, measure: str) -> dict:
         if len(found):
             many = np.array([ratio(pick, int(found[0])) for pick in picks])
             low, high = np.quantile(many, [0.05, 0.95], method="nearest")
-            goal = float(np.median(curves[FAIR][:, found[0]]))
-            entry = dict(
-                level=level, regret=goal, ratio=ratio(np.arange(len(seeds)), int(found[0])), low=low, high=high
-            )
+            middle, own = np.median(curves[FAIR], 0), ratio(np.arange(len(seeds)), int(found[0]))
+            goal = float(middle[found[0]])
+            fair = compute_to(levels[FAIR], middle, goal, first=True)
+            entry = dict(level=level, regret=goal, fair=fair, ratio=own, low=low, high=high)
             same_regret.append({k: float(v) if np.isfinite(v) else None for k, v in entry.items()})
     same_compute = []
     for i, level in enumerate(levels[OURS]):
@@ -362,11 +365,11 @@ def table(summary: dict) -> str:
                 cells = (f"{level:g}: {100 * m:.3f}" for level, m in zip(strategy["levels"], found["median"]))
                 lines.append(f"  {name:<12}{len(strategy['seeds']):>3} seeds  " + "  ".join(cells))
         for one in entry.get("same_regret", []):
-            ends = [f"over {entry['ours_until'] / one['level']:.2f}" if one[k] is None else f"{one[k]:.2f}"
+            ends = [f"over {entry['ours_until'] / one['fair']:.2f}" if one[k] is None else f"{one[k]:.2f}"
                     for k in ("ratio", "low", "high")]  # fmt: skip
             lines.append(
-                f"  {FAIR}'s {100 * one['regret']:.3f} % at {one['level']:g}: {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}]"
-                " of that compute"
+                f"  {FAIR}'s {100 * one['regret']:.3f} % of {one['level']:g}, which it first has at {one['fair']:.3g}:"
+                f" {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}] of that compute"
             )
         for one in entry.get("same_compute", []):
             lines.append(

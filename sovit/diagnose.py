@@ -284,6 +284,9 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         n: "lower" if t <= lo else "upper" for n, t, lo, hi in zip(form.names, theta, low, high) if t <= lo or t >= hi
     }
     free = free_columns(form, theta, jac)
+    if not free.any():
+        line = "" if form.zero_line is None else f" every loss is far above zero_line={form.zero_line:g}, or"
+        raise UserError(f"no parameter moves the fit:{line} no column moves the loss; check the losses and their unit")
     unit = jac[free] / np.linalg.norm(jac[free], axis=1, keepdims=True)
     _, singular, right = np.linalg.svd(unit.T, full_matrices=False)
     names, weak = np.array(form.names)[free], right[-1]
@@ -308,7 +311,7 @@ def describe(rows: Rows, solved, noise: dict, table) -> dict:
         converged=solved.converged,
         objective_spread=solved.spread,
         starts_agreeing=solved.agreeing,
-        num_starts=len(solved.starts),
+        num_starts=solved.num_starts,
         active_bounds=bounds,
         weakest_direction=weakest,
         weakest=dict(

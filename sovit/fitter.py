@@ -185,6 +185,7 @@ class Solved:
     spread: float  # largest relative excess of the objective over the starts
     agreeing: float  # share of the starts that reached the best objective to 1e-6
     starts: np.ndarray  # polished starts, best first
+    num_starts: int  # polished; those that reached one objective in the first pass went on as one
     known_sd: np.ndarray | None = None
 
 
@@ -211,13 +212,13 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
 
     done = refit(starts, plain, delta)
     order = np.argsort(done.objective, kind="stable")
-    theta, share = _distinct(done.theta[order], done.objective[order])
+    theta, objective, share = _distinct(done.theta[order], done.objective[order])
     for _ in range(2 if from_data else 0):
         residual = form.evaluate(theta[:1], u)[0][0] - log_y
         delta = max(HUBER * robust_sd(residual, theta.shape[1]), 1e-12)
         done = refit(theta, plain, delta)
         order = np.argsort(done.objective, kind="stable")
-        theta, share = done.theta[order], share[order]
+        theta, objective, share = done.theta[order], done.objective[order], share[order]
     groups = plain
     for _ in range(1 if known_sd is None else REWEIGHTED):
         trunk_sd, row_sd, dof, kappa, scale = components(form, u, theta[0], log_y, index, known_sd, groups.scale)
@@ -228,8 +229,7 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
         if whiten and (kappa.any() or scale is not None):
             done = refit(theta, groups, delta)
             order = np.argsort(done.objective, kind="stable")
-            theta, share = done.theta[order], share[order]
-    objective = done.objective[np.argsort(done.objective, kind="stable")][: len(theta)]
+            theta, objective, share = done.theta[order], done.objective[order], share[order]
     excess = (objective - objective[0]) / max(objective[0], 1e-20)
     best = int(np.argmin(done.objective))
     return Solved(
@@ -245,6 +245,7 @@ def solve(form, u, y, index, *, loss="huber_log", huber_delta=None, whiten=True,
         float(excess.max()),
         float(share[excess < 1e-6].sum()),
         theta,
+        len(starts),
         known_sd,
     )
 
@@ -263,11 +264,11 @@ def _starts(form, u, y, index) -> np.ndarray:
     return _distinct(done.theta[order], done.objective[order])[0]
 
 
-def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of fits ordered by their objective: the first of each that differs by 1e-6, and the share of fits it stands for."""
+def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of fits ordered by their objective the first of each that differs by 1e-6: theta, objective, share of the fits."""
     first = np.ones(len(theta), bool)
     first[1:] = np.diff(objective) > 1e-6 * np.maximum(objective[1:], 1e-20)
-    return theta[first], np.bincount(np.cumsum(first) - 1) / len(theta)
+    return theta[first], objective[first], np.bincount(np.cumsum(first) - 1) / len(theta)
 
 
 def free_columns(form, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:

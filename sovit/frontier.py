@@ -22,15 +22,15 @@ KEPT = (
 def frontier(fit: Fit, budgets: Sequence[float], **rules) -> list[dict]:
     """The law's best shape at each budget (training FLOPs, in the order given), one row a budget.
 
-    A row has the fields KEPT of `predict.Recommendation`, and flat: {count, exact, ranges} of the shapes within one noise
-    s.d. Its intervals are both of `fit.level`. Raises UserError as `best_shape` does, and for no budget.
+    A row has the fields KEPT of `predict.Recommendation`, and flat: {count, exact, surveyed, ranges} of the shapes within
+    one noise s.d. Its intervals are both of `fit.level`. Raises UserError as `best_shape` does, and for no budget.
     """
     if not len(budgets):
         raise UserError("a frontier needs at least one budget")
     rows = []
     for budget in budgets:
         found = best_shape(fit, budget, **rules).to_dict()
-        flat = {name: found["flat_region"][name] for name in ("count", "exact", "ranges")}
+        flat = {name: found["flat_region"][name] for name in ("count", "exact", "surveyed", "ranges")}
         rows.append({name: found[name] for name in KEPT} | dict(flat=flat))
     return rows
 

@@ -36,6 +36,7 @@ SAME = ("data", "preset", "objective", "num_classes")  # losses of different one
 WHOLE_SHAPE = tuple(name for name, entry in LAWS.items() if entry.ranks_shapes)  # forms that describe every row
 CONVENTION = 0.05  # counts further apart than this (of ln) were made by different rules
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
+LEVEL_SPAN = 0.2  # of ln; values that follow each other without a gap over more than this are no level
 
 
 @dataclass(frozen=True)
@@ -354,11 +355,21 @@ def _counted(row: dict, shape: Shape | None) -> dict:
 
 
 def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Group positive values [n] that differ by less than 3 %: each value's group [n], rising, and the groups' means."""
+    """Group positive values [n] that differ by less than 3 %: each value's group [n], rising, and the groups' means.
+
+    Values without gaps, such as budgets drawn at random, would all be one group: where a group spans more than
+    LEVEL_SPAN it is cut into groups of 3 %.
+    """
     logs = np.log(np.asarray(values, float))
     order = np.argsort(logs, kind="stable")
+    rising = logs[order]
+    new = np.concatenate([[True], np.diff(rising) > LEVEL_WIDTH])
+    for part in np.split(np.arange(len(rising)), np.flatnonzero(new)[1:]):
+        if rising[part[-1]] - rising[part[0]] > LEVEL_SPAN:
+            bins = ((rising[part] - rising[part[0]]) / LEVEL_WIDTH).astype(int)
+            new[part[1:]] = np.diff(bins) > 0
     group = np.empty(len(logs), int)
-    group[order] = np.concatenate([[0], np.cumsum(np.diff(logs[order]) > LEVEL_WIDTH)])
+    group[order] = np.cumsum(new) - 1
     ends = np.flatnonzero(np.diff(group[order])) + 1
     centres = np.array([np.exp(logs[np.sort(part)].mean()) for part in np.split(order, ends)])
     return group, centres

@@ -30,7 +30,7 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
     ranges = ", ".join(
         f"{name} {low:g}" + (f" to {high:g}" if high > low else "") for name, (low, high) in flat["ranges"].items()
     )
-    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {count_words(flat)}, {ranges}")
+    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat_words(flat)}, {ranges}")
     if r.regret is not None:
         lines.append(
             f"if a bootstrap draw were the truth, this shape would lose {r.regret['median']:.2%} to the draw's own best"
@@ -52,9 +52,13 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
 
 
 def count_words(flat: Mapping) -> str:
-    """How many shapes are in a flat region: "1,234 shapes", or "12 of 5,678 surveyed shapes" where not all were counted."""
-    count = f"{flat['count']:,}" if flat["exact"] else f"{flat['count']:,} of {flat['surveyed']:,} surveyed"
-    return f"{count} shape{'s' * (flat['count'] != 1 or not flat['exact'])}"
+    """How many shapes are in a flat region: "1,234", or "12 of 5,678 surveyed" where not all were counted."""
+    return f"{flat['count']:,}" if flat["exact"] else f"{flat['count']:,} of {flat['surveyed']:,} surveyed"
+
+
+def flat_words(flat: Mapping) -> str:
+    """The same with its noun."""
+    return f"{count_words(flat)} shape{'s' * (flat['count'] != 1 or not flat['exact'])}"
 
 
 def beside_lines(r, beside: Mapping) -> list[str]:

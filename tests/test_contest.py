@@ -100,3 +100,11 @@ def test_a_killed_sweep_repeats_nothing_and_reads_other_strategies(tmp_path, mon
     capsys.readouterr()
     assert module.main(["--out", str(out), "--also", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_curve_that_rises_again_first_has_what_it_does_not_keep():
+    levels, regret = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.4, 0.1, 0.2, 0.05])
+    assert contest.compute_to(levels, regret, 0.1, first=True) == pytest.approx(2)
+    assert contest.compute_to(levels, regret, 0.1) == pytest.approx(np.sqrt(32))
+    assert contest.compute_to(levels, regret, 0.5, first=True) == contest.compute_to(levels, regret, 0.5) == 1
+    assert contest.compute_to(levels, regret, 0.01, first=True) == contest.compute_to(levels, regret, 0.01) == np.inf

@@ -207,6 +207,15 @@ def test_budgets_that_whole_batches_miss_are_one_level():
     assert group.tolist() == [1, 0, 1, 0] and centres == pytest.approx([3.195e10, 1e11], rel=1e-3)
 
 
+def test_budgets_without_gaps_are_not_one_level():
+    values = np.geomspace(1e10, 1e13, 2000)
+    group, centres = levels(values[::-1])
+    assert group[0] == len(centres) - 1 and (np.diff(group) <= 0).all() and len(centres) > 100
+    for g in range(len(centres)):
+        members = values[::-1][group == g]
+        assert members.max() / members.min() < 1.031 and 0.999 * members.min() < centres[g] < 1.001 * members.max()
+
+
 # bad input ------------------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import pytest
 from scipy.optimize import nnls as reference
 
 from sovit import law
+from sovit import planted as truths
 from sovit.fitter import Groups, components, free_columns, group_sums, polish, robust_sd, solve
 from sovit.forms import LAWS, nnls
 from sovit.rows import codes, prepare, star
@@ -131,3 +132,20 @@ def test_many_rows_are_fitted_from_starts_of_a_part():
         assert found.params[f"a_{dim}"] == pytest.approx(exponent, rel=0.02)
     assert found.diagnostics["trunk_sd"] == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
     assert found.diagnostics["row_sd"] == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("name, seed", [("sovit", 2), ("joint", 0)])
+def test_the_spread_of_the_starts_is_that_of_all_of_them(name, seed):
+    """Starts that meet go on as one; those that end elsewhere are told, with and without a further pass."""
+    design, truth = truths.sovit_star(), truths.truth("eq3")
+    y = design.losses(truth) * truths.noise(design, 0.01, 0.5, np.random.default_rng(seed))
+    rows = prepare(name, design.columns, y, truths.DIMS, arms=star(design.columns, truths.DIMS)[1])
+    trunk = np.unique(design.trunk[rows.source], return_inverse=True)[1].ravel()
+    starts = rows.form.starts(rows.u, rows.y)
+    solved = solve(rows.form, rows.u, rows.y, trunk, huber_delta=1e-3, whiten=False)
+    options = dict(groups=Groups.plain(trunk), delta=1e-3, tolerance=1e-10)
+    objective = polish(rows.form, rows.u, starts, np.log(rows.y), **options).objective
+    excess = objective / objective.min() - 1
+    assert (excess.max() > 1e-4) == (name == "sovit")
+    assert solved.num_starts == len(starts) and solved.agreeing == pytest.approx((excess < 1e-6).mean())
+    assert solved.spread == pytest.approx(excess.max(), abs=1e-6)

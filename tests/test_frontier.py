@@ -1,6 +1,7 @@
 """How the optimum grows, other rules beside it, the frontier and its figure, and what the command line prints of them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import planted
@@ -15,6 +16,7 @@ from sovit.implied import implied_compute
 from sovit.predict import best_shape, predicted_difference, predicted_loss
 from sovit.shape import Shape
 from sovit.target import target
+from sovit.words.recommendation import _frontier
 
 BUDGET = 3 * 600e6 * 25e9
 SO400M = np.array([1152.0, 27, 4304])
@@ -210,6 +212,14 @@ def test_the_frontier_is_a_ladder_of_recommendations_and_falls(fit):
     one = best_shape(fit, budgets[2], head_dim=64, mlp_multiple=128)
     assert rows[2]["shape"] == one.shape and rows[2]["loss"] == one.loss
     assert rows[2]["flat"]["count"] == one.flat_region["count"]
+
+
+def test_a_frontier_says_out_of_how_many_shapes_it_counted(fit, monkeypatch):
+    monkeypatch.setattr("sovit.integers.MAX_CELLS", 10)
+    rows = frontier(fit, ladder(fit, points=2), head_dim=64, mlp_multiple=128)
+    assert all(not row["flat"]["exact"] and row["flat"]["count"] < row["flat"]["surveyed"] for row in rows)
+    text = _frontier(SimpleNamespace(metric="val_loss"), fit, rows)
+    assert f"{rows[0]['flat']['count']:,} of {rows[0]['flat']['surveyed']:,} surveyed" in text
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,7 @@ def with_value(array, i, value):
         (dict(loss="l1"), "loss='l1'"),
         (dict(huber_delta=-1.0), "huber_delta=-1.0"),
         (dict(form="bounded"), "zero_line"),
+        (dict(form="bounded", zero_line=1.2, y=lambda a: 1e6 * a["y"]), "far above zero_line=1.2"),
         (dict(form="additive"), "terms"),
         (dict(y=lambda a: with_value(a["y"], 5, np.nan)), "row 5"),
         (dict(y=lambda a: with_value(a["y"], 7, -0.1)), "row 7"),

@@ -1,8 +1,10 @@
 """report.md says what was found and, as plainly, what was not."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import planted_ledger as planted
@@ -17,6 +19,7 @@ from sovit.words.data import rates
 from sovit.words.extrapolation import extrapolation_table
 from sovit.words.found import exponent_words
 from sovit.words.law import equation
+from sovit.words.limits import not_shown_section
 from sovit.words.phrases import few
 
 
@@ -96,6 +99,21 @@ def test_rows_that_do_not_say_their_data_are_said_not_to(tmp_path):
 
 def test_a_long_list_ends_in_how_many_more():
     assert few(["a", "b"]) == "a and b" and few(list("abcdef")) == "a, b, c, d and 2 more"
+
+
+def test_what_was_not_shown_is_true_of_other_rows_too(folder):
+    data, fit = measurements([folder.parent / "planted.jsonl"]), law.read_law(folder / "law.json")
+    row = data.rows[0]
+
+    def said(fit=fit, **shape):
+        asked = SimpleNamespace(shape=dict(row) | shape, train_flops=row["train_flops"] * shape.pop("times", 1))
+        return not_shown_section(data, {fit.form: fit}, fit.form, asked)
+
+    assert "was run at that budget" in said() and "never run" in said(depth=7)
+    assert "was run, but not at that budget" in said(times=1e4)
+    assert "decades more" in said()
+    large = dataclasses.replace(fit, data=fit.data | dict(train_flops_range=[1e20, 1e24]))
+    assert re.search(r"takes 3\S+: \d\.\d decades less", said(large))
 
 
 def test_an_edge_is_said_in_words(tmp_path):

@@ -8,27 +8,19 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sovit.plot.style import GREY, OKABE_ITO, PAGE, legend_row, panels, styled
 
-COLOURS = {
-    "next_run": OKABE_ITO[1],
-    "cost_random": OKABE_ITO[0],
-    "random": OKABE_ITO[5],
-    "star": OKABE_ITO[6],
-    "isoflop": OKABE_ITO[4],
-    "v_optimal": OKABE_ITO[3],
-    "d_optimal": OKABE_ITO[2],
-    "tpe": OKABE_ITO[2],
-    "gp": "#8c6d46",
-}
-NAMES = {
-    "next_run": "next run",
-    "cost_random": "random, p ~ 1/cost",
-    "random": "random",
-    "star": "SoViT's star",
-    "isoflop": "isoFLOP",
-    "v_optimal": "V-optimal, form trusted",
-    "d_optimal": "D-optimal",
-    "tpe": "TPE",
-    "gp": "Gaussian process",
+# what is drawn: colour, dashes of the searches that know no law, name. A summary may hold more strategies
+LINES = {
+    "next_run": (OKABE_ITO[1], "-", "next run"),
+    "cost_random": (OKABE_ITO[0], "-", "random, p ~ 1/cost"),
+    "random": (OKABE_ITO[5], "-", "random"),
+    "star": (OKABE_ITO[6], "-", "SoViT's star"),
+    "isoflop": (OKABE_ITO[4], "-", "isoFLOP"),
+    "v_optimal": (OKABE_ITO[3], "-", "V-optimal, form trusted"),
+    "d_optimal": (OKABE_ITO[2], "-", "D-optimal"),
+    "tpe-24-scaled": (OKABE_ITO[2], "--", "TPE below, scaled to the target"),
+    "gp-24-scaled": (GREY, "--", "GP below, scaled to the target"),
+    "tpe-at-target": (OKABE_ITO[2], ":", "TPE at the target"),
+    "gp-at-target": (GREY, ":", "GP at the target"),
 }
 BANDS = ("next_run", "cost_random")  # more bands than two hide each other
 
@@ -52,21 +44,21 @@ def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
     columns = min(3, len(truths))
     rows = -(-len(truths) // columns)
     figure, axes = panels(
-        rows, columns, PAGE, 0.55 + 1.95 * rows, left=0.075, right=0.99, bottom=0.19 / rows + 0.02,
-        top=1 - 0.3 / (0.55 + 1.95 * rows) - 0.05, hspace=0.38, wspace=0.22,
+        rows, columns, PAGE, 0.85 + 1.95 * rows, left=0.075, right=0.99, bottom=0.19 / rows + 0.02,
+        top=1 - 0.62 / (0.85 + 1.95 * rows), hspace=0.38, wspace=0.22,
     )  # fmt: skip
     shown: dict = {}
     for i, (axis, (truth, entry)) in enumerate(zip(axes, truths.items())):
         for name, strategy in entry["strategies"].items():
-            if measure not in strategy:
+            if measure not in strategy or name not in LINES:
                 continue
-            colour = COLOURS.get(name, GREY)
+            colour, dashes, label = LINES[name]
             x, curve = np.array(strategy["levels"]), {k: scale * np.array(v) for k, v in strategy[measure].items()}
             front = 3 if name in BANDS else 2
-            axis.plot(x, curve["median"], color=colour, lw=1.6 if name == "next_run" else 1.1, zorder=front)
+            axis.plot(x, curve["median"], color=colour, ls=dashes, lw=1.6 if name == "next_run" else 1.1, zorder=front)
             if name in BANDS:
                 axis.fill_between(x, curve["low"], curve["high"], color=colour, alpha=0.15, lw=0, zorder=1)
-            shown[name] = Line2D([], [], color=colour, label=NAMES.get(name, name))
+            shown[name] = Line2D([], [], color=colour, ls=dashes, label=label)
         axis.set_xscale("log")
         axis.set_yscale("log")
         for side, steps in ((axis.xaxis, (1.0,)), (axis.yaxis, (1.0, 2.0, 5.0))):
@@ -80,5 +72,5 @@ def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
             axis.set_xlabel(xlabel)
     for axis in axes[len(truths) :]:
         axis.set_axis_off()
-    legend_row(figure, list(shown.values()), 0.07)
+    legend_row(figure, list(shown.values()), 0.07, ncols=4)
     return figure

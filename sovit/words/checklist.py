@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from sovit import __version__
+from sovit.fitter import START_ROWS
 from sovit.words.data import order, rates, seeds
 from sovit.words.extrapolation import extrapolation_table, own_rmse
 from sovit.words.law import equation
@@ -138,8 +139,9 @@ def _fitting(data, fits, headline) -> dict:
         "weights": weights,
         "optimiser": "projected Levenberg-Marquardt in all parameters, exact Jacobian;"
         f" {'converged' if d['converged'] else 'NOT converged'} after {d['iterations']} steps, objective {fit.objective!r}",
-        "starts": f"the {d['num_starts']} best of a fixed grid of exponents (amplitudes by non-negative least squares);"
-        f" {percent(d['starts_agreeing'])} of them reach the same objective to 1e-6",
+        "starts": f"the {d['num_starts']} best of a fixed grid of exponents (amplitudes by non-negative least squares"
+        + (f", polished first on whole trunks of about {START_ROWS:,} rows);" if len(data.y) > START_ROWS else ");")
+        + f" {percent(d['starts_agreeing'])} of them reach the same objective to 1e-6",
         "bounds": _bounds(fit),
         "active bounds": listed(active) if active else "none",
         "noise": f"{percent(fit.noise['sd'])}, from {fit.noise['source']}, {fit.noise['n']} degrees of freedom between"

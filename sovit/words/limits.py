@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sovit.measurements import WHOLE_SHAPE
+from sovit.measurements import LEVEL_WIDTH, WHOLE_SHAPE
 from sovit.shape import DIMENSIONS, named_shape
 from sovit.words.phrases import NAMES, flops, listed, short, span
 
@@ -31,13 +31,22 @@ def not_shown_section(data, fits, headline, recommendation) -> str:
         lines.append(
             f"- Budgets span {np.log10(high / low):.1f} decades, up to {flops(high)} training FLOPs a run. A"
             " ViT-B/16 that sees 300"
-            f" million images takes {flops(usual)}: {np.log10(usual / high):.1f} decades more."
+            f" million images takes {flops(usual)}: {abs(np.log10(usual / high)):.1f} decades"
+            f" {'more' if usual > high else 'less'}."
         )
     if recommendation is not None:
-        run = any(all(recommendation.shape[n] == row.get(n) for n in DIMENSIONS) for row in data.rows)
+        run = [row for row in data.rows if all(recommendation.shape[n] == row.get(n) for n in DIMENSIONS)]
+        spent = np.array([row["train_flops"] for row in run if row.get("train_flops")])
+        there = np.abs(np.log(spent / recommendation.train_flops)) < LEVEL_WIDTH
         lines.append(
             "- The recommendation is a prediction; "
-            + ("that shape was run, but not at that budget." if run else "that shape was never run.")
+            + (
+                "that shape was never run."
+                if not run
+                else "that shape was run at that budget, and the law was fitted to it."
+                if there.any()
+                else "that shape was run, but not at that budget."
+            )
             + " Train it and the usual proportions with paired seeds before relying on it."
         )
     open_ = [n for n, e in fit.exponents.items() if e["status"] != "ok"]

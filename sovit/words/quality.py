@@ -24,9 +24,9 @@ def quality_section(fit) -> str:
         words = ", ".join(f"{k.replace('_', ' ')} {percent(v, True)}" for k, v in pattern.items())
         worst = max(abs(v) for v in pattern.values())
         note = (
-            "a pattern above the noise: the form bends where the data do not"
+            "a pattern above the noise of a row: the form bends where the data do not"
             if worst > noise["sd"]
-            else "no pattern above the noise"
+            else "none is above the noise of a single row (means of many rows are surer than that)"
         )
         lines.append(f"- Mean ln(predicted / measured): {words}: {note}.")
     lines.append(
