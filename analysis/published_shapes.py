@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 
-from sovit.sensitivity import implied_compute, implied_exponents
+from sovit.implied import implied_compute, implied_exponents
 from sovit.shape import named_shape
 
 DIMS = ("width", "depth", "mlp_dim")

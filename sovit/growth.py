@@ -14,6 +14,7 @@ import numpy as np
 from sovit import UserError
 from sovit.bootstrap import interval
 from sovit.diagnose import amplitudes
+from sovit.implied import implied_compute
 from sovit.integers import SIZES, Rules
 from sovit.law import Fit
 from sovit.predict import Recommendation, best_shape, predicted_difference, proportional_family
@@ -97,7 +98,7 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     Returns {shape, num_params, num_examples, loss, difference, note, start, exponents, source, factors, budget_ratio,
     implied, params_per_decade, law_params_per_decade, under_growth}. difference: {estimate, low, high} of ln loss(rule) -
     ln loss(best); factors, by dimension: the law's real optimum over the rule's real size; budget_ratio: tau; implied: the
-    tau that the rule would need for the law's optimum, see `implied_compute`; under_growth: the factor a decade of compute
+    tau that the rule would need for the law's optimum; under_growth: the factor a decade of compute
     by which the law's models outgrow the rule's in parameters (None at the least budget itself).
     Raises UserError as `best_shape` does.
     """
@@ -110,27 +111,18 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
     first, rule, law = at.geometry.num_params(ends).tolist()
     grows = abs(decades) > 1e-9
+    implied = implied_compute(start, real, {n: max(s, 1e-9) / len(exponents) for n, s in exponents.items()})
     return _beside(at, nearest(at, sizes, Rules(**best.rules)), best) | dict(
         start=start,
         exponents=exponents,
         source=source,
         factors={n: float(real[n] / sizes[n]) for n in at.dims},
         budget_ratio=float(train_flops / least),
-        implied=implied_compute(start, real, exponents),
+        implied={n: v["tau"] for n, v in implied["dimensions"].items()},
         params_per_decade=float((rule / first) ** (1 / decades)) if grows else None,
         law_params_per_decade=float((law / first) ** (1 / decades)) if grows else None,
         under_growth=float((law / rule) ** (1 / decades)) if grows else None,
     )
-
-
-def implied_compute(start: Mapping, end: Mapping, exponents: Mapping) -> dict[str, float]:
-    """tau_k = (end_k / start_k)^(D / s_k): the compute ratio at which SoViT's recipe brings each size from start to end.
-
-    Were the recipe that made `end` followed exactly, all would be equal. From (608, 10, 928) to SoViT-400m, by the paper's
-    own exponents, they are 6,092, 751 and 2,146.
-    """
-    logs = {n: np.log(end[n] / start[n]) * len(exponents) / max(s, 1e-9) for n, s in exponents.items()}
-    return {n: float(np.exp(np.clip(ratio, -700, 700))) for n, ratio in logs.items()}  # finite for an s next to 0
 
 
 def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | None = None) -> dict:
@@ -161,9 +153,6 @@ def nearest(at: Target, sizes: Mapping, rules: Rules) -> Shape:
 def _beside(at: Target, shape: Shape, best: Recommendation) -> dict:
     """A shape of another rule compared with the law's best at the same budget."""
     images = int(at.images(columns([shape]))[0])
-    rules = Rules(**best.rules)
-    caps = (rules.max_params, shape.num_params), (rules.max_forward_flops, shape.forward_flops)
-    over = any(cap is not None and value > cap for cap, value in caps)
     unpaid = "the budget does not pay for one image of it"
     return dict(
         shape=shape.to_dict(),
@@ -171,7 +160,7 @@ def _beside(at: Target, shape: Shape, best: Recommendation) -> dict:
         num_examples=images,
         loss=float(at.loss(columns([shape]))[0]),
         difference=predicted_difference(at.fit, shape, Shape(**best.shape), at.train_flops),
-        note=unpaid if images < 1 else "larger than the rules allow" if over else "",
+        note=unpaid if images < 1 else Rules(**best.rules).misfit(shape),
     )
 
 

@@ -16,6 +16,7 @@ from math import lcm
 import numpy as np
 
 from sovit import UserError
+from sovit.shape import Shape
 from sovit.target import Target
 
 SIZES = ("width", "depth", "mlp_dim")
@@ -43,6 +44,13 @@ class Rules:
     @property
     def steps(self) -> dict[str, int]:
         return dict(width=lcm(self.head_dim, self.width_multiple), depth=self.depth_multiple, mlp_dim=self.mlp_multiple)
+
+    def misfit(self, shape: Shape) -> str:
+        """Why these rules forbid a shape, in words; "" where they allow it."""
+        caps = (self.max_params, shape.num_params), (self.max_forward_flops, shape.forward_flops)
+        if any(cap is not None and value > cap for cap, value in caps):
+            return "larger than the rules allow"
+        return "not in the multiples of the rules" if any(getattr(shape, n) % s for n, s in self.steps.items()) else ""
 
 
 @dataclass(frozen=True)

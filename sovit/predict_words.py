@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import expm1
 
+from sovit.integers import Rules
+from sovit.shape import Shape
+
 NAMES = dict(width="width", depth="depth", mlp_dim="MLP dim", patch_size="patch size", image_size="image size")
 
 
@@ -27,7 +30,7 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
     ranges = ", ".join(
         f"{name} {low:g}" + (f" to {high:g}" if high > low else "") for name, (low, high) in flat["ranges"].items()
     )
-    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {count_words(flat)} shapes, {ranges}")
+    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat_words(flat)}, {ranges}")
     if r.regret is not None:
         lines.append(
             f"if a bootstrap draw were the truth, this shape would lose {r.regret['median']:.2%} to the draw's own best"
@@ -38,9 +41,10 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
     if r.rules_cost is not None:
         lines.append(f"the rules alone cost {_gain(r.rules_cost)} against the best shape without them")
     usual = r.proportional
+    misfit = "" if r.rules_cost is None else Rules(**r.rules).misfit(Shape(**usual["shape"]))
     lines.append(
         f"ViT-B proportions at the same FLOPs: {label(usual['shape'])}, predicted {usual['loss']:.4f}"
-        f" ({usual['loss_excess']:+.2%})"
+        f" ({usual['loss_excess']:+.2%})" + f"; {misfit}" * bool(misfit)
     )
     if beside:
         lines += beside_lines(r, beside)
@@ -50,6 +54,11 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
 def count_words(flat: Mapping) -> str:
     """How many shapes are in a flat region: "1,234", or "12 of 5,678 surveyed" where not all were counted."""
     return f"{flat['count']:,}" if flat["exact"] else f"{flat['count']:,} of {flat['surveyed']:,} surveyed"
+
+
+def flat_words(flat: Mapping) -> str:
+    """The same with its noun."""
+    return f"{count_words(flat)} shape{'s' * (flat['count'] != 1 or not flat['exact'])}"
 
 
 def beside_lines(r, beside: Mapping) -> list[str]:

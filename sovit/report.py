@@ -18,10 +18,11 @@ from sovit.allocate import Geometry
 from sovit.coverage import words as coverage_words
 from sovit.diagnose import inside, optimum_of
 from sovit.frontier import frontier, ladder
+from sovit.implied import implied_compute
 from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
-from sovit.sensitivity import extrapolation_cuts, implied_compute, sensitivity
+from sovit.sensitivity import extrapolation_cuts, sensitivity
 from sovit.words import report_text
 from sovit.words.checklist import checklist
 from sovit.words.extrapolation import extrapolation_scores, extrapolation_table, own_rmse

@@ -2,8 +2,7 @@
 
 `sensitivity` refits the law under every alteration of one choice at a time: shapes left out, the window of compute, the
 counting of FLOPs, the loss, the form, the metric. Point fits only, so that a hundred take seconds; what they move is held
-against the interval of the headline fit. `implied_compute` asks each dimension of two shapes how much more compute
-the growth exponents say lies between them: dimensions that answer differently contradict the exponents.
+against the interval of the headline fit.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ LOSSES: dict[str, dict] = {
     "Huber with δ = 1e-3, rows as they are (as in publications)": dict(loss="huber_log", huber_delta=1e-3),
     "Huber with δ from the data, not whitened by trunk": dict(loss="huber_log", huber_delta=None, whiten=False),
 }
-AGREE = 2.0  # implied compute ratios nearer to each other than this factor tell one story
 
 
 def sensitivity(
@@ -486,42 +484,3 @@ def extrapolation_cuts(data: Measurements, fits: Mapping[str, law.Fit]) -> list[
         scored = int((~below).sum())
         out.append(dict(cut=cut, largest=float(centres[last]), n_fit=len(compute) - scored, n=scored, forms=forms))
     return out
-
-
-# implied compute ------------------------------------------------------------------------------------------------------
-
-
-def implied_compute(
-    start: Mapping[str, float],
-    end: Mapping[str, float],
-    exponents: Mapping[str, float],
-    steps: Mapping[str, float] | None = None,
-) -> dict:
-    """The compute ratio tau = (x / x0)^(1/s) that each dimension says lies between two shapes.
-
-    exponents: s of x* ~ compute^s by dimension. steps: the grid on which a dimension was rounded, none where left out; a
-    shape may be off by half a step. Returns {dimensions: {dim: {start, end, exponent, tau, low, high}}, spread, agree}: low
-    and high are what rounding allows, spread is the largest tau over the smallest, and agree says whether that is below
-    AGREE, or one ratio lies within what rounding allows in all dimensions. Raises UserError for an exponent that is not
-    positive.
-    """
-    out = {}
-    for dim, s in exponents.items():
-        if not s > 0:
-            raise UserError(f"the exponent of {dim} is {s:g}; only a dimension that grows implies a compute")
-        half = (steps or {}).get(dim, 0.0) / 2
-        x0, x = float(start[dim]), float(end[dim])
-        low, tau, high = (
-            float(np.exp(np.clip(np.log(ratio) / s, -700, 700)))
-            for ratio in (max(x - half, 1e-9) / (x0 + half), x / x0, (x + half) / max(x0 - half, 1e-9))
-        )
-        out[dim] = dict(start=x0, end=x, exponent=float(s), tau=tau, low=low, high=high)
-    taus = [v["tau"] for v in out.values()]
-    spread = max(taus) / min(taus)
-    common = max(v["low"] for v in out.values()) <= min(v["high"] for v in out.values())
-    return dict(dimensions=out, spread=float(spread), agree=bool(spread < AGREE or common))
-
-
-def implied_exponents(start: Mapping[str, float], end: Mapping[str, float], compute_ratio: float) -> dict[str, float]:
-    """The exponents s that would take `start` to `end` over a compute ratio: ln(x / x0) / ln(tau), by dimension."""
-    return {dim: float(np.log(end[dim] / start[dim]) / np.log(compute_ratio)) for dim in start}

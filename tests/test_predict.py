@@ -22,6 +22,7 @@ from sovit.predict import (
     proportional_shape,
     rules_of,
 )
+from sovit.predict_words import recommendation_text
 from sovit.shape import Shape
 from sovit.target import columns, target
 
@@ -172,6 +173,8 @@ def test_what_rounding_and_rules_cost_is_told_with_intervals(fits):
     cost = ruled.rules_cost
     assert cost["estimate"] == pytest.approx(ruled.loss / plain.loss - 1) and cost["estimate"] > 0
     assert cost["low"] < cost["estimate"] < cost["high"]
+    usual = [line for line in recommendation_text(ruled).splitlines() if line.startswith("ViT-B proportions at")]
+    assert Shape(**ruled.proportional["shape"]).width % 256 and "not in the multiples of the rules" in usual[0]
     assert (1 + cost["estimate"]) * (1 + plain.rounding["estimate"]) == pytest.approx(1 + ruled.rounding["estimate"])
     # draw by draw, by hand
     theta, widen = np.array(fit.draws["random_effects"]), fit.diagnostics["draws"]["t_over_z"]

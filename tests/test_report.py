@@ -20,6 +20,7 @@ from sovit.words.extrapolation import extrapolation_table
 from sovit.words.found import exponent_words
 from sovit.words.law import equation
 from sovit.words.limits import not_shown_section
+from sovit.words.phrases import few
 
 
 def report_of(rows, folder, **options):
@@ -88,6 +89,16 @@ def test_the_source_of_the_data_is_said(text, tmp_path):
     other = report_of([row | dict(data="icons") for row in planted.planted_rows(seeds=1)], tmp_path, bootstrap=0)
     assert "drawings (icons)" in other and "stream" not in other.split("## What was not shown")[1]
     assert "Fewer than 3 seeds" in other
+
+
+def test_rows_that_do_not_say_their_data_are_said_not_to(tmp_path):
+    rows = [{k: v for k, v in row.items() if k != "data"} for row in planted.planted_rows(seeds=1)]
+    text = report_of(rows, tmp_path, bootstrap=0)
+    assert "The rows do not say what data they are of." in text and "None”" not in text
+
+
+def test_a_long_list_ends_in_how_many_more():
+    assert few(["a", "b"]) == "a and b" and few(list("abcdef")) == "a, b, c, d and 2 more"
 
 
 def test_what_was_not_shown_is_true_of_other_rows_too(folder):

@@ -12,8 +12,9 @@ import pytest
 from sovit import UserError, law, plot
 from sovit.allocate import Geometry
 from sovit.diagnose import inside
+from sovit.implied import implied_compute, implied_exponents
 from sovit.measurements import measurements
-from sovit.sensitivity import _Frame, _windows, extrapolation_cuts, implied_compute, implied_exponents, sensitivity
+from sovit.sensitivity import _Frame, _windows, extrapolation_cuts, sensitivity
 from sovit.shape import COUNTINGS, Shape, encoder_flops
 
 ROOT = Path(__file__).resolve().parent.parent

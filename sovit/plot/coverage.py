@@ -56,7 +56,7 @@ def coverage(lines: Sequence[dict]) -> Figure:
                 if m < 0.4:
                     axis.text(0.415, p + 0.22 * (1 - i), f"{m:.0%}", fontsize=6, color=OKABE_ITO[i], va="center")
         axis.set_xlim(0.4, 1.005)
-        axis.set_xticks([0.4, 0.6, 0.8, 0.9, 1.0], ["40", "60", "80", "90", "100"])
+        axis.set_xticks([0.4, 0.6, 0.8, 0.9], ["40", "60", "80", "90"])
         axis.set_title(title)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", color=PALE, lw=0.4)
@@ -71,7 +71,8 @@ def coverage(lines: Sequence[dict]) -> Figure:
         )  # fmt: skip
     handles = [
         Line2D([], [], marker=MARKERS[i], ls="", ms=4, color=OKABE_ITO[i], label=text)
-        for i, text in enumerate(INTERVALS.values())
+        for i, (kind, text) in enumerate(INTERVALS.items())
+        if any(kind in line["coverage"] for line in lines)
     ]
     legend_row(figure, handles, 0.35)
     return figure

@@ -36,6 +36,9 @@ def pareto_fronts(found: dict) -> Figure:
     figure, axes = panels(1, 4, PAGE, 3.0, sharey=True, left=0.07, right=0.985, bottom=0.175, top=0.84, wspace=0.1)
     table = found["shapes"]
     colours = _colours(found)
+    loss = np.array([row["loss_at_flops"] for row in table])
+    curves = np.array(found["curves"]["train_flops"]["loss"]).min(0)
+    loss_axis(axes[0], np.array([loss.min(), max(np.quantile(loss, 0.9), curves.max())]), pad=1.06)
     for axis, name in zip(axes, ("train_flops", "train_seconds")):
         budget, losses = np.array(found["curves"][name]["budget"]), np.array(found["curves"][name]["loss"])  # [S, B]
         axis.plot(budget, losses.T, color=PALE, lw=0.5, zorder=1)
@@ -72,9 +75,6 @@ def pareto_fronts(found: dict) -> Figure:
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
     axes[0].set_ylabel("predicted validation loss")
-    loss = np.array([row["loss_at_flops"] for row in table])
-    curves = np.array(found["curves"]["train_flops"]["loss"]).min(0)
-    loss_axis(axes[0], np.array([loss.min(), max(np.quantile(loss, 0.9), curves.max())]), pad=1.06)
     handles = [
         Line2D([], [], color=PALE, lw=0.8, label="a profiled shape"),
         Line2D([], [], color=INK, lw=2.2, label="the best shape there (width × depth × MLP dim)"),
@@ -84,7 +84,7 @@ def pareto_fronts(found: dict) -> Figure:
             color=GREY,
             lw=0.6,
             ls=":",
-            label=f"the budget of the right panels: {flops_label(found['train_flops'])}",
+            label=f"the budget of the right panels: {flops_label(found['train_flops'])} training FLOPs",
         ),
     ]
     legend_row(figure, handles, 0.06)
@@ -99,14 +99,18 @@ def _colours(found: dict) -> dict[str, str]:
 
 
 def _label(axis, x: float, y: float, text: str, colour, below: bool) -> None:
-    """A shape's name beside its point: above and right of it, or below and left, where nothing lies under a front."""
+    """A shape's name beside its point: above and right of it, or below and left, where nothing lies under a front.
+
+    Next to the upper edge it stands right of its point, clear of the title.
+    """
+    top = not below and np.log(axis.get_ylim()[1] / y) < 0.06 * np.log(axis.get_ylim()[1] / axis.get_ylim()[0])
     axis.annotate(
         text.replace("x", "×").replace(" (", "\n("),
         (x, y),
-        (-3, -3) if below else (2.5, 2.5),
+        (-3, -3) if below else (6, 1) if top else (2.5, 2.5),
         textcoords="offset points",
         ha="right" if below else "left",
-        va="top" if below else "bottom",
+        va="top" if below or top else "bottom",
         fontsize=5.5,
         color=colour,
         zorder=5,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sovit.predict_words import count_words
+from sovit.predict_words import flat_words
 from sovit.words.data import cautions
 from sovit.words.extrapolation import held_out_words
 from sovit.words.phrases import NAMES, flops, listed, sentence, shape_words, with_interval
@@ -23,7 +23,7 @@ def found_section(data, fits, headline, why, recommendation, no_recommendation, 
             f"- For {flops(r.train_flops)} training FLOPs: {shape_words(r.shape)}, trained on {r.num_examples:,}"
             " images;"
             f" predicted {data.metric} {with_interval(r.loss, r.loss_low, r.loss_high)}."
-            f" {count_words(r.flat_region)} shapes lie within one noise s.d. of it."
+            f" Within one noise s.d. of it: {flat_words(r.flat_region)}."
         )
     fragile = movers(facts["sensitivity"])
     if fragile:

@@ -18,9 +18,10 @@ SOURCES = {
 
 def not_shown_section(data, fits, headline, recommendation) -> str:
     fit = fits[headline]
-    source = str(data.rows[0].get("data"))
+    source = data.rows[0].get("data")
+    said = f"The data are “{source}”." if source else "The rows do not say what data they are of."
     lines = [
-        f"- {SOURCES.get(source, f'The data are “{source}”.')} Nothing here shows that the exponents or the"
+        f"- {SOURCES.get(source, said)} Nothing here shows that the exponents or the"
         " recommended proportions carry"
         " over to other images, labels or objectives."
     ]

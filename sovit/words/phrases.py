@@ -16,6 +16,11 @@ def listed(items: list[str], word: str = "and") -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}" if items else ""
 
 
+def few(items: list[str], most: int = 4) -> str:
+    """The first of a list, and how many more there are: "a, b, c, d and 2 more"."""
+    return listed(items) if len(items) <= most else f"{', '.join(items[:most])} and {len(items) - most} more"
+
+
 def sentence(text: str) -> str:
     text = text.strip()
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") or not text else ".")

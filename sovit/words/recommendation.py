@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import expm1
 
-from sovit.predict_words import count_words, label, paper_lines
+from sovit.predict_words import count_words, flat_words, label, paper_lines
 from sovit.shape import Shape
 from sovit.words.phrases import NAMES, flops, listed, number, percent, sentence, shape_words, short, span, with_interval
 from sovit.words.quality import misfits
@@ -41,7 +41,7 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
     flat = r.flat_region
     ranges = listed([f"{NAMES[n]} {number(low)} to {number(high)}" for n, (low, high) in flat["ranges"].items()])
     region = (
-        f"- Flat region: {count_words(flat)} shapes are within one noise s.d."
+        f"- Flat region: {flat_words(flat)} within one noise s.d."
         f" ({percent(flat['within'])}, from {flat['noise_source']}) of the best: {ranges}."
     )
     if flat["open_above"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sovit.words.phrases import NAMES, cell, listed, percent, three
+from sovit.words.phrases import NAMES, cell, few, listed, percent, three
 
 SHOWN_SHAPES = 6  # single shapes left out that are listed; sensitivity.json has all
 SHOWN_METRICS = 12
@@ -92,12 +92,10 @@ def _conclusion(dim: str, moved: dict, found: dict) -> str:
     if moved["low"] is not None and not choices["outside"]:
         text += "; nothing moves it out of its interval"
     elif outside:
-        text += f"; also out of its interval: {listed([_plain(o['setting']) for o in outside[:4]])}"
-        text += f" and {len(outside) - 4} more" if len(outside) > 4 else ""
+        text += f"; also out of its interval: {few([_plain(o['setting']) for o in outside])}"
     text += "."
     if choices["lost"]:
-        text += f" No gain from it, or no fit: {listed([_plain(s) for s in choices['lost'][:4]])}"
-        text += f" and {len(choices['lost']) - 4} more." if len(choices["lost"]) > 4 else "."
+        text += f" No gain from it, or no fit: {few([_plain(s) for s in choices['lost']])}."
     if metrics["smallest"] is not None:
         text += f" Other metrics: {metrics['smallest']:.3g} to {metrics['largest']:.3g}"
         text += f", none in {len(metrics['lost'])} of {metrics['num']}." if metrics["lost"] else "."
