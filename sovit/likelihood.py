@@ -10,7 +10,8 @@ Each end is searched for by itself, all ends as one batch of the fitter: a law i
 residual, (h - target) x a stiffness far above that of the data, and the target moves until the loss meets the cut. The
 force of that residual leaves h a hair short of its target; what counts is h and the loss where the fit stands. An end
 that no law reaches at the cut, where the profile is flat, is open: None. So is one where the fitter crawls along a
-curved valley and does not get there in PASSES x STEPS iterations: open is then too wide, never too narrow.
+curved valley and does not get there in PASSES x STEPS iterations: open is then too wide. In simulations the profile holds a
+little less than it says (results/coverage.jsonl); it stands beside the bootstraps and decides nothing.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ def coverage(lines: Sequence[dict]) -> Figure:
                 continue
             at, mean, error = np.array(rows).T
             axis.errorbar(
-                np.maximum(mean, 0.405), at + 0.22 * (1 - i), xerr=error, fmt=MARKERS[i], ms=3, lw=0, elinewidth=0.8,
+                mean, at + 0.22 * (1 - i), xerr=error, fmt=MARKERS[i], ms=3, lw=0, elinewidth=0.8,
                 color=OKABE_ITO[i], zorder=3,
             )  # fmt: skip
-            for p, m in zip(at, mean):
-                if m < 0.4:
-                    axis.text(0.415, p + 0.22 * (1 - i), f"{m:.0%}", fontsize=6, color=OKABE_ITO[i], va="center")
-        axis.set_xlim(0.4, 1.005)
-        axis.set_xticks([0.4, 0.6, 0.8, 0.9], ["40", "60", "80", "90"])
+        lowest = min(
+            0.4, *(c["mean"] - 0.05 for line in lines for kind in line["coverage"].values() for c in kind.values())
+        )
+        axis.set_xticks([0.2, 0.4, 0.6, 0.8, 0.9], ["20", "40", "60", "80", "90"])
+        axis.set_xlim(max(lowest, 0.0), 1.005)
         axis.set_title(title)
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="y", color=PALE, lw=0.4)
