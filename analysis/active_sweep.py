@@ -22,8 +22,8 @@ from sovit import UserError, contest
 from sovit.ledger import write_atomic
 
 SEEDS = {
-    "next_run": 8,
-    "cost_random": 8,
+    "next_run": 12,
+    "cost_random": 12,
     "star": 8,
     "isoflop": 8,
     "random": 8,

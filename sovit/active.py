@@ -571,6 +571,7 @@ def choose(
     check_every: int = CHECK_EVERY,
     check_cost: float = np.inf,
     checks: Sequence[Mapping] = (),
+    noise_sd: float | None = None,
 ) -> list[Pick]:
     """`num` picks in the order to make them, each chosen as if those before it were made. See `next_run`."""
     if num < 1 or num_made < 0 or check_every < 0:
@@ -585,7 +586,7 @@ def choose(
     longest = value[np.arange(len(pool)), arrays.real.sum(1) - 1]
     open_ = np.ones(len(pool), bool)
     picks: list[Pick] = []
-    trusted = not checks or came_true(belief, checks[-1])
+    trusted = not checks or came_true(belief, checks[-1], noise_sd)
     fresh = np.array([c.kind == "trunk" for c in pool])
     for i in range(min(num, len(pool))):
         if not open_.any():
@@ -653,6 +654,7 @@ def next_run(
     check_every: int = CHECK_EVERY,
     check_cost: float = np.inf,
     checks: Sequence[Mapping] = (),
+    noise_sd: float | None = None,
     **options,
 ) -> list[Pick]:
     """The runs of the pool that lower the expected regret at `train_flops` most per FLOP, in the order to make them.
@@ -662,13 +664,22 @@ def next_run(
     trunk nearest the target, which is that of the lowest predicted loss, among those of check_cost FLOPs or less. Its
     prediction is in the pick and is to be compared with what it measures. checks: {predicted, measured} of those made,
     in order; while the last did not come true the criterion is not believed, and new trunks are drawn at random with
-    p ~ 1/cost. options: of `learn` (form, discrepancy, which is held here, geometry, clusters, ...). Raises UserError.
+    p ~ 1/cost. noise_sd: s.d. of ln loss between seeds, by which a check is judged where it is less than the belief's own,
+    which also holds what the form gets wrong. options: of `learn` (form, discrepancy, which is held here, geometry,
+    clusters, ...). Raises UserError.
     """
     options.setdefault("reachable", _reach(pool))
     options.setdefault("discrepancy_dof", np.inf)  # the runs so far do not show what the form gets wrong elsewhere
     belief = learn(columns, y, train_flops, **options)
     return choose(
-        belief, pool, num=num, num_made=num_made, check_every=check_every, check_cost=check_cost, checks=checks
+        belief,
+        pool,
+        num=num,
+        num_made=num_made,
+        check_every=check_every,
+        check_cost=check_cost,
+        checks=checks,
+        noise_sd=noise_sd,
     )
 
 

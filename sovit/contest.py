@@ -191,7 +191,7 @@ def isoflop(world: World, rng) -> Iterator[Candidate]:
                 yield Candidate(shapes[i], (n,), "trunk", _cost(shapes[i], (n,)))
 
 
-def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, **options):
+def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, noise_sd=None, **options):
     """`active.next_run`; checks cost up to `check_share` of what was spent."""
     belief, num_made = None, 0
     checks: list[dict] = []
@@ -202,8 +202,9 @@ def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, 
         )
         share = check_share * world.spent
         (pick,) = choose(
-            belief, world.pool(), num_made=num_made, check_every=check_every, check_cost=share, checks=checks
-        )
+            belief, world.pool(), num_made=num_made, check_every=check_every, check_cost=share, checks=checks,
+            noise_sd=noise_sd,
+        )  # fmt: skip
         num_made += 1
         yield pick.candidate
         if pick.is_check:  # measured by now
@@ -223,7 +224,7 @@ class Strategy:
 
 
 STRATEGIES = {
-    "next_run": Strategy(next_run, 0.066),
+    "next_run": Strategy(next_run, 0.22, dict(noise_sd=NOISE_SD)),
     "cost_random": Strategy(cost_random, 0.22),
     "random": Strategy(random, 0.33),
     "star": Strategy(star, 1.02),

@@ -173,14 +173,20 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
         except UserError as error:
             stop = f"stop: {left:.3g} of {question.max_flops:.3g} FLOPs are left ({error})"
         else:
-            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops, checks)
+            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops, checks, noise)
             while picks and sum(pick.candidate.cost for pick in picks) > left:
                 picks.pop()
     return Look(belief, len(y), spent, whole_shape(belief, base), noise, picks, stop, verdict)
 
 
 def picks_of(
-    belief: Belief, pool: Sequence[Candidate], num: int, num_made: int, check_cost: float, checks: Sequence[Mapping]
+    belief: Belief,
+    pool: Sequence[Candidate],
+    num: int,
+    num_made: int,
+    check_cost: float,
+    checks: Sequence[Mapping],
+    noise_sd: float | None,
 ) -> list[Pick]:
     """The next `num` picks of `active.choose`, but for the shape of a check: it is one that was never run.
 
@@ -196,7 +202,8 @@ def picks_of(
             picks += choose(belief, [check], num_made=CHECK_EVERY - 1)
             pool = [c for c in pool if c.shape != check.shape]
     if len(picks) < num and pool:
-        picks += choose(belief, pool, num=num - len(picks), num_made=num_made, check_every=0, checks=checks)
+        rest = dict(num=num - len(picks), num_made=num_made, check_every=0)
+        picks += choose(belief, pool, **rest, checks=checks, noise_sd=noise_sd)
     return picks
 
 

@@ -242,13 +242,15 @@ def test_stop_on_a_check_that_came_true_and_on_nothing_else(belief):
     assert should_stop(belief, [good], belief.expected_regret / 2)[0] is False
 
 
-def test_a_check_is_judged_by_the_noise_between_seeds_where_that_is_known(belief):
+def test_a_check_is_judged_by_the_noise_between_seeds_where_that_is_known(belief, pool):
     """What the form gets wrong is in a belief's own noise: by that a miss of many seed s.d. would have come true."""
     wrong = dataclasses.replace(belief, row_sd=0.03, covariance=1e-6 * belief.covariance)
     missed = dict(predicted=0.5, measured=0.5 * np.exp(-0.03))
     assert should_stop(wrong, [missed])[0]
     stop, why = should_stop(wrong, [missed], 0.0023)
     assert not stop and "missed by -3 % (-13.0 noise s.d.)" in why
+    assert "at random" not in choose(wrong, pool, checks=[missed])[0].why
+    assert "at random" in choose(wrong, pool, checks=[missed], noise_sd=0.0023)[0].why
 
 
 def test_regret_expected_of_a_fit_is_over_its_draws():
