@@ -193,7 +193,7 @@ def coverage_range() -> str:
 def next_run() -> str:
     """Regret of chosen runs over that of cost-weighted random runs at equal compute, by planted truth."""
     summary = json.loads((RESULTS / "active_sweep.json").read_text())
-    levels = (0.014, 0.03, 0.066)
+    levels = (0.014, 0.03, 0.066, 0.22)
     lines = [
         "| planted truth | " + " | ".join(f"at {x:g} stars" for x in levels) + " |",
         "|---|" + "---|" * len(levels),
