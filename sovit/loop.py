@@ -154,8 +154,12 @@ def within_memory(attempt: Callable[[int], T], rows: int) -> tuple[T, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device's, an allocator's or Python's way to say so."""
-    said = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether an error is a device's, an allocator's or Python's way to say so; oneDNN's says no more than it does here."""
+    said = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "could not create a primitive",
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in said)
 
 
