@@ -45,9 +45,12 @@ class Ui:
         with sweep.lock():  # makes the journal from the ledger, as for a store that was deleted
             reconcile(sweep, open_study(self.name, open_storage(sweep.storage), self.design), "browser")
         command = [sys.executable, "-m", "sovit.cli", "ui", self.name, "--results", str(self.results)]
+        # a suite in the background of a shell is deaf to Ctrl-C, and so would this be
+        hears = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [*command, "--runs", str(self.runs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        signal.signal(signal.SIGINT, hears)
         self.lines: queue.Queue = queue.Queue()
         threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True).start()
 
