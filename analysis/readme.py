@@ -13,12 +13,12 @@ import sys
 from pathlib import Path
 
 from published_flops import table as flops_table
-from published_shapes import STATED
 from published_shapes import table as shapes_table
 from vlm_arms import table as vlm_table
 
 from sovit.coverage import together
 from sovit.diagnose import SIGNIFICANT
+from sovit.growth import PAPER
 from sovit.ledger import read_ledger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,13 +162,21 @@ def published_fits() -> str:
         "| Gemstones (2502.06857) | exponents | published | objective | at the published exponents |",
         "|---|---|---|---|---|",
     ]
-    for g in json.loads((RESULTS / "public_fits.json").read_text())["gemstones"]:
+    found = json.loads((RESULTS / "public_fits.json").read_text())
+    for g in found["gemstones"]:
         ours, theirs = (", ".join(f"{e:.4f}" for e in x) for x in (g["exponents"], g["published"]["exponents"]))
         at = g["published"].get("objective")
         lines.append(
             f"| {g['file']}: {', '.join(g['terms'])} | {ours} | {theirs} | {g['objective']:.12f} |"
             f" {'' if at is None else f'{at:.12f}'} |"
         )
+    o = found["optimum"]
+    lines += [
+        "",
+        f"Of {o['num_fits']} fits to published data, scipy's multi-start ({o['num_starts'][0]} starts, {o['num_starts'][1]} for"
+        f" learning curves) finds an objective lower by more than {o['tolerance']:g} of it in {o['num_above']}, by"
+        f" {o['largest_excess']:.1g} at most.",
+    ]
     return "\n".join(lines)
 
 
@@ -225,7 +233,7 @@ def paper_shapes() -> str:
         f"from {row['from']} to {row['to']} " + ", ".join(f"{d['tau']:,.0f}" for d in row["dimensions"].values())
         for row in found["implied"]
     )
-    is_, said = (", ".join(f"{e:.2f}" for e in x.values()) for x in (found["exponents"], STATED))
+    is_, said = (", ".join(f"{e:.2f}" for e in x.values()) for x in (found["exponents"], PAPER))
     return (
         f"Its exponents and the shapes that it printed imply these ratios of compute, by width, depth and MLP dim:"
         f" {implied}. One step has one ratio. Turned round, its two models imply exponents {is_}, where it states {said}."

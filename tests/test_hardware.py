@@ -258,3 +258,11 @@ def test_the_committed_example_is_what_its_profiles_give(tmp_path):
     assert kept["time_optimal"]["excess_at_flops"] == pytest.approx(found["time_optimal"]["excess_at_flops"], rel=1e-6)
     for row in read_profiles(profiles):
         assert row["status"] == "ok" and row["num_repeats"] >= 5 and shape_of(row).num_params == row["num_params"]
+
+
+def test_the_readme_line_works_as_printed(tmp_path, monkeypatch, capsys):
+    line = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("sovit profile "))
+    monkeypatch.chdir(ROOT)
+    command = line.partition("#")[0].split()[1:]
+    assert main([*command, "--batch-sizes", "1", "--repeats", "1", "--out", str(tmp_path / "h.jsonl")]) == 0
+    assert "GFLOP/s" in capsys.readouterr().out
