@@ -173,8 +173,8 @@ def published_fits() -> str:
     o = found["optimum"]
     lines += [
         "",
-        f"Of {o['num_fits']} fits to published data, scipy's multi-start ({o['num_starts'][0]} starts, {o['num_starts'][1]} for"
-        f" learning curves) finds an objective lower by more than {o['tolerance']:g} of it in {o['num_above']}, by"
+        f"Of {o['num_fits']} fits to published data, scipy's multi-start ({o['num_starts'][0]} starts, {o['num_starts'][1]}"
+        f" for learning curves) finds an objective lower by more than {o['tolerance']:g} of it in {o['num_above']}, by"
         f" {o['largest_excess']:.1g} at most.",
     ]
     return "\n".join(lines)
