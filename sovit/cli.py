@@ -103,11 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--train-flops", type=float, help="budget: 3 x forward FLOPs x images, head included")
     for name, what in RULES.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=float if "max" in name else int, metavar="N", help=what)
+    p.add_argument(
+        "--by",
+        metavar="NAME",
+        help="patch_size or image_size: the best shape with each value run, and what to spend on",
+    )
     p.add_argument("--frontier", action="store_true", help="a table of best shapes over a ladder of budgets instead")
-    p.add_argument("--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)")
+    p.add_argument(
+        "--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)"
+    )
     p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: 100 x the largest run)")
     p.add_argument("--points", type=int, metavar="N", help="how many (default 9)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write the figure of --frontier or --by into DIR")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
 
@@ -292,11 +299,15 @@ def _predict(options) -> None:
 
     if options.frontier:
         return _frontier(options)
-    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points), ("out", options.out)):
+    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points)):
         if value is not None:
             raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
     if options.train_flops is None:
         raise UserError("name a budget with --train-flops, or ask for a --frontier")
+    if options.by is not None:
+        return _trade(options)
+    if options.out is not None:
+        raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
     fit = read_law(options.law)
     best = best_shape(fit, options.train_flops, **_rules(options))
     others = {form: path for form in ("sovit", "chinchilla") if (path := _sibling(options.law, form)).is_file()}
@@ -324,6 +335,8 @@ def _frontier(options) -> None:
     from sovit.law import read_law
     from sovit.predict_words import frontier_text
 
+    if options.by is not None:
+        raise UserError("--by asks at one budget; leave out --frontier, or --by")
     if options.train_flops is not None:
         raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
     fit = read_law(options.law)
@@ -336,6 +349,20 @@ def _frontier(options) -> None:
         plot.save(plot.frontier(fit, rows, _rows_of(options.law)), options.out / "frontier")
     body = dict(law=str(options.law), form=fit.form, metric=metric, level=fit.level, rows=rows)
     print(json.dumps(body, indent=2) if options.json else frontier_text(rows, metric, fit.level))
+
+
+def _trade(options) -> None:
+    from sovit.law import read_law
+    from sovit.predict_words import trade_text
+    from sovit.trade import trade
+
+    fit = read_law(options.law)
+    found = trade(fit, options.train_flops, options.by, **_rules(options))
+    if options.out is not None:
+        from sovit import plot
+
+        plot.save(plot.trade(found, _rows_of(options.law)), options.out / f"trade_{options.by}")
+    print(json.dumps(found, indent=2) if options.json else trade_text(found))
 
 
 def _rows_of(law: Path):

@@ -17,6 +17,7 @@ from sovit.plot.law import (
 from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
+from sovit.plot.trade import trade
 
 __all__ = [
     "active",
@@ -36,6 +37,7 @@ __all__ = [
     "save",
     "scalebench",
     "sensitivity",
+    "trade",
     "validation",
     "validation_figure",
 ]
