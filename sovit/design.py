@@ -97,7 +97,7 @@ def _built(base: Shape, changes: Sequence[Mapping[str, int]], fits: Callable[[Sh
     """`base` with each of the changes that can be built; a warning names the others."""
     shapes, left_out = [], []
     for changed in changes:
-        sizes = dict(patch_size=base.patch_size, image_size=base.image_size) | changed
+        sizes = dict(patch_size=base.patch_size, image_size=base.image_size) | dict(changed)
         said = ", ".join(f"{name}={value}" for name, value in changed.items())
         if sizes["patch_size"] > 0 and sizes["image_size"] % sizes["patch_size"]:
             left_out.append(f"{said} (patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels)")

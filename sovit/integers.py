@@ -91,7 +91,7 @@ def lattice(target: Target, rules: Rules, held: Mapping | None = None) -> Lattic
             low[k] = max(1, round(getattr(geometry, name) / steps[k]))
     pairs = target.run_pairs()
     for k, name in enumerate(TOKENS):
-        if name in (held or {}):
+        if held and name in held:
             pairs = pairs[pairs[:, k] == held[name]]
     if not len(pairs):
         said = ", ".join(f"{name}={value:g}" for name, value in held.items()) if held else "a patch_size that was run"

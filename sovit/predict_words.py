@@ -207,7 +207,7 @@ def turn_words(turn: Mapping, name: str, level: float) -> str:
     """From which budget the value with more tokens is the better one."""
     fewer, more, where = turn["fewer"], turn["more"], turn["where"]["estimate"]
     if where == "within":
-        text = f"{name} {more} becomes better than {fewer} at {turn['estimate']:.3g} training FLOPs"
+        text = f"{name} {more} is better than {fewer} from {turn['estimate']:.3g} training FLOPs on"
     else:
         better, other = (more, fewer) if where == "before" else (fewer, more)
         text = f"{name} {better} is better than {other} at every budget from {_searched(turn)}"

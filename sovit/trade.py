@@ -22,7 +22,7 @@ from sovit.predict import loss_interval, rules_of
 from sovit.target import TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, target
 
 FACTOR = 2.0  # of the FLOPs of one image, in `spend`
-POINTS = 17  # budgets at which a turn is looked for
+POINTS = 6  # budgets at which a turn is looked for, below the runs, among them and beyond each
 BELOW, ABOVE = 10.0, 100.0  # how far below and above the budgets run
 SMALLEST, LARGEST = 1e-3, 1e6  # factors of a dimension between which `spend` looks for its FLOPs
 
@@ -146,14 +146,15 @@ def spend(at: Target, name: str, shape: Mapping) -> dict:
     every = np.concatenate([at.fit.theta[None], theta[:TOKEN_DRAWS]])
     start = {n: np.array([float(shape[n])]) for n in at.dims}
     images = at.images(start)
-    gains, options = {}, {}
+    gains: dict = {}
+    options: dict = {}
     for n in at.dims:
         moved = _doubled(at, start, n)
         loss = at.loss({k: np.append(start[k], moved[k]) for k in at.dims}, every, np.repeat(images, 2))  # [1 + R, 2]
         gains[n] = 1 - loss[:, 1] / loss[:, 0]
         options[n] = dict(to=float(moved[n][0]), gain=_ends(gains[n], widen))
     others = [n for n in at.dims if n not in TOKENS]
-    out = dict(
+    out: dict = dict(
         shape=dict(shape),
         factor=FACTOR,
         num_examples=int(images[0]),
@@ -227,7 +228,8 @@ def _ends(many: np.ndarray, widen: float) -> dict:
 
 def _ladder(at: Target) -> tuple[np.ndarray, list]:
     low, high = budgets_run(at.fit)
-    return np.geomspace(low / BELOW, high * ABOVE, POINTS), [low, high]
+    parts = [np.geomspace(*ends, POINTS) for ends in ((low / BELOW, low), (low, high), (high, high * ABOVE))]
+    return np.unique(np.concatenate(parts)), [low, high]
 
 
 def _at(at: Target, train_flops: float) -> Target:

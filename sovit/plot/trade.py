@@ -7,7 +7,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from sovit.plot.style import (
     DIMENSIONS,
@@ -37,19 +37,19 @@ def trade(found: dict, data=None) -> Figure:
     curves, name = found["curves"], found["by"]
     budgets = np.array(curves["train_flops"])
     first, last = found["turns"][0]["run"] if found["turns"] else (budgets[0], budgets[-1])
-    figure, (left, right) = panels(1, 2, PAGE, 2.9, left=0.075, right=0.985, bottom=0.155, top=0.865, wspace=0.2)
+    figure, (left, right) = panels(1, 2, PAGE, 3.0, left=0.075, right=0.985, bottom=0.155, top=0.84, wspace=0.2)
     colours = dict(zip((curve["value"] for curve in curves["values"]), OKABE_ITO))
-    inside, beyond = (budgets >= first / 1.001) & (budgets <= last * 1.001), budgets >= last / 1.001
+    run = (budgets >= first / 1.001) & (budgets <= last * 1.001), "-"
+    parts = [run, (budgets <= first * 1.001, (0, (3, 1.5))), (budgets >= last / 1.001, (0, (3, 1.5)))]
     for curve in curves["values"]:
         colour = colours[curve["value"]]
         for axis, what in ((left, "loss"), (right, "excess")):
             line = np.array(curve[what])
             if curve[f"{what}_low"] is not None:
-                ends = np.array(curve[f"{what}_low"]), np.array(curve[f"{what}_high"])
-                axis.fill_between(budgets, *ends, color=colour, alpha=0.22, lw=0, zorder=1)
-            axis.plot(budgets[inside], line[inside], color=colour, zorder=3)
-            axis.plot(budgets[beyond], line[beyond], color=colour, ls=(0, (3, 1.5)), zorder=3)
-            axis.plot(budgets[budgets <= first * 1.001], line[budgets <= first * 1.001], color=colour, ls=(0, (3, 1.5)))
+                low, high = np.array(curve[f"{what}_low"]), np.array(curve[f"{what}_high"])
+                axis.fill_between(budgets, low, high, color=colour, alpha=0.22, lw=0, zorder=1)
+            for here, style in parts:
+                axis.plot(budgets[here], line[here], color=colour, ls=style, zorder=3)
     measured = [] if data is None else _best_runs(data, name)
     for value, flops, loss in measured:
         left.plot(flops, loss, marker="o", ms=3, mec="white", mew=0.4, color=colours.get(value, GREY), ls="", zorder=4)
@@ -73,19 +73,21 @@ def trade(found: dict, data=None) -> Figure:
     top = max(x for curve in curves["values"] for x in curve["excess"])
     right.axhline(0, color=GREY, lw=0.6, zorder=1)
     right.set_ylim(-0.06, min(MOST, max(0.05, 1.05 * top)))
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %" if value > -0.001 else ""))
+    right.yaxis.set_major_locator(
+        FixedLocator([t for t in MaxNLocator(6).tick_values(0, right.get_ylim()[1]) if t >= 0])
+    )
+    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
     right.set_ylabel("excess over the best of them")
     figure.supxlabel(TRAIN_FLOPS, fontsize=8, y=0.01)
     label = DIMENSIONS[name].split(" (")[0]
     handles: list[Artist] = [Line2D([], [], color=c, label=f"{label} {v}") for v, c in colours.items()]
     if curves["values"][0]["loss_low"] is not None:
         handles.append(Patch(color=GREY, alpha=0.4, lw=0, label=f"{found['level']:.0%}"))
-    handles.append(Line2D([], [], ls="", marker="^", ms=5, color=GREY, label="a turn, with its interval"))
+    handles.append(Line2D([], [], ls="", marker="^", ms=5, color=GREY, label="turn, with its interval"))
     if measured:
         handles.append(Line2D([], [], ls="", marker="o", ms=3, color=GREY, label="best run"))
     handles.append(Line2D([], [], color=INK, lw=0.6, label=f"{flops_label(found['train_flops'])}"))
-    handles.append(Line2D([], [], color=GREY, lw=0.8, ls=":", label="budgets run"))
-    legend_row(figure, handles, 0.06)
+    legend_row(figure, handles, 0.06, ncols=min(len(handles), 7))
     return figure
 
 
