@@ -13,7 +13,6 @@ tokens (class token, registers) is known by the tower, not guessed by the caller
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
-from sovit.checkpoint import load_weights
+from sovit.branches import load_branch
 from sovit.data import NORMALISATION
 from sovit.model import build
-from sovit.run import Run
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def open_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        return timm_encoder(name, _timm_model(rest).to(device))
+        return timm_encoder(name, open_timm(rest).to(device))
     if kind == "hf":
         return _tower(name, rest, device)
     if kind == "random":
@@ -109,31 +107,6 @@ def open_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
     return timm_encoder(name, model.to(device))
 
 
-# sovit ---------------------------------------------------------------------------------------------------------------
-
-
-def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
-    """Rebuild the trained model of one branch, task head and all, in eval mode. Raises UserError where it is not there."""
-    folder = Path(runs_dir) / run_id.rpartition("-")[0]
-    weights = folder / f"{run_id}.safetensors"
-    if not (folder / "config.json").exists() or not weights.exists():
-        known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
-        hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
-        raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
-    if "lm_width" in (folder / "config.json").read_text():
-        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        run = Run.from_dict(config)
-        state = load_weights(weights)
-    except ValueError as error:
-        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
-        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
-    model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
-    model.load_state_dict(state)
-    return model.eval(), run
-
-
 # timm ----------------------------------------------------------------------------------------------------------------
 
 
@@ -144,9 +117,10 @@ def timm_encoder(name: str, model: Any) -> Encoder:
     if not all(hasattr(model, attribute) for attribute in ("blocks", "patch_embed", "forward_intermediates")):
         raise UserError(f"{name} is no plain Vision Transformer (no blocks or patch embedding); give one that is")
     record = timm.data.resolve_model_data_config(model)
+    height, width = model.patch_embed.img_size
     rows, columns = model.patch_embed.grid_size
-    if rows != columns:
-        raise UserError(f"{name} reads {rows} x {columns} patches; only square images are read here")
+    if height != width or rows != columns:
+        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
 
     def hidden(images: Tensor, block: int) -> Tensor:
         (found,) = model.forward_intermediates(
@@ -182,7 +156,8 @@ def timm_encoder(name: str, model: Any) -> Encoder:
     )
 
 
-def _timm_model(name: str) -> Any:
+def open_timm(name: str) -> Any:
+    """A timm model with its weights and no task head: NAME, or local-dir:FOLDER. Raises UserError."""
     import timm
 
     try:
