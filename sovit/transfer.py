@@ -20,7 +20,7 @@ from sovit.ledger import merge, read_exclusions, read_rows
 from sovit.paired import paired
 
 NETWORK = ("width", "depth", "mlp_dim", "head_dim", "pool")  # what a fine-tuning keeps
-SCRATCH = "scratch"
+SCRATCH, FLEXI = "scratch", "flexi"  # arms that no base stands before
 AXES = {
     "own_flops": "equal fine-tuning FLOPs",
     "examples": "equal fine-tuning images",
@@ -105,14 +105,15 @@ class Study:
 
     def targets(self) -> list[tuple]:
         """(network, patch_size, image_size) that something was fine-tuned to."""
-        found = {(c.arm.network, c.arm.patch_size, c.arm.image_size) for c in self.curves if c.arm.mode != SCRATCH}
+        found = {(c.arm.network, c.arm.patch_size, c.arm.image_size) for c in self.curves if c.arm.base_examples}
         return sorted(found)
 
 
-def read_study(paths: Sequence[Path | str]) -> Study:
+def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Study:
     """The trunks of the ledgers. Rows that are excluded or not ok are left out with their reason.
 
-    Raises UserError for a malformed ledger or row, two trunks of one arm and seed, rows of different data, no row left.
+    several_sizes: keep the trunks whose patch size is drawn by batch, as arms of the mode FLEXI. Raises UserError for
+    a malformed ledger or row, two trunks of one arm and seed, rows of different data, no row left.
     """
     files = [Path(p) for p in paths]
     where = ", ".join(map(str, files))
@@ -127,7 +128,7 @@ def read_study(paths: Sequence[Path | str]) -> Study:
             left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
         elif row["status"] != "ok":
             left_out.append((row["run_id"], f"status {row['status']}"))
-        elif row.get("patch_sizes"):
+        elif row.get("patch_sizes") and not several_sizes:
             left_out.append((row["run_id"], "its patch size is drawn by batch"))
         else:
             trunks.setdefault(row["trunk_id"], []).append(row)
@@ -166,7 +167,7 @@ def _curve(rows: list[dict]) -> Curve:
         tuple(first[name] for name in NETWORK),
         first["patch_size"],
         first["image_size"],
-        first["trained"] if tuned else SCRATCH,
+        first["trained"] if tuned else FLEXI if first.get("patch_sizes") else SCRATCH,
         first["base_examples"] if tuned else 0,
         (first.get("base_patch_size") or first["patch_size"]) if tuned else 0,
         (first.get("base_image_size") or 0) if tuned else 0,
@@ -175,6 +176,7 @@ def _curve(rows: list[dict]) -> Curve:
     def column(name: str) -> np.ndarray:
         return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
 
+    names = [*METRICS, *(f"{name}@p{size}" for size in first.get("patch_sizes") or () for name in METRICS)]
     return Curve(
         arm,
         (first["init_seed"], first["data_seed"]),
@@ -183,7 +185,7 @@ def _curve(rows: list[dict]) -> Curve:
         column("num_examples"),
         column("train_flops"),
         column("stored_bytes"),
-        {name: column(name) for name in METRICS},
+        {name: column(name) for name in names},
         first.get("zero_line"),
     )
 

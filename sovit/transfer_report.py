@@ -244,6 +244,25 @@ def held_out_line(found: dict) -> str:
     return f"On held-out rows, RMSE (bias): {scores}. Used: `{chosen}`, {KINDS[chosen].formula}."
 
 
+def short_table(found: dict, metric: str = "val_loss") -> str:
+    """For a first page: each comparison by resolution and pooled, at the largest common budget, with the verdict pooled."""
+    entries = [e for e in found["pooled"] if e["metric"] == metric and e["end"] == "largest" and "shape" not in e]
+    sizes = sorted({e["image_size"] for e in entries if "image_size" in e})
+    by = {(e["ours"], e["theirs"], e["axis"], e.get("image_size")): e for e in entries}
+    name = {"val_loss": "loss", "val_error": "error"}.get(metric, metric)
+    lines = [
+        f"| {name} of, against, at | " + " | ".join(f"{size} px" for size in sizes) + " | all (90 %) | verdict |",
+        "|---|" + "---|" * (len(sizes) + 2),
+    ]
+    for (ours, theirs, axis, size), entry in by.items():
+        if size is None:
+            cells_of_row = [by.get((ours, theirs, axis, s)) for s in sizes]
+            texts = ["" if e is None else difference_text(e) for e in cells_of_row]
+            what = f"{ours}, {theirs}, {AXES[axis]}"
+            lines.append(f"| {what} | {' | '.join(texts)} | {difference_text(entry)} | {entry['verdict']} |")
+    return "\n".join(lines)
+
+
 def report_text(found: dict) -> str:
     """All tables, as markdown."""
     noise = found["noise"]["val_loss"]

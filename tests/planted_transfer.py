@@ -94,3 +94,30 @@ def study_rows(shapes=SHAPES, sizes=(48, 64), seeds=3, noise=0.004, truth=TRUTH,
                                 step * n,
                             )
     return rows
+
+
+def flexi_rows(worse=0.05, seeds=3, noise=0.003, sizes=(2, 4, 8), budgets=(3200, 9600, 28800, 96000), seed=0):
+    """Flexi trunks and trunks of one size, of one shape; at equal images a Flexi trunk is worse by `worse` (of ln loss)."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    shape = SHAPES[0].replace(image_size=16)
+
+    def loss(n, size):
+        return 0.4 + 9.0 * (size / 4) ** 0.15 * n**-0.22
+
+    for s in range(seeds):
+        for size in sizes:
+            run = Run(shape.replace(patch_size=size), Recipe(0.008), budgets, init_seed=s, data_seed=s, study="flexi")
+            for n in budgets:
+                row = new_row(run, n, status="ok", num_classes=NUM_CLASSES)
+                value = float(loss(n, size) * np.exp(rng.normal(0, noise)))
+                rows.append(row | dict(val_loss=value, val_error=value / 4))
+        run = Run(shape, Recipe(0.0081), budgets, init_seed=s, data_seed=s, study="flexi")
+        each = [shape.replace(patch_size=p).train_flops_per_image(NUM_CLASSES) for p in sizes]
+        for n in budgets:
+            row = new_row(run, n, status="ok", num_classes=NUM_CLASSES)
+            at = {p: float(loss(n, p) * np.exp(worse + rng.normal(0, noise))) for p in sizes}
+            more = {f"val_loss@p{p}": v for p, v in at.items()} | {f"val_error@p{p}": v / 4 for p, v in at.items()}
+            more |= dict(val_loss=at[4], val_error=at[4] / 4, patch_sizes=list(sizes), train_flops=n * sum(each) // 3)
+            rows.append(row | more)
+    return rows

@@ -18,7 +18,7 @@ from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
 from sovit.plot.trade import trade
-from sovit.plot.transfer import transfer_figures
+from sovit.plot.transfer import flexi_cost, transfer_figures
 
 __all__ = [
     "active",
@@ -28,6 +28,7 @@ __all__ = [
     "extrapolation",
     "extrapolation_distance",
     "fit_by_dimension",
+    "flexi_cost",
     "frontier",
     "isoflop",
     "learning_rates",

@@ -7,12 +7,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from sovit.paired import student_t
 from sovit.plot.style import (
     GREY,
     INK,
     METRICS,
     OKABE_ITO,
     PAGE,
+    TRAIN_FLOPS,
     curve_label,
     flops_label,
     legend_row,
@@ -103,8 +105,6 @@ def _flops_axis(axis) -> None:
 
 def _points(cells: list[dict], x: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x, mean and half the 90 % interval of the mean over seeds (0 for one seed), x rising."""
-    from sovit.paired import student_t
-
     cells = sorted((c for c in cells if c[metric] is not None and c[x] is not None), key=lambda c: c[x])
     half = [student_t(c["n"] - 1) * c[f"{metric}_sd"] / np.sqrt(c["n"]) if c["n"] > 1 else 0.0 for c in cells]
     return np.array([c[x] for c in cells]), np.array([c[metric] for c in cells]), np.array(half)
@@ -250,4 +250,63 @@ def split(found: dict) -> Figure:
         y=0.01,
     )
     figure.supylabel(METRICS["val_loss"] + ", by the law", fontsize=8, x=0.005)
+    return figure
+
+
+@styled
+def flexi_cost(found: dict) -> Figure:
+    """Loss at each patch size against FLOPs: the Flexi trunk, the trunk of that size, and its loss priced at all trunks.
+
+    found: of `sovit.flexi_cost.summarise_sizes`. A row a shape, a column a patch size.
+    """
+    shapes = found["shapes"]
+    columns = max(len(entry["patch_sizes"]) for entry in shapes)
+    height = 0.75 + 1.75 * len(shapes)
+    margins = dict(left=0.075, right=0.985, bottom=0.45 / height, top=1 - 0.5 / height, wspace=0.28, hspace=0.42)
+    figure, axes = panels(len(shapes), columns, PAGE, height, **margins)
+    for row, entry in enumerate(shapes):
+        per_image = entry["flops_per_image"]
+        together = sum(v for k, v in per_image.items() if k != "flexi")
+        for column in range(columns):
+            axis = axes[row * columns + column]
+            if column >= len(entry["patch_sizes"]):
+                axis.set_visible(False)
+                continue
+            size, every = entry["patch_sizes"][column], []
+            for curve in entry["curves"]:
+                if curve["patch_size"] != size:
+                    continue
+                x, y = np.array(curve["flops"]), np.array(curve["loss"])
+                half = (
+                    student_t(curve["n"] - 1) * np.array(curve["sd"]) / np.sqrt(curve["n"]) if curve["n"] > 1 else None
+                )
+                single = curve["arm"] == "single"
+                style = dict(color=INK, marker="x") if single else dict(color=OKABE_ITO[0], marker="o")
+                axis.errorbar(x, y, half, ms=3.4, lw=1.0, elinewidth=0.7, **style)
+                every.append(y)
+                if single:
+                    axis.plot(
+                        x * together / per_image[str(size)], y, color=GREY, marker="x", ms=3.4, lw=0.9, ls=(0, (3, 1.5))
+                    )
+            axis.set_title(f"{entry['shape']} at {entry['image_size']} px, patch {size}")
+            _flops_axis(axis)
+            if every:
+                loss_axis(axis, np.concatenate(every))
+    handles = [
+        Line2D([], [], color=OKABE_ITO[0], marker="o", ms=3.4, lw=1.0, label="one trunk of all sizes"),
+        Line2D([], [], color=INK, marker="x", ms=3.4, lw=1.0, label="a trunk of this size alone"),
+        Line2D(
+            [],
+            [],
+            color=GREY,
+            marker="x",
+            ms=3.4,
+            lw=0.9,
+            ls=(0, (3, 1.5)),
+            label="the same, FLOPs of the trunks of all sizes",
+        ),
+    ]
+    legend_row(figure, handles, 0.07)
+    figure.supxlabel(TRAIN_FLOPS, fontsize=8, y=0.01)
+    figure.supylabel(METRICS["val_loss"], fontsize=8, x=0.005)
     return figure
