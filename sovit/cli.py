@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from sovit import UserError, __version__
 
@@ -44,8 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage of every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels; images are square, give one side")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sovit", description="Which Vision Transformer shape to train for a compute budget, and how sure that is."
     )
     parser.add_argument("--version", action="version", version=f"sovit {__version__}")
@@ -59,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("count", help="parameters and FLOPs of one shape, or of several as a table")
     p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, So400m/14@378 or vit_base_patch16_224")
     for name in ("width", "depth", "mlp-dim", "head-dim", "patch-size", "image-size", "num-registers"):
-        p.add_argument(f"--{name}", type=int, help=f"override, or say without a name, the {name.replace('-', ' ')}")
+        what = f"override, or say without a name, the {name.replace('-', ' ')}"
+        p.add_argument(f"--{name}", type=_pixels if name.endswith("-size") else int, help=what)
     p.add_argument("--pool", help="avg, map, token or none")
     p.add_argument("--num-classes", type=int, default=0, help="count a linear task head of so many classes, apart")
     p.add_argument("--json", action="store_true")
@@ -119,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--law", type=Path, metavar="LAW.json", help="patch, image, pool, head dim and classes are its own")
     p.add_argument("--train-flops", type=float, help="with --law: also its best shape for this budget, and the usual")
     for name in ("head-dim", "patch-size", "image-size"):
-        p.add_argument(f"--{name}", type=int)
+        p.add_argument(f"--{name}", type=_pixels if name.endswith("-size") else int)
     p.add_argument("--pool", help="avg, map, token or none")
     p.add_argument("--num-classes", type=int, help="of the task head (default: the law's, else 1000)")
     p.add_argument("--device", default="cpu")
@@ -172,6 +187,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--image-size", type=_pixels, help="resize the trained weights to read images of this side")
+    p.add_argument("--patch-size", type=_pixels, help="resize the trained weights to patches of this side")
     p.add_argument("--config-only", action="store_true", help="SOURCE is a law; write the config of its best shape")
     p.add_argument("--train-flops", type=float, help="budget of --config-only")
     p.set_defaults(run=_export)
@@ -199,8 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "source", nargs="?", metavar="SOURCE[:PRESET]", help="such as stream:cpu, icons:mosaic or hub:FOLDER"
     )
-    p.add_argument("--image-size", type=int)
-    p.add_argument("--patch-size", type=int, default=4)
+    p.add_argument("--image-size", type=_pixels)
+    p.add_argument("--patch-size", type=_pixels, default=4)
     p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
     p.set_defaults(run=_data)
 
@@ -464,13 +481,17 @@ def _export(options) -> int:
 
         if options.train_flops is None:
             raise UserError("--config-only needs --train-flops, the budget that the shape is for")
+        for name in ("image_size", "patch_size"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} resizes a trained run, a law's best shape has its own; leave {flag} out")
         shape = Shape(**best_shape(read_law(Path(options.source)), options.train_flops).shape)
         print(f"{write_config(shape, options.format, options.out)}: {shape.label}, {shape.num_params:,} parameters")
         return 0
     if options.format != "timm":
         raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format timm")
     try:
-        report = export_timm(options.source, options.runs, options.out)
+        report = export_timm(options.source, options.runs, options.out, options.image_size, options.patch_size)
     except RuntimeError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 1

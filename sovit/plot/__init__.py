@@ -17,6 +17,7 @@ from sovit.plot.law import (
 from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
+from sovit.plot.transfer import flexi_cost, transfer_figures
 
 __all__ = [
     "active",
@@ -26,6 +27,7 @@ __all__ = [
     "extrapolation",
     "extrapolation_distance",
     "fit_by_dimension",
+    "flexi_cost",
     "frontier",
     "isoflop",
     "learning_rates",
@@ -36,6 +38,7 @@ __all__ = [
     "save",
     "scalebench",
     "sensitivity",
+    "transfer_figures",
     "validation",
     "validation_figure",
 ]
