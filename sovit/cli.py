@@ -118,13 +118,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--train-flops", type=float, help="budget: 3 x forward FLOPs x images, head included")
     for name, what in RULES.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=float if "max" in name else int, metavar="N", help=what)
+    p.add_argument(
+        "--by",
+        metavar="NAME",
+        help="patch_size or image_size: the best shape with each value run, and what to spend on",
+    )
     p.add_argument("--frontier", action="store_true", help="a table of best shapes over a ladder of budgets instead")
     p.add_argument(
         "--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)"
     )
     p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: 100 x the largest run)")
     p.add_argument("--points", type=int, metavar="N", help="how many (default 9)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write the figure of --frontier or --by into DIR")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
 
@@ -160,6 +165,27 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_probe)
+
+    p = commands.add_parser(
+        "finetune", help="move a trained run or a timm model to another resolution or patch size, its attention alone"
+    )
+    p.add_argument("base", metavar="RUN_ID|timm:NAME", help="where the weights start")
+    p.add_argument("--image-size", type=int, help="pixels a side (default: as the base's)")
+    p.add_argument("--patch-size", type=int, help="pixels a side (default: as the base's)")
+    p.add_argument("--train", default="attention", help="attention, full, mlp or head (default attention)")
+    p.add_argument("--data", metavar="SOURCE:PRESET", default="", help="what to train on (default: as the base)")
+    p.add_argument(
+        "--examples", type=int, nargs="+", default=[], metavar="N", help="images (default: a fifth of the base's)"
+    )
+    p.add_argument("--peak-lr", type=float, help="peak learning rate (default: half of the base's)")
+    p.add_argument("--batch-size", type=int, help="images a step (default: as the base)")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--name", default="finetune", help="name of the ledger (default finetune)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dry-run", action="store_true", help="say what it costs; train nothing")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_finetune)
 
     p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
     p.add_argument("source", metavar="RUN_ID|LAW.json")
@@ -311,16 +337,15 @@ def _predict(options) -> None:
 
     if options.frontier:
         return _frontier(options)
-    for flag, value in (
-        ("from", options.first),
-        ("to", options.last),
-        ("points", options.points),
-        ("out", options.out),
-    ):
+    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points)):
         if value is not None:
             raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
     if options.train_flops is None:
         raise UserError("name a budget with --train-flops, or ask for a --frontier")
+    if options.by is not None:
+        return _trade(options)
+    if options.out is not None:
+        raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
     fit = read_law(options.law)
     best = best_shape(fit, options.train_flops, **_rules(options))
     others = {form: path for form in ("sovit", "chinchilla") if (path := _sibling(options.law, form)).is_file()}
@@ -348,6 +373,8 @@ def _frontier(options) -> None:
     from sovit.law import read_law
     from sovit.predict_words import frontier_text
 
+    if options.by is not None:
+        raise UserError("--by asks at one budget; leave out --frontier, or --by")
     if options.train_flops is not None:
         raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
     fit = read_law(options.law)
@@ -360,6 +387,20 @@ def _frontier(options) -> None:
         plot.save(plot.frontier(fit, rows, _rows_of(options.law)), options.out / "frontier")
     body = dict(law=str(options.law), form=fit.form, metric=metric, level=fit.level, rows=rows)
     print(json.dumps(body, indent=2) if options.json else frontier_text(rows, metric, fit.level))
+
+
+def _trade(options) -> None:
+    from sovit.law import read_law
+    from sovit.predict_words import trade_text
+    from sovit.trade import trade
+
+    fit = read_law(options.law)
+    found = trade(fit, options.train_flops, options.by, **_rules(options))
+    if options.out is not None:
+        from sovit import plot
+
+        plot.save(plot.trade(found, _rows_of(options.law)), options.out / f"trade_{options.by}")
+    print(json.dumps(found, indent=2) if options.json else trade_text(found))
 
 
 def _rows_of(law: Path):
@@ -423,6 +464,31 @@ def _probe(options) -> None:
         f" {result['without_weights']} have no weights in {options.runs}"
     )
     print(f"next: sovit fit {ledger} --metric {column(10, options.data)}")
+
+
+def _finetune(options) -> int:
+    from sovit.loop import OutOfMemory
+    from sovit.tuning import fine_tune, result_text
+
+    names = ("image_size", "patch_size", "data", "peak_lr", "batch_size")
+    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    ledger = options.results / f"{options.name}.jsonl"
+    try:
+        result = fine_tune(
+            options.base,
+            options.runs,
+            ledger,
+            options.device,
+            options.dry_run,
+            trained=options.train,
+            budgets=options.examples,
+            **said,
+        )
+    except OutOfMemory as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if options.json else result_text(result))
+    return int(any(row["status"] != "ok" for row in result["rows"]))
 
 
 def _export(options) -> int:

@@ -17,6 +17,7 @@ from sovit.plot.law import (
 from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
+from sovit.plot.trade import trade
 from sovit.plot.transfer import flexi_cost, transfer_figures
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "save",
     "scalebench",
     "sensitivity",
+    "trade",
     "transfer_figures",
     "validation",
     "validation_figure",
