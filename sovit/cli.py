@@ -170,8 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
         "finetune", help="move a trained run or a timm model to another resolution or patch size, its attention alone"
     )
     p.add_argument("base", metavar="RUN_ID|timm:NAME", help="where the weights start")
-    p.add_argument("--image-size", type=int, help="pixels a side (default: as the base's)")
-    p.add_argument("--patch-size", type=int, help="pixels a side (default: as the base's)")
+    p.add_argument("--image-size", type=_pixels, help="pixels a side (default: as the base's)")
+    p.add_argument("--patch-size", type=_pixels, help="pixels a side (default: as the base's)")
     p.add_argument("--train", default="attention", help="attention, full, mlp or head (default attention)")
     p.add_argument("--data", metavar="SOURCE:PRESET", default="", help="what to train on (default: as the base)")
     p.add_argument(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.branches import load_base, load_branch
+from sovit.branches import base_of, load_branch
 from sovit.finetune import begin
 from sovit.flexi import at_patch_size
 from sovit.model import build
@@ -94,7 +94,7 @@ def test_sizes_that_cannot_be_are_refused(sizes, message):
 def test_a_fine_tuning_begins_with_what_its_flexi_base_computed_at_that_size(tmp_path):
     train(RUN, tmp_path)
     tuning = Run(SHAPE.replace(patch_size=4), Recipe(0.01), (80,), preset="small", base=RUN.run_ids[0], trained="head")
-    base = load_base(tuning, tmp_path)
+    base = base_of(tuning, tmp_path)
     model, _ = load_branch(RUN.run_ids[0], tmp_path)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(begin(tuning, base, 16)(images), at_patch_size(model, SHAPE, 4)(images))
