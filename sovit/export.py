@@ -201,7 +201,7 @@ def _method(run: Run) -> str:
 
 def _card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str) -> str:
     """The model card: what it is, where its weights come from, what was done to them last."""
-    from sovit.branches import load_base
+    from sovit.branches import base_of
 
     def at(size: Shape) -> str:
         return f"{size.image_size} px, patch {size.patch_size}"
@@ -219,7 +219,7 @@ def _card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str) -> str:
             f" there: positions, and patch kernels by FlexiViT's pseudo-inverse resize ({_method(run)})."
         ]
     while run.base:
-        base = load_base(run, runs_dir)
+        base = base_of(run, runs_dir)
         examples = run_id.rpartition("-")[2]
         lines += [
             f"Run `{run_id}` is a fine-tuning of `{base.name}` ({at(base.shape)}) to {at(run.shape)} on"
