@@ -316,22 +316,29 @@ def parameters(fit: TransferFit) -> dict:
     """Parameters in images and losses, with their intervals, and what a pre-training image is worth.
 
     worth: images at the target that one image of pre-training counts for, at the longest pre-training (kinds with k).
+    status: `edge` where what it is made of stands on a bound of the fit, so that its interval means nothing; else `ok`.
     """
     cell, names = fit.cell, fit.form.names
+    on_bound = (fit.solved.theta <= fit.form.bounds[0]) | (fit.solved.theta >= fit.form.bounds[1])
+
+    def status(*used: str) -> dict:
+        return {"status": "edge" if any(on_bound[names.index(name)] for name in used) else "ok"}
+
     x1, v0 = cell.centre
 
     def column(name: str) -> Callable:
         return lambda theta: theta[:, names.index(name)]
 
     out: dict = {
-        "B": fit.interval(lambda t: np.exp(column("ln_B")(t) + column("c")(t) * x1), 1e-300),
-        "c": fit.interval(column("c")),
-        "E": fit.interval(column("E")),
+        "B": fit.interval(lambda t: np.exp(column("ln_B")(t) + column("c")(t) * x1), 1e-300) | status("ln_B", "c"),
+        "c": fit.interval(column("c")) | status("c"),
+        "E": fit.interval(column("E")) | status("E"),
     }
     for m, mode in enumerate(cell.modes):
-        own = {n: fit.interval(column(f"{n}_{m}")) for n in KINDS[fit.kind].names if not n.startswith("ln_")}
+        plain = [n for n in KINDS[fit.kind].names if not n.startswith("ln_")]
+        own = {n: fit.interval(column(f"{n}_{m}")) | status(f"{n}_{m}") for n in plain}
         if "ln_m" in KINDS[fit.kind].names:
-            own["m"] = fit.interval(lambda t, m=m: np.exp(column(f"ln_m_{m}")(t)), 1e-300)
+            own["m"] = fit.interval(lambda t, m=m: np.exp(column(f"ln_m_{m}")(t)), 1e-300) | status(f"ln_m_{m}")
         if "ln_k" in KINDS[fit.kind].names:
             longest = float(cell.n0[cell.mode == m].max())
             v = math.log(longest) - v0
@@ -339,7 +346,7 @@ def parameters(fit: TransferFit) -> dict:
             def worth(t, m=m, v=v, longest=longest):
                 return np.exp(column(f"ln_k_{m}")(t) + column(f"g_{m}")(t) * v + x1) / longest
 
-            own["worth"] = fit.interval(worth, 1e-300) | {"at_examples": int(longest)}
+            own["worth"] = fit.interval(worth, 1e-300) | status(f"ln_k_{m}") | {"at_examples": int(longest)}
         out[mode] = own
     return out
 

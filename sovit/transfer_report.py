@@ -188,9 +188,13 @@ def law_table(found: dict) -> str:
     for law in found["laws"]:
         for mode in [m for m in MODES if m in law["parameters"]]:
             p, miss = law["parameters"][mode], law["misfit"]
-            worth = "" if "worth" not in p else f"{_ends(p['worth'])}; {_ends(p['worth'], 'seeds_')}"
+            worth = "" if "worth" not in p else _ends(p["worth"])
+            if "worth" in p and p["worth"]["status"] == "ok":
+                worth += f"; {_ends(p['worth'], 'seeds_')}"
             g = _ends(p["g"]) if "g" in p else ""
-            f_test = "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}"
+            f_test = (
+                "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}" + (": it misses" if miss["misses"] else "")
+            )
             noise = "unknown" if miss["noise_sd"] is None else f"{miss['noise_sd']:.2%}"
             where, missed = f"{law['shape']}, {law['image_size']}", f"{miss['residual_rms']:.2%}, {noise}"
             lines.append(f"| {where} | {mode} | {worth} | {g} | {missed} | {f_test} |")
@@ -198,6 +202,8 @@ def law_table(found: dict) -> str:
 
 
 def _ends(entry: dict, prefix: str = "") -> str:
+    if entry["status"] == "edge":
+        return f"{entry['estimate']:.3g}, on its bound: not known"
     low, high = entry[f"{prefix}low"], entry[f"{prefix}high"]
     ends = "no interval" if low is None else f"{low:.3g} to {high:.3g}"
     return ends if prefix else f"{entry['estimate']:.3g} ({ends})"

@@ -1,5 +1,6 @@
 """Arms of a fine-tuning study, verdicts, the law of transfer and the split of a budget, against planted truths."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ from sovit import UserError, plot
 from sovit.paired import paired
 from sovit.transfer import Arm, Curve, cells, compare, comparisons, pool, read_study, seed_noise
 from sovit.transfer_law import KINDS, cells_of, fit_cell, misfit, parameters, score
-from sovit.transfer_report import report_text, summarise
+from sovit.transfer_report import law_table, report_text, summarise
 from sovit.transfer_schedule import best_split, budgets, compare_modes, measured, span, valley, window
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +261,20 @@ def test_held_out_rows_choose_the_planted_form_and_a_wrong_one_is_said_to_miss(t
     assert found["chosen"] == "rate" and found["kinds"]["rate"]["rmse"] < 0.006 < found["kinds"]["effective"]["rmse"]
     assert found["kinds"]["nearest run"]["rmse"] > 10 * found["kinds"]["rate"]["rmse"]
     assert not misfit(fit_cell(cell, "rate"))["misses"] and misfit(fit_cell(cell, "effective"))["misses"]
+
+
+def test_a_parameter_on_its_bound_is_not_given_as_known(tmp_path):
+    """Where pre-training is worth nothing, how it grows cannot be known."""
+    nothing = dict(k=1e-9, g=0.5, m=1.0, h=0.0, J=0.0, j=0.0)
+    fit = fit_cell(one_cell(tmp_path, dict(full=nothing), noise=0.002), "effective", 20)
+    assert parameters(fit)["full"]["worth"]["high"] < 0.01
+    theta = fit.solved.theta.copy()
+    theta[fit.form.names.index("g_0")] = 0.0
+    fixed = dataclasses.replace(fit, solved=dataclasses.replace(fit.solved, theta=theta))
+    said = parameters(fixed)
+    assert said["full"]["g"]["status"] == "edge" and said["c"]["status"] == "ok"
+    law = dict(shape="a", image_size=48, parameters=said, misfit=misfit(fixed))
+    assert "0, on its bound: not known" in law_table({"laws": [law]})
 
 
 def test_too_little_for_a_law_is_said(tmp_path):
