@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from sovit.paired import student_t
 from sovit.plot.style import (
@@ -45,7 +45,11 @@ def transfer_figures(found: dict) -> dict[str, Figure]:
 
 
 def _targets(found: dict) -> list[tuple]:
-    return sorted({_key(c) for c in found["cells"] if c["mode"] != SCRATCH}, key=lambda k: (k[2], k[1], k[0]))
+    return sorted({_key(c) for c in found["cells"] if c["mode"] != SCRATCH}, key=lambda k: (k[2], k[1], _sizes(k[0])))
+
+
+def _sizes(label: str) -> list[int]:
+    return [int(x) for x in label.split("x")]
 
 
 def _key(entry: dict) -> tuple:
@@ -94,11 +98,23 @@ def _grid(found: dict, right: float = 0.985, wspace: float = 0.28):
     return figure, placed
 
 
+def _before(cell: dict) -> float:
+    """FLOPs of pre-training to two digits: shapes never meet a budget exactly."""
+    return float(f"{cell['base_flops']:.2g}")
+
+
 def _flops_axis(axis) -> None:
-    """A log axis with its decades named, and 3 of each where it holds less than two."""
+    """A log axis with two to four round ticks, fewer where the panel is narrow."""
     axis.set_xscale("log")
     low, high = axis.dataLim.intervalx
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 3.0)))
+    most = max(2, int(axis.get_position().width * axis.figure.get_figwidth() / 0.6))
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    ticks = []
+    for digits in ((1.0, 2.0, 3.0, 4.0, 5.0, 7.0), (1.0, 2.0, 4.0), (1.0, 3.0), (1.0,)):
+        ticks = [t for t in np.sort(np.outer(decades, digits).ravel()) if low / 1.1 <= t <= high * 1.1]
+        if len(ticks) <= most:
+            break
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -148,14 +164,14 @@ def by_total_flops(found: dict) -> Figure:
     """
     figure, placed = _grid(found)
     laws = {_key(law): law for law in found["laws"]}
-    bases = sorted({c["base_examples"] for c in found["cells"] if c["mode"] != SCRATCH})
+    bases = sorted({_before(c) for c in found["cells"] if c["mode"] != SCRATCH})
     size = dict(zip(bases, np.linspace(2.2, 5.2, len(bases))))
     for key, axis in placed.items():
         mine, every = [c for c in found["cells"] if _key(c) == key], []
         for mode in (SCRATCH, "full", "attention"):
             colour = COLOURS.get(mode, INK)
-            for base in sorted({c["base_examples"] for c in mine if c["mode"] == mode}):
-                own = [c for c in mine if c["mode"] == mode and c["base_examples"] == base]
+            for base in sorted({_before(c) for c in mine if c["mode"] == mode}):
+                own = [c for c in mine if c["mode"] == mode and _before(c) == base]
                 x, y, half = _points(own, "total_flops", "val_loss")
                 line = dict(ls="") if key in laws else dict(lw=0.8)
                 ms = size.get(base, 3.6)
@@ -164,6 +180,12 @@ def by_total_flops(found: dict) -> Figure:
                     x, y, half, color=colour, marker=marker, ms=ms, mfc="white", mew=0.8, elinewidth=0.6, **line
                 )
                 every.append(y)
+        own_px = max(c["base_image_size"] for c in mine)
+        own = [c for c in found["cells"] if (c["shape"], c["image_size"], c["mode"]) == (key[0], own_px, SCRATCH)]
+        if own:
+            x, y, half = _points(own, "total_flops", "val_loss")
+            axis.errorbar(x, y, half, color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), elinewidth=0.6)
+            every.append(y)
         for curve in laws.get(key, {}).get("curves", ()):
             axis.plot(curve["total_flops"], curve["loss"], color=COLOURS.get(curve["mode"], INK), lw=0.9, zorder=1)
             every.append(np.array(curve["loss"]))
@@ -174,8 +196,9 @@ def by_total_flops(found: dict) -> Figure:
         for m in ("full", "attention")
     ]
     handles.append(Line2D([], [], color=INK, marker="x", ms=3.6, lw=0.9, label="from scratch"))
+    handles.append(Line2D([], [], color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), label="base, at its own px"))
     handles += [
-        Line2D([], [], color=GREY, marker="o", ms=s, mfc="white", ls="", label=f"{n:,} images before")
+        Line2D([], [], color=GREY, marker="o", ms=s, mfc="white", ls="", label=f"{flops_label(n)} before")
         for n, s in size.items()
     ]
     legend_row(figure, handles, 0.07)
@@ -218,7 +241,7 @@ def by_bytes(found: dict) -> Figure:
 def split(found: dict) -> Figure:
     """Predicted loss along the split of each budget, within what was run; the best, and scratch at the left."""
     laws = {_key(law): law for law in found["laws"] if law["schedules"]}
-    figure, placed = _grid({"cells": [c for c in found["cells"] if _key(c) in laws]}, right=0.93, wspace=0.42)
+    figure, placed = _grid({"cells": [c for c in found["cells"] if _key(c) in laws]}, right=0.93, wspace=0.55)
     for key, axis in placed.items():
         every = []
         schedules = sorted(laws[key]["schedules"], key=lambda s: s["train_flops"])
