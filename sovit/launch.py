@@ -224,8 +224,11 @@ def main(
     make_runs: Callable[[], list[Run]],
     argv: Sequence[str] | None = None,
     metric: str = "val_loss",
+    next_command: str = "sovit fit",
 ) -> int:
     """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
+
+    next_command: what is to be done with the ledger, said at the end.
 
     Returns the exit status: 0 done, 1 a run failed, 2 bad input.
     """
@@ -245,7 +248,7 @@ def main(
             return 0
         run_sweep(sweep, options.workers, options.device)
         choice = "" if metric == "val_loss" else f" --metric {metric}"
-        print(f"next: sovit fit {sweep.ledger}{choice}")
+        print(f"next: {next_command} {sweep.ledger}{choice}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
