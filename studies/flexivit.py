@@ -3,7 +3,8 @@
     python studies/flexivit.py --workers 2          then  python analysis/flexivit.py results/flexivit.jsonl
 
 48 x 2 x 192 at 32 px (`stream:detail`), trained on patches of 8 px, on patches of 4 px, and on both, drawn by batch
-(FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images, patches of 8 px also at what both cost together.
+(FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images, patches of 8 px also at
+60,000, for which they cost what both do on 24,000.
 
 Cost: 9 trunks, 5e12 FLOPs, about 6 minutes of two cores. Expected: worse at each size than a trunk of that size on as many
 images, of which it saw half at that size; the question is by how much, and whether it is worse than two trunks at its cost.
