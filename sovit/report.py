@@ -30,6 +30,7 @@ from sovit.words.found import summary_text
 from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+FORMS_TOKENS = ("joint_tokens", "bounded_tokens")  # besides, where patch or image size was varied
 FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the loss of knowing nothing is not known
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = (
@@ -80,7 +81,9 @@ def fit_ledgers(
     if 0 < bootstrap < MIN_DRAWS:
         raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
-    tried = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    tried: tuple[str, ...] = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    if any(len(np.unique(data.columns[n])) > 1 for n in ("patch_size", "image_size") if n in data.columns):
+        tried += tuple(name for name in FORMS_TOKENS if data.zero_line is not None or not LAWS[name].bounded)
     for name in dict.fromkeys((*tried, *([form] if form else []))):
         try:
             options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
@@ -328,11 +331,11 @@ def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: P
 
 
 def _options(name: str, data: Measurements) -> dict:
-    if name != "bounded":
+    if not LAWS[name].bounded:
         return {}
     if data.zero_line is None:
         raise UserError(
-            "form='bounded' needs the loss of knowing nothing: rows with zero_line, or val_loss with num_classes"
+            f"form={name!r} needs the loss of knowing nothing: rows with zero_line, or val_loss with num_classes"
         )
     return dict(zero_line=data.zero_line)
 

@@ -103,6 +103,7 @@ def test_no_grid_of_tokens_is_named_that_is_coarser_or_finer_than_any_run(fit):
     pairs = {tuple(pair) for pair in target(fit, FLOPS).run_pairs().tolist()}
     assert (4, 16) in pairs and (8, 32) in pairs and (2, 32) in pairs
     assert (8, 16) not in pairs  # 2 x 2 tokens; (2, 64), 32 x 32 tokens, was run off the axes
+    assert (8, 48) not in pairs  # 6 x 6 tokens, on 4 x 4 cells
 
 
 def test_each_value_has_the_best_shape_with_it(exact):
@@ -239,7 +240,7 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     assert "patch_size is" not in text.replace("`", "") and "Patch_size" not in text
     assert (folder / "optimal_shape.png").is_file() and (folder / "fit_by_dimension.png").is_file()
     fitted = Fit.from_json((folder / "law.json").read_text())
-    assert fitted.data["num_patches_range"] == [16, 1024]
+    assert fitted.data["grid_sides"] == [4, 8, 12, 16, 32]
     # by arm the paper's own form says the same: its patch shrinks as compute grows
     by_arm = Fit.from_json((folder / "forms" / "sovit.json").read_text()).exponents["patch_size"]
     assert by_arm["estimate"] is None or by_arm["estimate"] < 0
