@@ -166,6 +166,27 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_probe)
 
+    p = commands.add_parser(
+        "finetune", help="move a trained run or a timm model to another resolution or patch size, its attention alone"
+    )
+    p.add_argument("base", metavar="RUN_ID|timm:NAME", help="where the weights start")
+    p.add_argument("--image-size", type=_pixels, help="pixels a side (default: as the base's)")
+    p.add_argument("--patch-size", type=_pixels, help="pixels a side (default: as the base's)")
+    p.add_argument("--train", default="attention", help="attention, full, mlp or head (default attention)")
+    p.add_argument("--data", metavar="SOURCE:PRESET", default="", help="what to train on (default: as the base)")
+    p.add_argument(
+        "--examples", type=int, nargs="+", default=[], metavar="N", help="images (default: a fifth of the base's)"
+    )
+    p.add_argument("--peak-lr", type=float, help="peak learning rate (default: half of the base's)")
+    p.add_argument("--batch-size", type=int, help="images a step (default: as the base)")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--name", default="finetune", help="name of the ledger (default finetune)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dry-run", action="store_true", help="say what it costs; train nothing")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_finetune)
+
     p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
     p.add_argument("source", metavar="RUN_ID|LAW.json")
     p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
@@ -443,6 +464,31 @@ def _probe(options) -> None:
         f" {result['without_weights']} have no weights in {options.runs}"
     )
     print(f"next: sovit fit {ledger} --metric {column(10, options.data)}")
+
+
+def _finetune(options) -> int:
+    from sovit.loop import OutOfMemory
+    from sovit.tuning import fine_tune, result_text
+
+    names = ("image_size", "patch_size", "data", "peak_lr", "batch_size")
+    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    ledger = options.results / f"{options.name}.jsonl"
+    try:
+        result = fine_tune(
+            options.base,
+            options.runs,
+            ledger,
+            options.device,
+            options.dry_run,
+            trained=options.train,
+            budgets=options.examples,
+            **said,
+        )
+    except OutOfMemory as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if options.json else result_text(result))
+    return int(any(row["status"] != "ok" for row in result["rows"]))
 
 
 def _export(options) -> int:

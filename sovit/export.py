@@ -187,21 +187,19 @@ def _save_timm(model, shape: Shape, folder: Path) -> None:
 
 def _resized(model, run: Run, shape: Shape):
     from sovit.data import NORMALISATION
+    from sovit.flexi import resize_method
     from sovit.model import build
     from sovit.resize import resize_state
 
     resized = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
-    resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, _method(run)))
+    resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
     return resized.eval()
-
-
-def _method(run: Run) -> str:
-    return "linear" if run.recipe.patch_sizes else "bicubic"
 
 
 def _card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str) -> str:
     """The model card: what it is, where its weights come from, what was done to them last."""
-    from sovit.branches import load_base
+    from sovit.branches import base_of
+    from sovit.flexi import resize_method
 
     def at(size: Shape) -> str:
         return f"{size.image_size} px, patch {size.patch_size}"
@@ -216,10 +214,10 @@ def _card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str) -> str:
     if shape != run.shape:
         lines += [
             f"Its weights were trained at {at(run.shape)} and resized to {at(shape)}, without any training"
-            f" there: positions, and patch kernels by FlexiViT's pseudo-inverse resize ({_method(run)})."
+            f" there: positions, and patch kernels by FlexiViT's pseudo-inverse resize ({resize_method(run)})."
         ]
     while run.base:
-        base = load_base(run, runs_dir)
+        base = base_of(run, runs_dir)
         examples = run_id.rpartition("-")[2]
         lines += [
             f"Run `{run_id}` is a fine-tuning of `{base.name}` ({at(base.shape)}) to {at(run.shape)} on"

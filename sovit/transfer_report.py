@@ -24,7 +24,7 @@ from sovit.transfer import (
     storage,
 )
 from sovit.transfer_law import KINDS, TransferFit, cells_of, fit_cell, misfit, parameters, score
-from sovit.transfer_schedule import budgets, compare_modes, valley
+from sovit.transfer_schedule import budgets, compare_modes, measured, valley
 
 PAPER_STORAGE = 1 / 3  # of 2203.09795: what attention's weights are of a block at MLP ratio 4
 MODES = ("full", "attention", "mlp", "head")
@@ -90,7 +90,11 @@ def _laws(study: Study, bootstrap: int, train_flops: Sequence[float]) -> dict:
                 "num_rows": len(cell.y),
                 "curves": _curves(fit),
                 "schedules": [
-                    compare_modes(fit, c, noise) | {"valleys": {mode: valley(fit, mode, c) for mode in cell.modes}}
+                    compare_modes(fit, c, noise)
+                    | {
+                        "valleys": {mode: valley(fit, mode, c) for mode in cell.modes},
+                        "measured": measured(study, cell, c),
+                    }
                     for c in spent
                 ],
             }

@@ -13,7 +13,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.bootstrap import interval
-from sovit.transfer import SCRATCH
+from sovit.transfer import SCRATCH, Study
 from sovit.transfer_law import Cell, TransferFit
 
 GRID = 481  # splits tried at a time
@@ -133,7 +133,7 @@ def _least(fit: TransferFit, split: dict, theta: np.ndarray) -> np.ndarray:
     return fit.loss(shares * c / f0, (1 - shares) * c / f1, split["mode"], theta).min(1)
 
 
-def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 120) -> dict:
+def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 60) -> dict:
     """Predicted loss along every split, for a figure: share, loss, low and high [num] (None without draws).
 
     inside: the shares whose n0 and n1 were both run, None where there are none.
@@ -149,6 +149,24 @@ def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 120) -> d
         drawn = fit.loss(n0, n1, mode, fit.draws["random_effects"])
         ends_of = [interval(column, fit.widen["random_effects"]) for column in drawn.T]
         out |= dict(low=[e[0] for e in ends_of], high=[e[1] for e in ends_of])
+    return out
+
+
+def measured(study: Study, cell: Cell, train_flops: float, metric: str = "val_loss") -> list[dict]:
+    """What was run, at this budget: each mode and length of pre-training whose trunks' branches lie on both sides of it.
+
+    {mode, base_examples, share, loss (geometric mean over seeds, read between two branches), n}.
+    """
+    out = []
+    for arm, curves in study.arms().items():
+        here = (arm.network, arm.patch_size, arm.image_size) == (cell.network, cell.patch_size, cell.image_size)
+        if not here or arm.mode not in cell.modes:
+            continue
+        able = [c for c in curves.values() if c.total_flops[0] <= train_flops <= c.total_flops[-1]]
+        if able:
+            loss = math.exp(float(np.mean([math.log(c.at("total_flops", train_flops, metric)) for c in able])))
+            share = able[0].base_flops / train_flops
+            out.append(dict(mode=arm.mode, base_examples=arm.base_examples, share=share, loss=loss, n=len(able)))
     return out
 
 

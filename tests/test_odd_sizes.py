@@ -112,6 +112,7 @@ def test_an_odd_size_is_probed(pictures, cache, tmp_path, sizes, monkeypatch):
         ("profile B/16 --image-size 32x48", "'32x48' is not a whole number of pixels"),
         ("data show stream:cpu --image-size 32x48", "'32x48' is not a whole number of pixels"),
         ("data show stream:cpu --image-size 20", "image_size=20 cannot be drawn"),
+        ("finetune 0123456789-160 --image-size 32x48", "'32x48' is not a whole number of pixels"),
         ("export 0123456789-160 --out x --image-size 32x48", "'32x48' is not a whole number of pixels"),
     ],
 )
@@ -138,11 +139,19 @@ def test_shapes_and_runs_refuse_what_is_not_square():
         assert "\n" not in str(raised.value)
 
 
-def test_a_timm_model_that_is_not_square_is_refused_as_encoder_and_as_base(tmp_path):
+def test_a_timm_model_that_is_not_square_is_refused_as_encoder_and_as_base(tmp_path, capsys):
     args = dict(embed_dim=16, depth=1, num_heads=2, patch_size=8, img_size=(32, 48))
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
     timm.models.save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
     name = f"timm:local-dir:{tmp_path}"
+    message = "reads images of 32 x 48; only square ones are read here, open it as such"
     for call in (open_encoder, load_timm_base, lambda n: compare([n], "icons:single40")):
-        with pytest.raises(UserError, match="reads images of 32 x 48; only square ones are read here, open it as such"):
+        with pytest.raises(UserError, match=message):
             call(name)
+    for command in (
+        ["finetune", name, "--image-size", "48", "--data", "icons:single40"],
+        ["probe", name, "--data", "icons:single40"],
+    ):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said

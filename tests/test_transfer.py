@@ -15,7 +15,7 @@ from sovit.paired import paired
 from sovit.transfer import Arm, Curve, cells, compare, comparisons, pool, read_study, seed_noise
 from sovit.transfer_law import KINDS, cells_of, fit_cell, misfit, parameters, score
 from sovit.transfer_report import report_text, summarise
-from sovit.transfer_schedule import best_split, budgets, compare_modes, span, valley, window
+from sovit.transfer_schedule import best_split, budgets, compare_modes, measured, span, valley, window
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = planted.SHAPES[0]
@@ -331,6 +331,20 @@ def test_modes_are_compared_with_the_interval_of_their_difference(tmp_path):
     assert both["between"]["low"] < both["between"]["estimate"] < both["between"]["high"]
     line = valley(fit, "full", budget)
     assert min(line["loss"]) <= both["splits"]["full"]["loss"] * (1 + 1e-4)
+
+
+def test_measured_splits_lie_on_the_planted_valley(study):
+    (cell, *_) = cells_of(study)[0]
+    big = SHAPE.replace(image_size=48)
+    low, high = span(cell, "full")
+    found = measured(study, cell, math.sqrt(low * high))
+    assert {p["mode"] for p in found} == {"full", "attention"} and len(found) >= 4 and all(p["n"] == 3 for p in found)
+    for p in found:
+        spent = math.sqrt(low * high)
+        assert p["share"] == pytest.approx(p["base_examples"] * cell.flops_per_image["base"] / spent)
+        n1 = (1 - p["share"]) * spent / cell.flops_per_image[p["mode"]]
+        expected = planted.tuned_loss(big, p["base_examples"], n1, planted.TRUTH[p["mode"]])
+        assert p["loss"] == pytest.approx(expected, rel=0.015)
 
 
 # the analysis --------------------------------------------------------------------------------------------------------------

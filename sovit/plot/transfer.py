@@ -226,6 +226,10 @@ def split(found: dict) -> Figure:
             for mode, style in (("attention", "-"), ("full", (0, (3, 1.2)))):
                 if mode in entry["splits"]:
                     every.append(_valley(axis, entry["splits"][mode], entry["valleys"][mode], mode, style, colour))
+            for point in entry["measured"]:
+                marker = MARKERS[point["mode"]]
+                axis.plot(100 * point["share"], point["loss"], marker=marker, ms=2.4, color=INK, mew=0, zorder=6)
+                every.append(np.array([point["loss"]]))
             level = next(iter(entry["splits"].values()))["scratch_loss"]
             axis.plot(0, level, marker="x", ms=4.5, mew=1.1, color=colour, clip_on=False, zorder=5)
             every.append(np.array([level]))
@@ -240,7 +244,8 @@ def split(found: dict) -> Figure:
             [], [], color=GREY, lw=1.3, ls=(0, (3, 1.2)), marker=MARKERS["full"], ms=4, mfc="white", label="full, best"
         ),
         Line2D([], [], color=GREY, lw=0.7, alpha=0.6, label="thin: not run"),
-        Line2D([], [], color=GREY, ls="", marker="o", ms=4, label="filled: best at the end of what was run"),
+        Line2D([], [], color=GREY, ls="", marker="o", ms=4, label="filled: best at its end"),
+        Line2D([], [], color=INK, ls="", marker="o", ms=2.4, mew=0, label="measured"),
         Line2D([], [], color=GREY, ls="", marker="x", ms=4.5, label="from scratch"),
     ]
     legend_row(figure, handles, 0.07)
