@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--examples", type=int, nargs="+", default=[], metavar="N", help="images (default: a fifth of the base's)"
     )
-    p.add_argument("--peak-lr", type=float, help="peak learning rate (default: half of the base's)")
+    p.add_argument("--peak-lr", type=float, help="peak learning rate (default: the base's; of a part twice that)")
     p.add_argument("--batch-size", type=int, help="images a step (default: as the base)")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
     p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")

@@ -142,7 +142,7 @@ def sizes_table(found: dict, metric: str = "val_loss") -> str:
                 have = [
                     c for c in entry["comparisons"] if (c["patch_size"], c["way"], c["metric"]) == (size, way, metric)
                 ]
-                texts.append("not run" if not have else _point_text(have[0]["points"][-1]))
+                texts.append("no budget in common" if not have else _point_text(have[0]["points"][-1]))
             lines.append(f"| {entry['shape']}, {entry['image_size']} | {size} | {' | '.join(texts)} |")
     return "\n".join(lines)
 

@@ -4,16 +4,18 @@ From scratch at the target L = E + B n^-c, bounded by the zero line as the form 
 images seen at the target, after Hernandez et al. (2102.01293), whose effective data transferred, k D^a N^b, are a power
 of the fine-tuning data and of the size of the model; here the model stays and the pre-training varies, so that n0 takes the
 place of N. KINDS has that form, simpler and richer ones, and the product of Mikami et al. (2108.11018) and Barnett
-(2408.16947). Which one is used is decided by rows that it was not fitted to.
+(2408.16947). Which one is used, for each mode, is decided by rows that it was not fitted to.
 
 One fit holds a shape and a target resolution: the scratch curve, and one set of parameters for each mode of fine-tuning.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,40 +93,41 @@ KINDS = {
 
 @dataclass(frozen=True)
 class TransferForm:
-    """A form for `fitter.solve`: theta = ln B, c, E, then the kind's parameters for each mode.
+    """A form for `fitter.solve`: theta = ln B, c, E, then the parameters of each mode's kind.
 
-    u [3, n]: x1, v0, mode (-1: scratch).
+    u [3, n]: x1, v0, mode (-1: scratch). floor: whether E is fitted; else it is 0.
     """
 
-    kind: str
-    num_modes: int
+    kinds: tuple[str, ...]  # one a mode
     zero_line: float | None = None
+    floor: bool = True
     arms: tuple = ()
     shared: tuple = ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        return ("ln_B", "c", "E", *(f"{n}_{m}" for m in range(self.num_modes) for n in KINDS[self.kind].names))
+        return ("ln_B", "c", "E", *(f"{n}_{m}" for m, kind in enumerate(self.kinds) for n in KINDS[kind].names))
 
     @cached_property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        ends = [(-12.0, 6.0), (0.02, 3.0), (0.0, np.inf), *KINDS[self.kind].bounds * self.num_modes]
+        ends = [(-12.0, 6.0), (0.02, 3.0), (0.0, np.inf if self.floor else 0.0)]
+        ends += [end for kind in self.kinds for end in KINDS[kind].bounds]
         return np.array([low for low, _ in ends]), np.array([high for _, high in ends])
 
     def value(self, theta: np.ndarray, u: np.ndarray) -> np.ndarray:
         """ln loss [R, n]; theta [R, P] may be complex."""
-        kind, (x1, v0, mode) = KINDS[self.kind], u
+        x1, v0, mode = u
         ln_b, c, floor = (theta[:, i, None] for i in range(3))
 
         def law(log_n):
             return floor if log_n is None else floor + np.exp(ln_b - c * log_n)
 
-        q = len(kind.names)
-        place = 3 + np.maximum(mode, 0).astype(int) * q  # [n]
-        loss = np.broadcast_to(law(x1), (len(theta), len(x1)))
-        if self.num_modes:
-            tuned = kind.value([theta[:, place + i] for i in range(q)], v0, x1, law)
-            loss = np.where(mode < 0, loss, tuned)
+        loss, place = np.array(np.broadcast_to(law(x1), (len(theta), len(x1)))), 3
+        for m, kind in enumerate(KINDS[name] for name in self.kinds):
+            mine = mode == m
+            own = [theta[:, place + i, None] for i in range(len(kind.names))]
+            loss[:, mine] = kind.value(own, v0[mine], x1[mine], law)
+            place += len(kind.names)
         if self.zero_line is None:
             return np.log(loss)
         return np.log(self.zero_line**-BOUND_POWER + np.exp(-BOUND_POWER * np.log(loss))) / -BOUND_POWER
@@ -138,18 +141,19 @@ class TransferForm:
         return moved[:, 0].real, moved.imag / step
 
     def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """c and E on a grid, B through the rows from scratch, the same parameters in every mode."""
+        """c and E on a grid, B through the rows from scratch, every mode's own starts side by side."""
         loss = y
         if self.zero_line is not None:
             capped = np.minimum(y, 0.98 * self.zero_line)
             loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
         scratch, out = u[2] < 0, []
         scratch = scratch if scratch.any() else ~scratch
-        for c, share in itertools.product((0.15, 0.4, 0.9), (0.0, 0.6)):
+        own = [list(itertools.product(*KINDS[kind].starts)) for kind in self.kinds]
+        for c, share in itertools.product((0.15, 0.4, 0.9), (0.0, 0.6) if self.floor else (0.0,)):
             floor = share * float(loss.min())
             ln_b = float((np.log(loss[scratch] - floor) + c * u[0][scratch]).mean())
-            for own in itertools.product(*KINDS[self.kind].starts):
-                out.append([ln_b, c, floor, *own * self.num_modes])
+            for i in range(max((len(starts) for starts in own), default=1)):
+                out.append([ln_b, c, floor, *(x for starts in own for x in starts[i % len(starts)])])
         return np.clip(np.array(out), *self.bounds)
 
 
@@ -187,11 +191,9 @@ class Cell:
         return np.stack(np.broadcast_arrays(np.log(n1) - x1, np.log(n0) - v0, np.asarray(mode, float)))
 
     def take(self, keep: np.ndarray) -> Cell:
-        from dataclasses import replace
-
         names = ("mode", "n0", "n1", "y", "seed")
         trunk = np.unique(self.trunk[keep], return_inverse=True)[1]
-        return replace(self, trunk=trunk, **{name: getattr(self, name)[keep] for name in names})
+        return dataclasses.replace(self, trunk=trunk, **{name: getattr(self, name)[keep] for name in names})
 
 
 def cells_of(study: Study, metric: str = "val_loss", modes: Sequence[str] = MODES) -> tuple[list[Cell], list[str]]:
@@ -208,8 +210,8 @@ def cells_of(study: Study, metric: str = "val_loss", modes: Sequence[str] = MODE
         base = [c for c in mine if c.arm.mode == SCRATCH and (c.arm.patch_size, c.arm.image_size) in bases]
         if len(bases) != 1:
             notes.append(f"{where}: fine-tuned from {len(bases)} base resolutions; a law needs one")
-        elif len({n for c in scratch for n in c.examples}) < 3:
-            notes.append(f"{where}: fewer than 3 budgets from scratch, too few for the law of the target")
+        elif len({n for c in scratch for n in c.examples}) < 2:
+            notes.append(f"{where}: fewer than 2 budgets from scratch, too few for the law of the target")
         elif len({c.arm.base_examples for c in tuned}) < 2:
             notes.append(
                 f"{where}: fewer than 2 lengths of pre-training; what one more image of it is worth is not known"
@@ -259,7 +261,7 @@ class TransferFit:
     """theta [P] and its draws {random_effects, seeds} -> [R, P]; widen: what stretches the percentiles of each."""
 
     cell: Cell
-    kind: str
+    kinds: dict[str, str]  # mode -> kind
     form: TransferForm
     solved: Solved
     draws: dict
@@ -284,18 +286,27 @@ class TransferFit:
         return out
 
 
-def fit_cell(cell: Cell, kind: str, bootstrap: int = 0, seed: int = 0) -> TransferFit:
-    """Fit one kind to one cell. Two bootstraps: from trunk and row errors (headline), and of seeds, which all arms share.
+def fit_cell(cell: Cell, kinds: str | Mapping[str, str], bootstrap: int = 0, seed: int = 0) -> TransferFit:
+    """Fit one cell, every mode by its kind. E is 0 where only two budgets were run from scratch: they cannot tell it.
 
-    With three seeds the second knows little: its percentiles are stretched by t and sqrt(S / (S - 1)). Over 100 planted sets
-    of three seeds the first holds worth, g, best share and loss against scratch in 86 to 97 %, the second in 85 to 90 %;
-    where a seed has an error in common to all its trunks, the first holds a level of loss in 76 % only, the second in 86.
+    Two bootstraps: from trunk and row errors (headline), and of seeds, which all arms share. With three seeds the second
+    knows little: its percentiles are stretched by t and sqrt(S / (S - 1)). Over 100 planted sets of three seeds the first
+    holds worth, g, best share and loss against scratch in 86 to 97 %, the second in 85 to 90 %; where a seed has an error in
+    common to all its trunks, the first holds a level of loss in 76 % only, the second in 86. Raises UserError for an unknown
+    kind, or one with more parameters than its mode has pairs of n0 and n1.
     """
-    if kind not in KINDS:
-        raise UserError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-    form = TransferForm(kind, len(cell.modes), cell.zero_line)
-    if len(cell.y) <= len(form.names):
-        raise UserError(f"{len(cell.y)} rows of {cell.label} cannot determine {len(form.names)} parameters of {kind!r}")
+    chosen = {mode: kinds if isinstance(kinds, str) else kinds[mode] for mode in cell.modes}
+    for m, (mode, kind) in enumerate(chosen.items()):
+        if kind not in KINDS:
+            raise UserError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        pairs = len(set(zip(cell.n0[cell.mode == m], cell.n1[cell.mode == m])))
+        if pairs < len(KINDS[kind].names):
+            raise UserError(
+                f"{pairs} pairs of pre-training and fine-tuning of {cell.label} ({mode}) cannot determine the"
+                f" {len(KINDS[kind].names)} parameters of {kind!r}"
+            )
+    floor = len(np.unique(cell.n1[cell.mode < 0])) > 2
+    form = TransferForm(tuple(chosen.values()), cell.zero_line, floor)
     u = cell.u(cell.n0, cell.n1, cell.mode)
     solved = solve(form, u, cell.y, cell.trunk)
     draws, widen = {}, {}
@@ -309,37 +320,45 @@ def fit_cell(cell: Cell, kind: str, bootstrap: int = 0, seed: int = 0) -> Transf
             start = np.tile(solved.theta, (bootstrap, 1))
             found = polish(form, u, start, np.log(cell.y), weights=weights, groups=solved.groups, delta=solved.delta)
             draws["seeds"], widen["seeds"] = found.theta, math.sqrt(num / (num - 1)) * stretch(num - 1)
-    return TransferFit(cell, kind, form, solved, draws, widen)
+    return TransferFit(cell, chosen, form, solved, draws, widen)
 
 
 def parameters(fit: TransferFit) -> dict:
     """Parameters in images and losses, with their intervals, and what a pre-training image is worth.
 
     worth: images at the target that one image of pre-training counts for, at the longest pre-training (kinds with k).
+    status: `edge` where what it is made of stands on a bound of the fit, so that its interval means nothing; else `ok`.
     """
     cell, names = fit.cell, fit.form.names
+    on_bound = (fit.solved.theta <= fit.form.bounds[0]) | (fit.solved.theta >= fit.form.bounds[1])
+
+    def status(*used: str) -> dict:
+        return {"status": "edge" if any(on_bound[names.index(name)] for name in used) else "ok"}
+
     x1, v0 = cell.centre
 
     def column(name: str) -> Callable:
         return lambda theta: theta[:, names.index(name)]
 
     out: dict = {
-        "B": fit.interval(lambda t: np.exp(column("ln_B")(t) + column("c")(t) * x1), 1e-300),
-        "c": fit.interval(column("c")),
-        "E": fit.interval(column("E")),
+        "B": fit.interval(lambda t: np.exp(column("ln_B")(t) + column("c")(t) * x1), 1e-300) | status("ln_B", "c"),
+        "c": fit.interval(column("c")) | status("c"),
+        "E": fit.interval(column("E")) | status("E"),
     }
     for m, mode in enumerate(cell.modes):
-        own = {n: fit.interval(column(f"{n}_{m}")) for n in KINDS[fit.kind].names if not n.startswith("ln_")}
-        if "ln_m" in KINDS[fit.kind].names:
-            own["m"] = fit.interval(lambda t, m=m: np.exp(column(f"ln_m_{m}")(t)), 1e-300)
-        if "ln_k" in KINDS[fit.kind].names:
+        mine = KINDS[fit.kinds[mode]].names
+        plain = [n for n in mine if not n.startswith("ln_")]
+        own = {n: fit.interval(column(f"{n}_{m}")) | status(f"{n}_{m}") for n in plain}
+        if "ln_m" in mine:
+            own["m"] = fit.interval(lambda t, m=m: np.exp(column(f"ln_m_{m}")(t)), 1e-300) | status(f"ln_m_{m}")
+        if "ln_k" in mine:
             longest = float(cell.n0[cell.mode == m].max())
             v = math.log(longest) - v0
 
             def worth(t, m=m, v=v, longest=longest):
                 return np.exp(column(f"ln_k_{m}")(t) + column(f"g_{m}")(t) * v + x1) / longest
 
-            own["worth"] = fit.interval(worth, 1e-300) | {"at_examples": int(longest)}
+            own["worth"] = fit.interval(worth, 1e-300) | status(f"ln_k_{m}") | {"at_examples": int(longest)}
         out[mode] = own
     return out
 
@@ -375,58 +394,70 @@ def misfit(fit: TransferFit) -> dict:
 
 
 def held_out(cell: Cell) -> list[tuple[str, np.ndarray]]:
-    """(what was held out, rows): the longest fine-tuning of each arm; all fine-tunings of the longest pre-training."""
-    out = []
-    tuned = cell.mode >= 0
-    last = np.zeros(len(cell.y), bool)
-    for trunk in np.unique(cell.trunk[tuned]):
-        mine = np.flatnonzero(cell.trunk == trunk)
-        if len(mine) > 1:
-            last[mine[cell.n1[mine].argmax()]] = True
-    if last.any():
-        out.append(("longest fine-tuning", last))
-    if len(np.unique(cell.n0[tuned])) > 2:
-        out.append(("longest pre-training", tuned & (cell.n0 == cell.n0[tuned].max())))
-    return out
+    """(what was held out, rows): the longest fine-tuning of each trunk; the longest pre-training; the longest of both.
 
-
-def score(cells: Sequence[Cell], kinds: Sequence[str] = tuple(KINDS)) -> dict:
-    """Error of each kind on held-out rows, and of the nearest run; the kind to use is the best, or a simpler one as good.
-
-    As good: RMSE within 5 %. {kinds: {name: {rmse, bias, n, splits: {name: rmse}}}, chosen}. Raises UserError without a row.
+    Where some leave three pairs of n0 and n1, what all but the richest forms need, those that leave fewer are not judged by.
     """
-    misses: dict = {name: {} for name in (*kinds, "nearest run")}
-    for cell in cells:
+    tuned, out = cell.mode >= 0, []
+    lengths = sorted({float(n) for n in cell.n0[tuned]}), sorted({float(n) for n in cell.n1[tuned]})
+    if len(lengths[1]) > 1:
+        last = np.zeros(len(cell.y), bool)
+        for trunk in np.unique(cell.trunk[tuned]):
+            mine = np.flatnonzero(cell.trunk == trunk)
+            last[mine[cell.n1[mine].argmax()]] = len(mine) > 1
+        out.append(("longest fine-tuning", last))
+        out.append(("longest of both", tuned & (cell.n0 == lengths[0][-1]) & (cell.n1 == lengths[1][-1])))
+    if len(lengths[0]) > 2:
+        out.append(("longest pre-training", tuned & (cell.n0 == lengths[0][-1])))
+    left = [len(set(zip(cell.n0[tuned & ~rows], cell.n1[tuned & ~rows]))) for _, rows in out]
+    return [split for split, pairs in zip(out, left) if pairs >= min(3, max(left))]
+
+
+def score(cells: Sequence[Cell], mode: str, kinds: Sequence[str] = tuple(KINDS)) -> dict:
+    """Error of each kind in one mode on held-out rows, and of the nearest run; chosen: the best, or a simpler one as good.
+
+    As good: RMSE within 5 %. {kinds: {name: {rmse, bias, n, splits: {name: rmse}}}, chosen}. A kind that some part of the
+    rows cannot determine is not judged. Raises UserError where none can be.
+    """
+    misses: dict = {name: [] for name in (*kinds, "nearest run")}
+    cases = 0
+    for cell in (only(cell, mode) for cell in cells if mode in cell.modes):
         for split, rows in held_out(cell):
             kept = cell.take(~rows)
+            able = {}
             for kind in kinds:
-                try:
+                with contextlib.suppress(UserError):
                     fit = fit_cell(kept, kind)
-                except UserError:
-                    continue
-                # n0, n1 in logarithms centred on the kept rows
-                predicted = fit.form.value(fit.solved.theta[None], kept.u(cell.n0, cell.n1, cell.mode)[:, rows])[0]
-                misses[kind].setdefault(split, []).append(predicted - np.log(cell.y[rows]))
-            misses["nearest run"].setdefault(split, []).append(_nearest(cell, rows) - np.log(cell.y[rows]))
+                    u = kept.u(cell.n0, cell.n1, cell.mode)[:, rows]
+                    able[kind] = fit.form.value(fit.solved.theta[None], u)[0]
+            if able:
+                cases += 1
+                for name, predicted in (*able.items(), ("nearest run", _nearest(cell, rows))):
+                    misses[name].append((split, predicted - np.log(cell.y[rows])))
     found: dict[str, dict] = {}
-    for name, splits in misses.items():
-        if not splits:
-            continue
-        every = np.concatenate([m for parts in splits.values() for m in parts])
-        found[name] = dict(
-            rmse=float(np.sqrt((every**2).mean())),
-            bias=float(every.mean()),
-            n=len(every),
-            splits={s: float(np.sqrt((np.concatenate(m) ** 2).mean())) for s, m in splits.items()},
-        )
+    for name, parts in misses.items():
+        if cases and len(parts) == cases:
+            every = np.concatenate([m for _, m in parts])
+            by_split = {s: np.concatenate([m for t, m in parts if t == s]) for s, _ in parts}
+            found[name] = dict(
+                rmse=float(np.sqrt((every**2).mean())),
+                bias=float(every.mean()),
+                n=len(every),
+                splits={s: float(np.sqrt((m**2).mean())) for s, m in by_split.items()},
+            )
     ours = [name for name in kinds if name in found]
     if not ours:
-        raise UserError(
-            "no fine-tuning has two budgets or three lengths of pre-training; no form can be judged, run more"
-        )
+        raise UserError(f"{mode}: no form can be judged by held-out rows; run more budgets or lengths of pre-training")
     best = min(found[name]["rmse"] for name in ours)
     chosen = min((name for name in ours if found[name]["rmse"] <= 1.05 * best), key=lambda name: len(KINDS[name].names))
     return dict(kinds=found, chosen=chosen)
+
+
+def only(cell: Cell, mode: str) -> Cell:
+    """The rows from scratch and those of one mode."""
+    place = cell.modes.index(mode)
+    kept = cell.take((cell.mode < 0) | (cell.mode == place))
+    return dataclasses.replace(kept, modes=(mode,), mode=np.where(kept.mode < 0, -1, 0))
 
 
 def _nearest(cell: Cell, rows: np.ndarray) -> np.ndarray:

@@ -63,17 +63,17 @@ def summarise(paths: Sequence[Path | str], bootstrap: int = 400, train_flops: Se
 
 def _laws(study: Study, bootstrap: int, train_flops: Sequence[float]) -> dict:
     able, notes = cells_of(study)
-    out: dict = {"law_notes": notes, "held_out": None, "laws": []}
-    if not able:
-        return out
-    try:
-        out["held_out"] = score(able)
-    except UserError as error:
-        return out | {"law_notes": [*notes, str(error)]}
-    kind = out["held_out"]["chosen"]
+    out: dict = {"law_notes": notes, "held_out": {}, "laws": []}
+    for mode in sorted({mode for cell in able for mode in cell.modes}):
+        try:
+            out["held_out"][mode] = score(able, mode)
+        except UserError as error:
+            notes.append(str(error))
+    kinds = {mode: judged["chosen"] for mode, judged in out["held_out"].items()}
+    able = [cell for cell in able if set(cell.modes) <= set(kinds)]
     noise = seed_noise(study)["sd"]
     for cell in able:
-        fit = fit_cell(cell, kind, bootstrap)
+        fit = fit_cell(cell, kinds, bootstrap)
         spent = list(train_flops) or budgets(cell)
         out["laws"].append(
             {
@@ -81,8 +81,8 @@ def _laws(study: Study, bootstrap: int, train_flops: Sequence[float]) -> dict:
                 "patch_size": cell.patch_size,
                 "image_size": cell.image_size,
                 "base_image_size": cell.base_image_size,
-                "kind": kind,
-                "formula": KINDS[kind].formula,
+                "kinds": fit.kinds,
+                "floor": fit.form.floor,
                 "zero_line": cell.zero_line,
                 "flops_per_image": cell.flops_per_image,
                 "parameters": parameters(fit),
@@ -188,9 +188,13 @@ def law_table(found: dict) -> str:
     for law in found["laws"]:
         for mode in [m for m in MODES if m in law["parameters"]]:
             p, miss = law["parameters"][mode], law["misfit"]
-            worth = "" if "worth" not in p else f"{_ends(p['worth'])}; {_ends(p['worth'], 'seeds_')}"
+            worth = "" if "worth" not in p else _ends(p["worth"])
+            if "worth" in p and p["worth"]["status"] == "ok":
+                worth += f"; {_ends(p['worth'], 'seeds_')}"
             g = _ends(p["g"]) if "g" in p else ""
-            f_test = "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}"
+            f_test = (
+                "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}" + (": it misses" if miss["misses"] else "")
+            )
             noise = "unknown" if miss["noise_sd"] is None else f"{miss['noise_sd']:.2%}"
             where, missed = f"{law['shape']}, {law['image_size']}", f"{miss['residual_rms']:.2%}, {noise}"
             lines.append(f"| {where} | {mode} | {worth} | {g} | {missed} | {f_test} |")
@@ -198,6 +202,8 @@ def law_table(found: dict) -> str:
 
 
 def _ends(entry: dict, prefix: str = "") -> str:
+    if entry["status"] == "edge":
+        return f"{entry['estimate']:.3g}, on its bound: not known"
     low, high = entry[f"{prefix}low"], entry[f"{prefix}high"]
     ends = "no interval" if low is None else f"{low:.3g} to {high:.3g}"
     return ends if prefix else f"{entry['estimate']:.3g} ({ends})"
@@ -238,14 +244,16 @@ def _share_text(split: dict) -> str:
 
 
 def held_out_line(found: dict) -> str:
-    """RMSE of every form on rows that it was not fitted to."""
-    if not found["held_out"]:
-        return "No form was judged: " + "; ".join(found["law_notes"])
-    kinds = found["held_out"]["kinds"]
-    order = sorted(kinds, key=lambda k: kinds[k]["rmse"])
-    scores = ", ".join(f"`{k}` {kinds[k]['rmse']:.2%} ({kinds[k]['bias']:+.2%})" for k in order)
-    chosen = found["held_out"]["chosen"]
-    return f"On held-out rows, RMSE (bias): {scores}. Used: `{chosen}`, {KINDS[chosen].formula}."
+    """RMSE of every form on rows that it was not fitted to, and the form used, for each mode."""
+    lines = []
+    for mode, judged in found["held_out"].items():
+        kinds, chosen = judged["kinds"], judged["chosen"]
+        order = sorted(kinds, key=lambda k: kinds[k]["rmse"])
+        scores = ", ".join(f"`{k}` {kinds[k]['rmse']:.1%} ({kinds[k]['bias']:+.1%})" for k in order)
+        lines.append(
+            f"{mode.capitalize()}, RMSE (bias) on held-out rows: {scores}. Used: `{chosen}`, {KINDS[chosen].formula}."
+        )
+    return "\n".join(lines) or "No form was judged."
 
 
 def short_table(found: dict, metric: str = "val_loss") -> str:

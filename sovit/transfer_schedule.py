@@ -21,11 +21,11 @@ TOLERANCE = 1e-6  # of a share: this near to its end it is at the end
 
 
 def budgets(cell: Cell) -> list[float]:
-    """What training from scratch cost at each of its budgets, where a fine-tuning inside the data can cost as much."""
+    """Budgets to split: those run from scratch that a fine-tuning inside the data can cost, and 3/4 of the most of these."""
     ends = [span(cell, mode) for mode in cell.modes]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
-    every = sorted({float(n) * cell.flops_per_image[SCRATCH] for n in cell.n1[cell.mode < 0]})
-    return [c for c in every if low <= c <= high]
+    every = {float(n) * cell.flops_per_image[SCRATCH] for n in cell.n1[cell.mode < 0]}
+    return sorted({*(c for c in every if low <= c <= high), 0.75 * high})
 
 
 def span(cell: Cell, mode: str) -> tuple[float, float]:

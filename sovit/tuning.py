@@ -17,9 +17,9 @@ from sovit.run import Recipe, Run
 from sovit.shape import TRAINED
 from sovit.train import check_device, check_readout, train_here
 
-# peak rate of a fine-tuning over that of its base, by what is trained; of a timm model the rate itself: DeiT-III's at
-# 384 px, the nearest that was published (facebookresearch/deit, README_revenge.md)
-RATE = dict.fromkeys(TRAINED, 0.5)
+# peak rate of a fine-tuning over that of its base, as studies/finetune_rate.py found it; of a timm model the rate itself:
+# DeiT-III's at 384 px, the nearest that was published (facebookresearch/deit, README_revenge.md)
+RATE = {"full": 1.0, "attention": 2.0, "mlp": 2.0, "head": 2.0}
 TIMM_RATE = 1e-5
 
 

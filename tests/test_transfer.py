@@ -1,5 +1,6 @@
 """Arms of a fine-tuning study, verdicts, the law of transfer and the split of a budget, against planted truths."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ from sovit import UserError, plot
 from sovit.paired import paired
 from sovit.transfer import Arm, Curve, cells, compare, comparisons, pool, read_study, seed_noise
 from sovit.transfer_law import KINDS, cells_of, fit_cell, misfit, parameters, score
-from sovit.transfer_report import report_text, summarise
+from sovit.transfer_report import law_table, report_text, summarise
 from sovit.transfer_schedule import best_split, budgets, compare_modes, measured, span, valley, window
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,7 +230,7 @@ def test_derivatives_are_those_of_the_value():
     rng = np.random.default_rng(0)
     u = np.stack([rng.normal(size=9), rng.normal(size=9), np.repeat([-1.0, 0.0, 1.0], 3)])
     for kind in KINDS:
-        form = TransferForm(kind, 2, 2.7)
+        form = TransferForm((kind, "rate"), 2.7)
         theta = np.tile([0.3, 0.4, 0.2] + [0.5] * (len(form.names) - 3), (2, 1))
         value, jac = form.evaluate(theta, u)
         assert np.allclose(value, form.value(theta, u), rtol=1e-12)
@@ -256,10 +257,51 @@ def test_intervals_hold_the_planted_law(tmp_path):
 
 def test_held_out_rows_choose_the_planted_form_and_a_wrong_one_is_said_to_miss(tmp_path):
     cell = one_cell(tmp_path, noise=0.002, seed=1)
-    found = score([cell], ("effective", "rate", "product"))
-    assert found["chosen"] == "rate" and found["kinds"]["rate"]["rmse"] < 0.006 < found["kinds"]["effective"]["rmse"]
-    assert found["kinds"]["nearest run"]["rmse"] > 10 * found["kinds"]["rate"]["rmse"]
-    assert not misfit(fit_cell(cell, "rate"))["misses"] and misfit(fit_cell(cell, "effective"))["misses"]
+    found = {mode: score([cell], mode, ("effective", "rate", "product")) for mode in EXACT}
+    assert found["attention"]["chosen"] == "rate" and found["full"]["chosen"] == "effective"  # m is 0.6, and 1
+    kinds = found["attention"]["kinds"]
+    assert kinds["rate"]["rmse"] < 0.006 < kinds["effective"]["rmse"] and "longest of both" in kinds["rate"]["splits"]
+    assert kinds["nearest run"]["rmse"] > 10 * kinds["rate"]["rmse"]
+    each = fit_cell(cell, {mode: judged["chosen"] for mode, judged in found.items()})
+    assert not misfit(each)["misses"] and misfit(fit_cell(cell, "effective"))["misses"]
+    assert len(each.form.names) == 3 + 2 + 3
+
+
+def test_two_budgets_from_scratch_and_two_by_two_fine_tunings_carry_the_simple_forms(tmp_path):
+    """Their E is 0, and where it is so in truth, they find it; forms of four parameters are refused."""
+    rows = planted.study_rows(planted.SHAPES[:1], (48,), 3, 1e-9, EXACT, bases=(4800, 48_000))
+    rows = [
+        r
+        for r in rows
+        if r["num_examples"]
+        in ((9600, 96_000) if r["image_size"] == 48 and not r.get("base") else (4800, 14_400, 48_000))
+    ]
+    for row in rows:  # without the floor of .5
+        loss = (row["val_loss"] ** -4 - planted.ZERO_LINE**-4) ** -0.25 - 0.5
+        row["val_loss"] = (loss**-4 + planted.ZERO_LINE**-4) ** -0.25
+    cells, notes = cells_of(read_study([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
+    fit = fit_cell(cells[0], {"full": "effective", "attention": "rate"})
+    assert not notes and fit.form.floor is False and parameters(fit)["E"]["estimate"] == 0
+    said = parameters(fit)
+    assert said["full"]["g"]["estimate"] == pytest.approx(0.85, abs=0.01)
+    assert said["attention"]["m"]["estimate"] == pytest.approx(0.6, rel=0.02)
+    with pytest.raises(UserError, match="cannot determine the 4 parameters of 'limit'"):
+        fit_cell(cells[0].take(cells[0].n1 != 14_400), "limit")
+    assert score(cells, "attention")["chosen"] == "rate"
+
+
+def test_a_parameter_on_its_bound_is_not_given_as_known(tmp_path):
+    """Where pre-training is worth nothing, how it grows cannot be known."""
+    nothing = dict(k=1e-9, g=0.5, m=1.0, h=0.0, J=0.0, j=0.0)
+    fit = fit_cell(one_cell(tmp_path, dict(full=nothing), noise=0.002), "effective", 20)
+    assert parameters(fit)["full"]["worth"]["high"] < 0.01
+    theta = fit.solved.theta.copy()
+    theta[fit.form.names.index("g_0")] = 0.0
+    fixed = dataclasses.replace(fit, solved=dataclasses.replace(fit.solved, theta=theta))
+    said = parameters(fixed)
+    assert said["full"]["g"]["status"] == "edge" and said["c"]["status"] == "ok"
+    law = dict(kinds=fixed.kinds, shape="a", image_size=48, parameters=said, misfit=misfit(fixed))
+    assert "0, on its bound: not known" in law_table({"laws": [law]})
 
 
 def test_too_little_for_a_law_is_said(tmp_path):
@@ -366,7 +408,7 @@ def test_the_analysis_writes_what_it_says(tmp_path, capsys):
     found = json.loads((tmp_path / "resolution_finetune.json").read_text())
     assert (tmp_path / "resolution_finetune" / "report.md").read_text() == said
     assert "| attention | full | equal fine-tuning FLOPs |" in said and "n_eff" in said
-    assert found["laws"][0]["schedules"] and found["held_out"]["chosen"] in KINDS
+    assert found["laws"][0]["schedules"] and found["held_out"]["attention"]["chosen"] in KINDS
     names = ("error_by_flops", "loss_by_flops", "loss_by_total_flops", "loss_by_bytes", "split")
     for name in names:
         assert (tmp_path / "resolution_finetune" / f"{name}.png").stat().st_size > 10_000
