@@ -263,7 +263,7 @@ def _turn_ends(turn: Mapping, level: float) -> str:
         text = f" (so in the whole {level:.0%} interval)"
     else:
         low, high = (f"{turn[end]:.3g}" if where[end] == "within" else beyond[where[end]] for end in ("low", "high"))
-        text = f" ({level:.0%} interval {low} to {high})"
+        text = f" ({level:.0%} interval of the turn {low} to {high})"
     if where["estimate"] == "within" and not first <= turn["estimate"] <= last:
         text += f"; that is outside the budgets run, {first:.3g} to {last:.3g}"
     if turn["changes"] > 1:

@@ -7,7 +7,7 @@ Centre 48 x 2 x 192 in patches of 8 on images of 32 pixels, arms of each dimensi
 size off the axes, of which several have as many tokens (16: 8@32, 4@16, 16@64; 64: 8@64, 4@32, 2@16), so that patch, image
 and tokens can be told apart. Three seeds at two shapes; each trunk cooled down at four budgets, 4e10 to 3.2e11 training
 FLOPs. Small shapes stand where an image costs most. Learning rate by the rule of studies/recipe_search.py, which knows
-nothing of tokens: at 4@32 and 2@32 twice the rate is within .4 %, half of it 1 to 3 % worse. Batches are of 16 images
+nothing of tokens: at 4@32 and 2@32 twice the rate was within .4 %, half of it 1 to 3 % worse. Batches are of 16 images
 throughout, and of up to 16 times more tokens.
 
 Which loss compares patch sizes? Each token answers the question of its cell alone: a patch of 8 on 32 pixels is a whole
@@ -16,8 +16,9 @@ is the mean over tokens, the same labels for all, but a harder task for small pa
 of a cell, one answer a cell at any patch size, and the fairer comparison (`sovit fit --metric val_cell_loss`). Images of
 another size show the same scenes and ask the same questions.
 
-Cost: 28 trunks, 1e13 FLOPs, about 30 minutes of two cores. Expected: at these budgets a patch as large as a cell wins and
-64 pixels do not yet pay, since both cost images; MLP dim and width have their valleys.
+Cost: 29 trunks, 1.1e13 FLOPs, about 20 minutes of two cores. Expected: at these budgets a patch as large as a cell wins, for
+each further token of a cell makes an image dearer and slower to learn from; a larger image pays where it is cut into as few
+tokens (16@64 before 8@32 before 4@16); MLP dim and width have their valleys.
 """
 
 from sovit import launch
