@@ -46,4 +46,6 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "resolution_icons", runs, next_command="python analysis/resolution_finetune.py"))
+    raise SystemExit(
+        launch.main(__doc__, "resolution_icons", runs, next_command="python analysis/resolution_finetune.py")
+    )
