@@ -30,4 +30,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "flexivit", runs))
+    raise SystemExit(launch.main(__doc__, "flexivit", runs, next_command="python analysis/flexivit.py"))
