@@ -32,11 +32,10 @@ SCRATCH = "scratch"
 
 def transfer_figures(found: dict) -> dict[str, Figure]:
     """Name -> figure, of what `sovit.transfer_report.summarise` found; those of a law where there is one."""
-    out = {
-        "error_by_flops": by_flops(found, "val_error"),
-        "loss_by_flops": by_flops(found, "val_loss"),
-        "loss_by_total_flops": by_total_flops(found),
-    }
+    out = {"error_by_flops": by_flops(found, "val_error"), "loss_by_flops": by_flops(found, "val_loss")}
+    arms = [tuple(c[k] for k in ("shape", "patch_size", "image_size", "mode", "base_examples")) for c in found["cells"]]
+    if len(set(arms)) < len(arms):  # else no arm has a second budget, and there is no curve
+        out["loss_by_total_flops"] = by_total_flops(found)
     if any(cell["stored_bytes"] for cell in found["cells"]):
         out["loss_by_bytes"] = by_bytes(found)
     if any(law["schedules"] for law in found["laws"]):
@@ -98,6 +97,11 @@ def _grid(found: dict, right: float = 0.985, wspace: float = 0.28):
     return figure, placed
 
 
+def _has_scratch(found: dict) -> bool:
+    targets = set(_targets(found))
+    return any(c["mode"] == SCRATCH and _key(c) in targets for c in found["cells"])
+
+
 def _before(cell: dict) -> float:
     """FLOPs of pre-training to two digits: shapes never meet a budget exactly."""
     return float(f"{cell['base_flops']:.2g}")
@@ -111,9 +115,11 @@ def _flops_axis(axis) -> None:
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     ticks = []
     for digits in ((1.0, 2.0, 3.0, 4.0, 5.0, 7.0), (1.0, 2.0, 4.0), (1.0, 3.0), (1.0,)):
-        ticks = [t for t in np.sort(np.outer(decades, digits).ravel()) if low / 1.1 <= t <= high * 1.1]
+        ticks = [t for t in np.sort(np.outer(decades, digits).ravel()) if low / 1.02 <= t <= high * 1.02]
         if len(ticks) <= most:
             break
+    if len(ticks) < 2:
+        ticks = [float(f"{t:.2g}") for t in (low, high)]
     axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -140,11 +146,12 @@ def by_flops(found: dict, metric: str = "val_error") -> Figure:
             if len(x):
                 colour = COLOURS.get(mode, INK)
                 axis.errorbar(x, y, half, color=colour, marker=MARKERS.get(mode, "x"), ms=3.2, lw=1.0, elinewidth=0.7)
-                every.append(y)
+                every += [y - half, y + half]
         _flops_axis(axis)
         loss_axis(axis, np.concatenate(every))
     handles = [Line2D([], [], color=c, marker=MARKERS[m], ms=3.2, lw=1.0, label=m) for m, c in _modes(found)]
-    handles.append(Line2D([], [], color=INK, marker="x", ms=3.2, lw=1.0, label="from scratch"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, marker="x", ms=3.2, lw=1.0, label="from scratch"))
     legend_row(figure, handles, 0.07)
     figure.supxlabel("training FLOPs at this resolution (fine-tuning: without its pre-training)", fontsize=8, y=0.01)
     figure.supylabel(METRICS[metric], fontsize=8, x=0.005)
@@ -179,13 +186,13 @@ def by_total_flops(found: dict) -> Figure:
                 axis.errorbar(
                     x, y, half, color=colour, marker=marker, ms=ms, mfc="white", mew=0.8, elinewidth=0.6, **line
                 )
-                every.append(y)
+                every += [y - half, y + half]
         own_px = max(c["base_image_size"] for c in mine)
         own = [c for c in found["cells"] if (c["shape"], c["image_size"], c["mode"]) == (key[0], own_px, SCRATCH)]
         if own:
             x, y, half = _points(own, "total_flops", "val_loss")
             axis.errorbar(x, y, half, color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), elinewidth=0.6)
-            every.append(y)
+            every += [y - half, y + half]
         for curve in laws.get(key, {}).get("curves", ()):
             axis.plot(curve["total_flops"], curve["loss"], color=COLOURS.get(curve["mode"], INK), lw=0.9, zorder=1)
             every.append(np.array(curve["loss"]))
@@ -195,7 +202,8 @@ def by_total_flops(found: dict) -> Figure:
         Line2D([], [], color=COLOURS[m], marker=MARKERS[m], ms=3.6, mfc="white", lw=0.9, label=m)
         for m in ("full", "attention")
     ]
-    handles.append(Line2D([], [], color=INK, marker="x", ms=3.6, lw=0.9, label="from scratch"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, marker="x", ms=3.6, lw=0.9, label="from scratch"))
     handles.append(Line2D([], [], color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), label="base, at its own px"))
     handles += [
         Line2D([], [], color=GREY, marker="o", ms=s, mfc="white", ls="", label=f"{flops_label(n)} before")
@@ -220,17 +228,17 @@ def by_bytes(found: dict) -> Figure:
                 last = max(own, key=lambda c: (c["base_examples"], c["num_examples"]))
                 x, y, half = _points([last], "stored_bytes", "val_loss")
                 axis.errorbar(x / 1000, y, half, color=colour, marker=MARKERS[mode], ms=4.5, elinewidth=0.8, ls="")
-                every.append(y)
+                every += [y - half, y + half]
         scratch = [c for c in mine if c["mode"] == SCRATCH]
         if scratch:
             best = max(scratch, key=lambda c: c["num_examples"])["val_loss"]
             axis.axhline(best, color=INK, lw=0.8, ls=(0, (3, 1.5)))
             every.append(np.array([best]))
         loss_axis(axis, np.concatenate(every))
-        axis.set_xlim(left=0)
-        axis.margins(x=0.12)
+        axis.set_xlim(0, 1.1 * max(c["stored_bytes"] or 0 for c in mine) / 1000)
     handles = [Line2D([], [], color=c, marker=MARKERS[m], ms=4.5, ls="", label=m) for m, c in _modes(found)]
-    handles.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (3, 1.5)), label="from scratch, its largest budget"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (3, 1.5)), label="from scratch, its largest budget"))
     legend_row(figure, handles, 0.07)
     figure.supxlabel("kilobytes stored for this resolution", fontsize=8, y=0.01)
     figure.supylabel(METRICS["val_loss"], fontsize=8, x=0.005)
