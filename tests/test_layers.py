@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
-    *("evaluate", "probe", "export", "vlm", "hardware"),
+    *("evaluate", "probe", "export", "vlm", "hardware", "finetune_cost"),
 }
 EDGES = {
     "sweep",
