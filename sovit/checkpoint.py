@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import safetensors
@@ -130,28 +130,34 @@ def load(path: Path) -> dict:
     return state
 
 
-def save_weights(model: torch.nn.Module, path: Path, run_id: str) -> None:
-    """The weights alone, as safetensors, with their checksum. Raises CannotWrite."""
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    said = json.dumps({"run_id": run_id, "sha256": _sha256(weights)})  # in one field: several come in a random order
+def save_weights(
+    model: torch.nn.Module, path: Path, run_id: str, names: Collection[str] | None = None, **more: str
+) -> None:
+    """The weights alone (of `names`, where given), as safetensors, with their checksum and `more`. Raises CannotWrite."""
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if names is None or k in names}
+    facts = {"run_id": run_id, "sha256": weights_digest(weights), **more}
+    said = json.dumps(facts)  # in one field: several come in a random order
     with _replacing(path) as temporary:
         safetensors.torch.save_file(weights, temporary, {"sovit": said})
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What `save_weights` wrote, on the CPU. Raises Unusable for a damaged file: safetensors does not look for it."""
+def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The weights that `save_weights` wrote, on the CPU, and what it said of them.
+
+    Raises Unusable for a damaged file: safetensors does not look for it.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("sovit", "{}"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise Unusable(str(error)) from None
-    if said.get("sha256") not in (None, _sha256(weights)):  # older files have none
+    if said.get("sha256") not in (None, weights_digest(weights)):  # older files have none
         raise Unusable("its checksum is wrong")
-    return weights
+    return weights, said
 
 
-def _sha256(weights: dict[str, torch.Tensor]) -> str:
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -13,7 +13,6 @@ tokens (class token, registers) is known by the tower, not guessed by the caller
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
-from sovit.checkpoint import load_weights
+from sovit.branches import load_branch
 from sovit.data import NORMALISATION
 from sovit.model import build
-from sovit.run import Run
 
 
 @dataclass(frozen=True)
@@ -107,31 +105,6 @@ def open_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
     else:
         raise UserError(f"encoder {name!r} is of no known kind; give a run_id, random:RUN_ID, timm:NAME or hf:NAME")
     return timm_encoder(name, model.to(device))
-
-
-# sovit ---------------------------------------------------------------------------------------------------------------
-
-
-def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
-    """Rebuild the trained model of one branch, task head and all, in eval mode. Raises UserError where it is not there."""
-    folder = Path(runs_dir) / run_id.rpartition("-")[0]
-    weights = folder / f"{run_id}.safetensors"
-    if not (folder / "config.json").exists() or not weights.exists():
-        known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
-        hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
-        raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
-    if "lm_width" in (folder / "config.json").read_text():
-        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        run = Run.from_dict(config)
-        state = load_weights(weights)
-    except ValueError as error:
-        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
-        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
-    model = build(run.shape, state["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
-    model.load_state_dict(state)
-    return model.eval(), run
 
 
 # timm ----------------------------------------------------------------------------------------------------------------

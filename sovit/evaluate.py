@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,8 +16,12 @@ BATCH = 256  # images at a time, or half as many ... where memory runs out
 
 
 @torch.no_grad()
-def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
+def validate(
+    model: nn.Module, source: Source, forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, float | None]:
     """Mean cross-entropy (nats) and error over all validation labels, and by skill as `val_loss/<skill>`.
+
+    forward: images -> logits, where it is not the model's own (`sovit.flexi`).
 
     Where several patches carry the label of one cell, also `val_cell_error`: the error of the cell's summed logits.
     """
@@ -24,7 +29,7 @@ def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
     losses, wrong, skills, wrong_cells = [], [], [], []
     start, rows = 0, BATCH
     while start < source.num_val:
-        (batch, logits), rows = within_memory(partial(_answers, model, source, start), rows)
+        (batch, logits), rows = within_memory(partial(_answers, forward or model, source, start), rows)
         start += len(logits)
         flat, labels = logits.flatten(0, -2), batch.labels.flatten()
         losses.append(F.cross_entropy(flat, labels, reduction="none"))
@@ -48,9 +53,11 @@ def validate(model: nn.Module, source: Source) -> dict[str, float | None]:
     return metrics
 
 
-def _answers(model: nn.Module, source: Source, start: int, rows: int) -> tuple[Batch, torch.Tensor]:
+def _answers(
+    forward: Callable[[torch.Tensor], torch.Tensor], source: Source, start: int, rows: int
+) -> tuple[Batch, torch.Tensor]:
     batch = source.val(start, min(rows, source.num_val - start))
-    return batch, model(batch.images)  # [B, C] or [B, N, C]
+    return batch, forward(batch.images)  # [B, C] or [B, N, C]
 
 
 def cells(tokens: torch.Tensor, grid: int) -> torch.Tensor:

@@ -97,7 +97,7 @@ def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
     installed)}. Raises UserError for a run that is not there and for an `out` that holds something else, RuntimeError
     if timm's reload differs in a bit or transformers' by more than TOLERANCE; `out` is written in full or not at all.
     """
-    from sovit.encoder import load_branch
+    from sovit.branches import load_branch
 
     model, run = load_branch(run_id, runs_dir)
     out = Path(out)

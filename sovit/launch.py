@@ -149,7 +149,7 @@ def _display(sweep: Sweep):
 
     console = Console(stderr=True)
     started, done = time.monotonic(), {r.trunk_id for r in sweep.runs.values() if sweep.is_done(r)}
-    flops_of = {t: r.shape.train_flops_per_image() * r.total_examples for t, r in sweep.runs.items()}
+    flops_of = {t: r.total_flops for t, r in sweep.runs.items()}
     total, before = sum(flops_of.values()), sum(flops_of[t] for t in done)
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 

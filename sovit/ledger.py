@@ -54,11 +54,11 @@ def new_row(
     """One row of the schema: identity, shape, recipe and costs from the run; metrics and machine facts from `more`.
 
     `compute` is SoViT's t, forward FLOPs x images of the encoder; `train_flops` is what training on that many images
-    costs, 3 x (encoder + head); `spent_flops` is this branch's own part of it, so that its sum over the rows of a trunk that
-    ended well is the true bill.
+    costs, 3 x (encoder + head), of a fine-tuning what its steps really compute; `spent_flops` is this branch's own part of
+    it, so that its sum over the rows of a trunk that ended well is the true bill. A fine-tuning says `base` and `trained`
+    besides, a trunk of several patch sizes `patch_sizes`.
     """
     shape = run.shape
-    per_image = shape.train_flops_per_image(num_classes)
     standard = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
     extra = {
         k: v
@@ -88,11 +88,14 @@ def new_row(
         "forward_flops": shape.forward_flops,
         "head_flops": shape.head_flops(num_classes),
         "compute": shape.forward_flops * num_examples,
-        "train_flops": per_image * num_examples,
-        "spent_flops": per_image * run.new_examples(num_examples),
+        "train_flops": run.train_flops(num_examples, num_classes),
+        "spent_flops": run.spent_flops(num_examples, num_classes),
         **{
             k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")
         },
+        **({"patch_sizes": list(run.recipe.patch_sizes)} if run.recipe.patch_sizes else {}),
+        **({"base": run.base, "trained": run.trained} if run.base else {}),
+        **({"trained_params": shape.trained_params(num_classes, run.trained)} if run.base else {}),
         "val_loss": None,
         "val_error": None,
         **more,

@@ -123,10 +123,14 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
             left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
         elif row["status"] != "ok":
             left_out.append((row["run_id"], f"status {row['status']}"))
+        elif row.get("base") or row.get("patch_sizes"):
+            how = f"fine-tuned from {row['base']}" if row.get("base") else "trained at several patch sizes"
+            left_out.append((row["run_id"], f"{how}: not this shape alone from its beginning"))
         else:
             kept.append(row)
     if not kept:
-        raise UserError(f"{where}: none of the {len(rows)} rows is usable (all excluded, diverged or failed); run more")
+        why = "all excluded, diverged, failed or fine-tuned"
+        raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
     statuses = dict(Counter(row["status"] for row in rows))
     del rows
     for name in SAME:

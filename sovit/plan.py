@@ -26,6 +26,7 @@ def plan_of(sweep, workers: int, device: str) -> dict:
                 "shape": run.shape.label,
                 "patch_size": run.shape.patch_size,
                 "image_size": run.shape.image_size,
+                "trained": run.trained if run.base else None,
                 "num_params": run.shape.num_params,
                 "forward_flops": forward,
                 "peak_lr": run.recipe.peak_lr,
@@ -34,12 +35,13 @@ def plan_of(sweep, workers: int, device: str) -> dict:
                 "steps": run.budgets[-1] // batch,
                 "compute": sum(forward * n for n in run.budgets),
                 "spent_compute": forward * run.total_examples,
+                "train_flops": run.total_flops,
                 "done": trunk not in pending,
                 "seconds": run.total_examples / batch * seconds[_key(run)] if trunk in untrained else None,
             }
         )
     left = sum(row["seconds"] or 0 for row in rows)
-    train_flops = 3 * sum(row["spent_compute"] for row in rows if not row["done"])
+    train_flops = sum(row["train_flops"] for row in rows if not row["done"])
     totals = {
         "study": sweep.name,
         "trunks": len(rows),
@@ -82,7 +84,7 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
     for row in plan["trunks"]:
         table.add_row(
             row["trunk_id"],
-            f"{row['shape']} /{row['patch_size']} @{row['image_size']}",
+            f"{row['shape']} /{row['patch_size']} @{row['image_size']}" + f" {row['trained']}" * bool(row["trained"]),
             f"{row['num_params']:,}",
             f"{row['forward_flops'] / 1e9:.4g}",
             f"{row['peak_lr']:g}",
@@ -115,22 +117,24 @@ def step_seconds(runs: list[Run], device: str) -> dict[tuple, float]:
         key = _key(run)
         if key in out:
             continue
-        flops = run.shape.train_flops_per_image() * run.recipe.batch_size
+        flops = run.total_flops / run.total_examples * run.recipe.batch_size
         out[key] = _try_step(run, device) if flops < MEASURABLE_FLOPS else flops / matmul_rate(device)
     return out
 
 
 def _key(run: Run) -> tuple:
-    return run.shape, run.recipe.batch_size
+    return run.shape, run.recipe.batch_size, run.recipe.patch_sizes, bool(run.base), run.trained
 
 
 def _try_step(run: Run, device: str) -> float:
     import torch
 
+    from sovit.finetune import freeze
     from sovit.model import build, parameter_groups
 
     torch.set_num_threads(1)
     model = build(run.shape, 16, run.recipe.parametrisation, 0).to(device)
+    freeze(model, run.trained)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
     images = torch.randn(run.recipe.batch_size, 3, run.shape.image_size, run.shape.image_size, device=device)
     seconds = []
@@ -142,7 +146,8 @@ def _try_step(run: Run, device: str) -> float:
         optimizer.step()
         loss.item()
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[2] * 1.15  # data, clipping and checkpoints come on top
+    drawn = run.total_flops / run.total_examples / run.shape.step_flops(0, run.trained) if run.recipe.patch_sizes else 1
+    return sorted(seconds[1:])[2] * drawn * 1.15  # data, clipping and checkpoints come on top
 
 
 _matmul_rates: dict[str, float] = {}

@@ -11,12 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import types
 import typing
 from dataclasses import dataclass
 
 from sovit import UserError
-from sovit.shape import Shape
+from sovit.shape import TRAINED, Shape
 
 SCHEDULES = ("constant", "rsqrt")
 PARAMETRISATIONS = ("fan_in", "timm")
@@ -40,9 +41,14 @@ class Recipe:
     cooldown: float = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
     parametrisation: str = "fan_in"
     precision: str = "float32"  # of matrix products in training; weights, optimiser and validation stay in float32
+    patch_sizes: tuple[
+        int, ...
+    ] = ()  # drawn by batch (FlexiViT, arXiv 2212.08013); weights stay at the shape's own size
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.patch_sizes and (len(set(self.patch_sizes)) != len(self.patch_sizes) or min(self.patch_sizes) < 1):
+            raise UserError(f"patch_sizes={list(self.patch_sizes)} must be different sizes of at least 1 pixel")
         for name in ("peak_lr", "batch_size", "clip_norm", "rsqrt_examples"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}={getattr(self, name)} must be above 0")
@@ -74,9 +80,21 @@ class Run:
     data_seed: int = 0
     study: str = ""  # not part of any id
     probe: str = ""  # labelled data, such as icons:single40, on which each branch is probed; not part of any id
+    base: str = ""  # where the weights start: a run_id, or timm:NAME; shape is then the shape at the new size
+    base_sha256: str = ""  # of the weights of a timm base, whose name does not tell them
+    trained: str = "full"  # what of a base is trained: see sovit.finetune
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.trained not in TRAINED:
+            raise UserError(f"trained={self.trained!r} is unknown; choose one of {', '.join(TRAINED)}")
+        if self.trained != "full" and not self.base:
+            raise UserError(f"trained={self.trained} without a base leaves the rest as it was drawn; name a base")
+        for size in self.recipe.patch_sizes:
+            if self.shape.image_size % size:
+                raise UserError(f"patch_sizes: {size} does not divide image_size={self.shape.image_size}; leave it out")
+        if self.recipe.patch_sizes and self.shape.patch_size not in self.recipe.patch_sizes:
+            raise UserError(f"patch_sizes lack {self.shape.patch_size}, at which the weights are stored; add it")
         if self.probe and not self.probe.partition(":")[2]:
             raise UserError(f"probe={self.probe!r} names no SOURCE:PRESET; give one, such as icons:single40")
         for name in ("init_seed", "data_seed"):
@@ -124,6 +142,40 @@ class Run:
     def total_examples(self) -> int:
         """Examples trained for all branches together, the shared trunk counted once."""
         return sum(self.new_examples(n) for n in self.budgets)
+
+    def patch_size_at(self, step: int) -> int:
+        """The patch size of a batch: the shape's, or one of recipe.patch_sizes, each once in every so many steps."""
+        sizes = self.recipe.patch_sizes
+        if not sizes:
+            return self.shape.patch_size
+        cycle, place = divmod(step, len(sizes))
+        return random.Random(f"{self.data_seed} {cycle}").sample(sizes, len(sizes))[place]
+
+    def train_flops(self, num_examples: int, num_classes: int = 0) -> int:
+        """FLOPs of training on the first `num_examples`: 3 x forward; of a fine-tuning, what its steps really compute."""
+        if not self.recipe.patch_sizes:
+            return num_examples * self._step_flops(self.shape.patch_size, num_classes)
+        cost = {size: self._step_flops(size, num_classes) for size in self.recipe.patch_sizes}
+        steps = num_examples // self.recipe.batch_size
+        rest = range(steps - steps % len(cost), steps)
+        total = (steps // len(cost)) * sum(cost.values()) + sum(cost[self.patch_size_at(step)] for step in rest)
+        return total * self.recipe.batch_size
+
+    def _step_flops(self, patch_size: int, num_classes: int) -> int:
+        shape = self.shape.replace(patch_size=patch_size)
+        if self.base:
+            return shape.step_flops(num_classes, self.trained)
+        return shape.train_flops_per_image(num_classes)
+
+    def spent_flops(self, num_examples: int, num_classes: int = 0) -> int:
+        """FLOPs of what this branch adds to the shorter ones; over all branches, the true bill of the run."""
+        before = num_examples - self.new_examples(num_examples)
+        return self.train_flops(num_examples, num_classes) - self.train_flops(before, num_classes)
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs of all branches together, task head apart."""
+        return sum(self.spent_flops(n) for n in self.budgets)
 
     def replace(self, **changes) -> Run:
         return dataclasses.replace(self, **changes)

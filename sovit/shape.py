@@ -18,6 +18,7 @@ from sovit import UserError
 
 DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
 POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
+TRAINED = ("full", "attention", "mlp", "head")  # what a training moves; `finetune.freeze` says what each of them holds
 COUNTINGS = {  # ways in which the field counts forward FLOPs; "exact" is ours, the others show how much hangs on it
     "exact": "all matrix products of the encoder",
     "no_attention": "without attention's products of queries, keys and values (the n² term)",
@@ -114,6 +115,49 @@ class Shape:
 
     def train_flops_per_image(self, num_classes: int = 0) -> int:
         return 3 * (self.forward_flops + self.head_flops(num_classes))
+
+    def step_flops(self, num_classes: int = 0, trained: str = "full") -> int:
+        """FLOPs that a training step really computes for one image where only a part is `trained` (see TRAINED).
+
+        A product y = x W costs its forward pass once more for the gradient of W, if W is trained, and once more for that
+        of x, if anything before it is. The images get none, so that "full" is 3 x the forward pass less one patch
+        embedding; frozen MLPs save their weights' gradients and still hand gradients through.
+        """
+        w, m, n, t = self.width, self.mlp_dim, self.num_patches, self.num_tokens
+        head, forward = self.head_flops(num_classes), self.forward_flops
+        if trained == "head":
+            return forward + 2 * head
+        projections, mlp = self.depth * 8 * t * w * w, self.depth * 4 * t * w * m
+        products = self.depth * 4 * t * t * w  # each has two inputs, and no weight
+        backward = projections + mlp + 2 * products + 2 * head
+        weights = {"full": projections + mlp + 2 * n * 3 * self.patch_size**2 * w, "attention": projections, "mlp": mlp}
+        if self.pool == "map":
+            kv, query, out, attend, probe_mlp = 4 * n * w * w, 2 * w * w, 2 * w * w, 4 * n * w, 4 * w * m
+            # the probe itself is trained by "full" alone, and without its projection needs no gradient through n products
+            through_probe = {"full": 2 * attend + query, "attention": 2 * attend, "mlp": 3 * attend // 2}
+            backward += kv + out + probe_mlp + through_probe[trained]
+            weights["full"] += kv + query + out + probe_mlp
+            weights["attention"] += kv + query + out
+            weights["mlp"] += probe_mlp
+        return forward + head + backward + weights[trained]
+
+    def trained_params(self, num_classes: int = 0, trained: str = "full") -> int:
+        """Parameters that are trained, task head included; what one more resolution has to store."""
+        w, m, head = self.width, self.mlp_dim, self.head_params(num_classes) if num_classes else 0
+        if trained == "full":
+            return self.num_params + head
+        if trained == "head":
+            return head
+        positions = self.num_tokens * w
+        if trained == "mlp":
+            return head + positions + (self.depth + (self.pool == "map")) * (2 * w * m + m + w)
+        projections = 4 * w * w + w  # of a block, and of a MAP head, whose biases are always there
+        return (
+            head
+            + positions
+            + self.depth * (projections + 3 * w * self.qkv_bias)
+            + (self.pool == "map") * (projections + 3 * w)
+        )
 
     def replace(self, **changes) -> Shape:
         return dataclasses.replace(self, **changes)

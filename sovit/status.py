@@ -119,7 +119,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
             "done": billed + in_flight,
             "left": sum(left.values()),
             "total": billed + in_flight + sum(left.values()),
-            "head_counted": all(cost[t] > r.shape.train_flops_per_image() for t, r in design.runs.items()),
+            "head_counted": all(cost[t] > _per_image(r) for t, r in design.runs.items()),
         },
         "flops_per_second": sum(w["flops_per_second"] or 0 for w in workers if not w["stale"]),
         "seconds_left": _finish(running, waiting, seconds) if running and not silent else None,
@@ -209,10 +209,11 @@ def _costs(design: Design, rows: dict, runs_dir: Path) -> dict[str, int]:
             said.append((_read_json(runs_dir / run.trunk_id / "progress.json") or {}).get("num_classes"))
             if any(said):
                 num_classes[run.data, run.preset] = next(filter(None, said))
-    return {
-        trunk: run.shape.train_flops_per_image(num_classes.get((run.data, run.preset), 0))
-        for trunk, run in design.runs.items()
-    }
+    return {trunk: _per_image(run, num_classes.get((run.data, run.preset), 0)) for trunk, run in design.runs.items()}
+
+
+def _per_image(run: Run, num_classes: int = 0) -> int:
+    return run.train_flops(run.budgets[-1], num_classes) // run.budgets[-1]
 
 
 def _left(design: Design, rows: dict, missing: dict, workers: list, cost: dict, runs_dir: Path) -> tuple[dict, float]:

@@ -8,7 +8,8 @@ killed worker by itself:
 - `reconcile`, under one lock for the study, tells FAIL to every RUNNING trial whose trunk is not locked, tells COMPLETE
   to what has all its records, and enqueues every trunk that is neither done, waiting nor running;
 - a worker asks for a trial only under that lock and only if one is waiting: on an empty queue, Optuna's samplers would
-  make up a point that nobody asked for.
+  make up a point that nobody asked for;
+- a fine-tuning whose base is another run of the study is enqueued when that one is done, or has been given up.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ from sovit.ledger import (
 )
 from sovit.progress import write_progress
 from sovit.run import Run
+from sovit.shape import TRAINED
 from sovit.stop import stop_on_signal
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
 STOPPED = 130  # exit status of a worker that was asked to leave
 WAIT_SECONDS = 0.2  # between two looks at the lock of a trunk that another study trains
+BLOCKED_SECONDS = 1.0  # between two looks at a queue in which all that is left waits for its base
 
 
 # the study -----------------------------------------------------------------------------------------------------------
@@ -221,8 +224,8 @@ class Sweep:
         return update_ledger(self.ledger, rows) if rows else list(self.in_ledger.values())
 
 
-def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
-    """Make the queue agree with the records. Call it under `sweep.lock()`."""
+def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
+    """Make the queue agree with the records; return how many runs wait for their base. Call it under `sweep.lock()`."""
     waiting_or_running, answered = set(), set()
     attempts: dict[str, int] = {}
     for trial in study.get_trials(deepcopy=False):
@@ -237,6 +240,7 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
         if trial.user_attrs.get("launch") == launch and trial.state in (TrialState.RUNNING, TrialState.FAIL):
             given_up = MAX_ATTEMPTS if "error" in trial.user_attrs else 1
             attempts[trunk] = attempts.get(trunk, 0) + given_up
+    num_blocked = 0
     for trunk, run in sweep.runs.items():
         attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
         if sweep.is_done(run):
@@ -248,7 +252,12 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> None:
                     )
                 )
         elif trunk not in waiting_or_running and attempts.get(trunk, 0) < MAX_ATTEMPTS:
-            study.enqueue_trial(params(run), user_attrs=attributes)
+            base = sweep.runs.get(run.base.rpartition("-")[0])
+            if base and not sweep.is_done(base) and attempts.get(base.trunk_id, 0) < MAX_ATTEMPTS:
+                num_blocked += 1
+            else:
+                study.enqueue_trial(params(run), user_attrs=attributes)
+    return num_blocked
 
 
 def is_waiting(study: optuna.Study) -> bool:
@@ -259,17 +268,22 @@ def params(run: Run) -> dict:
     """What Optuna's tables and plots show of a run."""
     shape, recipe = run.shape, run.recipe
     dims = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
-    return {d: getattr(shape, d) for d in dims} | {
+    values = {d: getattr(shape, d) for d in dims} | {
         "peak_lr": recipe.peak_lr,
         "init_seed": run.init_seed,
         "data_seed": run.data_seed,
     }
+    return values | ({"trained": run.trained} if run.base else {})
 
 
 def distributions(run: Run) -> dict:
     """One fixed range for each parameter, wide enough for any study: a trial's values are given, never sampled."""
     fixed = {name: optuna.distributions.IntDistribution(0, 2**32) for name in params(run)}
-    return fixed | {"peak_lr": optuna.distributions.FloatDistribution(0.0, 1e3)}
+    special = {
+        "peak_lr": optuna.distributions.FloatDistribution(0.0, 1e3),
+        "trained": optuna.distributions.CategoricalDistribution(TRAINED),
+    }
+    return {name: special.get(name, d) for name, d in fixed.items()}
 
 
 # a worker ------------------------------------------------------------------------------------------------------------
@@ -305,13 +319,18 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
 
     while go_on():
         with sweep.lock():
-            reconcile(sweep, study, plan["launch"])
-            if not is_waiting(study):
+            num_blocked = reconcile(sweep, study, plan["launch"])
+            waits = is_waiting(study)
+            if not waits and not num_blocked:
                 return 0
-            trial = study.ask()
-            run = Run.from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
-            holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
-            ours = _try_lock(holder)
+            if waits:
+                trial = study.ask()
+                run = Run.from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
+                holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
+                ours = _try_lock(holder)
+        if not waits:  # someone trains what is waited for; should he die, it is enqueued again
+            time.sleep(BLOCKED_SECONDS)
+            continue
         while not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
             time.sleep(WAIT_SECONDS)
             if not go_on():
@@ -319,8 +338,11 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
             ours = _try_lock(holder)
         os.utime(holder.fileno())  # since when it is held
         for name, d in distributions(run).items():  # takes the enqueued values up into the trial
-            suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
-            suggest(name, d.low, d.high)
+            if isinstance(d, optuna.distributions.CategoricalDistribution):
+                trial.suggest_categorical(name, d.choices)
+            else:
+                suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
+                suggest(name, d.low, d.high)
         try:
             _run_trial(sweep, study, trial, run, train or _torch_train(), plan["device"], should_stop)
         except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial

@@ -10,7 +10,7 @@
     trunk-<examples>.pt    trunk state where a branch leaves it; kept, so that a new budget reuses the trunk
     latest.pt              state at the last periodic save, or where a stop was asked for
     previous.pt            the one before it, should latest.pt be damaged
-    <run_id>.safetensors   the cooled-down model of one branch
+    <run_id>.safetensors   the cooled-down model of one branch; of a fine-tuning, what it does not share with its base
     records/<run_id>.json  the measurement
     progress.json          what is being done now, for whoever watches
 """
@@ -26,14 +26,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from sovit import UserError
+from sovit.branches import load_base
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
+from sovit.finetune import begin, stored_names
+from sovit.flexi import at_patch_size
 from sovit.ledger import CannotWrite, is_locked, locked, new_row, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, is_out_of_memory, schedule
 from sovit.model import build, parameter_groups
@@ -93,10 +97,15 @@ class Trainer:
         self.save_seconds, self.should_stop = save_seconds, should_stop
         self.folder = runs_dir / run.trunk_id
         shape = run.shape
-        self.source = open_data(run.data, run.preset, shape.image_size, shape.patch_size, run.data_seed, device)
+        self.sources = {  # patch size -> the same images, with labels for its patches
+            size: open_data(run.data, run.preset, shape.image_size, size, run.data_seed, device)
+            for size in run.recipe.patch_sizes or (shape.patch_size,)
+        }
+        self.source = self.sources[shape.patch_size]
         check_readout(run, self.source.readout)
         self.num_classes = self.source.num_classes
-        self.flops_per_step = shape.train_flops_per_image(self.num_classes) * run.recipe.batch_size
+        self.flops_per_example = run.train_flops(run.budgets[-1], self.num_classes) / run.budgets[-1]
+        self.base = load_base(run, runs_dir) if run.base else None
         self.micro_batch: int | None = None  # where a batch did not fit into memory: images that did
         self.saved_at = time.monotonic()
         self._begin()
@@ -106,7 +115,14 @@ class Trainer:
     def _begin(self) -> None:
         """The state before the first step."""
         recipe = self.run.recipe
-        self.model = build(self.run.shape, self.num_classes, recipe.parametrisation, self.run.init_seed).to(self.device)
+        if self.base:
+            model = begin(self.run, self.base, self.num_classes)
+            self.stored: tuple[str, ...] | None = stored_names(model, self.base)
+        else:
+            model = build(self.run.shape, self.num_classes, recipe.parametrisation, self.run.init_seed)
+            self.stored = None  # all of it
+        self.model: Any = model.to(self.device)
+        self.forward = {size: at_patch_size(self.model, self.run.shape, size) for size in self.sources}
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
         )
@@ -128,8 +144,8 @@ class Trainer:
             try:
                 self._advance(n // self.run.recipe.batch_size, n, pending[i:])
                 metrics = self._measure()
-                save_weights(self.model, self.folder / f"{self.run.run_id(n)}.safetensors", self.run.run_id(n))
-                self._record(n, "ok", **metrics)  # last: a record says that its branch is complete, weights included
+                size = self._save_weights(n)
+                self._record(n, "ok", **metrics, **size)  # last: it says that its branch is complete, weights included
             except Diverged as error:
                 self._record(n, "diverged", error=f"cooldown: {error}", spent_flops=None)
         self.checkpoints.drop_latest()
@@ -146,6 +162,9 @@ class Trainer:
     def _measure(self) -> dict[str, float | None]:
         """The metrics of the cooled-down model, for its row. Raises Diverged where they are not finite."""
         metrics = validate(self.model, self.source)
+        for size in self.run.recipe.patch_sizes:
+            at_size = validate(self.model, self.sources[size], self.forward[size])
+            metrics |= {f"{name}@p{size}": at_size[name] for name in ("val_loss", "val_error")}
         loss = metrics["val_loss"]
         if loss is None or not math.isfinite(loss):
             raise Diverged(self.step)  # the last step spoilt the weights after its own loss was found finite
@@ -158,12 +177,16 @@ class Trainer:
         cooldown = None if branch is None else range(run.trunk_examples(branch) // batch, branch // batch)
         timescale = recipe.rsqrt_examples // batch if recipe.schedule == "rsqrt" else None
 
+        patch_size = run.shape.patch_size  # of the last batch asked for, whose loss is taken before the next one is
+
         def batch_at(step: int) -> Batch:
-            return self.source.train(step * batch, batch)
+            nonlocal patch_size
+            patch_size = run.patch_size_at(step)
+            return self.sources[patch_size].train(step * batch, batch)
 
         def loss_fn(b: Batch) -> tuple[torch.Tensor, int]:
             with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-                logits = self.model(b.images).flatten(0, -2)
+                logits = self.forward[patch_size](b.images).flatten(0, -2)
             return F.cross_entropy(logits.float(), b.labels.flatten(), reduction="sum"), b.labels.numel()
 
         def learning_rate_at(step: int) -> float:
@@ -186,7 +209,7 @@ class Trainer:
                     "share": 1 - todo * batch / run.total_examples,
                     "loss": loss,
                     "images_per_second": rate * batch,
-                    "flops_per_second": rate * self.flops_per_step,
+                    "flops_per_second": rate * batch * self.flops_per_example,
                     "seconds_left": todo / rate,
                     "window_seconds": seconds,
                 }
@@ -204,7 +227,7 @@ class Trainer:
 
         try:
             fit(
-                self.model.parameters(),
+                [p for p in self.model.parameters() if p.requires_grad],
                 self.optimizer,
                 batch_at,
                 loss_fn,
@@ -235,6 +258,27 @@ class Trainer:
         return branch - position + (last - run.trunk_examples(branch)) + sum(run.cooldown_examples(n) for n in rest)
 
     # files -------------------------------------------------------------------------------------------------------------
+
+    def _save_weights(self, num_examples: int) -> dict:
+        """Write the branch's weights; return what the row of a fine-tuning says of their file."""
+        run_id = self.run.run_id(num_examples)
+        path = self.folder / f"{run_id}.safetensors"
+        if self.base is None:
+            save_weights(self.model, path, run_id)
+            return {}
+        save_weights(self.model, path, run_id, self.stored, base_sha256=self.base.sha256)
+        return {"stored_bytes": path.stat().st_size}
+
+    def _base_facts(self) -> dict:
+        """What the row of a fine-tuning says of where it began."""
+        if self.base is None:
+            return {}
+        return {
+            "base_image_size": self.base.shape.image_size,
+            "base_patch_size": self.base.shape.patch_size,
+            "base_examples": self.base.num_examples,
+            "base_train_flops": self.base.train_flops,
+        }
 
     def _state(self, branch: int | None) -> dict:
         return {
@@ -310,6 +354,7 @@ class Trainer:
             micro_batch=self.micro_batch or self.run.recipe.batch_size,
             seconds=round(self.seconds, 3),
             spent_seconds=round(self.spent, 3),
+            **self._base_facts(),
             **provenance(device_name(self.device)),
         )
         write_record(self.runs_dir, row)

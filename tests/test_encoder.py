@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.encoder import TOWERS, load_branch, open_encoder, timm_encoder
+from sovit.branches import load_branch
+from sovit.encoder import TOWERS, open_encoder, timm_encoder
 from sovit.model import build
 from sovit.run import Recipe, Run
 from sovit.shape import Shape

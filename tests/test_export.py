@@ -7,7 +7,7 @@ import timm
 import torch
 
 from sovit import UserError
-from sovit.encoder import load_branch
+from sovit.branches import load_branch
 from sovit.export import CONFIGS, config_of, export_timm, write_config
 from sovit.run import Recipe, Run
 from sovit.shape import Shape

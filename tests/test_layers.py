@@ -13,7 +13,8 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
-    *("evaluate", "probe", "export", "vlm", "hardware", "finetune_cost"),
+    *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "finetune_base"),
+    "finetune_cost",
 }
 EDGES = {
     "sweep",

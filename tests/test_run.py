@@ -76,7 +76,12 @@ CHANGES = {
     "num_registers": 1,
     "qkv_bias": False,
     "layer_scale": True,
+    "patch_sizes": (2, 4),
+    "base": "0123456789-1600",
+    "base_sha256": "ab",
+    "trained": "attention",
 }
+NEEDS = {"trained": {"base": "0123456789-1600"}}  # what must be said besides
 NOT_IDENTITY = {"shape", "recipe", "budgets", "study", "probe"}
 
 
@@ -84,9 +89,9 @@ NOT_IDENTITY = {"shape", "recipe", "budgets", "study", "probe"}
 def test_every_other_field_is_identity(owner):
     fields = [f.name for f in dataclasses.fields(getattr(RUN, owner) if owner else RUN)]
     for name in set(fields) - NOT_IDENTITY:
-        change = {name: CHANGES[name]}
-        other = RUN.replace(**({owner: dataclasses.replace(getattr(RUN, owner), **change)} if owner else change))
-        assert other.trunk_id != RUN.trunk_id, name
+        change, run = {name: CHANGES[name]}, RUN.replace(**NEEDS.get(name, {}))
+        other = run.replace(**({owner: dataclasses.replace(getattr(RUN, owner), **change)} if owner else change))
+        assert other.trunk_id != run.trunk_id, name
 
 
 def test_only_values_that_are_not_default_enter_the_identity():

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from sovit import UserError, checkpoint
 from sovit import train as train_module
+from sovit.branches import load_branch
 from sovit.data import open_data
-from sovit.encoder import load_branch
 from sovit.evaluate import validate
 from sovit.ledger import CannotWrite, merge, read_record
 from sovit.loop import OutOfMemory

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
+from sovit.branches import load_branch
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data.stream import PRESETS, Stream
-from sovit.encoder import load_branch, open_encoder
+from sovit.encoder import open_encoder
 from sovit.ledger import SCHEMA, is_locked, locked, provenance, read_record, write_atomic, write_record
 from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, schedule
 from sovit.model import parameter_groups

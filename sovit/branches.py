@@ -1,0 +1,91 @@
+"""Trained branches as models again: the weights of a run, and of what it was fine-tuned from.
+
+The file of a fine-tuned branch holds what it does not share with its base, so that one more resolution costs as much as was
+trained. Laid over the base's tensors it gives the trained model back, bit by bit; should the base's file have been
+replaced by another, that is said.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sovit import UserError
+from sovit.checkpoint import Unusable, load_weights, weights_digest
+from sovit.data import NORMALISATION
+from sovit.model import build
+from sovit.run import Run
+from sovit.shape import Shape
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a fine-tuning starts: `weights` by name in timm, on the CPU, at `shape`'s size.
+
+    run: the base's own, None of a timm model, whose weights have no task head and whose images were normalised by
+    `mean` and `std`. train_flops, num_examples: of the base and all that it was fine-tuned from; None where unknown.
+    """
+
+    name: str
+    shape: Shape
+    weights: dict[str, Tensor]
+    sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    run: Run | None = None
+    train_flops: int | None = None
+    num_examples: int | None = None
+
+
+def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
+    """Rebuild the trained model of one branch, task head and all, in eval mode. Raises UserError where it is not there."""
+    folder = Path(runs_dir) / run_id.rpartition("-")[0]
+    path = folder / f"{run_id}.safetensors"
+    if not (folder / "config.json").exists() or not path.exists():
+        known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
+        hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
+        raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
+    if "lm_width" in (folder / "config.json").read_text():
+        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        run = Run.from_dict(config)
+        weights, said = load_weights(path)
+        if run.base:
+            base = load_base(run, runs_dir)
+            if said.get("base_sha256") != base.sha256:
+                raise Unusable(f"its base {run.base} holds other weights than it was trained from")
+            weights = {**base.weights, **weights}
+    except ValueError as error:
+        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
+        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
+    model = build(run.shape, weights["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
+    model.load_state_dict(weights)
+    return model.eval(), run
+
+
+def load_base(run: Run, runs_dir: Path | str) -> Base:
+    """What `run.base` names: a trained branch, fine-tuned itself or not, or a timm model.
+
+    Raises UserError where it is not there, or where a timm model's weights are not those that the run began with.
+    """
+    if run.base.startswith("timm:"):
+        from sovit.timm_base import load_timm_base
+
+        base = load_timm_base(run.base)
+        if run.base_sha256 not in ("", base.sha256):
+            raise UserError(f"the weights of {run.base} have changed since {run.trunk_id} began; give it as a new base")
+        return base
+    model, before = load_branch(run.base, runs_dir)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    mean, std = ((value,) * 3 for value in NORMALISATION[before.data])
+    num_examples = int(run.base.rpartition("-")[2])
+    flops: int | None = before.train_flops(num_examples, weights["head.weight"].shape[0])
+    if before.base:
+        earlier = load_base(before, runs_dir)
+        flops = None if flops is None or earlier.train_flops is None else flops + earlier.train_flops
+    return Base(run.base, before.shape, weights, weights_digest(weights), mean, std, before, flops, num_examples)
