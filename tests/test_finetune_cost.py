@@ -132,8 +132,8 @@ def test_the_command_compares_with_full_of_itself(tmp_path, capsys):
 @pytest.mark.parametrize(("part", "inputs"), [("full", "wwwm"), ("attention", "ww"), ("mlp", "wm")])
 @pytest.mark.parametrize("fused", [True, False])
 def test_one_block_keeps_what_its_gradients_need(part, inputs, fused):
-    """Floats a token: of each norm its input (w) and two statistics; q, k, v (3 w); the hidden layer before GELU (m); of each
-    trained Linear its input: those of qkv, output projection and fc1 (w), that of fc2 (m). Fused attention keeps its
+    """Floats a token: of each norm its input (w) and two statistics; q, k, v (3 w); the hidden layer before GELU (m); of
+    each trained Linear its input: those of qkv, output projection and fc1 (w), that of fc2 (m). Fused attention keeps its
     output itself, which is the projection's input too, and a sum a head; written out it keeps N weights a head."""
     b, n, w, m, heads = 3, 16, 24, 56, 3
     shape = Shape(w, 1, m, w // heads, 4, 16, "avg")
