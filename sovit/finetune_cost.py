@@ -15,6 +15,8 @@ Rows are described in `sovit.savings`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -40,6 +42,7 @@ from sovit.shape import TRAINED, Shape
 from sovit.train import check_device
 
 SCHEMA = 1
+M_MMAP_THRESHOLD = -3  # malloc.h: blocks from this size on are mapped one by one
 TURN_SECONDS = 1.0  # calls of a turn, after one that makes the optimiser's state; at least one
 
 
@@ -184,9 +187,20 @@ def count_saved(model: nn.Module, images, dtype: str) -> int:
 def _memory(shape: Shape, part: str, batch: int, num_classes: int, device: str, dtype: str) -> dict:
     """{peak_bytes}, or {status, error} where it does not fit."""
     work = partial(_train, shape, part, batch, num_classes, device, dtype)
-    warm_up = partial(_train, shape.replace(depth=1), part, 1, num_classes, device, dtype)
+    warm_up = partial(_warm_up, shape.replace(depth=1), part, 1, num_classes, device, dtype)
     peak = peak_bytes(work, warm_up, device)
     return dict(status="out_of_memory", error=peak) if isinstance(peak, str) else dict(peak_bytes=peak)
+
+
+def _warm_up(*arguments) -> None:
+    """In the forked process whose resident set is read: from now on what is freed goes back to the system at once.
+
+    Else the peak is also that of the holes which tensors of changing sizes leave behind, a tenth of it and by chance;
+    so it is that of the tensors alone, as CUDA's allocator counts it.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
+    _train(*arguments)
 
 
 def _train(shape: Shape, part: str, batch: int, num_classes: int, device: str, dtype: str) -> None:
