@@ -18,8 +18,10 @@ from vlm_arms import table as vlm_table
 
 from sovit.coverage import together
 from sovit.diagnose import SIGNIFICANT
+from sovit.flexi_cost import sizes_table
 from sovit.growth import PAPER
 from sovit.ledger import read_ledger
+from sovit.transfer_report import held_out_line, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -238,6 +240,22 @@ def paper_shapes() -> str:
         f"Its exponents and the shapes that it printed imply these ratios of compute, by width, depth and MLP dim:"
         f" {implied}. One step has one ratio. Turned round, its two models imply exponents {is_}, where it states {said}."
     )
+
+
+def resolution_finetune() -> str:
+    """What is trained at a higher resolution: verdicts, the law of transfer, the storage."""
+    found = json.loads((RESULTS / "resolution_finetune.json").read_text())
+    stored = [e["share"] for e in found["storage"] if e["mode"] == "attention" and e["share"] is not None]
+    lines = [short_table(found), "", held_out_line(found)]
+    if stored:
+        lines.append(
+            f"A file with attention alone takes {min(stored):.0%} to {max(stored):.0%} of the bytes of full fine-tuning's."
+        )
+    return "\n".join(lines)
+
+
+def flexivit() -> str:
+    return sizes_table(json.loads((RESULTS / "flexivit.json").read_text()))
 
 
 def demo() -> str:

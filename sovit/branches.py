@@ -56,7 +56,7 @@ def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
         run = Run.from_dict(config)
         weights, said = load_weights(path)
         if run.base:
-            base = load_base(run, runs_dir)
+            base = base_of(run, runs_dir)
             if said.get("base_sha256") != base.sha256:
                 raise Unusable(f"its base {run.base} holds other weights than it was trained from")
             weights = {**base.weights, **weights}
@@ -68,24 +68,26 @@ def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
     return model.eval(), run
 
 
-def load_base(run: Run, runs_dir: Path | str) -> Base:
-    """What `run.base` names: a trained branch, fine-tuned itself or not, or a timm model.
+def base_of(run: Run, runs_dir: Path | str) -> Base:
+    """What `run.base` names. Raises UserError as `open_base`, and where its weights are not those that the run means."""
+    base = open_base(run.base, runs_dir)
+    if run.base_sha256 not in ("", base.sha256):
+        raise UserError(f"the weights of {run.base} have changed since {run.trunk_id} began; fine-tune it anew")
+    return base
 
-    Raises UserError where it is not there, or where a timm model's weights are not those that the run began with.
-    """
-    if run.base.startswith("timm:"):
+
+def open_base(name: str, runs_dir: Path | str) -> Base:
+    """A trained branch by its run_id, fine-tuned itself or not, or timm:NAME. Raises UserError where it is not there."""
+    if name.startswith("timm:"):
         from sovit.timm_base import load_timm_base
 
-        base = load_timm_base(run.base)
-        if run.base_sha256 not in ("", base.sha256):
-            raise UserError(f"the weights of {run.base} have changed since {run.trunk_id} began; give it as a new base")
-        return base
-    model, before = load_branch(run.base, runs_dir)
+        return load_timm_base(name)
+    model, before = load_branch(name, runs_dir)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     mean, std = ((value,) * 3 for value in NORMALISATION[before.data])
-    num_examples = int(run.base.rpartition("-")[2])
+    num_examples = int(name.rpartition("-")[2])
     flops: int | None = before.train_flops(num_examples, weights["head.weight"].shape[0])
     if before.base:
-        earlier = load_base(before, runs_dir)
+        earlier = base_of(before, runs_dir)
         flops = None if flops is None or earlier.train_flops is None else flops + earlier.train_flops
-    return Base(run.base, before.shape, weights, weights_digest(weights), mean, std, before, flops, num_examples)
+    return Base(name, before.shape, weights, weights_digest(weights), mean, std, before, flops, num_examples)

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from sovit import UserError, __version__
 
@@ -44,8 +45,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage of every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _pixels(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of pixels; images are square, give one side")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sovit", description="Which Vision Transformer shape to train for a compute budget, and how sure that is."
     )
     parser.add_argument("--version", action="version", version=f"sovit {__version__}")
@@ -59,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("count", help="parameters and FLOPs of one shape, or of several as a table")
     p.add_argument("shapes", nargs="*", metavar="SHAPE", help="such as B/16, So400m/14@378 or vit_base_patch16_224")
     for name in ("width", "depth", "mlp-dim", "head-dim", "patch-size", "image-size", "num-registers"):
-        p.add_argument(f"--{name}", type=int, help=f"override, or say without a name, the {name.replace('-', ' ')}")
+        what = f"override, or say without a name, the {name.replace('-', ' ')}"
+        p.add_argument(f"--{name}", type=_pixels if name.endswith("-size") else int, help=what)
     p.add_argument("--pool", help="avg, map, token or none")
     p.add_argument("--num-classes", type=int, default=0, help="count a linear task head of so many classes, apart")
     p.add_argument("--json", action="store_true")
@@ -103,11 +118,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--train-flops", type=float, help="budget: 3 x forward FLOPs x images, head included")
     for name, what in RULES.items():
         p.add_argument(f"--{name.replace('_', '-')}", type=float if "max" in name else int, metavar="N", help=what)
+    p.add_argument(
+        "--by",
+        metavar="NAME",
+        help="patch_size or image_size: the best shape with each value run, and what to spend on",
+    )
     p.add_argument("--frontier", action="store_true", help="a table of best shapes over a ladder of budgets instead")
-    p.add_argument("--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)")
+    p.add_argument(
+        "--from", dest="first", type=float, metavar="FLOPS", help="its first budget (default: the least run)"
+    )
     p.add_argument("--to", dest="last", type=float, metavar="FLOPS", help="its last (default: 100 x the largest run)")
     p.add_argument("--points", type=int, metavar="N", help="how many (default 9)")
-    p.add_argument("--out", type=Path, metavar="DIR", help="write its figure into DIR, as frontier.png and .svg")
+    p.add_argument("--out", type=Path, metavar="DIR", help="write the figure of --frontier or --by into DIR")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_predict)
 
@@ -117,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--law", type=Path, metavar="LAW.json", help="patch, image, pool, head dim and classes are its own")
     p.add_argument("--train-flops", type=float, help="with --law: also its best shape for this budget, and the usual")
     for name in ("head-dim", "patch-size", "image-size"):
-        p.add_argument(f"--{name}", type=int)
+        p.add_argument(f"--{name}", type=_pixels if name.endswith("-size") else int)
     p.add_argument("--pool", help="avg, map, token or none")
     p.add_argument("--num-classes", type=int, help="of the task head (default: the law's, else 1000)")
     p.add_argument("--device", default="cpu")
@@ -152,11 +174,34 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_probe)
 
+    p = commands.add_parser(
+        "finetune", help="move a trained run or a timm model to another resolution or patch size, its attention alone"
+    )
+    p.add_argument("base", metavar="RUN_ID|timm:NAME", help="where the weights start")
+    p.add_argument("--image-size", type=_pixels, help="pixels a side (default: as the base's)")
+    p.add_argument("--patch-size", type=_pixels, help="pixels a side (default: as the base's)")
+    p.add_argument("--train", default="attention", help="attention, full, mlp or head (default attention)")
+    p.add_argument("--data", metavar="SOURCE:PRESET", default="", help="what to train on (default: as the base)")
+    p.add_argument(
+        "--examples", type=int, nargs="+", default=[], metavar="N", help="images (default: a fifth of the base's)"
+    )
+    p.add_argument("--peak-lr", type=float, help="peak learning rate (default: the base's; of a part twice that)")
+    p.add_argument("--batch-size", type=int, help="images a step (default: as the base)")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--name", default="finetune", help="name of the ledger (default finetune)")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dry-run", action="store_true", help="say what it costs; train nothing")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_finetune)
+
     p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
     p.add_argument("source", metavar="RUN_ID|LAW.json")
     p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    p.add_argument("--image-size", type=_pixels, help="resize the trained weights to read images of this side")
+    p.add_argument("--patch-size", type=_pixels, help="resize the trained weights to patches of this side")
     p.add_argument("--config-only", action="store_true", help="SOURCE is a law; write the config of its best shape")
     p.add_argument("--train-flops", type=float, help="budget of --config-only")
     p.set_defaults(run=_export)
@@ -184,8 +229,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "source", nargs="?", metavar="SOURCE[:PRESET]", help="such as stream:cpu, icons:mosaic or hub:FOLDER"
     )
-    p.add_argument("--image-size", type=int)
-    p.add_argument("--patch-size", type=int, default=4)
+    p.add_argument("--image-size", type=_pixels)
+    p.add_argument("--patch-size", type=_pixels, default=4)
     p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
     p.set_defaults(run=_data)
 
@@ -300,11 +345,15 @@ def _predict(options) -> None:
 
     if options.frontier:
         return _frontier(options)
-    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points), ("out", options.out)):
+    for flag, value in (("from", options.first), ("to", options.last), ("points", options.points)):
         if value is not None:
             raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
     if options.train_flops is None:
         raise UserError("name a budget with --train-flops, or ask for a --frontier")
+    if options.by is not None:
+        return _trade(options)
+    if options.out is not None:
+        raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
     fit = read_law(options.law)
     best = best_shape(fit, options.train_flops, **_rules(options))
     others = {form: path for form in ("sovit", "chinchilla") if (path := _sibling(options.law, form)).is_file()}
@@ -332,6 +381,8 @@ def _frontier(options) -> None:
     from sovit.law import read_law
     from sovit.predict_words import frontier_text
 
+    if options.by is not None:
+        raise UserError("--by asks at one budget; leave out --frontier, or --by")
     if options.train_flops is not None:
         raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
     fit = read_law(options.law)
@@ -344,6 +395,20 @@ def _frontier(options) -> None:
         plot.save(plot.frontier(fit, rows, _rows_of(options.law)), options.out / "frontier")
     body = dict(law=str(options.law), form=fit.form, metric=metric, level=fit.level, rows=rows)
     print(json.dumps(body, indent=2) if options.json else frontier_text(rows, metric, fit.level))
+
+
+def _trade(options) -> None:
+    from sovit.law import read_law
+    from sovit.predict_words import trade_text
+    from sovit.trade import trade
+
+    fit = read_law(options.law)
+    found = trade(fit, options.train_flops, options.by, **_rules(options))
+    if options.out is not None:
+        from sovit import plot
+
+        plot.save(plot.trade(found, _rows_of(options.law)), options.out / f"trade_{options.by}")
+    print(json.dumps(found, indent=2) if options.json else trade_text(found))
 
 
 def _rows_of(law: Path):
@@ -417,6 +482,31 @@ def _probe(options) -> None:
     print(f"next: sovit fit {ledger} --metric {column(10, options.data)}")
 
 
+def _finetune(options) -> int:
+    from sovit.loop import OutOfMemory
+    from sovit.tuning import fine_tune, result_text
+
+    names = ("image_size", "patch_size", "data", "peak_lr", "batch_size")
+    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    ledger = options.results / f"{options.name}.jsonl"
+    try:
+        result = fine_tune(
+            options.base,
+            options.runs,
+            ledger,
+            options.device,
+            options.dry_run,
+            trained=options.train,
+            budgets=options.examples,
+            **said,
+        )
+    except OutOfMemory as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if options.json else result_text(result))
+    return int(any(row["status"] != "ok" for row in result["rows"]))
+
+
 def _export(options) -> int:
     from sovit.export import export_timm, write_config
 
@@ -427,13 +517,17 @@ def _export(options) -> int:
 
         if options.train_flops is None:
             raise UserError("--config-only needs --train-flops, the budget that the shape is for")
+        for name in ("image_size", "patch_size"):
+            if getattr(options, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} resizes a trained run, a law's best shape has its own; leave {flag} out")
         shape = Shape(**best_shape(read_law(Path(options.source)), options.train_flops).shape)
         print(f"{write_config(shape, options.format, options.out)}: {shape.label}, {shape.num_params:,} parameters")
         return 0
     if options.format != "timm":
         raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format timm")
     try:
-        report = export_timm(options.source, options.runs, options.out)
+        report = export_timm(options.source, options.runs, options.out, options.image_size, options.patch_size)
     except RuntimeError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 1

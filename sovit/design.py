@@ -3,7 +3,8 @@
 star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
          with corners, a few cheap shapes off every axis, without which no interaction can be seen
 grid     every combination of the values
-isoflop  shapes of constant proportions, so that a size curve stands at each compute budget (arXiv 2203.15556)
+isoflop  one dimension swept, the rest fixed or in proportion, so that a curve of it stands at each compute budget (of
+         size: arXiv 2203.15556)
 next_run given what was measured, the most informative runs per FLOP for a target budget (`sovit.active`)
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from sovit import UserError
@@ -18,41 +20,96 @@ from sovit.run import Recipe, Run, budgets_for
 from sovit.shape import DIMENSIONS, Shape
 
 
-def star(centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True) -> list[Shape]:
+def star(
+    centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True, fits: Callable[[Shape], bool] | None = None
+) -> list[Shape]:
     """The centre first, then each arm in turn, then the corners. `arms`: dimension -> values.
 
     Corners take, in each dimension, the lower or upper quartile of the values run, the centre's included, so that a
     corner may stand at the centre in one dimension; each is off it in two at least. With three arms or more they are
     the half fraction of the factorial (an even number of low values): 4 for three arms.
+
+    What cannot be built is left out, with a warning: a patch_size that does not divide the image_size, and what `fits`
+    says no to (such as patches that straddle the labels of the data). Raises UserError where nothing is left of an arm.
     """
     _check(arms)
     shapes = [centre]
-    shapes += [centre.replace(**{name: value}) for name, values in arms.items() for value in values]
+    if fits is not None and not fits(centre):
+        raise UserError(f"the centre {centre.label} does not fit the data; choose one that does")
+    for name, values in arms.items():
+        arm = _built(centre, [{name: value} for value in values], fits)
+        if not arm:
+            raise UserError(f"no value of {name} in {tuple(values)} can be built about the centre; name others")
+        shapes += arm
     if corners and len(arms) >= 2:
         ladder = {name: sorted({*values, getattr(centre, name)}) for name, values in arms.items()}
         ends = {name: (v[len(v) // 4], v[(3 * len(v)) // 4]) for name, v in ladder.items()}
+        off = []
         for picks in itertools.product((0, 1), repeat=len(arms)):
             if len(arms) == 2 or sum(1 - p for p in picks) % 2 == 0:
                 moved = {name: ends[name][p] for name, p in zip(arms, picks) if ends[name][p] != getattr(centre, name)}
                 if len(moved) >= 2:  # on an axis no interaction is seen
-                    shapes.append(centre.replace(**moved))
+                    off.append(moved)
+        shapes += _built(centre, off, fits)
     return list(dict.fromkeys(shapes))
 
 
-def grid(centre: Shape, values: Mapping[str, Sequence[int]]) -> list[Shape]:
-    """Every combination of the values; what is not named stays as in `centre`."""
+def grid(
+    centre: Shape, values: Mapping[str, Sequence[int]], fits: Callable[[Shape], bool] | None = None
+) -> list[Shape]:
+    """Every combination of the values; what is not named stays as in `centre`, what cannot be built is left out, as in
+    `star`."""
     _check(values)
-    return [centre.replace(**dict(zip(values, combination))) for combination in itertools.product(*values.values())]
+    every = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
+    return _built(centre, every, fits)
 
 
-def isoflop(base: Shape, widths: Sequence[int]) -> list[Shape]:
-    """Shapes with the proportions of `base` at other widths: depth and mlp_dim in proportion to width, depth >= 1."""
-    _check({"width": widths})
-    scale = [w / base.width for w in widths]
-    return [
-        base.replace(width=w, depth=max(1, round(base.depth * k)), mlp_dim=max(1, round(base.mlp_dim * k)))
-        for w, k in zip(widths, scale)
-    ]
+def isoflop(
+    base: Shape,
+    values: Sequence[int],
+    dimension: str = "width",
+    proportional: Sequence[str] | None = None,
+    fits: Callable[[Shape], bool] | None = None,
+) -> list[Shape]:
+    """`base` with one dimension at each of the values, those named `proportional` in proportion, the rest as they are.
+
+    proportional None: depth and mlp_dim for width (a curve of size), nothing for any other dimension. Together with
+    `to_runs` each stands at the same compute budgets. What goes along is rounded to what can be built: at least 1, width
+    to a multiple of head_dim, image_size to one of patch_size. What cannot be built is left out, as in `star`.
+    """
+    if proportional is None:
+        proportional = ("depth", "mlp_dim") if dimension == "width" else ()
+    _check({dimension: values} | {name: (1,) for name in proportional})
+    if dimension in proportional:
+        raise UserError(f"{dimension!r} cannot go in proportion to itself; leave it out of proportional")
+    changes = []
+    for value in values:
+        changed = {dimension: value}
+        for name in sorted(proportional, key=lambda n: n == "image_size"):  # after the patch that divides it
+            step = base.head_dim if name == "width" else 1
+            step = changed.get("patch_size", base.patch_size) if name == "image_size" else step
+            changed[name] = step * max(1, round(getattr(base, name) * value / getattr(base, dimension) / step))
+        changes.append(changed)
+    return _built(base, changes, fits)
+
+
+def _built(base: Shape, changes: Sequence[Mapping[str, int]], fits: Callable[[Shape], bool] | None) -> list[Shape]:
+    """`base` with each of the changes that can be built; a warning names the others."""
+    shapes, left_out = [], []
+    for changed in changes:
+        sizes = dict(patch_size=base.patch_size, image_size=base.image_size) | dict(changed)
+        said = ", ".join(f"{name}={value}" for name, value in changed.items())
+        if sizes["patch_size"] > 0 and sizes["image_size"] % sizes["patch_size"]:
+            left_out.append(f"{said} (patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels)")
+            continue
+        shape = base.replace(**changed)
+        if fits is None or fits(shape):
+            shapes.append(shape)
+        else:
+            left_out.append(f"{said} (does not fit the data)")
+    if left_out:
+        warnings.warn(f"left out of the design: {'; '.join(left_out)}", stacklevel=3)
+    return shapes
 
 
 def to_runs(

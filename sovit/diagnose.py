@@ -8,7 +8,7 @@ from sovit import UserError
 from sovit.allocate import optimum
 from sovit.bootstrap import interval
 from sovit.fitter import free_columns, solve
-from sovit.forms import FALLING
+from sovit.forms import FALLING, facing
 from sovit.rows import Rows, positive, prepare
 from sovit.shape import DIMENSIONS
 
@@ -19,20 +19,27 @@ CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
 SIGNIFICANT = 0.05  # p of the F test of lack of fit
 MIN_SPAN = 1.5  # ratio of largest to smallest compute below which nothing is said of growth or extrapolation
 BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
+BOX_FEW_TOKENS = 4.0  # and how far where that leaves fewer tokens: beyond, an image is less than one
 
 
 def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
     """The box of the optimum in ln x, from the values run of each dimension."""
     ends = np.array([[min(values), max(values)] for values in grid.values()], float)
-    return np.log(ends[:, 0] / BOX_BELOW), np.log(ends[:, 1] * BOX_ABOVE)
+    below = [BOX_FEW_TOKENS if name == "image_size" else BOX_BELOW for name in grid]
+    above = [BOX_FEW_TOKENS if name == "patch_size" else BOX_ABOVE for name in grid]
+    return np.log(ends[:, 0] / below), np.log(ends[:, 1] * above)
 
 
-def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=False) -> np.ndarray:
+def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=False, held=None) -> np.ndarray:
     """ln x of the optimal dimensions [R, K] at ln compute (a number, or [R]), for each theta [R, P].
 
+    held: dimension -> value, those that are not free (of a form by arm there is no such thing).
     For `sovit` each dimension has its own, x* = (alpha a t^c / (beta b))^(1/(a+b)) (Eq. 4), the others at the centre.
     """
     low, high = box(grid)
+    for k, name in enumerate(grid):
+        if name in (held or {}):
+            low[k] = high[k] = np.log(held[name])
     if form.arms:
         num = len(form.arms)
         alpha, beta, _, _, a, b = (theta[:, i * num : (i + 1) * num] for i in range(6))
@@ -40,7 +47,7 @@ def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=Fals
         with np.errstate(divide="ignore", invalid="ignore"):
             shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, 6 * num :] * above) / (a + b)
         shift = np.where(alpha <= 0, -np.inf, np.where(beta <= 0, np.inf, shift))
-        return np.clip(centre[:-1] + shift, low, high)
+        return np.clip(facing(form.arms) * (centre[:-1] + shift), low, high)
     return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
 
 
@@ -51,7 +58,7 @@ def growth(form, centre, theta, geometry, grid, ends, head=False) -> np.ndarray:
         num = len(form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
-        return np.where(absent, 0.0, theta[:, 6 * num :] / (a + b))
+        return np.where(absent, 0.0, facing(form.arms) * theta[:, 6 * num :] / (a + b))
     at = [optimum_of(form, centre, theta, geometry, grid, t, head) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
@@ -265,7 +272,7 @@ def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
         return logs - centre[:, None], np.arange(logs.shape[1])
     picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]
     source, arm = np.concatenate(picks), np.repeat(np.arange(len(picks)), [len(p) for p in picks])
-    own = np.log(np.concatenate([positive(table, d)[p] for d, p in zip(form.terms, picks)]))
+    own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(form.terms, picks, facing(form.terms))]))
     t = np.log(positive(table, "compute")[source])
     return np.stack([own - centre[arm], t - centre[-1], arm.astype(float)]), source
 

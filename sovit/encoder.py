@@ -92,7 +92,7 @@ def open_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":
-        return timm_encoder(name, _timm_model(rest).to(device))
+        return timm_encoder(name, open_timm(rest).to(device))
     if kind == "hf":
         return _tower(name, rest, device)
     if kind == "random":
@@ -117,9 +117,10 @@ def timm_encoder(name: str, model: Any) -> Encoder:
     if not all(hasattr(model, attribute) for attribute in ("blocks", "patch_embed", "forward_intermediates")):
         raise UserError(f"{name} is no plain Vision Transformer (no blocks or patch embedding); give one that is")
     record = timm.data.resolve_model_data_config(model)
+    height, width = model.patch_embed.img_size
     rows, columns = model.patch_embed.grid_size
-    if rows != columns:
-        raise UserError(f"{name} reads {rows} x {columns} patches; only square images are read here")
+    if height != width or rows != columns:
+        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
 
     def hidden(images: Tensor, block: int) -> Tensor:
         (found,) = model.forward_intermediates(
@@ -155,7 +156,8 @@ def timm_encoder(name: str, model: Any) -> Encoder:
     )
 
 
-def _timm_model(name: str) -> Any:
+def open_timm(name: str) -> Any:
+    """A timm model with its weights and no task head: NAME, or local-dir:FOLDER. Raises UserError."""
     import timm
 
     try:

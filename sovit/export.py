@@ -87,11 +87,26 @@ def write_config(shape: Shape, format: str, out: Path) -> Path:
     return path
 
 
+TRAINED_WORDS = {  # a value of Run.trained, in the card of a fine-tuned model
+    "full": "all weights trained",
+    "attention": "the attention's projections, the positions and the task head trained, all else frozen",
+    "mlp": "the MLPs, the positions and the task head trained, all else frozen",
+    "head": "the task head trained, all else frozen",
+}
 TOLERANCE = 1e-5  # of transformers' reload: it runs the same timm model, but may choose another attention kernel
 
 
-def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
+def export_timm(
+    run_id: str,
+    runs_dir: Path | str,
+    out: Path | str,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+) -> dict:
     """Write the encoder of one branch as a timm folder, load it again by timm and transformers, and compare.
+
+    image_size, patch_size: where given, the weights are resized to them from the trained ones (sovit.resize), without
+    training; positions linearly where the run drew its patch sizes, as it did then, else bicubically.
 
     Returns {"out", "run_id", "timm_max_difference", "transformers_max_difference" (None where transformers is not
     installed)}. Raises UserError for a run that is not there and for an `out` that holds something else, RuntimeError
@@ -100,6 +115,10 @@ def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
     from sovit.branches import load_branch
 
     model, run = load_branch(run_id, runs_dir)
+    sizes = {"image_size": image_size, "patch_size": patch_size}
+    shape = run.shape.replace(**{name: size for name, size in sizes.items() if size is not None})
+    if shape != run.shape:
+        model = _resized(model, run, shape)
     out = Path(out)
     _check_replaceable(out)
     try:
@@ -108,8 +127,9 @@ def export_timm(run_id: str, runs_dir: Path | str, out: Path | str) -> dict:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a folder that can be written") from None
     try:
-        _save_timm(model, run, staging)
-        report = {"out": str(out), "run_id": run_id, **_compare(model, run.shape, staging)}
+        _save_timm(model, shape, staging)
+        (staging / "README.md").write_text(_card(run_id, run, shape, runs_dir))
+        report = {"out": str(out), "run_id": run_id, **_compare(model, shape, staging)}
         staging.chmod(0o755)
         shutil.rmtree(out, ignore_errors=True)
         staging.rename(out)
@@ -155,19 +175,60 @@ def _compare(model, shape: Shape, folder: Path) -> dict:
     return {"timm_max_difference": by_timm, "transformers_max_difference": by_transformers}
 
 
-def _save_timm(model, run: Run, folder: Path) -> None:
+def _save_timm(model, shape: Shape, folder: Path) -> None:
     import timm.models
 
-    timm.models.save_for_hf(model, str(folder), model_args=run.shape.timm_kwargs, safe_serialization=True)
+    timm.models.save_for_hf(model, str(folder), model_args=shape.timm_kwargs, safe_serialization=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)  # given twice, transformers' TimmWrapper refuses it
     path.write_text(json.dumps(config, indent=2) + "\n")
-    shape = run.shape
-    (folder / "README.md").write_text(
-        f"# {shape.label}, patch {shape.patch_size}, {shape.image_size} px\n\n"
+
+
+def _resized(model, run: Run, shape: Shape):
+    from sovit.data import NORMALISATION
+    from sovit.flexi import resize_method
+    from sovit.model import build
+    from sovit.resize import resize_state
+
+    resized = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
+    resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
+    return resized.eval()
+
+
+def _card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str) -> str:
+    """The model card: what it is, where its weights come from, what was done to them last."""
+    from sovit.branches import base_of
+    from sovit.flexi import resize_method
+
+    def at(size: Shape) -> str:
+        return f"{size.image_size} px, patch {size.patch_size}"
+
+    lines = [
         f"A Vision Transformer trained by sovit on `{run.data}:{run.preset}`: {shape.num_params:,} parameters,"
-        f" {shape.forward_flops:,} FLOPs an image (2 per multiply-add), run `{run.trunk_id}`.\n\n"
+        f" {shape.forward_flops:,} FLOPs an image (2 per multiply-add), run `{run_id}`."
+    ]
+    if run.recipe.patch_sizes:
+        sizes = ", ".join(map(str, run.recipe.patch_sizes))
+        lines += [f"Its patch size was drawn by batch in training, from {sizes} pixels (FlexiViT)."]
+    if shape != run.shape:
+        lines += [
+            f"Its weights were trained at {at(run.shape)} and resized to {at(shape)}, without any training"
+            f" there: positions, and patch kernels by FlexiViT's pseudo-inverse resize ({resize_method(run)})."
+        ]
+    while run.base:
+        base = base_of(run, runs_dir)
+        examples = run_id.rpartition("-")[2]
+        lines += [
+            f"Run `{run_id}` is a fine-tuning of `{base.name}` ({at(base.shape)}) to {at(run.shape)} on"
+            f" `{run.data}:{run.preset}`: {TRAINED_WORDS[run.trained]}, {int(examples):,} examples."
+        ]
+        if base.run is None:
+            lines += [f"The weights of `{base.name}` have the SHA-256 `{base.sha256}`."]
+            break
+        run_id, run = base.name, base.run
+    text = "\n\n".join(lines)
+    return f"# {shape.label}, patch {shape.patch_size}, {shape.image_size} px\n\n{text}\n\n" + (
         "```python\nimport timm\n\nmodel = timm.create_model('local-dir:PATH', pretrained=True)\n```\n"
     )
 

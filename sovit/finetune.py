@@ -25,6 +25,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.branches import Base
 from sovit.data import NORMALISATION
+from sovit.flexi import resize_method
 from sovit.model import build
 from sovit.resize import resize_state
 from sovit.run import Run
@@ -67,7 +68,7 @@ def begin(run: Run, base: Base, num_classes: int) -> Any:
     the base's but for its sizes.
     """
     model = build(run.shape, num_classes, run.recipe.parametrisation, run.init_seed)
-    weights = resize_state(base.weights, base.shape, run.shape)
+    weights = resize_state(base.weights, base.shape, run.shape, resize_method(base.run))
     if base.run is None or (base.run.data, base.run.preset) != (run.data, run.preset):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     mean, std = ((value,) * 3 for value in NORMALISATION[run.data])

@@ -17,7 +17,7 @@ MAX_COMPARED = 50_000  # shapes that are compared one by one for that list
 def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, least: np.ndarray | None) -> dict:
     """{within, noise_source, count, exact, surveyed, ranges, open_above, listed, shapes}.
 
-    near: sizes of the real optimum; least [R]: the loss of each draw's own real optimum, None without draws.
+    near: sizes of the real optimum; least [R]: the loss of each of the first draws' own optimum, None without.
     exact: `count` and `ranges` are of all feasible shapes; else (too many to count) of the `surveyed` ones, a thinned
     lattice around the optimum, and open_above names the dimensions in which the region reaches its end. shapes, best
     first: all where they are few, else the best MLP dim of each width and depth (`listed` says which). regret: of each
@@ -48,7 +48,7 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
     worst = [None] * len(shapes)
     if least is not None:
         some = {n: np.array([s[n] for s in shapes], float) for n in best}
-        worst = np.quantile(at.loss(some, at.draws()[0]) / least[:, None] - 1, 0.95, axis=0).tolist()
+        worst = np.quantile(at.loss(some, at.draws()[0][: len(least)]) / least[:, None] - 1, 0.95, axis=0).tolist()
     return dict(
         within=noise["sd"],
         noise_source=noise["source"],

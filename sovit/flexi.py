@@ -10,7 +10,10 @@ from torch import Tensor
 
 from sovit.model import build
 from sovit.resize import resize_state
+from sovit.run import Run
 from sovit.shape import Shape
+
+METHOD = "linear"  # of resizing, as in the paper
 
 
 def at_patch_size(model: Any, shape: Shape, patch_size: int) -> Callable[[Tensor], Tensor]:
@@ -26,7 +29,12 @@ def at_patch_size(model: Any, shape: Shape, patch_size: int) -> Callable[[Tensor
         form = build(new, model.num_classes)  # the modules at the new size, without weights
 
     def forward(images: Tensor) -> Tensor:
-        weights = resize_state(dict(model.named_parameters()), shape, new, "linear")
+        weights = resize_state(dict(model.named_parameters()), shape, new, METHOD)
         return torch.func.functional_call(form, weights, (images,), strict=True)
 
     return forward
+
+
+def resize_method(run: Run | None) -> str:
+    """How the weights of a run are resized after it: as they were in it, else as timm does it (see sovit.resize)."""
+    return METHOD if run and run.recipe.patch_sizes else "bicubic"

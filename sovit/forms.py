@@ -494,6 +494,11 @@ class Law:
         )
 
 
+def facing(dims: tuple[str, ...] | list[str]) -> np.ndarray:
+    """1 for a dimension that lowers the loss as it grows, -1 for one that raises it: by arm its law is one of 1 / x. [K]"""
+    return np.array([-1.0 if name in FALLING else 1.0 for name in dims])
+
+
 def _own(column: str) -> Term:
     """The term of one column in a sum over columns."""
     amplitude, exponent = ("B", "c") if column == "num_examples" else (f"A_{column}", f"a_{column}")

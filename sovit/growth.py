@@ -19,7 +19,7 @@ from sovit.integers import SIZES, Rules
 from sovit.law import Fit
 from sovit.predict import Recommendation, best_shape, predicted_difference, proportional_family
 from sovit.shape import Shape
-from sovit.target import Target, budgets_run, columns, target
+from sovit.target import TOKENS, Target, budgets_run, columns, target
 
 PAPER = dict(width=0.22, depth=0.45, mlp_dim=0.60)  # s_k as stated in 2305.13035, classification
 STEP = 1e-2  # of ln t, for the slope at one budget
@@ -144,9 +144,9 @@ def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | N
 def nearest(at: Target, sizes: Mapping, rules: Rules) -> Shape:
     """The nearest whole shape by the rules' multiples, each size by itself; patch and image size as run."""
     values = {n: step * max(1, round(sizes.get(n, at.fixed(n)) / step)) for n, step in rules.steps.items()}
-    for name in ("patch_size", "image_size"):
-        run = np.array(at.fit.data["grid"].get(name, [at.fixed(name)]), float)
-        values[name] = round(float(run[np.abs(np.log(run / sizes.get(name, at.fixed(name)))).argmin()]))
+    pairs = at.run_pairs()
+    off = np.log(pairs / np.array([sizes.get(name, at.fixed(name)) for name in TOKENS]))
+    values |= dict(zip(TOKENS, pairs[(off**2).sum(1).argmin()].tolist()))
     return at.shape(values, rules.head_dim)
 
 

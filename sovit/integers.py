@@ -17,7 +17,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.shape import Shape
-from sovit.target import Target
+from sovit.target import TOKENS, Target
 
 SIZES = ("width", "depth", "mlp_dim")
 CHUNK = 4096  # boxes halved at once
@@ -79,8 +79,8 @@ class Lattice:
         return self.target.loss(table, images=self.target.images(table if paid is None else self.table(paid, pair)))
 
 
-def lattice(target: Target, rules: Rules) -> Lattice:
-    """Raises UserError where no shape keeps the rules."""
+def lattice(target: Target, rules: Rules, held: Mapping | None = None) -> Lattice:
+    """held: patch_size or image_size that all shapes have. Raises UserError where no shape keeps the rules."""
     geometry, dims, grid = target.geometry, target.dims, target.fit.data["grid"]
     steps = np.array(list(rules.steps.values()))
     low = np.ones(len(SIZES), int)
@@ -89,10 +89,13 @@ def lattice(target: Target, rules: Rules) -> Lattice:
             low[k] = max(1, int(np.ceil(min(grid[name]) / steps[k])))
         elif name not in dims:  # the law has no term for it: as it was run
             low[k] = max(1, round(getattr(geometry, name) / steps[k]))
-    whole = [np.rint(grid.get(n, [getattr(geometry, n)])).astype(int) for n in ("patch_size", "image_size")]
-    pairs = np.array([(p, s) for p in whole[0] for s in whole[1] if s % p == 0], int).reshape(-1, 2)
+    pairs = target.run_pairs()
+    for k, name in enumerate(TOKENS):
+        if held and name in held:
+            pairs = pairs[pairs[:, k] == held[name]]
     if not len(pairs):
-        raise UserError("no image_size that was run is a multiple of a patch_size that was run; run a pair that is")
+        said = ", ".join(f"{name}={value:g}" for name, value in held.items()) if held else "a patch_size that was run"
+        raise UserError(f"no image_size that was run is a multiple of {said}; run a pair that is")
 
     def allowed(table: Mapping) -> np.ndarray:
         fits = target.images(table) >= 1

@@ -324,6 +324,9 @@ def _data(table, dims, centre) -> dict:
     for name in ("compute", "num_examples", "train_flops"):
         if name in table:
             out[f"{name}_range"] = [float(positive(table, name).min()), float(positive(table, name).max())]
+    if {"patch_size", "image_size"} & set(dims) and {"patch_size", "image_size"} <= set(table):
+        patches = (positive(table, "image_size") / positive(table, "patch_size")) ** 2
+        out["num_patches_range"] = [float(patches.min()), float(patches.max())]
     return out
 
 

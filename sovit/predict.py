@@ -19,7 +19,7 @@ from sovit.flat import flat_region
 from sovit.integers import SIZES, Rules, lattice, minimise
 from sovit.law import Fit
 from sovit.shape import Shape
-from sovit.target import FAR_DECADES, MAX_DECADES, Target, budgets_run, columns, target
+from sovit.target import FAR_DECADES, MAX_DECADES, TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, target
 
 __all__ = ["MAX_DECADES", "Recommendation", "Rules", "best_shape", "form_dependence", "predicted_difference"]
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
@@ -82,7 +82,7 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
     given = rules_of(at, **rules)
     v = at.optimum()
     real = dict(zip(at.dims, np.exp(v)))
-    real |= {n: max(real[n], min(fit.data["grid"][n])) for n in at.absent()}
+    real |= {n: at.within(n, real[n]) for n in at.absent()}
     real_loss = float(at.loss({n: np.array([x]) for n, x in real.items()})[0])
     cost = 3 * float(at.geometry.flops(real, head=True))
     if cost > train_flops:
@@ -226,10 +226,13 @@ def _one(values: Mapping) -> dict[str, np.ndarray]:
 
 
 def _least(at: Target, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The real optimum of each draw: ln x [R, K] and its loss [R]."""
+    """The real optimum of each draw: ln x [R, K], and the loss [R] of its best sizes, patch and image size as run.
+
+    Where a law reads these the losses are those of the first TOKEN_DRAWS draws.
+    """
     theta, _ = at.draws(kind)
     v = at.optimum(theta)
-    return v, at.paired(v, theta)
+    return v, at.least(theta[:TOKEN_DRAWS]) if set(TOKENS) & set(at.dims) else at.paired(v, theta)
 
 
 def _optimum_by_dimension(at: Target, real: Mapping, least: Mapping) -> dict:
@@ -286,7 +289,8 @@ def _excess(at: Target, values: Mapping, over: Mapping) -> dict:
 def _regret(at: Target, best: Mapping, least: Mapping) -> dict | None:
     if "random_effects" not in least:
         return None
-    excess = at.loss(_one(best), at.draws()[0])[:, 0] / least["random_effects"][1] - 1
+    known = least["random_effects"][1]
+    excess = at.loss(_one(best), at.draws()[0][: len(known)])[:, 0] / known - 1
     return dict(median=float(np.median(excess)), high=float(np.quantile(excess, 0.95)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import expm1
 
 from sovit.integers import Rules
@@ -43,7 +43,7 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
     usual = r.proportional
     misfit = "" if r.rules_cost is None else Rules(**r.rules).misfit(Shape(**usual["shape"]))
     lines.append(
-        f"ViT-B proportions at the same FLOPs: {label(usual['shape'])}, predicted {usual['loss']:.4f}"
+        f"ViT-B proportions at the same FLOPs: {label(usual['shape'], r.optimum)}, predicted {usual['loss']:.4f}"
         f" ({usual['loss_excess']:+.2%})" + f"; {misfit}" * bool(misfit)
     )
     if beside:
@@ -70,8 +70,8 @@ def beside_lines(r, beside: Mapping) -> list[str]:
             worse = {k: None if v is None else expm1(v) for k, v in rule["difference"].items()}
             note = f"; {rule['note']}" if rule["note"] else ""
             lines.append(
-                f"{title}: {label(rule['shape'])}, {rule['num_params']:,} parameters, predicted {rule['loss']:.4f},"
-                f" {_gain(worse, sign=True)}{note}"
+                f"{title}: {label(rule['shape'], r.optimum)}, {rule['num_params']:,} parameters,"
+                f" predicted {rule['loss']:.4f}, {_gain(worse, sign=True)}{note}"
             )
     if beside.get("paper_rule"):
         lines += paper_lines(beside["paper_rule"])
@@ -140,7 +140,7 @@ def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:
             [
                 f"{row['train_flops']:.3g}",
                 f"{row['decades']:+.1f}",
-                label(row["shape"]),
+                label(row["shape"], dims),
                 f"{row['num_params']:,}",
                 f"{row['num_examples']:,}",
                 f"{row['loss']:.4f}",
@@ -157,8 +157,10 @@ def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:
     return "\n".join(lines + [f"warning: {w}" for w in warnings])
 
 
-def label(shape: Mapping) -> str:
-    return f"{shape['width']}x{shape['depth']}x{shape['mlp_dim']}"
+def label(shape: Mapping, dims: Iterable[str] = ()) -> str:
+    """width x depth x mlp_dim, and /patch@image where the law, of `dims`, chooses among these."""
+    text = f"{shape['width']}x{shape['depth']}x{shape['mlp_dim']}"
+    return text + f"/{shape['patch_size']}@{shape['image_size']}" * bool({"patch_size", "image_size"} & set(dims))
 
 
 def _columns(table: list[list[str]]) -> list[str]:
@@ -175,3 +177,91 @@ def _gain(excess: Mapping, sign: bool = False) -> str:
     form = "+.2%" if sign else ".2%"
     text = f"{excess['estimate']:{form}}"
     return text if excess["low"] is None else f"{text} ({excess['low']:{form}} to {excess['high']:{form}})"
+
+
+def trade_text(found: Mapping) -> str:
+    """What `trade.trade` found, in words."""
+    name, level = NAMES[found["by"]], found["level"]
+    table = [[name, "best shape with it", "parameters", "images", found["metric"], f"{level:.0%} interval", "excess"]]
+    for row in found["values"]:
+        known = row["loss_low"] is not None
+        table.append(
+            [
+                str(row["value"]),
+                label(row["shape"], [found["by"]]),
+                f"{row['num_params']:,}",
+                f"{row['num_examples']:,}",
+                f"{row['loss']:.4f}",
+                f"{row['loss_low']:.4f} to {row['loss_high']:.4f}" if known else "none",
+                "best" if row["excess"]["estimate"] == 0 else _gain(row["excess"], sign=True),
+            ]
+        )
+    lines = [f"{found['train_flops']:.3g} training FLOPs, law {found['form']}; all else chosen anew for each {name}:"]
+    lines += [line.rstrip() for line in _columns(table)]
+    lines.append(f"excess: over the best of them, both shapes as they stand, draw by draw ({level:.0%})")
+    lines += [turn_words(turn, name, level) for turn in found["turns"]]
+    return "\n".join(lines + spend_lines(found))
+
+
+def turn_words(turn: Mapping, name: str, level: float) -> str:
+    """From which budget the value with more tokens is the better one."""
+    fewer, more, where = turn["fewer"], turn["more"], turn["where"]["estimate"]
+    if where == "within":
+        text = f"{name} {more} is better than {fewer} from {turn['estimate']:.3g} training FLOPs on"
+    else:
+        better, other = (more, fewer) if where == "before" else (fewer, more)
+        text = f"{name} {better} is better than {other} at every budget from {_searched(turn)}"
+    return text + _turn_ends(turn, level)
+
+
+def spend_lines(found: Mapping) -> list[str]:
+    """Where twice the FLOPs of an image are best spent, and from which budget the answer turns."""
+    spend, name, level = found["spend"], found["by"], found["level"]
+    options = sorted(spend["options"].items(), key=lambda option: -option[1]["gain"]["estimate"])
+    said = ", ".join(f"{NAMES[n]} ({o['to']:.3g}) {_gain(o['gain'])}" for n, o in options)
+    lines = [
+        f"from {label(spend['shape'], [name])}, {spend['factor']:g} times the FLOPs an image at as many images (so"
+        f" {spend['train_flops']:.3g} in all) lower the loss by, spent on: {said}"
+    ]
+    spent = {"patch_size": "smaller patches", "image_size": "a larger image"}
+    for n, d in spend["difference"].items():
+        if d["low"] is None:
+            verdict = "no interval: fitted without draws"
+        elif d["low"] <= 0 <= d["high"]:
+            verdict = "not distinguishable"
+        else:
+            verdict = "better" if d["low"] > 0 else "worse"
+        against = spent.get(n, f"more {NAMES[n]}")
+        lines.append(f"  {spent[name]} against {against}: {_gain(d, sign=True)} of the loss; {verdict}")
+    if turn := spend["turn"]:
+        fixed = f"with {NAMES[name]} {spend['shape'][name]} kept and all else chosen anew"
+        rival, where = NAMES[turn["against"]], turn["where"]["estimate"]
+        if where == "within":
+            text = (
+                f"{fixed}, {rival} is the better place below {turn['estimate']:.3g} training FLOPs, {spent[name]} above"
+            )
+        else:
+            text = f"{fixed}, {spent[name] if where == 'before' else rival} is the better place at every budget from"
+            text += f" {_searched(turn)}"
+        lines.append("  " + text + _turn_ends(turn, level))
+    return lines
+
+
+def _searched(turn: Mapping) -> str:
+    return f"{turn['searched'][0]:.3g} to {turn['searched'][1]:.3g}"
+
+
+def _turn_ends(turn: Mapping, level: float) -> str:
+    """The interval of a turn, and whether it lies outside of the data."""
+    (first, last), where = turn["run"], turn["where"]
+    beyond = dict(before=f"below {turn['searched'][0]:.3g}", after=f"beyond {turn['searched'][1]:.3g}")
+    if where["low"] is None:
+        text = "; no interval: fitted without draws"
+    elif where["low"] == where["high"] == where["estimate"] != "within":
+        text = f" (so in the whole {level:.0%} interval)"
+    else:
+        low, high = (f"{turn[end]:.3g}" if where[end] == "within" else beyond[where[end]] for end in ("low", "high"))
+        text = f" ({level:.0%} interval {low} to {high})"
+    if where["estimate"] == "within" and not first <= turn["estimate"] <= last:
+        text += f"; that is outside the budgets run, {first:.3g} to {last:.3g}"
+    return text

@@ -10,7 +10,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.allocate import Geometry
-from sovit.forms import LAWS, Form
+from sovit.forms import LAWS, Form, facing
 from sovit.shape import DIMENSIONS, POOLS
 
 IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "init_seed", "data_seed", "peak_lr")
@@ -155,7 +155,7 @@ def prepare(form_name: str, table, y, dims, *, zero_line=None, terms=None, arms=
         picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in dims]
         source = np.concatenate(picks)
         arm = np.repeat(np.arange(len(dims)), [len(p) for p in picks])
-        own = np.log(np.concatenate([positive(table, d)[p] for d, p in zip(dims, picks)]))
+        own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(dims, picks, facing(dims))]))
         t = np.log(positive(table, "compute")[source])
         own_params = sum(name.endswith(f"_{dims[0]}") for name in form.names)  # of one arm
         if min(len(p) for p in picks) < own_params:

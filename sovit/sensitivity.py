@@ -20,7 +20,7 @@ from sovit.allocate import Geometry
 from sovit.diagnose import amplitudes, extrapolation, growth, optimum_of
 from sovit.fewshot import is_spread, noise_of
 from sovit.fitter import polish, solve
-from sovit.forms import LAWS, Form
+from sovit.forms import FALLING, LAWS, Form
 from sovit.measurements import Measurements, levels
 from sovit.rows import check, positive, prepare, relative_sd, star, trunks, varied_dims
 from sovit.shape import COUNTINGS
@@ -161,7 +161,9 @@ class _Frame:
                     # the budget is what the headline's own optimum costs in that counting: shapes differ, not units
                     budget += float(np.log(_flops(geometry, self.best) / _flops(own, self.best)))
                 at = np.exp(optimum_of(form, centre, theta, geometry, self.grid, budget, head=True))
-                at = np.maximum(at, np.where(present, 0, [min(self.grid[d]) for d in self.dims]))
+                run = np.array([[min(self.grid[d]), max(self.grid[d])] for d in self.dims]).T
+                ends = np.where([d in FALLING for d in self.dims], np.minimum(at, run[1]), np.maximum(at, run[0]))
+                at = np.where(present, at, ends)
         out = []
         for r, on in enumerate(present):
             exponents = {

@@ -14,10 +14,12 @@ import numpy as np
 from sovit import UserError
 from sovit.allocate import Geometry, law_columns
 from sovit.diagnose import amplitudes, optimum_of
-from sovit.forms import LAWS
+from sovit.forms import FALLING, LAWS
 from sovit.law import Fit
 from sovit.shape import DIMENSIONS, Shape
 
+TOKENS = ("patch_size", "image_size")  # what sets the number of tokens: values that were run, never between them
+TOKEN_DRAWS = 250  # that `least` is asked for where it has a pair of them after the other to look at
 FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
 
@@ -51,19 +53,44 @@ class Target:
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
 
-    def optimum(self, theta=None) -> np.ndarray:
-        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]."""
+    def optimum(self, theta=None, held: Mapping | None = None) -> np.ndarray:
+        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
         fit = self.fit
         many = fit.theta[None] if theta is None else theta
-        centre = np.array(fit.model["centres"])
-        v = optimum_of(fit.shape_form, centre, many, self.geometry, fit.data["grid"], self.log_budget, head=True)
+        centre, grid = np.array(fit.model["centres"]), fit.data["grid"]
+        v = optimum_of(fit.shape_form, centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
         return v[0] if theta is None else v
 
-    def paired(self, v: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        """Loss of each theta [R, P] at its own ln x [R, K]: [R]."""
+    def run_pairs(self) -> np.ndarray:
+        """(patch_size, image_size) of the values run, [G, 2]: what divides, its tokens no fewer nor more than were run.
+
+        A law of patch and image size apart says nothing of grids of tokens coarser or finer than any it was fitted to.
+        """
+        grid = self.fit.data["grid"]
+        whole = [np.rint(grid.get(n, [getattr(self.geometry, n)])).astype(int) for n in TOKENS]
+        low, high = self.fit.data.get("num_patches_range", (1, np.inf))
+        pairs = [(p, s) for p in whole[0] for s in whole[1] if s % p == 0 and low <= (s // p) ** 2 <= high]
+        return np.array(pairs, int).reshape(-1, 2)
+
+    def paired(self, v: np.ndarray, theta: np.ndarray, images=None) -> np.ndarray:
+        """Loss of each theta [R, P] at its own ln x [R, K]: [R]; trained for the budget unless `images` [R] are given."""
         table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
-        u = law_columns(form.terms, table, self.images(table), self.geometry).T - np.array(self.fit.model["centres"])
+        images = self.images(table) if images is None else images
+        u = law_columns(form.terms, table, images, self.geometry).T - np.array(self.fit.model["centres"])
         return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
+
+    def least(self, theta: np.ndarray, held: Mapping | None = None) -> np.ndarray:
+        """Loss [R] of each theta [R, P] at its own best real sizes, patch and image size being values that were run.
+
+        held: patch_size or image_size that all shapes have.
+        """
+        pairs = [dict(zip(TOKENS, pair)) for pair in self.run_pairs().tolist()]
+        pairs = [pair for pair in pairs if all(pair[name] == value for name, value in (held or {}).items())]
+        best = np.full(len(theta), np.inf)
+        for pair in pairs:
+            v = self.optimum(theta, {name: value for name, value in pair.items() if name in self.dims})
+            best = np.minimum(best, self.paired(v, theta))
+        return best
 
     def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
         """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
@@ -76,6 +103,11 @@ class Target:
         """Dimensions whose amplitude is 0: the law has nothing to say for them, so they stay within the values run."""
         present = amplitudes(self.fit.shape_form, self.fit.theta[None])[0] > 0
         return [n for n, known in zip(self.dims, present) if not known]
+
+    def within(self, name: str, value: float) -> float:
+        """A value of a dimension, or the nearest that was run to where it costs nothing."""
+        run = self.fit.data["grid"][name]
+        return min(value, max(run)) if name in FALLING else max(value, min(run))
 
     def fixed(self, name: str) -> float:
         """The value of a dimension that the law has no term for, or else its centre."""

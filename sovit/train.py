@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from sovit import UserError
-from sovit.branches import load_base
+from sovit.branches import base_of
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
 from sovit.data import Batch, open_data
 from sovit.evaluate import validate
@@ -105,7 +105,7 @@ class Trainer:
         check_readout(run, self.source.readout)
         self.num_classes = self.source.num_classes
         self.flops_per_example = run.train_flops(run.budgets[-1], self.num_classes) / run.budgets[-1]
-        self.base = load_base(run, runs_dir) if run.base else None
+        self.base = base_of(run, runs_dir) if run.base else None
         self.micro_batch: int | None = None  # where a batch did not fit into memory: images that did
         self.saved_at = time.monotonic()
         self._begin()
@@ -390,12 +390,11 @@ def device_name(device: str) -> str:
     return f"cpu x{torch.get_num_threads()}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]`: train one run from its JSON, as `Run.to_dict` writes it."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not 1 <= len(arguments) <= 3:
-        print("usage: python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
-        return 2
+def train_here(run: Run, runs_dir: Path | str, device: str = "cpu") -> list[dict]:
+    """`train` for who waits at a terminal: one line of progress, alone on its trunk, stopped by Ctrl-C or SIGTERM.
+
+    Raises what `train` does, but where it was stopped KeyboardInterrupt with the words to be said.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     live = sys.stderr.isatty()
 
@@ -404,22 +403,36 @@ def main(argv: list[str] | None = None) -> int:
         if live:
             print("\r\033[K" + progress_text(progress), end="", file=sys.stderr, flush=True)
 
+    check_device(device)
+    lock = Path(runs_dir) / run.trunk_id / "lock"  # the one that a sweep's workers hold
+    if is_locked(lock):
+        say(f"waiting for who trains {run.trunk_id} already")
+    try:
+        with locked(lock), stop_on_signal() as should_stop:
+            return train(run, runs_dir, device, show, should_stop=should_stop)
+    except Interrupted as stop:
+        where = f"with the state in {Path(runs_dir) / run.trunk_id}; go on with: {this_command()}"
+        raise KeyboardInterrupt(f"{stop}, {where}") from None
+    finally:
+        if live:
+            print(file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]`: train one run from its JSON, as `Run.to_dict` writes it."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not 1 <= len(arguments) <= 3:
+        print("usage: python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
+        return 2
     try:
         try:
             d = json.loads(Path(arguments[0]).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        run, runs_dir, device = Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :])
-        check_device(device)
-        lock = Path(runs_dir) / run.trunk_id / "lock"  # the one that a sweep's workers hold
-        if is_locked(lock):
-            say(f"waiting for who trains {run.trunk_id} already")
-        with locked(lock), stop_on_signal() as should_stop:
-            rows = train(run, runs_dir, device, show, should_stop=should_stop)
-    except Interrupted as stop:
-        say(f"{stop}, with the state in {Path(runs_dir) / run.trunk_id}; go on with: {this_command()}")
-        return 130
-    except KeyboardInterrupt:  # before it had begun
+        rows = train_here(Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]))
+    except KeyboardInterrupt as stop:
+        if str(stop):  # else before it had begun
+            say(str(stop))
         return 130
     except OutOfMemory as error:
         say(str(error))
@@ -427,8 +440,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         say(str(error))
         return 2
-    if live:
-        print(file=sys.stderr)
     for row in rows:
         print(json.dumps({k: row[k] for k in ("run_id", "status", "num_examples", "val_loss", "val_error")}))
     return 0 if all(row["status"] == "ok" for row in rows) else 1

@@ -17,6 +17,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.ledger import write_atomic
+from sovit.paired import MIN_SEEDS, paired
 from sovit.run import Recipe, Run, budgets_for
 from sovit.shape import Shape
 
@@ -25,8 +26,6 @@ RULE = (
     " better if it lies below 0, worse if above 0, else not distinguishable"
 )
 USUAL, OTHER = "usual", "other law's"  # the second arm
-MIN_SEEDS = 3
-LEVEL = 0.90
 
 
 def make_prediction(law_path: Path, train_flops: float, seeds: list[int], against: Path | None = None) -> dict:
@@ -150,33 +149,24 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
             "sd": float(np.std(losses, ddof=1)),
         }
     ours, theirs = arms.values()
-    difference = np.log(ours["losses"]) - np.log(theirs["losses"])  # [seeds]
-    n, mean, sd = len(difference), float(difference.mean()), float(difference.std(ddof=1))
-    half = student_t(n - 1) * sd / math.sqrt(n)
-    low, high = mean - half, mean + half
+    difference = paired(np.log(ours["losses"]) - np.log(theirs["losses"]))
+    found = difference.pop("verdict")
     return {
         "train_flops": prediction["train_flops"],
         "metric": metric,
         "rule": prediction["rule"],
         "seeds": prediction["seeds"],
         "arms": arms,
-        "difference": {"mean": mean, "sd": sd, "n": n, "low": low, "high": high, "level": LEVEL},
+        "difference": difference,
         "predicted_difference": prediction["predicted_difference"],
         "same_shape": ours["shape"] == theirs["shape"],
         "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
-        "verdict": "better" if high < 0 else "worse" if low > 0 else "not distinguishable",
+        "verdict": found,
     }
 
 
 def _identity(shape: Shape) -> dict:
     return {k: getattr(shape, k) for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}
-
-
-def student_t(degrees: int) -> float:
-    """The 95 % point of Student's t, that is, the half-width of a two-sided 90 % interval in standard errors."""
-    from scipy.stats import t
-
-    return float(t.ppf((1 + LEVEL) / 2, degrees))
 
 
 def verdict_text(result: dict) -> str:

@@ -80,6 +80,52 @@ def test_isoflop_keeps_proportions():
     assert isoflop(Shape(64, 4, 256, head_dim=8), (8,))[0].depth == 1
 
 
+def test_an_isoflop_line_runs_along_any_dimension():
+    base = Shape(64, 4, 256, head_dim=8, patch_size=4, image_size=32)
+    assert [s.patch_size for s in isoflop(base, (2, 4, 8), "patch_size")] == [2, 4, 8]
+    assert all(moved(s, base) <= {"patch_size"} for s in isoflop(base, (2, 4, 8), "patch_size"))
+    together = isoflop(base, (2, 4, 8), "patch_size", proportional=("image_size",))  # as many tokens throughout
+    assert [(s.patch_size, s.image_size, s.num_patches) for s in together] == [(2, 16, 64), (4, 32, 64), (8, 64, 64)]
+    wide = isoflop(base, (1, 2, 6), "depth", proportional=("width",))
+    assert [(s.depth, s.width, s.mlp_dim) for s in wide] == [(1, 16, 256), (2, 32, 256), (6, 96, 256)]
+    assert isoflop(base, (3,), "depth", proportional=("width",))[0].width == 48
+    assert [s.label for s in isoflop(base, (32, 128), proportional=())] == ["32x4x256", "128x4x256"]
+    with pytest.raises(UserError, match="'depth' cannot go in proportion to itself"):
+        isoflop(base, (1,), "depth", proportional=("depth",))
+    with pytest.raises(UserError, match="'heads' is not a dimension"):
+        isoflop(base, (1,), "depth", proportional=("heads",))
+
+
+def test_what_cannot_be_built_is_left_out_and_said():
+    base = Shape(64, 4, 256, head_dim=8, patch_size=4, image_size=32)
+    with pytest.warns(UserWarning, match=r"patch_size=3 \(patch 3 does not divide 32 pixels\)"):
+        assert [s.patch_size for s in isoflop(base, (2, 3, 8), "patch_size")] == [2, 8]
+    with pytest.warns(UserWarning, match=r"patch_size=8, image_size=20 \(patch 8 does not divide 20 pixels\)$"):
+        shapes = grid(base, {"patch_size": (4, 8), "image_size": (16, 20)})
+    assert [(s.patch_size, s.image_size) for s in shapes] == [(4, 16), (4, 20), (8, 16)]
+
+
+def test_a_star_over_patch_and_image_has_its_corners():
+    base = Shape(64, 4, 256, head_dim=8, patch_size=4, image_size=32)
+    arms = {"width": (32, 48, 96), "patch_size": (2, 8), "image_size": (16, 48, 64)}
+
+    def fits(shape):  # a patch lies within one of 4 x 4 cells
+        return shape.image_size // 4 % shape.patch_size == 0
+
+    shapes = star(base, arms, fits=fits)
+    corners = [moved(s, base) for s in shapes if len(moved(s, base)) > 1]
+    assert {"width", "patch_size", "image_size"} in corners and {"width", "patch_size"} in corners
+    with pytest.warns(
+        UserWarning, match=r"left out of the design: .*patch_size=8, image_size=48 \(does not fit the data\)"
+    ):
+        some = star(base, arms | {"image_size": (16, 24, 48)}, fits=fits)
+    assert all(fits(s) for s in some) and any({"patch_size", "image_size"} <= moved(s, base) for s in some)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"no value of patch_size in \(3, 5\) can be built"):
+        star(base, {"patch_size": (3, 5)})
+    with pytest.raises(UserError, match="the centre 64x4x256 does not fit the data"):
+        star(base, arms, fits=lambda s: False)
+
+
 def test_runs_spend_the_budgets_to_one_per_cent():
     budgets = (3.2e10, 1e11, 3.2e11)
     runs = to_runs(star(CENTRE, ARMS), budgets, 16, lambda s: Recipe(0.008), study="s", preset="cpu")

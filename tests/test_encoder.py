@@ -210,3 +210,12 @@ def test_no_code_and_no_pickle_of_a_folder_is_run(tmp_path, monkeypatch):
     torch.save(tower.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be opened"):
         open_encoder(f"hf:{pickled}")
+
+
+@pytest.mark.parametrize("sizes", [dict(img_size=(28, 14), patch_size=7), dict(img_size=(28, 56), patch_size=(7, 14))])
+def test_a_tower_that_is_not_square_is_refused(sizes):
+    import timm
+
+    args = dict(embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    with pytest.raises(UserError, match=r"reads images of 28 x (14|56); only square ones"):
+        timm_encoder("timm:wide", timm.create_model("vit_tiny_patch16_224", **args, **sizes))

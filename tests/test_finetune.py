@@ -11,7 +11,7 @@ from test_shape import random_shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
-from sovit.branches import load_base, load_branch
+from sovit.branches import base_of, load_branch
 from sovit.checkpoint import load_weights
 from sovit.data import NORMALISATION
 from sovit.finetune import begin, freeze, stored_names
@@ -181,7 +181,7 @@ def test_laws_leave_fine_tunings_out_and_say_so(trained, tmp_path):
 def test_at_the_same_size_it_starts_as_the_base_and_stores_what_is_trained(trained):
     folder, rows = trained
     run = tuning(rows, "attention", image_size=32)
-    base = load_base(run, folder)
+    base = base_of(run, folder)
     model = begin(run, base, 16)
     assert all(torch.equal(t, base.weights[name]) for name, t in model.state_dict().items())
     assert stored_names(model, base) == freeze(model, "attention")
@@ -191,7 +191,7 @@ def test_other_data_get_a_new_head_and_the_normalisation_they_need(trained):
     """The patch embedding takes up the difference, so that an image gives the tokens that it gave the base."""
     folder, rows = trained
     run = tuning(rows, image_size=32, data="hub", preset="somewhere")
-    base = load_base(run, folder)
+    base = base_of(run, folder)
     model = begin(run, base, 5)
     assert model.head.weight.shape == (5, 16)
     assert NORMALISATION["hub"] != NORMALISATION["stream"]

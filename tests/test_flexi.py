@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from sovit import UserError
+from sovit.branches import base_of, load_branch
+from sovit.finetune import begin
 from sovit.flexi import at_patch_size
 from sovit.model import build
 from sovit.resize import resize_state
@@ -87,3 +89,12 @@ def test_a_stopped_trunk_goes_on_to_the_same_bits(tmp_path):
 def test_sizes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         Run(SHAPE, Recipe(0.01, patch_sizes=sizes), (160,))
+
+
+def test_a_fine_tuning_begins_with_what_its_flexi_base_computed_at_that_size(tmp_path):
+    train(RUN, tmp_path)
+    tuning = Run(SHAPE.replace(patch_size=4), Recipe(0.01), (80,), preset="small", base=RUN.run_ids[0], trained="head")
+    base = base_of(tuning, tmp_path)
+    model, _ = load_branch(RUN.run_ids[0], tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(begin(tuning, base, 16)(images), at_patch_size(model, SHAPE, 4)(images))

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
-    *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "finetune_base"),
+    *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "tuning", "timm_base"),
     "finetune_cost",
 }
 EDGES = {

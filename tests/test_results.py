@@ -161,3 +161,17 @@ def test_an_isoflop_line_draws_what_it_can_and_determines_no_exponent(tmp_path):
     summary = fit_ledgers([RESULTS / "stream_isoflop.jsonl"], out=tmp_path, bootstrap=100)
     assert {e["status"] for e in summary["exponents"].values()} == {"unidentified"}
     assert "fit_by_dimension.png" not in summary["figures"] and "isoflop.png" in summary["figures"]
+
+
+def test_the_rates_of_fine_tuning_are_the_best_of_their_study():
+    """And none of them is the highest or the lowest that was tried."""
+    from sovit.tuning import RATE
+
+    rows = read_ledger(RESULTS / "finetune_rate.jsonl")
+    (base,) = (row for row in rows if not row.get("base"))
+    for part, rate in RATE.items():
+        ours = sorted((r for r in rows if r.get("trained") == part), key=lambda r: r["peak_lr"])
+        losses = [r["val_loss"] for r in ours]
+        best = losses.index(min(losses))
+        assert 0 < best < len(ours) - 1
+        assert ours[best]["peak_lr"] / base["peak_lr"] == pytest.approx(rate, rel=0.01), part

@@ -80,6 +80,34 @@ def expect_exactly_once(folder, design, rows):
 # exactly once --------------------------------------------------------------------------------------------------------
 
 
+def tuned(bases, times=2):
+    """Fine-tunings of the last branch of each base."""
+    bases = [base for base in bases for _ in range(times)]
+    return [
+        fake_sweep.runs(1)[0].replace(base=base.run_ids[-1], trained="attention", init_seed=100 + i)
+        for i, base in enumerate(bases)
+    ]
+
+
+def test_fine_tunings_wait_for_their_base_and_workers_for_them(tmp_path):
+    (base,) = runs(1, (1600, 3200))
+    design = [*tuned([base], 12), base]  # asked for before what they stand on
+    rows = fake_sweep.launch(tmp_path, design, workers=2)
+    expect_exactly_once(tmp_path, design, rows)
+    events = [line.split() for line in (tmp_path / "executions").read_text().splitlines()]
+    order = [event[:2] for event in events]
+    for run in design[:-1]:
+        assert order.index(["end", base.run_ids[-1]]) < order.index(["begin", run.run_ids[0]])
+    assert len({pid for _, _, pid in events}) == 2  # the second had nothing to do at first, and did not leave
+    assert {t.params.get("trained") for t in trials(tmp_path)} == {None, "attention"}
+
+
+def test_a_base_that_fails_holds_nothing_up_for_ever(tmp_path):
+    base = runs(1)[0].replace(init_seed=666)
+    rows = fake_sweep.launch(tmp_path, [*tuned([base], 1), base], workers=2)
+    assert Counter(row["status"] for row in rows) == {"ok": 1, "failed": 1}  # the real training would refuse the first
+
+
 def test_a_sweep_without_trouble(tmp_path):
     design = runs(6, (1600, 3200))
     rows = fake_sweep.launch(tmp_path, design, workers=2)

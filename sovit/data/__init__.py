@@ -48,6 +48,7 @@ PRESETS = {
         "cpu-flip": (16, "the same with 5 % of the answers flipped: a floor of known entropy"),
         "small": (32, "4 x 4 cells of 8 px, four patches to a cell, longer tails"),
         "gpu": (64, "8 x 8 cells of 8 px, 256 tokens, longer tails"),
+        "detail": (32, "4 x 4 cells of 8 px, some of them zoomed in; textures that show at a higher resolution only"),
     },
     "icons": {
         "mosaic": (32, "2 x 2 real icons of 16 px, 40 classes, one label a patch"),

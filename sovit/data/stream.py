@@ -54,6 +54,15 @@ class World:
     def image_size(self) -> int:
         return self.grid * self.cell
 
+    @property
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        """Latent of a cell -> how many values it takes, and its Zipf exponent."""
+        return {
+            "question": (self.num_questions, self.question_power),
+            "glyph": (self.num_glyphs, self.glyph_power),
+            "colour": (self.num_colours, self.colour_power),
+        }
+
 
 PRESETS = {
     "cpu": World(),
@@ -97,9 +106,16 @@ def hash_uniform(seed: int, index: Tensor, salts: int) -> Tensor:
     return shift(x, 11).double() / (1 << 53)
 
 
-def _zipf(count: int, power: float) -> Tensor:
+def zipf(count: int, power: float) -> Tensor:
     p = torch.arange(1, count + 1, dtype=torch.float64) ** -power
     return p / p.sum()
+
+
+def tiled(cells: Tensor) -> Tensor:
+    """Square cells [B, C, c, c, 3] in raster order, side by side: [B, 3, H, W]."""
+    grid, cell = math.isqrt(cells.shape[1]), cells.shape[2]
+    square = cells.view(-1, grid, grid, cell, cell, 3).permute(0, 5, 1, 3, 2, 4)  # [B, 3, G, c, G, c]
+    return square.reshape(-1, 3, grid * cell, grid * cell)
 
 
 class Scene(dict):
@@ -109,23 +125,20 @@ class Scene(dict):
 class Stream:
     """An opened stream (see sovit.data.Source) at `image_size` pixels, read by patches of `patch_size`."""
 
+    columns_of = COLUMNS
     readout = "tokens"
     num_classes = NUM_ANSWERS
     class_names = tuple(str(a) for a in range(NUM_ANSWERS))
 
     def __init__(self, world: World, image_size: int, patch_size: int, data_seed: int, device: str):
-        scale, rest = divmod(image_size, world.image_size)
-        if rest or scale & (scale - 1) or not scale:
+        cell = self._cell(world, image_size)
+        if patch_size < 1 or cell % patch_size:
             raise UserError(
-                f"image_size={image_size} cannot be drawn; this preset draws {world.image_size} times a power of two"
-            )
-        if (world.cell * scale) % patch_size:
-            raise UserError(
-                f"patch_size={patch_size} does not divide the {world.cell * scale}-pixel cells of this preset at"
-                f" image_size={image_size}; choose a divisor of {world.cell * scale}"
+                f"patch_size={patch_size} does not divide the {cell}-pixel cells of this preset at"
+                f" image_size={image_size}; choose a divisor of {cell}"
             )
         self.world, self.image_size, self.data_seed, self.device = world, image_size, data_seed, torch.device(device)
-        self.patches_per_cell = world.cell * scale // patch_size  # a side
+        self.patches_per_cell = cell // patch_size  # a side
         self.skills = tuple(dict.fromkeys(world.cycle))
         self.num_val, self.label_grid = world.num_val, world.grid
         self.content_key = hashlib.sha256(f"{WORLD_SEED} {world}".encode()).hexdigest()[:16]
@@ -145,31 +158,36 @@ class Stream:
         self.palette = palette.to(self.device)
         self.colour_names = (COLOURS + tuple(f"pale-{name}" for name in COLOURS))[: w.num_colours]
         mark = torch.randint(0, 2, (w.num_questions, w.cell, w.cell, 3), generator=generator).float()
-        table = torch.randint(
-            0, NUM_ANSWERS, (w.num_questions, max(f(w) for f in COLUMNS.values())), generator=generator
-        )
+        columns = max(f(w) for f in self.columns_of.values())
+        table = torch.randint(0, NUM_ANSWERS, (w.num_questions, columns), generator=generator)
         probe = torch.randint(0, w.num_colours, (w.num_questions,), generator=generator)
         template = torch.tensor([self.skills.index(w.cycle[q % len(w.cycle)]) for q in range(w.num_questions)])
-        for _ in range(
-            int(math.log2(scale))
-        ):  # finer octaves: detail of zero mean, so that averaging returns the coarser
+        self._draw_tables(glyph, mark, generator)
+        self.table, self.probe = table.to(self.device), probe.to(self.device)
+        self.template = template.to(self.device)
+        self.cdf = [zipf(count, power).cumsum(0).to(self.device) for count, power in w.ranks.values()]
+        self.zero_line, self.blind = self._baselines()
+
+    def _cell(self, world: World, image_size: int) -> int:
+        """Pixels a side of a cell. Raises UserError for a size that cannot be drawn."""
+        scale, rest = divmod(image_size, world.image_size)
+        if rest or scale & (scale - 1) or not scale:
+            raise UserError(
+                f"image_size={image_size} cannot be drawn; this preset draws {world.image_size} times a power of two"
+            )
+        return world.cell * scale
+
+    def _draw_tables(self, glyph: Tensor, mark: Tensor, generator: torch.Generator) -> None:
+        """glyph [K, s, s] and mark [Q, cell, cell, 3] as they look at this size."""
+        scale = self.image_size // self.world.image_size
+        # finer octaves: detail of zero mean, so that averaging returns the coarser
+        for _ in range(int(math.log2(scale))):
             glyph = glyph.repeat_interleave(2, 1).repeat_interleave(2, 2)
             half = torch.rand(glyph[:, ::2, ::2].shape, generator=generator) - 0.5
             for y, x, sign in ((0, 0, 1), (0, 1, -1), (1, 0, -1), (1, 1, 1)):
                 glyph[:, y::2, x::2] += 0.5 * sign * half
         self.glyph = glyph.to(self.device)  # [K, s, s]
         self.mark = mark.repeat_interleave(scale, 1).repeat_interleave(scale, 2).to(self.device)  # [Q, cell, cell, 3]
-        self.table, self.probe = table.to(self.device), probe.to(self.device)
-        self.template = template.to(self.device)
-        self.cdf = [
-            _zipf(n, p).cumsum(0).to(self.device)
-            for n, p in (
-                (w.num_questions, w.question_power),
-                (w.num_glyphs, w.glyph_power),
-                (w.num_colours, w.colour_power),
-            )
-        ]
-        self.zero_line, self.blind = self._baselines()
 
     # samples -----------------------------------------------------------------------------------------------------------
 
@@ -210,36 +228,36 @@ class Stream:
 
     def latents(self, seed: int, index: Tensor) -> Scene:
         """Draw the scenes number `index` [B] of sequence `seed`."""
-        cells = self.world.grid**2
-        u = hash_uniform(seed, index, 3 * cells).view(-1, 3, cells)  # [B, 3, C]
+        cells, ranks = self.world.grid**2, self.world.ranks
+        u = hash_uniform(seed, index, len(ranks) * cells).view(-1, len(ranks), cells)  # [B, 3, C]
         draw = (torch.searchsorted(cdf, u[:, i].contiguous(), right=True) for i, cdf in enumerate(self.cdf))
-        question, glyph, colour = (d.clamp(max=len(cdf) - 1) for d, cdf in zip(draw, self.cdf))
-        return Scene(index=index, question=question, glyph=glyph, colour=colour)
+        return Scene(zip(ranks, (d.clamp(max=len(cdf) - 1) for d, cdf in zip(draw, self.cdf))), index=index)
 
     def render(self, scene: Scene, noise_seed: int | None = None) -> Tensor:
         """Draw scenes as float32 [B, 3, H, W], centred near 0; pixel noise where a seed is given."""
-        w, grid = self.world, self.world.grid
-        cell = self.image_size // grid
-        margin = cell // 4
-        image = self.mark[scene["question"]]  # [B, C, cell, cell, 3]; the glyph is painted over its lower right part
-        ink = 0.2 + 0.8 * self.glyph[scene["glyph"]]  # [B, C, s, s]
-        image[:, :, margin:, margin:] = self.palette[scene["colour"]][:, :, None, None] * ink[..., None]
-        image = (
-            image.view(-1, grid, grid, cell, cell, 3).permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * cell, grid * cell)
-        )
+        image = self._paint(scene)
+        w = self.world
         if noise_seed is not None and w.pixel_noise:
             generator = torch.Generator(self.device).manual_seed(noise_seed)
             noise = torch.empty(image.shape, device=self.device).normal_(0, w.pixel_noise, generator=generator)
             image = image + noise
         return 2 * (image - 0.4)
 
+    def _paint(self, scene: Scene) -> Tensor:
+        """The scene in [0, 1], [B, 3, H, W]."""
+        margin = self.image_size // self.world.grid // 4
+        cells = self.mark[scene["question"]]  # [B, C, c, c, 3]; the glyph is painted over the lower right part
+        ink = 0.2 + 0.8 * self.glyph[scene["glyph"]]  # [B, C, s, s]
+        cells[:, :, margin:, margin:] = self.palette[scene["colour"]][:, :, None, None] * ink[..., None]
+        return tiled(cells)
+
     def facts(self, scene: Scene) -> dict[str, Tensor]:
         """Plain facts of every cell, int64 [B, C] each: what a question can ask about, before answers are hashed."""
         w = self.world
         glyph, colour = scene["glyph"], scene["colour"]
-        histogram = torch.nn.functional.one_hot(colour, w.num_colours).sum(1)  # [B, colours]
+        histogram = self._count(scene, colour, w.num_colours)  # [B, colours]
         kind = glyph % 8
-        kinds = torch.nn.functional.one_hot(kind, 8).sum(1)  # [B, 8]
+        kinds = self._count(scene, kind, 8)  # [B, 8]
         probe = self.probe[scene["question"]]
         square = colour.view(-1, w.grid, w.grid)
         return {
@@ -254,10 +272,20 @@ class Stream:
             "colour_to_the_right": square.roll(-1, 2).flatten(1),  # the last column looks at the first
         }
 
+    def _count(self, scene: Scene, values: Tensor, num: int) -> Tensor:
+        """How many cells of each image have each value, [B, C] -> [B, num]."""
+        return torch.nn.functional.one_hot(values, num).sum(1)
+
     def columns(self, scene: Scene) -> Tensor:
         """The column of the answer table that each cell's question reads, int64 [B, C]."""
-        w, f = self.world, self.facts(scene)
-        reading = {
+        reading = self._readings(self.facts(scene))
+        stacked = torch.stack([reading[name] for name in self.skills])  # [skills, B, C]
+        return stacked.gather(0, self.template[scene["question"]][None])[0]
+
+    def _readings(self, f: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Template -> the column that it reads, given the facts of the cells."""
+        w = self.world
+        return {
             "attr": f["glyph"],
             "fact": f["glyph"] * w.num_colours + f["colour"],
             "same": f["others_of_my_colour"].clamp(max=7),
@@ -266,8 +294,6 @@ class Stream:
             "group": 8 * f["kind"] + f["others_of_my_kind"].clamp(max=7),
             "right": f["colour_to_the_right"],
         }
-        stacked = torch.stack([reading[name] for name in self.skills])  # [skills, B, C]
-        return stacked.gather(0, self.template[scene["question"]][None])[0]
 
     def answers(self, scene: Scene, seed: int) -> Tensor:
         """The label of every cell, int64 [B, C]; a share `label_flip` of them replaced by a uniform answer."""
@@ -290,7 +316,7 @@ class Stream:
         w = self.world
         scene = self.latents(VAL_SEED + 1, torch.arange(2**18 // w.grid**2, device=self.device))
         column, question = self.columns(scene).flatten(), scene["question"].flatten()
-        share = _zipf(w.num_questions, w.question_power).to(self.device)
+        share = zipf(w.num_questions, w.question_power).to(self.device)
         entropy: dict[str, list] = {}
         marginal = torch.zeros(NUM_ANSWERS, dtype=torch.float64, device=self.device)
         for s, name in enumerate(self.skills):
@@ -299,7 +325,7 @@ class Stream:
             for probe in probes:
                 asked = (self.template == s) & (self.probe == probe if probe is not None else True)  # [Q]
                 ours = torch.nonzero(asked).flatten()
-                frequency = torch.bincount(column[asked[question]], minlength=COLUMNS[name](w)).double()
+                frequency = torch.bincount(column[asked[question]], minlength=self.columns_of[name](w)).double()
                 answer = self.table[ours, : len(frequency)]  # [q, columns]
                 p = torch.zeros(len(ours), NUM_ANSWERS, dtype=torch.float64, device=self.device)
                 p.scatter_add_(1, answer, (frequency / frequency.sum()).expand(len(ours), -1))
@@ -322,6 +348,10 @@ class Stream:
 
 def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Stream:
     """Open a preset of PRESETS. Raises UserError for an unknown preset or a size that it cannot draw."""
+    if preset == "detail":
+        from sovit.data.detail import Detail, DetailStream
+
+        return DetailStream(Detail(), image_size, patch_size, data_seed, device)
     if preset not in PRESETS:
-        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}, detail")
     return Stream(PRESETS[preset], image_size, patch_size, data_seed, device)

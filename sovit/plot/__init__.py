@@ -18,6 +18,8 @@ from sovit.plot.savings import savings_bars
 from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
+from sovit.plot.trade import trade
+from sovit.plot.transfer import flexi_cost, transfer_figures
 
 __all__ = [
     "active",
@@ -27,6 +29,7 @@ __all__ = [
     "extrapolation",
     "extrapolation_distance",
     "fit_by_dimension",
+    "flexi_cost",
     "frontier",
     "isoflop",
     "learning_rates",
@@ -38,6 +41,8 @@ __all__ = [
     "savings_bars",
     "scalebench",
     "sensitivity",
+    "trade",
+    "transfer_figures",
     "validation",
     "validation_figure",
 ]

@@ -22,6 +22,7 @@ from sovit.plot.style import (
     panels,
     styled,
 )
+from sovit.predict_words import label as shape_label
 from sovit.target import budgets_run
 
 MAX_LABELS = 9  # shapes that are named
@@ -99,7 +100,7 @@ def _name(axis, rows) -> None:
     for i in shown:
         shape = rows[i]["shape"]
         name = axis.annotate(
-            f"{shape['width']}×{shape['depth']}×{shape['mlp_dim']}",
+            shape_label(shape, rows[i]["optimum"]).replace("x", "×"),
             (rows[i]["train_flops"], rows[i]["num_params"]),
             xytext=(3, -4),
             textcoords="offset points",

@@ -194,7 +194,11 @@ def optimal_shape(fit, recommendation=None) -> Figure | None:
         widen = fit.diagnostics["draws"]["t_over_z"] if kind == "random_effects" else 1.0
         many = np.exp(optimal_path(fit, ln_compute, np.array(draws)))  # [T, R, K]
         bands[kind] = np.array([[interval(at[:, k], widen) for k in range(len(dims))] for at in many])  # [T, K, 2]
-    figure, axes = panels(1, len(dims), PAGE, 2.85, left=0.05, right=0.985, bottom=0.165, top=0.76, wspace=0.17)
+    narrow = len(dims) > 3
+    top = 0.71 if narrow else 0.76
+    figure, axes = panels(
+        1, len(dims), PAGE, 2.85, left=0.05, right=0.985, bottom=0.165, top=top, wspace=0.17 + 0.08 * narrow
+    )
     for k, (axis, dim) in enumerate(zip(axes, dims)):
         colour = OKABE_ITO[k]
         values = np.array(grid[dim])
@@ -227,7 +231,7 @@ def optimal_shape(fit, recommendation=None) -> Figure | None:
         top = max(values.max(), line[:, k].max()) * 1.25
         dimension_axis(axis, values, "y", (max(bottom, values.min() / 6), min(top, values.max() * 6)))
         axis.set_xlim(compute[0] / 1.1, compute[-1] * 1.1)
-        axis.set_title(_exponent_title(fit.exponents[dim], dim), linespacing=1.35)
+        axis.set_title(_exponent_title(fit.exponents[dim], dim, narrow), linespacing=1.35, fontsize=7 if narrow else 8)
     figure.supxlabel(COMPUTE, fontsize=8, y=0.015)
     handles: list[Artist] = [
         Line2D([], [], color=GREY, label="law’s optimum"),
@@ -434,11 +438,11 @@ def _shape_name(data, shape: tuple, dims) -> str:
     return " × ".join(number_text(v) for n, v in zip(names, shape) if n in dims)
 
 
-def _exponent_title(exponent: dict, dim: str) -> str:
+def _exponent_title(exponent: dict, dim: str, narrow: bool = False) -> str:
     name = arm_name(dim)
     if exponent["status"] == "unidentified":
-        return f"{name}: unidentified\n(the runs do not fix its exponent)"
+        return f"{name}: unidentified\n" + ("(no exponent)" if narrow else "(the runs do not fix its exponent)")
     text = f"{name} $\\propto$ t$^{{\\,{exponent['estimate']:.3f}}}$"
     if exponent["low"] is not None:
         text += f"\n90 %: {exponent['low']:.3f} to {exponent['high']:.3f}"
-    return text + ("; edge" if exponent["status"] == "edge" else "")
+    return text + (("\nedge" if narrow else "; edge") if exponent["status"] == "edge" else "")

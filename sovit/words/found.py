@@ -5,7 +5,7 @@ from __future__ import annotations
 from sovit.predict_words import flat_words
 from sovit.words.data import cautions
 from sovit.words.extrapolation import held_out_words
-from sovit.words.phrases import NAMES, flops, listed, sentence, shape_words, with_interval
+from sovit.words.phrases import NAMES, flops, grows, listed, sentence, shape_words, with_interval
 from sovit.words.quality import misfits
 from sovit.words.sensitivity import movers
 
@@ -44,7 +44,8 @@ def exponent_words(name: str, exponent: dict) -> str:
     label = NAMES.get(name, name)
     if exponent["status"] == "unidentified":
         return f"{label}: unidentified ({exponent['note']})"
-    text = f"best {label} grows as compute^{with_interval(exponent['estimate'], exponent['low'], exponent['high'], 3)}"
+    growth = with_interval(exponent["estimate"], exponent["low"], exponent["high"], 3)
+    text = f"best {label} {grows(exponent['estimate'])} as compute^{growth}"
     if exponent["status"] == "edge":
         text += f"; edge: {exponent['note']}"
     return text

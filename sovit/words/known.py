@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from sovit.forms import FALLING
 from sovit.words.growth import profile_words
-from sovit.words.phrases import NAMES, flops, listed, number, percent, span
+from sovit.words.phrases import NAMES, flops, grows, listed, number, percent, span
 
 
 def known_section(fit, inside, weakest) -> str:
@@ -23,7 +24,7 @@ def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
     if e["status"] == "unidentified":
         text += f"is not determined: {e['note']}."
     else:
-        text += f"grows as compute^{e['estimate']:.3g}"
+        text += f"{grows(e['estimate'])} as compute^{e['estimate']:.3g}"
         if e["low"] is None:
             text += ", without an interval (fitted with bootstrap=0)."
         else:
@@ -68,6 +69,10 @@ def _remedy(name: str, e: dict, inside: dict, fit) -> str:
             return f"Remedy: extend the {label} arm below {number(least)}, or run larger budgets."
         return f"Remedy: run larger budgets, where the optimum leaves the smallest {label} that there is."
     if "amplitude" in e["note"] or "no gain" in e["note"]:
+        if name in FALLING:
+            return (
+                f"Remedy: run larger values of {label} than {number(most)}, where they would hurt, or larger budgets."
+            )
         return (
             f"Remedy: run smaller values of {label} than {number(least)} at the largest budgets, where they would hurt."
             if least > 1
@@ -128,7 +133,8 @@ def bound(name: str, side: str) -> str:
     """What it means that a parameter ended on a bound."""
     kind, _, dim = name.partition("_")
     label = {"": "the images", "N": "the parameter count"}.get(dim) or NAMES.get(dim, dim)
-    lower = side == "lower"
+    lower, falls = side == "lower", "rises" if dim in FALLING else "falls"
+    label = f"smaller {label}s" if dim in FALLING and kind == "A" else label
     if kind in ("eps", "E"):
         return "these budgets show no irreducible loss, so that predictions far beyond them may be too low"
     if kind in ("A", "alpha", "B", "beta") and lower:
@@ -145,8 +151,8 @@ def bound(name: str, side: str) -> str:
         return "the metric shows no saturation at the poor end"
     if kind in ("a", "b", "c", "alpha", "beta"):
         return (
-            f"the loss falls with {label} about as slowly as a logarithm"
+            f"the loss {falls} with {label} about as slowly as a logarithm"
             if lower
-            else f"the loss falls with {label} more steeply than any law is allowed to: a step rather than a power"
+            else f"the loss {falls} with {label} more steeply than any law is allowed to: a step rather than a power"
         )
     return "the rows want a value beyond it"

@@ -30,6 +30,18 @@ def said(value) -> str:
     return "not said" if value is None else str(value)
 
 
+def in_words(text: str) -> str:
+    """Text with the names of dimensions as they are said: "mlp_dim is edge" as "MLP dim is edge"."""
+    for name, words in NAMES.items():
+        text = text.replace(name, words)
+    return text
+
+
+def grows(exponent: float) -> str:
+    """The verb of an exponent: what grows as compute^0.2 falls as compute^-0.2."""
+    return "falls" if exponent < 0 else "grows"
+
+
 def cell(text: str) -> str:
     """Text of the rows inside a table: one line, without a bar."""
     return " ".join(str(text).split()).replace("|", "/")

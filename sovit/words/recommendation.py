@@ -6,7 +6,19 @@ from math import expm1
 
 from sovit.predict_words import count_words, flat_words, label, paper_lines
 from sovit.shape import Shape
-from sovit.words.phrases import NAMES, flops, listed, number, percent, sentence, shape_words, short, span, with_interval
+from sovit.words.phrases import (
+    NAMES,
+    flops,
+    in_words,
+    listed,
+    number,
+    percent,
+    sentence,
+    shape_words,
+    short,
+    span,
+    with_interval,
+)
 from sovit.words.quality import misfits
 
 
@@ -88,7 +100,7 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
             " right.\n\n" + head + body
         )
     if r.warnings:
-        lines.append("\n".join(f"- **Note**: {sentence(w.replace('mlp_dim', NAMES['mlp_dim']))}" for w in r.warnings))
+        lines.append("\n".join(f"- **Note**: {sentence(in_words(w))}" for w in r.warnings))
     return "\n\n".join(lines)
 
 
@@ -105,7 +117,7 @@ def _rules(data, r, rules) -> str:
             more = _worse(rule["difference"]) + (f"; {rule['note']}" if rule["note"] else "")
             cells.append((title, rule["shape"], rule["num_params"], rule["num_examples"], rule["loss"], more))
     body = "\n".join(
-        f"| {title} | {label(shape)} | {params:,} | {images:,} | {loss:.4g} | {more} |"
+        f"| {title} | {label(shape, r.optimum)} | {params:,} | {images:,} | {loss:.4g} | {more} |"
         for title, shape, params, images, loss, more in cells
     )
     text = (
@@ -130,7 +142,8 @@ def _worse(difference, sign: int = 1) -> str:
 def _frontier(data, fit, rows) -> str:
     """The best shape at a ladder of budgets."""
     body = "\n".join(
-        f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'])} | {row['num_params']:,} |"
+        f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'], row['optimum'])} |"
+        f" {row['num_params']:,} |"
         f" {row['num_examples']:,} | {with_interval(row['loss'], row['loss_low'], row['loss_high'])} |"
         f" {count_words(row['flat'])} |"
         for row in rows

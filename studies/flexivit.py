@@ -1,0 +1,33 @@
+"""What does one trunk that serves several patch sizes cost against a trunk for each?
+
+    python studies/flexivit.py --workers 2          then  python analysis/flexivit.py results/flexivit.jsonl
+
+48 x 2 x 192 at 32 px (`stream:detail`), trained on patches of 8 px, on patches of 4 px, and on both, drawn by batch
+(FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images.
+
+Cost: 9 trunks, 4e12 FLOPs, about 6 minutes of two cores. Expected: worse at each size than a trunk of that size on as many
+images, of which it saw half at that size; the question is by how much, and whether it is worse than two trunks at its cost.
+"""
+
+from sovit import launch
+from sovit.run import Recipe, Run, learning_rate
+from sovit.shape import Shape
+
+SHAPE = Shape(48, 2, 192, head_dim=8, patch_size=8, image_size=32, pool="none")
+SIZES = (4, 8)
+BUDGETS = (12_000, 24_000)
+SEEDS = (0, 1, 2)
+
+
+def runs() -> list[Run]:
+    rate = learning_rate(SHAPE)
+    found = []
+    for seed in SEEDS:
+        same = dict(preset="detail", init_seed=seed, data_seed=seed)
+        found += [Run(SHAPE.replace(patch_size=size), Recipe(rate), BUDGETS, **same) for size in SIZES]
+        found.append(Run(SHAPE, Recipe(rate, patch_sizes=SIZES), BUDGETS, **same))
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch.main(__doc__, "flexivit", runs))
