@@ -162,7 +162,7 @@ def test_two_depths_tell_the_third(pool, dtype):
 
 @pytest.mark.parametrize("name", ["S/16@384", "B/16@384", "So150m/16@384", "So400m/14@378"])
 def test_step_flops_are_those_that_torch_counts(name):
-    shape = named_shape(name).replace(depth=2)
+    shape = named_shape(name, depth=2)
     with torch.device("meta"):
         model, images = build(shape, CLASSES), torch.empty(1, 3, shape.image_size, shape.image_size)
         for part in TRAINED:
@@ -248,7 +248,7 @@ def test_the_committed_table_is_what_its_rows_give():
     assert script().table(script().summary(rows)) == script().table(kept)
     for row in rows:
         shape = shape_of(row)
-        assert row["status"] == "ok" and row["num_repeats"] >= 2
+        assert row["status"] == "ok" and row["num_repeats"] == len(row["train_step_samples"]) >= 1
         assert row["step_flops"] == shape.step_flops(row["num_classes"], row["trained"])
         assert row["stored_bytes"] == 4 * stored_params(shape, row["num_classes"], row["trained"])
         assert row["gradient_bytes"] == 4 * shape.trained_params(row["num_classes"], row["trained"])

@@ -27,7 +27,7 @@ def savings_bars(groups: Sequence[dict], names: Sequence[str], claimed: dict[str
 
     claimed: cost -> the share that attention alone is said to save, a dashed line.
     """
-    figure, axes = panels(1, len(PANELS), PAGE, 0.75 + 0.44 * len(groups), sharey=True, left=0.125, right=0.985)
+    figure, axes = panels(1, len(PANELS), PAGE, 0.75 + 0.44 * len(groups), sharey=True, left=0.145, right=0.985)
     figure.subplots_adjust(bottom=0.42 / figure.get_figheight(), top=1 - 0.48 / figure.get_figheight(), wspace=0.12)
     for axis, (cost, title) in zip(axes, PANELS.items()):
         for i, group in enumerate(groups):
@@ -52,5 +52,5 @@ def savings_bars(groups: Sequence[dict], names: Sequence[str], claimed: dict[str
     figure.supxlabel("cost of a step, as a ratio to fine-tuning everything", fontsize=8, y=0.02)
     handles: list = [Patch(color=colour, label=f"{part} alone") for part, colour in COLOURS.items()]
     handles.append(Line2D([], [], color=INK, lw=0.8, ls="--", label="claimed for attention (arXiv 2203.09795)"))
-    legend_row(figure, handles, 0.12)
+    legend_row(figure, handles, 0.14)
     return figure
