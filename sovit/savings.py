@@ -116,7 +116,7 @@ def savings(rows: Sequence[dict]) -> list[dict]:
             costs["ratio"] = {
                 cost: costs[cost] / parts["full"][cost]
                 for cost in COSTS
-                if costs[cost] is not None and parts["full"][cost] is not None
+                if costs[cost] is not None and parts["full"][cost]  # a tiny shape's peak can be 0 pages
             }
             costs["ratio"] |= _time_ratio(group[part], first)
         out.append(

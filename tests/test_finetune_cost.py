@@ -15,7 +15,7 @@ from sovit.cli import main
 from sovit.finetune import freeze
 from sovit.model import build
 from sovit.pareto import read_profiles, shape_of
-from sovit.savings import PAPER, closed_forms, savings, stored_params
+from sovit.savings import PAPER, closed_forms, savings, savings_text, stored_params
 from sovit.shape import TRAINED, Shape, named_shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +194,8 @@ def test_time_is_compared_round_by_round():
     assert single["train_step_seconds"] == 0.5 and single["low"] is None
     with pytest.raises(UserError, match="not measured with trained=full"):
         savings([planted("attention", part)])
+    (found,) = savings([planted("full", full, peak_bytes=0), planted("head", full, peak_bytes=0)])
+    assert "peak_bytes" not in found["parts"]["head"]["ratio"] and "0.0 (-)" in savings_text([found])
     nothing = planted("mlp", [], status="out_of_memory", peak_bytes=None, gradient_bytes=None, optimizer_bytes=None)
     (found,) = savings([planted("full", full), nothing | dict(train_step_seconds=None)])
     assert found["parts"]["mlp"]["status"] == "out_of_memory" and "peak_bytes" not in found["parts"]["mlp"]["ratio"]
