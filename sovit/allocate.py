@@ -71,6 +71,10 @@ class Geometry:
         count = encoder_params(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
         return count * self.params_scale
 
+    def num_patches(self, dims: Mapping[str, np.ndarray]):
+        """Patch tokens of one image, real."""
+        return self._sizes(dims)[3]
+
     def log_flops(self, names, v: np.ndarray, head: bool) -> tuple[np.ndarray, np.ndarray]:
         """ln F [R] and its gradient [R, K] at v = ln x [R, K]."""
         return _bent(lambda dims: self.flops(dims, head), names, v)
@@ -78,6 +82,10 @@ class Geometry:
     def log_params(self, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ln N [R] and its gradient [R, K] at v = ln x [R, K]."""
         return _bent(self.num_params, names, v)
+
+    def log_patches(self, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ln of the patches of one image [R] and its gradient [R, K] at v = ln x [R, K]."""
+        return _bent(lambda dims: self.num_patches(dims) + 0 * v[:, 0, None], names, v)
 
 
 def _bent(count, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,6 +99,7 @@ def _bent(count, names, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def law_columns(terms: Sequence[str], table: Mapping, images, geometry: Geometry) -> np.ndarray:
     """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted."""
     known = {"num_examples": lambda: images, "num_params": lambda: geometry.num_params(table)}
+    known["num_patches"] = lambda: geometry.num_patches(table) + 0 * np.asarray(next(iter(table.values())), float)
     return np.log(np.stack([np.asarray(table[n] if n in table else known[n](), float) for n in terms]))
 
 
@@ -127,6 +136,8 @@ def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
             slopes[:, k, names.index(term)] = 1
         elif term == "num_params":
             columns[:, k], slopes[:, k] = geometry.log_params(names, v)
+        elif term == "num_patches":
+            columns[:, k], slopes[:, k] = geometry.log_patches(names, v)
         else:
             ln_f, slope = geometry.log_flops(names, v, head)
             columns[:, k], slopes[:, k] = log_budget - ln_f, -slope

@@ -23,10 +23,11 @@ def validate(
 
     forward: images -> logits, where it is not the model's own (`sovit.flexi`).
 
-    Where several patches carry the label of one cell, also `val_cell_error`: the error of the cell's summed logits.
+    Where several patches carry the label of one cell, also `val_cell_error`, the error of the cell's summed logits, and
+    `val_cell_loss`, the cross-entropy of its mean logits: one answer a cell, however many patches it has.
     """
     model.eval()
-    losses, wrong, skills, wrong_cells = [], [], [], []
+    losses, wrong, skills, wrong_cells, cell_losses = [], [], [], [], []
     start, rows = 0, BATCH
     while start < source.num_val:
         (batch, logits), rows = within_memory(partial(_answers, forward or model, source, start), rows)
@@ -35,8 +36,12 @@ def validate(
         losses.append(F.cross_entropy(flat, labels, reduction="none"))
         wrong.append((flat.argmax(-1) != labels).double())
         if logits.ndim == 3 and logits.shape[1] > source.label_grid**2:
-            answers = cells(logits, source.label_grid).sum(2).argmax(-1)  # [B, cells]
-            wrong_cells.append((answers != cells(batch.labels[..., None], source.label_grid)[:, :, 0, 0]).double())
+            summed = cells(logits, source.label_grid)  # [B, cells, patches, C]
+            asked = cells(batch.labels[..., None], source.label_grid)[:, :, 0, 0]  # [B, cells]
+            wrong_cells.append((summed.sum(2).argmax(-1) != asked).double())
+            cell_losses.append(
+                F.cross_entropy(summed.mean(2).flatten(0, 1), asked.flatten(), reduction="none").double()
+            )
         if batch.skills is not None:
             skills.append(batch.skills.flatten())
     model.train()
@@ -44,6 +49,7 @@ def validate(
     metrics: dict[str, float | None] = {"val_loss": loss.mean().item(), "val_error": error.mean().item()}
     if wrong_cells:
         metrics["val_cell_error"] = torch.cat(wrong_cells).mean().item()
+        metrics["val_cell_loss"] = torch.cat(cell_losses).mean().item()
     if skills:
         skill = torch.cat(skills)
         for i, name in enumerate(source.skills):

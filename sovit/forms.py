@@ -461,6 +461,11 @@ class Law:
         return not (self.by_arm or self.power_mean or "+ d)" in self.formula)
 
     @property
+    def needs_tokens(self) -> bool:
+        """Whether it reads num_patches, so that it wants rows that differ in patch or image size."""
+        return "num_patches" in self.needs
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Columns read, the shape dimensions apart."""
         return tuple(dict.fromkeys(c for term in self._terms for c, _, _ in term.factors if c != "x"))
@@ -542,6 +547,20 @@ LAWS = {
         power_mean=True,
         bounded=True,
         takes_terms=True,
+    ),
+    "joint_tokens": Law(
+        "A_x x^-a_x + B num_patches^h num_examples^-c + eps",
+        "joint, an image teaching less the more patches it is cut into",
+        ranks_shapes=True,
+        lowest=(("h", 0.01),),
+    ),
+    "bounded_tokens": Law(
+        "A_x x^-a_x + B num_patches^h num_examples^-c + eps",
+        "bounded, an image teaching less the more patches it is cut into",
+        ranks_shapes=True,
+        lowest=(("h", 0.01),),
+        power_mean=True,
+        bounded=True,
     ),
     "power_mean": Law(
         "A_x x^-a_x + B num_examples^-c + eps",

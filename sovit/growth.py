@@ -77,7 +77,7 @@ def closed_form(fit: Fit, train_flops: float) -> dict:
         level=fit.level,
         note=""
         if closed is not None
-        else f"form {fit.form!r} has no closed form: its parameter term mixes the dimensions",
+        else f"form {fit.form!r} has no closed form: its term in {_mixed(at)} mixes the dimensions",
         dims={name: rows[name] for name in at.dims},
         flops=rows["flops"],
         images=rows["images"],
@@ -201,10 +201,16 @@ def _exponents(at: Target, low: Target, theta: np.ndarray) -> tuple[np.ndarray |
     top = _path(at, theta)
     exact = (top - _path(low, theta)) / np.log(at.train_flops / low.train_flops)
     g = at.geometry.log_flops(at.dims, top[:, :-1], True)[1]
-    if "num_params" in at.fit.shape_form.terms:
+    if _mixed(at):
         return None, _with_images(exact), g
     sigma = sigma_of(*_powers(at, theta, at.train_flops / 3 / np.exp(top[:, -1])), g)
     return _with_images(np.column_stack([sigma, (g * sigma).sum(1)])), _with_images(exact), g
+
+
+def _mixed(at: Target) -> str:
+    """The counted column that a law reads beside its dimensions, in words; "" where there is none."""
+    terms = at.fit.shape_form.terms
+    return "parameters" if "num_params" in terms else "patches" if "num_patches" in terms else ""
 
 
 def _powers(at: Target, theta: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -162,7 +162,7 @@ def _display(sweep: Sweep):
                 value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
                 loss = f"{name} {value:.4f}" if value is not None else last["status"]
                 console.print(
-                    f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.shape.label} seed {run.init_seed}"
+                    f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.label} seed {run.init_seed}"
                     f" lr {run.recipe.peak_lr:g}: {loss} at {last['train_flops']:.2e} FLOPs, {last['seconds'] or 0:.0f} s",
                     highlight=False,
                     soft_wrap=True,
@@ -224,8 +224,11 @@ def main(
     make_runs: Callable[[], list[Run]],
     argv: Sequence[str] | None = None,
     metric: str = "val_loss",
+    next_command: str = "sovit fit",
 ) -> int:
     """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
+
+    next_command: what is to be done with the ledger, said at the end.
 
     Returns the exit status: 0 done, 1 a run failed, 2 bad input.
     """
@@ -245,7 +248,7 @@ def main(
             return 0
         run_sweep(sweep, options.workers, options.device)
         choice = "" if metric == "val_loss" else f" --metric {metric}"
-        print(f"next: sovit fit {sweep.ledger}{choice}")
+        print(f"next: {next_command} {sweep.ledger}{choice}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
@@ -295,6 +298,10 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
         if key not in sources:
             sources[key] = open_data(*key, 0, device)
             print(f"{run.data}:{run.preset} at {shape.image_size} px: {baselines(sources[key])}", flush=True)
+        for size in run.recipe.patch_sizes:
+            other = (*key[:-1], size)
+            if other not in sources:
+                sources[other] = open_data(*other, 0, device)
         check_readout(run, sources[key].readout)
         if run.probe and (run.probe, shape.image_size, shape.patch_size) not in probes:
             probes.add((run.probe, shape.image_size, shape.patch_size))

@@ -71,7 +71,7 @@ class Fit:
     def predict(self, columns: Mapping) -> np.ndarray:
         """Losses [n] for columns name -> [n]: the law's dims and num_examples (sovit: dims and compute).
 
-        Where a law needs num_params and the columns lack them they are counted from the dims.
+        Where a law needs num_params or num_patches and the columns lack them they are counted from the dims.
         `sovit` describes one arm at a time: a row at the centre gets the mean of its arms, a row off every arm nan.
         Raises UserError for a missing column or a value that is not positive.
         """
@@ -80,6 +80,10 @@ class Fit:
         if "num_params" in needed and "num_params" not in columns and self.geometry and set(dims) <= set(columns):
             sizes = {d: np.atleast_1d(np.asarray(columns[d], float)) for d in DIMENSIONS if d in columns}
             columns = dict(columns) | dict(num_params=Geometry(**self.geometry).num_params(sizes))
+        if "num_patches" in needed and "num_patches" not in columns and self.geometry and set(dims) <= set(columns):
+            sizes = {d: np.atleast_1d(np.asarray(columns[d], float)) for d in DIMENSIONS if d in columns}
+            patches = Geometry(**self.geometry).num_patches(sizes) * np.ones(len(next(iter(sizes.values()))))
+            columns = dict(columns) | dict(num_patches=patches)
         missing = [n for n in needed if n not in columns]
         if missing:
             raise UserError(f"predict with form={self.form!r} needs the column {missing[0]!r}; add it")
@@ -325,8 +329,8 @@ def _data(table, dims, centre) -> dict:
         if name in table:
             out[f"{name}_range"] = [float(positive(table, name).min()), float(positive(table, name).max())]
     if {"patch_size", "image_size"} & set(dims) and {"patch_size", "image_size"} <= set(table):
-        patches = (positive(table, "image_size") / positive(table, "patch_size")) ** 2
-        out["num_patches_range"] = [float(patches.min()), float(patches.max())]
+        sides = positive(table, "image_size") / positive(table, "patch_size")
+        out["grid_sides"] = np.unique(np.rint(sides).astype(int)).tolist()
     return out
 
 

@@ -34,6 +34,7 @@ NUMBERS = (
 WHOLE = (*DIMENSIONS, "head_dim", "num_registers")
 SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
 WHOLE_SHAPE = tuple(name for name, entry in LAWS.items() if entry.ranks_shapes)  # forms that describe every row
+ONE_PATCH = {"val_cell_loss": "val_loss", "val_cell_error": "val_error"}  # the same where a cell is one patch
 CONVENTION = 0.05  # counts further apart than this (of ln) were made by different rules
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
 LEVEL_SPAN = 0.2  # of ln; values that follow each other without a gap over more than this are no level
@@ -67,7 +68,7 @@ class Measurements:
         there are.
         """
         probed = probe_of(self.metric)
-        if self.metric != "val_loss" and not probed:
+        if self.metric not in ("val_loss", "val_cell_loss") and not probed:
             return None
         name = about(probed)[1] if probed else "zero_line"
         known = [row[name] for row in self.rows if row.get(name)]
@@ -141,6 +142,11 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
                 f"{where}: the rows mix {name}={one} ({n} rows) and {name}={other} ({m} rows), whose losses cannot be"
                 " compared; give ledgers of one"
             )
+    if metric in ONE_PATCH and any(row.get(metric) is not None for row in kept):
+        lacking = [row.get(metric) is None and row.get(ONE_PATCH[metric]) is not None for row in kept]
+        if any(lacking):
+            notes.append(f"{sum(lacking)} rows have one patch a cell: their {ONE_PATCH[metric]} is taken as {metric}")
+        kept = [row | {metric: row[ONE_PATCH[metric]]} if lack else row for row, lack in zip(kept, lacking)]
     if all(row.get(metric) is None for row in kept):
         known = sorted(k for k, v in kept[0].items() if k.startswith("val_") and v is not None and not is_spread(k))
         raise UserError(f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}")

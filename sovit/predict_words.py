@@ -210,7 +210,8 @@ def turn_words(turn: Mapping, name: str, level: float) -> str:
         text = f"{name} {more} is better than {fewer} from {turn['estimate']:.3g} training FLOPs on"
     else:
         better, other = (more, fewer) if where == "before" else (fewer, more)
-        text = f"{name} {better} is better than {other} at every budget from {_searched(turn)}"
+        every = "at the largest of the budgets" if turn["changes"] else "at every budget"
+        text = f"{name} {better} is better than {other} {every} from {_searched(turn)}"
     return text + _turn_ends(turn, level)
 
 
@@ -220,7 +221,7 @@ def spend_lines(found: Mapping) -> list[str]:
     options = sorted(spend["options"].items(), key=lambda option: -option[1]["gain"]["estimate"])
     said = ", ".join(f"{NAMES[n]} ({o['to']:.3g}) {_gain(o['gain'])}" for n, o in options)
     lines = [
-        f"from {label(spend['shape'], [name])}, {spend['factor']:g} times the FLOPs an image at as many images (so"
+        f"from {label(spend['shape'], [found['by']])}, {spend['factor']:g} times the FLOPs an image at as many images (so"
         f" {spend['train_flops']:.3g} in all) lower the loss by, spent on: {said}"
     ]
     spent = {"patch_size": "smaller patches", "image_size": "a larger image"}
@@ -241,7 +242,8 @@ def spend_lines(found: Mapping) -> list[str]:
                 f"{fixed}, {rival} is the better place below {turn['estimate']:.3g} training FLOPs, {spent[name]} above"
             )
         else:
-            text = f"{fixed}, {spent[name] if where == 'before' else rival} is the better place at every budget from"
+            every = "at the largest of the budgets" if turn["changes"] else "at every budget"
+            text = f"{fixed}, {spent[name] if where == 'before' else rival} is the better place {every} from"
             text += f" {_searched(turn)}"
         lines.append("  " + text + _turn_ends(turn, level))
     return lines
@@ -261,7 +263,9 @@ def _turn_ends(turn: Mapping, level: float) -> str:
         text = f" (so in the whole {level:.0%} interval)"
     else:
         low, high = (f"{turn[end]:.3g}" if where[end] == "within" else beyond[where[end]] for end in ("low", "high"))
-        text = f" ({level:.0%} interval {low} to {high})"
+        text = f" ({level:.0%} interval of the turn {low} to {high})"
     if where["estimate"] == "within" and not first <= turn["estimate"] <= last:
         text += f"; that is outside the budgets run, {first:.3g} to {last:.3g}"
+    if turn["changes"] > 1:
+        text += f"; they change places {turn['changes']} times on the way"
     return text

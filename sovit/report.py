@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError, growth, law, predict
+from sovit import UserError, growth, law, predict, trade
 from sovit.allocate import Geometry
 from sovit.coverage import words as coverage_words
 from sovit.diagnose import inside, optimum_of
@@ -23,6 +23,7 @@ from sovit.law import LAWS
 from sovit.ledger import write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
 from sovit.sensitivity import extrapolation_cuts, sensitivity
+from sovit.target import TOKENS
 from sovit.words import report_text
 from sovit.words.checklist import checklist
 from sovit.words.extrapolation import extrapolation_scores, extrapolation_table, own_rmse
@@ -30,6 +31,7 @@ from sovit.words.found import summary_text
 from sovit.words.phrases import percent
 
 FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+FORMS_TOKENS = ("joint_tokens", "bounded_tokens")  # besides, where patch or image size was varied
 FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the loss of knowing nothing is not known
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = (
@@ -80,7 +82,9 @@ def fit_ledgers(
     if 0 < bootstrap < MIN_DRAWS:
         raise UserError(f"bootstrap={bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none")
     fits, refused = {}, {}
-    tried = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    tried: tuple[str, ...] = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    if any(len(np.unique(data.columns[n])) > 1 for n in ("patch_size", "image_size") if n in data.columns):
+        tried += tuple(name for name in FORMS_TOKENS if data.zero_line is not None or not LAWS[name].bounded)
     for name in dict.fromkeys((*tried, *([form] if form else []))):
         try:
             options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
@@ -206,6 +210,7 @@ def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendat
     return dict(
         cuts=extrapolation_cuts(data, fits) if refits else [],
         rules=_rules(fits, headline, recommendation),
+        **_trades(fit, recommendation),
         frontier=_frontier(fit) if recommendation else [],
         closed_form=growth.closed_form(fit, recommendation.train_flops) if recommendation else {},
         implied=_implied(fit, recommendation),
@@ -227,6 +232,15 @@ def _rules(fits: dict, headline: str, recommendation) -> dict:
     if "chinchilla" in fits:
         found["size_rule"] = growth.size_rule(fit, budget, fits["chinchilla"], recommendation)
     return found
+
+
+def _trades(fit, recommendation) -> dict:
+    """{"trades": {patch_size, image_size}}, `trade.trade` for each of them that the law has a term of; {} without."""
+    if recommendation is None:
+        return {}
+    names = [n for n in TOKENS if n in fit.model["dims"]]
+    found = {n: trade.trade(fit, recommendation.train_flops, n) for n in names}
+    return dict(trades=found) if found else {}
 
 
 def _frontier(fit) -> list[dict]:
@@ -309,12 +323,16 @@ def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: P
         " first.",
         "frontier": "The law's best shape at each budget: predicted loss with its 90 % interval, model size and images,"
         " beside the runs.",
+        "trade_patch_size": "The law's loss with each patch size that was run, everything else chosen anew at every budget,"
+        " and its excess over the best of them; dots are the best runs with it.",
+        "trade_image_size": "The same for each image size.",
         "sensitivity": "The growth exponent of each dimension under every alteration (dots) and random sets of shapes left"
         " out (bars: 5 to 95 %, the dot the median); the line is the headline law's, the band its 90 % interval.",
     }
     made = dict(
         extrapolation=plot.extrapolation(scores, data.metric),
         frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
+        **{f"trade_{name}": plot.trade(found, data) for name, found in facts.get("trades", {}).items()},
         optimal_shape=plot.optimal_shape(fit, recommendation),
         sensitivity=plot.sensitivity(facts["sensitivity"]),
         fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
@@ -328,11 +346,11 @@ def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: P
 
 
 def _options(name: str, data: Measurements) -> dict:
-    if name != "bounded":
+    if not LAWS[name].bounded:
         return {}
     if data.zero_line is None:
         raise UserError(
-            "form='bounded' needs the loss of knowing nothing: rows with zero_line, or val_loss with num_classes"
+            f"form={name!r} needs the loss of knowing nothing: rows with zero_line, or val_loss with num_classes"
         )
     return dict(zero_line=data.zero_line)
 

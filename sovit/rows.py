@@ -37,9 +37,9 @@ def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=N
             f"form={form!r} with terms={terms!r}; 'additive' needs terms=(columns), of the others {', '.join(able[:-1])}"
             " takes them"
         )
-    if form == "bounded" and not (zero_line and np.isfinite(zero_line) and zero_line > 0):
+    if LAWS[form].bounded and not (zero_line and np.isfinite(zero_line) and zero_line > 0):
         raise UserError(
-            f"form='bounded' with zero_line={zero_line!r}; give the loss of knowing nothing, such as log(num_classes)"
+            f"form={form!r} with zero_line={zero_line!r}; give the loss of knowing nothing, such as log(num_classes)"
         )
     y = np.asarray(y, float)
     table = {name: np.asarray(column) for name, column in columns.items()}
@@ -56,6 +56,8 @@ def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=N
     needed = terms or LAWS[form].needs
     if "num_params" in needed and "num_params" not in table and (known := geometry_of(table, geometry)):
         table["num_params"] = known.num_params({d: positive(table, d) for d in DIMENSIONS if d in table})
+    if "num_patches" in needed and "num_patches" not in table and {"patch_size", "image_size"} <= set(table):
+        table["num_patches"] = (positive(table, "image_size") / positive(table, "patch_size")) ** 2
     missing = [name for name in needed if name not in table]
     if missing:
         raise UserError(

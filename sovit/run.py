@@ -173,6 +173,13 @@ class Run:
         return self.train_flops(num_examples, num_classes) - self.train_flops(before, num_classes)
 
     @property
+    def label(self) -> str:
+        """Short name for progress lines: the shape, of a fine-tuning what is trained and at how many pixels, too."""
+        how = f" {self.trained} {self.shape.image_size} px" if self.base else ""
+        sizes = f" patches {','.join(map(str, self.recipe.patch_sizes))}" if self.recipe.patch_sizes else ""
+        return self.shape.label + how + sizes
+
+    @property
     def total_flops(self) -> int:
         """FLOPs of all branches together, task head apart."""
         return sum(self.spent_flops(n) for n in self.budgets)

@@ -385,6 +385,8 @@ def _forms(frame: _Frame, fits: Mapping[str, law.Fit]) -> list[dict]:
     for name, entry in LAWS.items():
         if name == frame.fit.form or not entry.uses_dims or entry.needs_terms:
             continue
+        if entry.needs_tokens and not {"patch_size", "image_size"} & set(frame.dims):
+            continue
         if name in fits and list(fits[name].model["dims"]) == frame.dims:
             row = frame.row("form", f"`{name}`", fits[name])
         elif entry.bounded and frame.data.zero_line is None:

@@ -256,7 +256,7 @@ def _date(path: Path) -> float:
 
 
 def _named(run: Run) -> dict:
-    return {"trunk_id": run.trunk_id, "shape": run.shape.label, "init_seed": run.init_seed}
+    return {"trunk_id": run.trunk_id, "shape": run.label, "init_seed": run.init_seed}
 
 
 def _label(row: dict) -> str:

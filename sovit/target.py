@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 
@@ -62,14 +63,17 @@ class Target:
         return v[0] if theta is None else v
 
     def run_pairs(self) -> np.ndarray:
-        """(patch_size, image_size) of the values run, [G, 2]: what divides, its tokens no fewer nor more than were run.
+        """(patch_size, image_size) of the values run, [G, 2]: what divides, on a grid of tokens such as was run.
 
-        A law of patch and image size apart says nothing of grids of tokens coarser or finer than any it was fitted to.
+        A law of patch and image size apart says nothing of grids coarser or finer than any that it was fitted to; and a
+        side is a multiple of what all sides run have in common, as where labels lie on a grid of cells.
         """
-        grid = self.fit.data["grid"]
-        whole = [np.rint(grid.get(n, [getattr(self.geometry, n)])).astype(int) for n in TOKENS]
-        low, high = self.fit.data.get("num_patches_range", (1, np.inf))
-        pairs = [(p, s) for p in whole[0] for s in whole[1] if s % p == 0 and low <= (s // p) ** 2 <= high]
+        grid, sides = self.fit.data["grid"], self.fit.data.get("grid_sides")
+        whole = [np.rint(grid.get(n, [getattr(self.geometry, n)])).astype(int).tolist() for n in TOKENS]
+        pairs = [(p, s) for p in whole[0] for s in whole[1] if s % p == 0]
+        if sides:
+            common = gcd(*sides)
+            pairs = [(p, s) for p, s in pairs if sides[0] <= s // p <= sides[-1] and s // p % common == 0]
         return np.array(pairs, int).reshape(-1, 2)
 
     def paired(self, v: np.ndarray, theta: np.ndarray, images=None) -> np.ndarray:

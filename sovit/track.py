@@ -44,14 +44,23 @@ RUN_ID, FILLED = "run_id", "sovit.filled"  # tags: the row that a run shows; wha
 STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")  # the rest of a shape only where
 # it is not the default
 SHAPE_AND_RECIPE = (*(f.name for f in dataclasses.fields(Shape)), *(f.name for f in dataclasses.fields(Recipe)))
-PARAMS = (*SHAPE_AND_RECIPE, "init_seed", "data_seed", "data", "preset", "num_classes", "objective")
+BASE = ("base", "trained", "base_image_size", "base_patch_size", "base_examples")  # of a fine-tuning
+PARAMS = (*SHAPE_AND_RECIPE, "init_seed", "data_seed", "data", "preset", "num_classes", "objective", *BASE)
 GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its like are final, their parts are skills
     "final": ("zero_line",),
     "skill": (),
     "other": (),
-    "size": ("num_params", "head_params", "num_heads", "forward_flops", "head_flops"),
+    "size": ("num_params", "trained_params", "stored_bytes", "head_params", "num_heads", "forward_flops", "head_flops"),
     "compute": (
-        *("compute", "train_flops", "spent_flops", "num_examples", "trunk_examples", "cooldown_examples"),
+        *(
+            "compute",
+            "train_flops",
+            "spent_flops",
+            "base_train_flops",
+            "num_examples",
+            "trunk_examples",
+            "cooldown_examples",
+        ),
         *("seconds", "spent_seconds"),
     ),
 }
@@ -179,7 +188,8 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
             elif not _is_number(value) and column not in tags:
                 tags[_free(column, tags)] = value
         upto = budget or f"{int(row['num_examples'])} images"
-        name = f"{tags['shape']} @{upto} s{row.get('init_seed', 0)}"
+        how = f" {row['trained']} {row.get('image_size')} px" if row.get("base") else ""
+        name = f"{tags['shape']}{how} @{upto} s{row.get('init_seed', 0)}"
         order = [*GROUPS, *sorted({metric.partition("/")[0] for metric in metrics} - set(GROUPS))]
         metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
         found.append(dict(name=name, row=row, params=_texts(params), metrics=metrics, tags=_texts(tags)))

@@ -105,10 +105,11 @@ def along(at: Target, name: str, values: list) -> dict:
 
     {train_flops [T], values: [{value, loss [T], loss_low, loss_high, excess [T], excess_low, excess_high}], turns}. The
     excess is over the best of the values by the fit itself; in a draw over the draw's own loss with that same value. turns,
-    between neighbouring values: [{fewer, more, estimate, low, high, where, searched, run}], the training FLOPs from which
-    the value with more tokens (`more`) is the better one. where, by estimate, low and high: "within" the budgets
-    `searched`, or "before" or "after" them, and then the number is None (after: fewer tokens are better at all of them);
-    None without draws. `run` are the budgets run, beyond which a turn is an extrapolation.
+    between neighbouring values: [{fewer, more, estimate, low, high, where, changes, searched, run}], the training FLOPs
+    from which the value with more tokens (`more`) is the better one for good; changes counts how often they change
+    places. where, by estimate, low and high: "within" the budgets `searched`, or "before" or "after" them, and then the
+    number is None (after: fewer tokens are better at the largest of them); None without draws. `run` are the budgets run,
+    beyond which a turn is an extrapolation.
     """
     ladder, run = _ladder(at)
     theta, widen = at.draws()
@@ -201,7 +202,9 @@ def _turn(gain: np.ndarray, ladder: np.ndarray, run: list, widen: float) -> dict
     logs = np.log(ladder)
     at = np.array([_zero(logs, column) for column in gain.T])
     ends = interval(np.clip(at[1:], logs[0], logs[-1]), widen, floor=None) if len(at) > 1 else (None, None)
+    sides = np.sign(gain[:, 0])
     found: dict = dict(searched=[float(ladder[0]), float(ladder[-1])], run=run, where={})
+    found["changes"] = int((sides[1:] != sides[:-1]).sum())
     for key, end in zip(("estimate", "low", "high"), (float(at[0]), *ends)):
         where = None if end is None else "before" if end <= logs[0] else "after" if end >= logs[-1] else "within"
         found[key] = float(np.exp(end)) if end is not None and where == "within" else None

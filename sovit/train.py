@@ -202,7 +202,7 @@ class Trainer:
             self.on_progress(
                 {
                     "trunk_id": run.trunk_id,
-                    "shape": run.shape.label,
+                    "shape": run.label,
                     "num_classes": self.num_classes,
                     "phase": "trunk" if branch is None else "cooldown",
                     "examples": step * batch,

@@ -122,7 +122,9 @@ def summary_text(said: dict) -> str:
     """One or two lines of `summary`."""
     sizes = [f"{said[at]['image_size']} px by {said[at]['patch_size']}" for at in ("from", "to")]
     of_base = (
-        f", {said['train_flops'] / said['base_train_flops']:.0%} of those of its base" if said["base_train_flops"] else ""
+        f", {said['train_flops'] / said['base_train_flops']:.0%} of those of its base"
+        if said["base_train_flops"]
+        else ""
     )
     return (
         f"{said['base']} ({said['shape']}), {sizes[0]} -> {sizes[1]}: {said['trained']},"

@@ -32,4 +32,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "finetune_rate", runs))
+    raise SystemExit(launch.main(__doc__, "finetune_rate", runs, next_command="sovit ui"))

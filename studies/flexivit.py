@@ -3,9 +3,10 @@
     python studies/flexivit.py --workers 2          then  python analysis/flexivit.py results/flexivit.jsonl
 
 48 x 2 x 192 at 32 px (`stream:detail`), trained on patches of 8 px, on patches of 4 px, and on both, drawn by batch
-(FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images.
+(FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images, patches of 8 px also at
+60,000, for which they cost what both do on 24,000.
 
-Cost: 9 trunks, 4e12 FLOPs, about 6 minutes of two cores. Expected: worse at each size than a trunk of that size on as many
+Cost: 9 trunks, 5e12 FLOPs, about 6 minutes of two cores. Expected: worse at each size than a trunk of that size on as many
 images, of which it saw half at that size; the question is by how much, and whether it is worse than two trunks at its cost.
 """
 
@@ -16,6 +17,7 @@ from sovit.shape import Shape
 SHAPE = Shape(48, 2, 192, head_dim=8, patch_size=8, image_size=32, pool="none")
 SIZES = (4, 8)
 BUDGETS = (12_000, 24_000)
+LONG = {8: (60_000,)}  # as many FLOPs as the trunk of both sizes spends on 24,000
 SEEDS = (0, 1, 2)
 
 
@@ -24,10 +26,10 @@ def runs() -> list[Run]:
     found = []
     for seed in SEEDS:
         same = dict(preset="detail", init_seed=seed, data_seed=seed)
-        found += [Run(SHAPE.replace(patch_size=size), Recipe(rate), BUDGETS, **same) for size in SIZES]
+        found += [Run(SHAPE.replace(patch_size=p), Recipe(rate), BUDGETS + LONG.get(p, ()), **same) for p in SIZES]
         found.append(Run(SHAPE, Recipe(rate, patch_sizes=SIZES), BUDGETS, **same))
     return found
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "flexivit", runs))
+    raise SystemExit(launch.main(__doc__, "flexivit", runs, next_command="python analysis/flexivit.py"))

@@ -51,4 +51,6 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "resolution_finetune", runs))
+    raise SystemExit(
+        launch.main(__doc__, "resolution_finetune", runs, next_command="python analysis/resolution_finetune.py")
+    )

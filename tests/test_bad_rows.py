@@ -221,3 +221,16 @@ def test_what_was_left_out_is_in_the_law_and_in_the_report(rows, tmp_path, capsy
     report = (tmp_path / "law" / "report.md").read_text()
     assert "val_loss=-1.0" in report and "is not JSON" in report and f"1 of {len(rows) + 1} rows repeat" in report
     assert main(["report", path, "--law", str(tmp_path / "law"), "--out", str(tmp_path / "a.html"), "--skip-bad"]) == 0
+
+
+def test_one_patch_a_cell_answers_for_its_cell(rows, tmp_path):
+    some = [row | {"val_cell_loss": row["val_loss"] * 0.9} if i % 2 else row for i, row in enumerate(rows)]
+    data = measurements([written(tmp_path / "cells.jsonl", some)], "val_cell_loss")
+    by_id = {row["run_id"]: row for row in some}
+    assert len(data.y) == len(rows) and data.zero_line is not None
+    for row, y in zip(data.rows, data.y):
+        own = by_id[row["run_id"]]
+        assert y == own.get("val_cell_loss", own["val_loss"])
+    assert any("have one patch a cell: their val_loss is taken as val_cell_loss" in note for note in data.notes)
+    with pytest.raises(UserError, match="no row has metric='val_cell_loss'"):
+        measurements([written(tmp_path / "none.jsonl", rows)], "val_cell_loss")

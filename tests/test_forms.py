@@ -177,4 +177,6 @@ def test_patch_and_image_size_are_dimensions_of_joint():
 
 
 def test_which_forms_rank_shapes():
-    assert set(WHOLE_SHAPE) == {"joint", "joint_n", "bounded", "power_mean", "shifted"}
+    assert set(WHOLE_SHAPE) == {
+        *("joint", "joint_n", "joint_tokens", "bounded", "bounded_tokens", "power_mean", "shifted")
+    }

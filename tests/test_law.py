@@ -23,10 +23,11 @@ TRUE_POWER = {"bounded": 1.9, "power_mean": None}
 def rows_of(name, sd=0.005, seed=0):
     table, trunk = planted.star()
     table["num_params"] = table["forward_flops"] / 512
+    table["num_patches"] = np.random.default_rng(7).choice([64.0, 144.0, 256.0], len(trunk))
     y = planted.loss(table, power=TRUE_POWER.get(name)) * planted.noise(trunk, sd, seed)
     arms = star(table, planted.DIMS)[1]
     dims = planted.DIMS if LAWS[name].uses_dims else ()
-    zero_line = planted.ZERO_LINE if name == "bounded" else None
+    zero_line = planted.ZERO_LINE if LAWS[name].bounded else None
     return prepare(name, table, y, dims, arms=arms, zero_line=zero_line), trunk
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from sovit import UserError
 from sovit.data import PRESETS as ALL_PRESETS
 from sovit.data import SOURCES, open_data
-from sovit.data.detail import Detail
 from sovit.data.stream import CHUNK, CYCLE, NUM_ANSWERS, POINTING_CYCLE, PRESETS, VAL_SEED, hash_uniform, open_source
 
 NATIVE = {name: (world.image_size, world.cell) for name, world in PRESETS.items()}
@@ -373,9 +372,8 @@ def test_sizes_that_cannot_be_drawn_say_so(image_size, patch_size, message):
 
 
 def test_the_table_of_presets_is_that_of_the_stream():
-    worlds = {**PRESETS, "detail": Detail()}
     assert {name: size for name, (size, _) in ALL_PRESETS["stream"].items()} == {
-        n: w.image_size for n, w in worlds.items()
+        n: w.image_size for n, w in PRESETS.items()
     }
 
 

@@ -103,6 +103,7 @@ def test_no_grid_of_tokens_is_named_that_is_coarser_or_finer_than_any_run(fit):
     pairs = {tuple(pair) for pair in target(fit, FLOPS).run_pairs().tolist()}
     assert (4, 16) in pairs and (8, 32) in pairs and (2, 32) in pairs
     assert (8, 16) not in pairs  # 2 x 2 tokens; (2, 64), 32 x 32 tokens, was run off the axes
+    assert (8, 48) not in pairs  # 6 x 6 tokens, on 4 x 4 cells
 
 
 def test_each_value_has_the_best_shape_with_it(exact):
@@ -222,6 +223,39 @@ def test_a_patch_that_hardly_hurts_is_at_the_edge(tmp_path):
     assert found["status"] == "edge" and "largest value run (8)" in found["note"]
 
 
+# a data term that tells tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dear(tmp_path_factory):
+    """Rows of a world in which an image teaches less the more patches it is cut into: B (tokens / 64)^.4 n^-c."""
+    rows = planted.planted_rows(seed=2)
+    for row in rows:
+        tokens = (row["image_size"] / row["patch_size"]) ** 2
+        row["val_loss"] += planted.B * row["num_examples"] ** -planted.C * ((tokens / 64) ** 0.4 - 1)
+    return measurements([write_ledger(tmp_path_factory.mktemp("dear") / "dear.jsonl", rows)])
+
+
+def test_tokens_in_the_data_term_are_found_where_they_are_and_the_optimum_is_exact(dear):
+    options = dict(bootstrap=100, metric="val_loss")
+    fits = {form: law.fit(form, dear.columns, dear.y, **options) for form in ("joint", "joint_tokens")}
+    rmse = {form: found.extrapolation["forms"][form]["rmse"] for form, found in fits.items()}
+    assert rmse["joint_tokens"] < 0.01 < rmse["joint"]
+    found = fits["joint_tokens"]
+    for name, planted_value in dict(h=0.4, c=planted.C, a_patch_size=0.7, a_image_size=1.1).items():
+        assert found.intervals[name]["low"] <= planted_value <= found.intervals[name]["high"], name
+    at = target(found, FLOPS)
+    shapes, loss = every_shape(at)
+    assert tuple(best_shape(found, FLOPS).shape[n] for n in DIMENSIONS) == shapes[int(loss.argmin())]
+    v = at.optimum()
+    for step in np.eye(5) * 1e-3:  # no real shape around the optimum is better
+        for sign in (1, -1):
+            moved = dict(zip(at.dims, np.exp(v + sign * step)[:, None]))
+            assert at.loss(moved)[0] >= at.loss(dict(zip(at.dims, np.exp(v)[:, None])))[0]
+    columns = {n: dear.columns[n] for n in (*DIMENSIONS, "num_examples")}  # tokens are counted where they are not given
+    assert np.abs(np.log(found.predict(columns) / dear.y)).max() < 0.02
+
+
 # surfaces --------------------------------------------------------------------------------------------------------------
 
 
@@ -237,9 +271,10 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     text = (folder / "report.md").read_text()
     assert "Best patch size falls as compute^-0." in text and "Best image size grows as compute^0." in text
     assert "patch_size is" not in text.replace("`", "") and "Patch_size" not in text
+    assert "Smaller patches against more width" in text and (folder / "trade_patch_size.svg").is_file()
     assert (folder / "optimal_shape.png").is_file() and (folder / "fit_by_dimension.png").is_file()
     fitted = Fit.from_json((folder / "law.json").read_text())
-    assert fitted.data["num_patches_range"] == [16, 1024]
+    assert fitted.data["grid_sides"] == [4, 8, 12, 16, 32]
     # by arm the paper's own form says the same: its patch shrinks as compute grows
     by_arm = Fit.from_json((folder / "forms" / "sovit.json").read_text()).exponents["patch_size"]
     assert by_arm["estimate"] is None or by_arm["estimate"] < 0

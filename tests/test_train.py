@@ -637,6 +637,9 @@ def test_patches_of_a_cell_answer_together(wrong, error, cell_error):
     source.num_val = 40
     found = validate(Oracle(source, wrong), source)
     assert (found["val_error"], found["val_cell_error"]) == (error, cell_error)
+    right = torch.tensor([10.0 * (4 - wrong) / 4, 10.0 * wrong / 4, *[0.0] * 14])  # the mean of a cell's logits
+    expected = F.cross_entropy(right[None], torch.tensor([0])).item()
+    assert found["val_cell_loss"] == pytest.approx(expected, abs=1e-5)
 
 
 # bad input -----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class Source(Protocol):
 
     class_names: tuple[str, ...]
     num_classes: int
-    label_grid: int  # cells a side of an image that carry one label each: 1 where the image has a single label
+    label_grid: int  # squares a side of an image that carry one label each: 1 where the image has a single label
     readout: str  # "pooled": labels [B]; "tokens": labels [B, N], one for each patch token
     skills: tuple[str, ...]  # label families, () where there is one
     zero_line: float  # nats: cross-entropy of the best answer that looks at nothing
@@ -80,4 +80,9 @@ def open_data(data: str, preset: str, image_size: int, patch_size: int, data_see
 def baselines(source: Source) -> str:
     """What can be had without looking, in nats: the lines that every loss is to be read against."""
     blind = ", ".join(f"{skill} {nats:.3f}" for skill, nats in source.blind.items())
-    return f"zero line {source.zero_line:.4f} nats" + (f"; knowing the question but blind: {blind}" if blind else "")
+    floor = getattr(source, "floor", 0.0)  # of sources that know what cannot be seen, or is not so
+    return (
+        f"zero line {source.zero_line:.4f} nats"
+        + (f", floor {floor:.4f}" if floor > 1e-9 else "")
+        + (f"; knowing the question but blind: {blind}" if blind else "")
+    )

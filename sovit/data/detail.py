@@ -2,52 +2,31 @@
 
 Every cell has a ground (its question), a glyph in a colour, and over both a texture of two octaves. A cell is drawn on a
 fine grid and averaged over the area of each pixel, so that a scene is the same scene at every size: with cells of 4 px
-(images of 16) a texture leaves nothing, with 8 px its coarser octave shows, with 16 px both do. Some questions ask for
-the texture, and no eye can answer them below that size.
+(images of 16) a texture leaves nothing, with 8 px its coarser octave shows, with 12 px (48) and more both do. Some
+questions ask for the texture, and no eye can answer them below that size: `floor` says how much that costs.
 
 Of the quadrants of a scene each shows, with probability `zoom_share`, one cell at double size in place of four, as
 photographs show one thing at several scales: what was learned of large things at a low resolution is what small ones
-look like at a higher one. A zoomed cell stands for its four places, and counts once.
+look like at a higher one. A zoomed cell stands for its four places, and counts once. Its label stands at the tokens of
+all four, so `val_cell_error` judges each place by itself.
+
+What was asked of the preset before it was chosen: that resolution is worth something to networks from scratch, and that
+training at a low one and fine-tuning all weights at a higher one is at least competitive with training there at the same
+FLOPs. Without zoomed cells it was far behind; with them see results/patch_star.jsonl and results/resolution_finetune.jsonl.
+What these also show: at 32 px, up to 3e11 FLOPs, the larger of the patch sizes 2, 4 and 8 is always the better one,
+because a patch of 8 px is a whole cell, and what smaller ones see must first be brought together.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sovit import UserError
-from sovit.data.stream import COLUMNS, Scene, Stream, World, hash_uniform, tiled
+from sovit.data.stream import COLUMNS, NUM_ANSWERS, Detail, Scene, Stream, World, hash_uniform, tiled, zipf
 
 COARSE = 4  # pixels a side of a cell at which all but its texture shows
 PLAIN, WAVES = (1.0, 1.0, 1.0, 1.0), ((1.0, 1.0, -1.0, -1.0), (1.0, -1.0, 1.0, -1.0))  # quarters of a coarse pixel
-DETAIL_CYCLE = ("weave", "attr", "cloth", "weave", "hist", "fact", "major", "group")
-
-
-@dataclass(frozen=True)
-class Detail(World):
-    """The constants of the preset; strengths are in units of the image's [0, 1] range."""
-
-    num_questions: int = 16
-    num_glyphs: int = 36
-    question_power: float = 0.5
-    cycle: tuple[str, ...] = DETAIL_CYCLE
-    num_val: int = 2048
-    ground: float = 0.15
-    ink: float = 0.15
-    contrast: float = 0.1  # of an octave of texture
-    num_textures: int = 6  # of each octave
-    texture_power: float = 0.0
-    zoom_share: float = 0.5
-
-    @property
-    def image_size(self) -> int:
-        return 2 * self.grid * COARSE
-
-    @property
-    def ranks(self) -> dict[str, tuple[int, float]]:
-        return super().ranks | {"texture": (self.num_textures**2, self.texture_power)}
 
 
 class DetailStream(Stream):
@@ -120,15 +99,54 @@ class DetailStream(Stream):
         return (ones * torch.where(scene["zoomed"], 1, 4)[..., None]).sum(1) // 4  # a zoomed cell stands in four places
 
     def facts(self, scene: Scene) -> dict[str, Tensor]:
-        return super().facts(scene) | {"texture": scene["texture"]}
+        facts = super().facts(scene) | {name: scene[name] for name in ("texture", "zoomed")}
+        del facts["colour_to_the_right"]  # beside a zoomed cell there may be two
+        return facts
 
     def _readings(self, f: dict[str, Tensor]) -> dict[str, Tensor]:
+        w = self.world
+        return {
+            "attr": f["glyph"],
+            "hist": 4 * f["colour"] + f["cells_of_probe_colour"].clamp(max=3),
+            "major": w.num_colours * f["colour"] + f["major_colour"],
+            "group": 8 * f["kind"] + f["others_of_my_kind"].clamp(max=7),
+        } | self._cloth_readings(f)
+
+    def _cloth_readings(self, f: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that need the texture, and nothing but their own cell."""
         n = self.world.num_textures
-        return super()._readings(f) | {
+        return {
             "weave": f["texture"],
             "cloth": f["colour"] * n + f["texture"] % n,
             "fact": f["glyph"] * n + f["texture"] // n,
         }
+
+    @property
+    def floor(self) -> float:
+        """Mean entropy (nats) of an answer to an eye that sees all that is drawn at this size, pixel noise apart.
+
+        Textures that are drawn alike cannot be told apart; all else shows at every size. Exact: every kind of cell is
+        counted with its probability.
+        """
+        w = self.world
+        chance = {name: zipf(*rank) for name, rank in w.ranks.items()}
+        names = ("glyph", "colour", "texture")
+        ways = dict(zip(names, torch.cartesian_prod(*(torch.arange(len(chance[name])) for name in names)).T))  # [W]
+        probability = torch.stack([chance[name][ways[name]] for name in names]).prod(0)
+        column = self._cloth_readings(ways)
+        floor = 0.0
+        for (_, textures), share in zip(self._looks, (1 - w.zoom_share, w.zoom_share)):
+            difference = (textures[:, None] - textures).abs().flatten(2).amax(2).cpu()  # [T^2, T^2]
+            looks = (difference < 1e-6).int().argmax(1)  # [T^2]: the first texture that is drawn like this one
+            seen = (ways["glyph"] * w.num_colours + ways["colour"]) * len(looks) + looks[ways["texture"]]
+            for question in range(w.num_questions):
+                skill = self.skills[self.template[question]]
+                if skill in column:
+                    outcome = seen * NUM_ANSWERS + self.table[question, column[skill]].cpu()  # [W]
+                    p = torch.bincount(outcome, probability, NUM_ANSWERS * len(seen)).view(-1, NUM_ANSWERS)
+                    entropy = torch.special.entr(p).sum() - torch.special.entr(p.sum(1)).sum()
+                    floor += float(share * chance["question"][question] * entropy)
+        return floor
 
 
 def _averaged(wave: Tensor, pixels: int) -> Tensor:

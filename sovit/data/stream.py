@@ -64,11 +64,37 @@ class World:
         }
 
 
+@dataclass(frozen=True)
+class Detail(World):
+    """The constants of sovit/data/detail.py. Strengths are in units of the image's [0, 1] range."""
+
+    num_questions: int = 16
+    num_glyphs: int = 36
+    question_power: float = 0.5
+    cycle: tuple[str, ...] = ("weave", "attr", "cloth", "weave", "hist", "fact", "major", "group")
+    num_val: int = 2048
+    ground: float = 0.15
+    ink: float = 0.15
+    contrast: float = 0.1  # of an octave of texture
+    num_textures: int = 6  # of each octave
+    texture_power: float = 0.0
+    zoom_share: float = 0.5  # of the quadrants: one cell at double size in place of four
+
+    @property
+    def image_size(self) -> int:
+        return 2 * super().image_size  # at half of it no texture shows
+
+    @property
+    def ranks(self) -> dict[str, tuple[int, float]]:
+        return super().ranks | {"texture": (self.num_textures**2, self.texture_power)}
+
+
 PRESETS = {
     "cpu": World(),
     "cpu-flip": World(label_flip=0.05),
     "small": World(cell=8, num_questions=1024, num_glyphs=512, num_colours=16, cycle=POINTING_CYCLE),
     "gpu": World(grid=8, cell=8, num_questions=1024, num_glyphs=512, num_colours=16, cycle=POINTING_CYCLE),
+    "detail": Detail(),
 }
 
 # template -> number of different scene readings, the columns of the answer table it uses
@@ -348,10 +374,10 @@ class Stream:
 
 def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Stream:
     """Open a preset of PRESETS. Raises UserError for an unknown preset or a size that it cannot draw."""
-    if preset == "detail":
-        from sovit.data.detail import Detail, DetailStream
-
-        return DetailStream(Detail(), image_size, patch_size, data_seed, device)
     if preset not in PRESETS:
-        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}, detail")
-    return Stream(PRESETS[preset], image_size, patch_size, data_seed, device)
+        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
+    from sovit.data.detail import DetailStream  # a Stream itself
+
+    world = PRESETS[preset]
+    kind = DetailStream if isinstance(world, Detail) else Stream
+    return kind(world, image_size, patch_size, data_seed, device)

@@ -18,6 +18,7 @@ from sovit.words.limits import not_shown_section
 from sovit.words.quality import quality_section
 from sovit.words.recommendation import recommendation_section
 from sovit.words.sensitivity import sensitivity_section
+from sovit.words.trade import trade_section
 
 
 def report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, figures):
@@ -40,6 +41,8 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
             ),
             figure("frontier"),
         ),
+        "Patches, images, or the rest": (trade_section(facts.get("trades", {})),)
+        + tuple(figure(f"trade_{name}") for name in facts.get("trades", {})),
         "How the best shape grows": (
             growth_section(fit, facts["implied"], facts["closed_form"]),
             figure("optimal_shape"),
@@ -58,4 +61,5 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
         " budget, and how sure is that?"
     )
     bodies = {title: "\n\n".join(part for part in parts if part) for title, parts in sections.items()}
+    bodies = {title: body for title, body in bodies.items() if body}
     return "\n\n".join([head, *(f"## {title}\n\n{body}" for title, body in bodies.items())]) + "\n"

@@ -121,6 +121,7 @@ def parameter(name: str) -> str:
         "B": "the amplitude of the images", "c": "the exponent of the images", "eps": "the irreducible loss",
         "E": "the irreducible loss", "s": "the sharpness of the power mean", "A": "the amplitude of the parameters",
         "alpha": "the exponent of the parameters", "beta": "the exponent of the images", "d": "the shift of the images",
+        "h": "the exponent of the patches in the data term",
     }  # fmt: skip
     kind, _, dim = name.partition("_")
     if not dim:
@@ -146,6 +147,12 @@ def bound(name: str, side: str) -> str:
             "capacity and data add up, as in `joint`"
             if lower
             else "the worse of capacity and data decides alone, a maximum"
+        )
+    if kind == "h":
+        return (
+            "an image teaches as much however many patches it is cut into"
+            if lower
+            else "the rows want a value beyond it"
         )
     if kind == "d":
         return "the metric shows no saturation at the poor end"

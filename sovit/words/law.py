@@ -36,7 +36,7 @@ def law_section(fit) -> str:
 def equation(fit) -> str:
     """The law as a line of text, or two."""
     form = fit.shape_form
-    names = dict(num_params="N", num_examples="n", tokens="D", compute="t")
+    names = dict(num_params="N", num_examples="n", tokens="D", compute="t", num_patches="T")
     if fit.form == "chinchilla":
         names["num_examples"] = "D"
     if form.shift:
@@ -75,4 +75,5 @@ def symbols(fit) -> str:
     text = (
         "n is the number of images seen; compute enters through the exact FLOPs of a shape, so that n = budget / FLOPs"
     )
-    return text + ("; N is the number of encoder parameters of the shape" if "num_params" in fit.model["terms"] else "")
+    text += "; N is the number of encoder parameters of the shape" * ("num_params" in fit.model["terms"])
+    return text + "; T is the number of patches that an image is cut into" * ("num_patches" in fit.model["terms"])

@@ -52,7 +52,8 @@ def not_shown_section(data, fits, headline, recommendation) -> str:
     open_ = [n for n, e in fit.exponents.items() if e["status"] != "ok"]
     if open_:
         lines.append(f"- The law is not determined in {listed([NAMES.get(n, n) for n in open_])}.")
-    floor = fit.model["names"][len(fit.model["terms"])] if fit.form in WHOLE_SHAPE or fit.form == "chinchilla" else None
+    floors = [term.amplitude for term in fit.shape_form.formula if not term.factors]
+    floor = floors[0] if fit.form in WHOLE_SHAPE or fit.form == "chinchilla" else None
     ends = fit.intervals.get(floor or "", {})
     if floor and (not fit.params[floor] or (ends and ends["low"] < 0.1 * ends["high"])):
         lines.append(
