@@ -264,7 +264,7 @@ def overridden(runs: Sequence[Run], assignments: Sequence[str]) -> list[Run]:
     Raises UserError where that has no branch any more that the fine-tuning begins at.
     """
     found: list[Run] = []
-    now = {}  # run_id -> what a branch is called once its run is overridden, "" where it is gone
+    now: dict[str, str] = {}  # run_id -> what a branch is called once its run is overridden, "" where it is gone
     for run in runs:
         new = override(run, assignments)
         if new.base in now:
