@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from finetune_cost import table as savings_table
 from published_flops import table as flops_table
 from published_shapes import table as shapes_table
 from vlm_arms import table as vlm_table
@@ -25,7 +26,10 @@ from sovit.transfer_report import held_out_line, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-NAMES = {"width": "width", "depth": "depth", "mlp_dim": "MLP dim"}
+NAMES = {
+    **{"width": "width", "depth": "depth", "mlp_dim": "MLP dim"},
+    **{"patch_size": "patch size", "image_size": "image size"},
+}
 
 
 def published() -> str:
@@ -240,6 +244,11 @@ def paper_shapes() -> str:
         f"Its exponents and the shapes that it printed imply these ratios of compute, by width, depth and MLP dim:"
         f" {implied}. One step has one ratio. Turned round, its two models imply exponents {is_}, where it states {said}."
     )
+
+
+def finetune_cost() -> str:
+    """What a step of attention-only fine-tuning costs beside one of everything, measured, and the claim."""
+    return savings_table(json.loads((RESULTS / "finetune_cost" / "savings.json").read_text()))
 
 
 def resolution_finetune() -> str:

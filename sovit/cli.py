@@ -145,9 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--dtype", default="float32", help="float32, or bfloat16 by autocast")
     p.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
-    p.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32], help="1 = latency (default 1 32)")
-    p.add_argument("--repeats", type=int, default=9, help="rounds in which all shapes take turns (default 9)")
-    p.add_argument("--out", type=Path, default=Path("results/hardware.jsonl"), help="(default results/hardware.jsonl)")
+    p.add_argument(
+        "--trained",
+        nargs="+",
+        metavar="PART",
+        help="steps of fine-tuning instead, side by side: of attention, mlp, head, full",
+    )
+    p.add_argument("--batch-sizes", type=int, nargs="+", help="1 = latency (default 1 32; with --trained 2)")
+    p.add_argument("--repeats", type=int, default=9, help="rounds in which all take turns (default 9)")
+    p.add_argument(
+        "--out", type=Path, help="(default results/hardware.jsonl; with --trained results/finetune_cost.jsonl)"
+    )
     p.add_argument("--again", action="store_true", help="measure what the file holds already, too")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_profile)
@@ -418,7 +426,9 @@ def _rows_of(law: Path):
 def _profile(options) -> None:
     import torch
 
+    from sovit.finetune_cost import finetune_cost
     from sovit.hardware import profile, profile_text, shapes_for
+    from sovit.savings import savings, savings_text
 
     if options.threads < 1:
         raise UserError(f"--threads {options.threads} must be at least 1")
@@ -426,20 +436,26 @@ def _profile(options) -> None:
     fields = {name: getattr(options, name) for name in ("head_dim", "patch_size", "image_size", "pool")}
     shapes, num_classes = shapes_for(options.shapes, options.grid, options.law, options.train_flops, **fields)
     live = sys.stderr.isatty()
-    rows = profile(
-        shapes,
+    common = dict(
         device=options.device,
         dtype=options.dtype,
-        batch_sizes=options.batch_sizes,
         num_classes=options.num_classes or num_classes or 1000,
         repeats=options.repeats,
-        out=options.out,
         again=options.again,
         on_progress=lambda line: print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr),
     )
+    if options.trained is None:
+        out = options.out or Path("results/hardware.jsonl")
+        rows = profile(shapes, batch_sizes=options.batch_sizes or (1, 32), out=out, **common)
+        text = profile_text(rows)
+    else:
+        out, parts = options.out or Path("results/finetune_cost.jsonl"), [*options.trained]
+        parts += ["full"] * ("full" not in parts)  # what the others are compared with
+        rows = finetune_cost(shapes, trained=parts, batch_sizes=options.batch_sizes or (2,), out=out, **common)
+        text = savings_text(savings(rows))
     if live:
         print("\r\033[K", end="", file=sys.stderr)
-    print(json.dumps(rows, indent=2) if options.json else profile_text(rows))
+    print(json.dumps(rows, indent=2) if options.json else text)
 
 
 def _probe(options) -> None:

@@ -89,7 +89,7 @@ def profile(
     found = {row["profile_id"]: row for row in read_profiles(out)} if out.exists() and out.stat().st_size else {}
     rows = {name: found[name] for name in jobs if name in found and not again}
     if again:
-        _save(out, {}, drop=set(jobs))
+        save_rows(out, {}, drop=set(jobs))
     facts = provenance(device) | fixed
     for i, (name, (shape, batch, train)) in enumerate(jobs.items(), 1):
         if name in rows:
@@ -98,7 +98,7 @@ def profile(
         rows[name] = _new_row(name, shape, batch, num_classes, facts) | _memory(
             shape, batch, train, num_classes, device, dtype
         )
-        _save(out, {name: rows[name]})
+        save_rows(out, {name: rows[name]})
     started, taken = time.monotonic(), 0
     waiting = sum(max(repeats - row["num_repeats"], 0) for row in rows.values() if row["status"] == "ok")
     for repeat in range(repeats):
@@ -118,7 +118,7 @@ def profile(
                 rows[name] = _turn(rows[name], model, optimizer, batch, train, device, dtype)
                 taken += 1
             del model, optimizer
-            _save(out, {name: rows[name] for name in mine})
+            save_rows(out, {name: rows[name] for name in mine})
     return [rows[name] for name in jobs]
 
 
@@ -203,11 +203,12 @@ def _turn(row: dict, model, optimizer, batch: int, train: bool, device: str, dty
     """The row with one repeat more."""
     try:
         forward = row["forward_samples"] + [
-            _seconds(row, partial(_forward, model, dtype, *_batch(row, batch, device)), device)
+            seconds_of(partial(_forward, model, dtype, *random_batch(row, batch, device)), row["clock"], device)
         ]
         step = row["train_step_samples"]
         if train:
-            step = step + [_seconds(row, partial(_step, model, optimizer, dtype, *_batch(row, batch, device)), device)]
+            step_once = partial(_step, model, optimizer, dtype, *random_batch(row, batch, device))
+            step = step + [seconds_of(step_once, row["clock"], device)]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -218,18 +219,19 @@ def _turn(row: dict, model, optimizer, batch: int, train: bool, device: str, dty
         num_repeats=len(forward),
         forward_samples=forward,
         train_step_samples=step,
-        **_spread("forward_seconds", forward),
+        **spread("forward_seconds", forward),
         images_per_second=batch / middle,
         forward_flops_per_second=flops * batch / middle,
         load_after=round(os.getloadavg()[0], 2),
     )
     if train:
-        more |= _spread("train_step_seconds", step)
+        more |= spread("train_step_seconds", step)
         more["train_flops_per_second"] = 3 * flops * batch / more["train_step_seconds"]
     return row | more
 
 
-def _spread(name: str, samples: list[float]) -> dict:
+def spread(name: str, samples: list[float]) -> dict:
+    """{name: median, name_low, name_high: quartiles} of samples."""
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
@@ -242,7 +244,7 @@ def _build(shape: Shape, num_classes: int, device: str):
     return model, torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
 
 
-def _batch(row: dict, batch: int, device: str):
+def random_batch(row: dict, batch: int, device: str):
     """Images [B, 3, H, W] and labels [B], or [B x N] where each patch token has one."""
     labels = batch * (row["image_size"] // row["patch_size"]) ** 2 if row["pool"] == "none" else batch
     size = row["image_size"]
@@ -267,15 +269,23 @@ def _cast(images, dtype: str):
     return torch.autocast(images.device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
-def _seconds(row: dict, call: Callable[[], None], device: str) -> float:
-    """Median seconds of a call by the row's clock, warmed up."""
+def seconds_of(
+    call: Callable[[], None],
+    clock_name: str,
+    device: str,
+    *,
+    warm_up: int = WARM_UP,
+    turn_seconds: float = TURN_SECONDS,
+    min_calls: int = MIN_CALLS,
+) -> float:
+    """Median seconds of a call, warmed up, by the process's CPU time (clock_name="cpu") or by the wall."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    clock = time.process_time if row["clock"] == "cpu" else time.perf_counter
-    for _ in range(WARM_UP):
+    clock = time.process_time if clock_name == "cpu" else time.perf_counter
+    for _ in range(warm_up):
         call()
     samples: list[float] = []
     wait()
-    while len(samples) < MIN_CALLS or (sum(samples) < TURN_SECONDS and len(samples) < MAX_CALLS):
+    while len(samples) < min_calls or (sum(samples) < turn_seconds and len(samples) < MAX_CALLS):
         start = clock()
         call()
         wait()
@@ -288,12 +298,13 @@ def _seconds(row: dict, call: Callable[[], None], device: str) -> float:
 
 def _memory(shape: Shape, batch: int, train: bool, num_classes: int, device: str, dtype: str) -> dict:
     """{forward_bytes, train_bytes}, or {status, error} where one of them does not fit."""
-    arguments = (shape, batch, num_classes, device, dtype)
+    arguments = (num_classes, device, dtype)
     out: dict = dict(forward_bytes=None, train_bytes=None)
     for name, steps in (("forward_bytes", False), ("train_bytes", True)):
         if steps and not train:
             continue
-        peak = _peak_cuda(*arguments, steps) if device.startswith("cuda") else _peak_cpu(*arguments, steps)
+        work = partial(_work, shape, batch, *arguments, steps)
+        peak = peak_bytes(work, partial(_work, shape, 1, *arguments, steps), device)
         if isinstance(peak, str):
             return out | dict(status="out_of_memory", error=peak)
         out[name] = peak
@@ -307,17 +318,26 @@ def _work(shape, batch, num_classes, device, dtype, steps: bool) -> None:
     if steps:
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-4, fused=True)
         for _ in range(2):
-            _step(model, optimizer, dtype, *_batch(row, batch, device))
+            _step(model, optimizer, dtype, *random_batch(row, batch, device))
     else:
-        _forward(model, dtype, *_batch(row, batch, device))
+        _forward(model, dtype, *random_batch(row, batch, device))
 
 
-def _peak_cuda(shape, batch, num_classes, device, dtype, steps) -> int | str:
+def peak_bytes(work: Callable[[], object], warm_up: Callable[[], object], device: str) -> int | str:
+    """Peak memory of `work`, above what was held before it, in bytes; or the words of what ended it.
+
+    On a CPU, where it is the resident set of a forked process that grows, `warm_up` runs there first: the same work,
+    smaller, so that what libraries load is not counted.
+    """
+    return _peak_cuda(work, device) if device.startswith("cuda") else _peak_cpu(work, warm_up)
+
+
+def _peak_cuda(work, device) -> int | str:
     torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        _work(shape, batch, num_classes, device, dtype, steps)
+        work()
         torch.cuda.synchronize()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -326,13 +346,12 @@ def _peak_cuda(shape, batch, num_classes, device, dtype, steps) -> int | str:
     return torch.cuda.max_memory_allocated(device) - held
 
 
-def _peak_cpu(*arguments) -> int | str:
-    """Growth of the resident set of a forked process that does the work, in bytes, or the words of what ended it."""
+def _peak_cpu(work, warm_up) -> int | str:
     _load_once()
     _trim()
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, arguments))
+    child = context.Process(target=_child, args=(theirs, work, warm_up))
     child.start()
     theirs.close()
     try:
@@ -345,16 +364,15 @@ def _peak_cpu(*arguments) -> int | str:
     return answer
 
 
-def _child(pipe, arguments) -> None:
+def _child(pipe, work, warm_up) -> None:
     try:
-        shape, _, *rest = arguments
-        _work(shape, 1, *rest)  # touches the code of the libraries, whose pages are resident from then on
+        warm_up()  # touches the code of the libraries, whose pages are resident from then on
         gc.collect()
         _trim()
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         held = _resident()
-        _work(*arguments)
+        work()
         pipe.send(max(_peak_resident() - held, 0))
     except (RuntimeError, MemoryError) as error:
         said = str(error).splitlines()[0] if str(error) else "out of memory"
@@ -399,7 +417,7 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _save(path: Path, rows: dict[str, dict], drop: Collection[str] = ()) -> None:
+def save_rows(path: Path, rows: dict[str, dict], drop: Collection[str] = ()) -> None:
     """Put rows into the ledger in place of those with their ids, atomically and under a lock."""
     with locked(path.with_suffix(".lock")):
         old = {row["profile_id"]: row for row in read_profiles(path)} if path.exists() and path.stat().st_size else {}

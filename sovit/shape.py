@@ -292,8 +292,9 @@ def named_shape(name: str, **changes) -> Shape:
     patch, at, size = rest.partition("@")
     if variant in VARIANTS and slash and patch.isdecimal() and (size.isdecimal() or not at):
         width, depth, mlp_dim, num_heads, pool = VARIANTS[variant]
-        fields: dict = dict(patch_size=int(patch), image_size=int(size) if at else 224, pool=pool) | changes
-        return Shape(width, depth, mlp_dim, width // num_heads, **fields)
+        fields: dict = dict(width=width, depth=depth, mlp_dim=mlp_dim, head_dim=width // num_heads, pool=pool)
+        fields |= dict(patch_size=int(patch), image_size=int(size) if at else 224)
+        return Shape(**fields | changes)
     known = [f"{v}/{p}" for v in VARIANTS for p in (14, 16)] + list(TIMM_SHAPES)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
     raise UserError(f"unknown shape {name!r}; write VARIANT/PATCH[@SIZE] or a timm name, such as {', '.join(near)}")

@@ -222,3 +222,43 @@ def test_a_part_without_a_base_is_refused():
         Run(BASE, RECIPE, (160,), trained="attention")
     with pytest.raises(UserError, match="trained='some' is unknown; choose one of full, attention, mlp, head"):
         Run(BASE, RECIPE, (160,), base="0123456789-1600", trained="some")
+
+
+def test_what_lacks_its_base_says_so_and_is_not_called_damaged(trained, tmp_path):
+    import shutil
+
+    folder, rows = trained
+    shutil.copytree(folder, tmp_path / "runs")
+    (row,) = train(tuning(rows, budgets=(80,)), tmp_path / "runs")
+    (tmp_path / "runs" / rows[-1]["trunk_id"] / f"{rows[-1]['run_id']}.safetensors").unlink()
+    with pytest.raises(UserError, match=f"beside its base {rows[-1]['run_id']}: no trained run") as caught:
+        load_branch(row["run_id"], tmp_path / "runs")
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_base_that_diverged_is_told_from_one_that_was_never_trained(tmp_path):
+    (row,) = train(Run(BASE, Recipe(1e30, warmup_examples=0), (160,), preset="small"), tmp_path)
+    assert row["status"] == "diverged"
+    with pytest.raises(UserError, match=f"{row['run_id']} diverged .* has no weights"):
+        train(tuning([row]), tmp_path)
+
+
+def test_a_state_from_before_its_base_was_replaced_is_not_gone_on_from(trained, tmp_path, capsys):
+    """What was frozen in it is the old base's: the file would be laid over other weights than it was trained with."""
+    import shutil
+
+    folder, rows = trained
+    shutil.copytree(folder, tmp_path / "runs")
+    run = tuning(rows, budgets=(80,), data_seed=7)  # a trunk that no other test has trained
+    train(run, tmp_path / "runs")  # leaves the state at which its branch left the trunk
+    base = tmp_path / "runs" / rows[-1]["trunk_id"]
+    shutil.copy(base / f"{rows[0]['run_id']}.safetensors", base / f"{rows[-1]['run_id']}.safetensors")
+    longer = run.replace(budgets=(80, 160))
+    capsys.readouterr()
+    train(longer, tmp_path / "runs")
+    assert "a base with other weights" in capsys.readouterr().err
+    model, _ = load_branch(longer.run_ids[-1], tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / run.trunk_id)
+    train(longer, tmp_path / "runs")
+    anew, _ = load_branch(longer.run_ids[-1], tmp_path / "runs")
+    assert all(torch.equal(t, anew.state_dict()[name]) for name, t in model.state_dict().items())

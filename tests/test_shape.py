@@ -185,6 +185,7 @@ def test_big_vision_names():
     assert set(VARIANTS) - set(decode_variant) == {"So150m"}  # SoViT's own, App. B: (880, 18, 2320)
     assert named_shape("B/32@384").num_patches == 144
     assert named_shape("S/16", pool="map", image_size=64) == Shape(384, 12, 1536, 64, 16, 64, "map")
+    assert named_shape("S/16", head_dim=32, depth=2) == Shape(384, 2, 1536, 32)
 
 
 def test_the_head_is_counted_apart_and_training_costs_three_forward_passes():

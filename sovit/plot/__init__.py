@@ -14,6 +14,7 @@ from sovit.plot.law import (
     optimal_shape,
     residuals,
 )
+from sovit.plot.savings import savings_bars
 from sovit.plot.sensitivity import sensitivity
 from sovit.plot.study import contact_sheet, learning_rates, validation, validation_figure
 from sovit.plot.style import save
@@ -37,6 +38,7 @@ __all__ = [
     "pareto_fronts",
     "residuals",
     "save",
+    "savings_bars",
     "scalebench",
     "sensitivity",
     "trade",
