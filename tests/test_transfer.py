@@ -128,6 +128,24 @@ def test_planted_differences_get_their_verdicts(study):
             assert p["mean"] == pytest.approx(math.log(a / b), abs=0.012)
 
 
+def test_staying_at_the_base_resolution_is_an_arm_too(study):
+    """By the planted truth a higher resolution has the lower loss for an image, and the higher cost."""
+    found = [e for e in comparisons(study) if e["theirs"] == "stay"]
+    assert {e["ours"] for e in found} == {"attention", "full", "scratch"} and {e["image_size"] for e in found} == {
+        48,
+        64,
+    }
+    for entry in found:
+        if entry["ours"] != "scratch":
+            continue
+        shape = next(s for s in planted.SHAPES if s.label == entry["shape"])
+        big = shape.replace(image_size=entry["image_size"])
+        p = entry["points"][-1]
+        ours, theirs = (s.train_flops_per_image(planted.NUM_CLASSES) for s in (big, shape))
+        expected = planted.scratch_loss(big, p["x"] / ours) / planted.scratch_loss(shape, p["x"] / theirs)
+        assert p["mean"] == pytest.approx(math.log(expected), abs=0.015)
+
+
 def test_equal_arms_are_rarely_told_apart(tmp_path):
     """With one truth for both modes the rule errs in about one comparison of ten, not in most."""
     truth = {"full": EXACT["full"], "attention": EXACT["full"]}
@@ -401,7 +419,7 @@ def analysis(name):
 
 def test_the_analysis_writes_what_it_says(tmp_path, capsys):
     rows = planted.study_rows(planted.SHAPES[:1], (48,), 3, truth={**EXACT, "head": planted.TRUTH["head"]})
-    path = planted.write_ledger(tmp_path / "a.jsonl", rows)
+    path = planted.write_ledger(tmp_path / "resolution_finetune.jsonl", rows)
     main = analysis("resolution_finetune").main
     assert main([str(path), "--bootstrap", "20", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
