@@ -289,6 +289,11 @@ BLOCKS = {
     "coverage": coverage_range,
     "next run": next_run,
     "hardware": hardware,
+    "patch law": lambda: law("patch_star"),
+    "patch validation": lambda: validation("patch_validation"),
+    "resolution": resolution_finetune,
+    "flexivit": flexivit,
+    "finetune cost": finetune_cost,
     "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),
     "demo": demo,
 }
