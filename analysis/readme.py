@@ -22,7 +22,8 @@ from sovit.diagnose import SIGNIFICANT
 from sovit.flexi_cost import sizes_table
 from sovit.growth import PAPER
 from sovit.ledger import read_ledger
-from sovit.transfer_report import held_out_line, short_table
+from sovit.shape import Shape
+from sovit.transfer_report import schedule_table, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -251,16 +252,53 @@ def finetune_cost() -> str:
     return savings_table(json.loads((RESULTS / "finetune_cost" / "savings.json").read_text()))
 
 
-def resolution_finetune() -> str:
-    """What is trained at a higher resolution: verdicts, the law of transfer, the storage."""
-    found = json.loads((RESULTS / "resolution_finetune.json").read_text())
+def trade() -> str:
+    """What twice the FLOPs an image bring, by what they are spent on."""
+    spend = json.loads((RESULTS / "patch_star_law" / "report.json").read_text())["trades"]["patch_size"]["spend"]
+    names = {
+        "width": "more width",
+        "mlp_dim": "a larger MLP",
+        "image_size": "a larger image",
+        "patch_size": "smaller patches",
+    }
+    gains = {
+        n: [-100 * option["gain"][k] for k in ("estimate", "low", "high")] for n, option in spend["options"].items()
+    }
+    parts = [f"{names[n]} {x:+.1f}% ({_range(min(y, z), max(y, z))})" for n, (x, y, z) in gains.items()]
+    shape, factor = Shape(**spend["shape"]), spend["factor"]
+    start = f"{shape.label} in patches of {shape.patch_size} on {shape.image_size} px"
+    compute = spend["train_flops"] / factor
+    return (
+        f"By the law at {compute:.1e} training FLOPs, {factor:g} times the FLOPs an image for {start}, at as many images, change"
+        f" the loss by: {', '.join(parts)}."
+    )
+
+
+TOLD = (  # of the comparisons of the fine-tuning study: ours, theirs, axis
+    ("attention", "full", "own_flops"),
+    ("attention", "full", "examples"),
+    ("attention", "mlp", "examples"),
+    ("attention", "head", "examples"),
+    ("attention", "scratch", "total_flops"),
+    ("full", "scratch", "total_flops"),
+    ("full", "stay", "total_flops"),
+)
+
+
+def resolution(study: str) -> str:
+    """What is trained at a higher resolution: verdicts and storage."""
+    found = json.loads((RESULTS / f"{study}.json").read_text())
     stored = [e["share"] for e in found["storage"] if e["mode"] == "attention" and e["share"] is not None]
-    lines = [short_table(found), "", held_out_line(found)]
-    if stored:
-        lines.append(
-            f"A file with attention alone takes {min(stored):.0%} to {max(stored):.0%} of the bytes of full fine-tuning's."
-        )
-    return "\n".join(lines)
+    return (
+        f"{short_table(found, TOLD)}\n\nA file with attention alone takes {min(stored):.0%} to {max(stored):.0%} of the bytes"
+        " of full fine-tuning's."
+    )
+
+
+def split() -> str:
+    """How the law of transfer splits one budget of the shape of MLP ratio 4."""
+    found = json.loads((RESULTS / "resolution_finetune.json").read_text())
+    return schedule_table(found, "48x2x192", 3e11)
 
 
 def flexivit() -> str:
@@ -291,7 +329,10 @@ BLOCKS = {
     "hardware": hardware,
     "patch law": lambda: law("patch_star"),
     "patch validation": lambda: validation("patch_validation"),
-    "resolution": resolution_finetune,
+    "trade": trade,
+    "resolution": lambda: resolution("resolution_finetune"),
+    "resolution icons": lambda: resolution("resolution_icons"),
+    "split": split,
     "flexivit": flexivit,
     "finetune cost": finetune_cost,
     "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),

@@ -5,12 +5,12 @@
 
 Three shapes that differ in their MLP alone, so that attention is a half, a third (MLP ratio 4, as in arXiv 2203.09795) and
 a fifth of a block's weights; three paired seeds. Each is trained at 32 px on `stream:detail`, whose scenes show more at a
-higher resolution, and cooled down at 2.5e10, 1e11 and 4e11 FLOPs. From 4e11 it goes to 64 and to 96 px (4 and 9 x the tokens),
-with all of it trained, its attention, its MLPs or its head; from where it was cooled down earlier, with all of it or its attention. Beside them stand
-the same shapes trained at 64 and 96 px from scratch. Fine-tunings of one resolution see the same images; peak rates are
-those of studies/finetune_rate.py.
+higher resolution, and cooled down at 2.5e10, 1e11 and 4e11 FLOPs. From 4e11 it goes to 64 and to 96 px (4 and 9 x the
+tokens), with all of it trained, its attention, its MLPs or its head; from where it was cooled down earlier with all of it
+or its attention. Beside them stand the same shapes trained at 64 and 96 px from scratch. Fine-tunings of one resolution see
+the same images, the first that their base saw; peak rates are those of studies/finetune_rate.py.
 
-Cost: 171 trunks, 5.1e13 FLOPs, about 40 minutes of two cores. Expected: by the paper, attention as good as full and better
+Cost: 171 trunks, 4.6e13 FLOPs, about 40 minutes of two cores. Expected: by the paper, attention as good as full and better
 than MLPs; a pilot of one seed says otherwise for networks as small as these (full 1.91, MLPs 1.96, attention 2.13).
 """
 
