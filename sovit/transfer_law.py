@@ -291,8 +291,9 @@ def fit_cell(cell: Cell, kinds: str | Mapping[str, str], bootstrap: int = 0, see
 
     Two bootstraps: from trunk and row errors (headline), and of seeds, which all arms share. With three seeds the second
     knows little: its percentiles are stretched by t and sqrt(S / (S - 1)). Over 100 planted sets of three seeds the first
-    holds worth, g, best share and loss against scratch in 86 to 97 %, the second in 85 to 90 %; where a seed has an error in
-    common to all its trunks, the first holds a level of loss in 76 % only, the second in 86. Raises UserError for an unknown
+    holds worth, g, loss, best share and loss against scratch in 87 to 94 %, the second in 86 to 93 %; where a seed has an
+    error in common to all its trunks, as large as the noise, the first holds a level of loss in 74 % only, the second in 87
+    (tests/test_transfer.py says how to count it again). Raises UserError for an unknown
     kind, or one with more parameters than its mode has pairs of n0 and n1.
     """
     chosen = {mode: kinds if isinstance(kinds, str) else kinds[mode] for mode in cell.modes}
