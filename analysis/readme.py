@@ -255,22 +255,16 @@ def finetune_cost() -> str:
 def trade() -> str:
     """What twice the FLOPs an image bring, by what they are spent on."""
     spend = json.loads((RESULTS / "patch_star_law" / "report.json").read_text())["trades"]["patch_size"]["spend"]
-    names = {
-        "width": "more width",
-        "mlp_dim": "a larger MLP",
-        "image_size": "a larger image",
-        "patch_size": "smaller patches",
-    }
+    words = dict(width="more width", mlp_dim="a larger MLP", image_size="a larger image", patch_size="smaller patches")
     gains = {
-        n: [-100 * option["gain"][k] for k in ("estimate", "low", "high")] for n, option in spend["options"].items()
+        n: [-100 * option["gain"][k] for k in ("estimate", "high", "low")] for n, option in spend["options"].items()
     }
-    parts = [f"{names[n]} {x:+.1f}% ({_range(min(y, z), max(y, z))})" for n, (x, y, z) in gains.items()]
+    parts = [f"{words[n]} {x:+.1f}% ({low:+.1f} to {high:+.1f})" for n, (x, low, high) in gains.items()]
     shape, factor = Shape(**spend["shape"]), spend["factor"]
     start = f"{shape.label} in patches of {shape.patch_size} on {shape.image_size} px"
-    compute = spend["train_flops"] / factor
     return (
-        f"By the law at {compute:.1e} training FLOPs, {factor:g} times the FLOPs an image for {start}, at as many images, change"
-        f" the loss by: {', '.join(parts)}."
+        f"By the law at {spend['train_flops'] / factor:.1e} training FLOPs, {factor:g} times the FLOPs an image for {start},"
+        f" at as many images, change the loss by: {', '.join(parts)}."
     )
 
 
@@ -289,9 +283,9 @@ def resolution(study: str) -> str:
     """What is trained at a higher resolution: verdicts and storage."""
     found = json.loads((RESULTS / f"{study}.json").read_text())
     stored = [e["share"] for e in found["storage"] if e["mode"] == "attention" and e["share"] is not None]
+    share = f"{min(stored):.0%} to {max(stored):.0%}"
     return (
-        f"{short_table(found, TOLD)}\n\nA file with attention alone takes {min(stored):.0%} to {max(stored):.0%} of the bytes"
-        " of full fine-tuning's."
+        f"{short_table(found, TOLD)}\n\nA file with attention alone takes {share} of the bytes of full fine-tuning's."
     )
 
 
