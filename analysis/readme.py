@@ -26,7 +26,10 @@ from sovit.transfer_report import held_out_line, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-NAMES = {"width": "width", "depth": "depth", "mlp_dim": "MLP dim"}
+NAMES = {
+    **{"width": "width", "depth": "depth", "mlp_dim": "MLP dim"},
+    **{"patch_size": "patch size", "image_size": "image size"},
+}
 
 
 def published() -> str:
