@@ -4,7 +4,7 @@
 
 Arms by mode (attention, full, mlp, head, from scratch), their comparison by paired seeds at equal FLOPs and equal images,
 bytes stored, a law of transfer chosen by held-out rows, and the best split of a budget between low-resolution pre-training
-and fine-tuning. Writes resolution_finetune.json, and the figures and report.md into OUT/resolution_finetune.
+and fine-tuning. Writes OUT/NAME.json, and the figures and report.md into OUT/NAME, NAME being that of the first ledger.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from sovit import UserError
 from sovit.ledger import write_atomic
 from sovit.transfer_report import report_text, summarise
 
-NAME = "resolution_finetune"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ledgers", type=Path, nargs="*", default=[Path(f"results/{NAME}.jsonl")], metavar="LEDGER")
+    parser.add_argument(
+        "ledgers", type=Path, nargs="*", default=[Path("results/resolution_finetune.jsonl")], metavar="LEDGER"
+    )
     parser.add_argument("--train-flops", type=float, nargs="*", default=(), metavar="X", help="budgets to split")
     parser.add_argument("--bootstrap", type=int, default=400, help="draws of each law (default 400)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default results)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     options = parser.parse_args(argv)
+    name = options.ledgers[0].stem
     try:
         found = summarise(options.ledgers, options.bootstrap, options.train_flops)
         text = report_text(found)
-        write_atomic(options.out / f"{NAME}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-        write_atomic(options.out / NAME / "report.md", text)
+        write_atomic(options.out / f"{name}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+        write_atomic(options.out / name / "report.md", text)
         from sovit import plot
 
-        for name, figure in plot.transfer_figures(found).items():
-            plot.save(figure, options.out / NAME / name)
+        for drawn, figure in plot.transfer_figures(found).items():
+            plot.save(figure, options.out / name / drawn)
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from sovit import UserError
-from sovit.checkpoint import Unusable, load_weights, weights_digest
+from sovit.checkpoint import load_weights, weights_digest
 from sovit.data import NORMALISATION
+from sovit.ledger import record_path, record_row
 from sovit.model import build
 from sovit.run import Run
 from sovit.shape import Shape
@@ -27,7 +28,8 @@ class Base:
     """Where a fine-tuning starts: `weights` by name in timm, on the CPU, at `shape`'s size.
 
     run: the base's own, None of a timm model, whose weights have no task head and whose images were normalised by
-    `mean` and `std`. train_flops, num_examples: of the base and all that it was fine-tuned from; None where unknown.
+    `mean` and `std`. num_examples: of the base itself; train_flops: of it and all that it was fine-tuned from; None where
+    unknown.
     """
 
     name: str
@@ -43,29 +45,45 @@ class Base:
 
 def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
     """Rebuild the trained model of one branch, task head and all, in eval mode. Raises UserError where it is not there."""
+    model, run, _ = _load(run_id, runs_dir)
+    return model, run
+
+
+def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
+    """The trained model of one branch, its run, and what that was fine-tuned from, if it was."""
     folder = Path(runs_dir) / run_id.rpartition("-")[0]
     path = folder / f"{run_id}.safetensors"
     if not (folder / "config.json").exists() or not path.exists():
+        row = record_row(record_path(runs_dir, folder.name, run_id))
+        if row and row["status"] == "diverged":
+            raise UserError(f"{run_id} diverged ({row.get('error')}) and has no weights; name another run")
         known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
         hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
     if "lm_width" in (folder / "config.json").read_text():
         raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        run = Run.from_dict(config)
-        weights, said = load_weights(path)
-        if run.base:
-            base = base_of(run, runs_dir)
-            if said.get("base_sha256") != base.sha256:
-                raise Unusable(f"its base {run.base} holds other weights than it was trained from")
-            weights = {**base.weights, **weights}
-    except ValueError as error:
+
+    def damaged(reason: object) -> UserError:
         again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
-        raise UserError(f"the trained run {run_id} is damaged ({error}); to train it again, delete {again}") from None
+        return UserError(f"the trained run {run_id} is damaged ({reason}); to train it again, delete {again}")
+
+    try:
+        run = Run.from_dict(json.loads((folder / "config.json").read_text()))
+        weights, said = load_weights(path)
+    except ValueError as error:
+        raise damaged(error) from None
+    base = None
+    if run.base:
+        try:
+            base = base_of(run, runs_dir)
+        except UserError as error:
+            raise UserError(f"{run_id} is stored beside its base {run.base}: {error}") from None
+        if said.get("base_sha256") != base.sha256:
+            raise damaged(f"its base {run.base} holds other weights than it was trained from")
+        weights = {**base.weights, **weights}
     model = build(run.shape, weights["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
     model.load_state_dict(weights)
-    return model.eval(), run
+    return model.eval(), run, base
 
 
 def base_of(run: Run, runs_dir: Path | str) -> Base:
@@ -82,12 +100,11 @@ def open_base(name: str, runs_dir: Path | str) -> Base:
         from sovit.timm_base import load_timm_base
 
         return load_timm_base(name)
-    model, before = load_branch(name, runs_dir)
+    model, before, earlier = _load(name, runs_dir)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     mean, std = ((value,) * 3 for value in NORMALISATION[before.data])
     num_examples = int(name.rpartition("-")[2])
     flops: int | None = before.train_flops(num_examples, weights["head.weight"].shape[0])
-    if before.base:
-        earlier = base_of(before, runs_dir)
-        flops = None if flops is None or earlier.train_flops is None else flops + earlier.train_flops
+    if earlier:
+        flops = None if earlier.train_flops is None or flops is None else flops + earlier.train_flops
     return Base(name, before.shape, weights, weights_digest(weights), mean, std, before, flops, num_examples)

@@ -83,8 +83,13 @@ class Checkpoints:
         return state
 
 
-def check_fits(state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise Unusable where a state is none of training, or was of another model: other names, shapes or groups."""
+def check_fits(
+    state: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer, base_sha256: str | None = None
+) -> None:
+    """Raise Unusable where a state is none of training, or was of another model: other names, shapes or groups.
+
+    base_sha256: of the weights that a fine-tuning began with; what is frozen in the state must be theirs.
+    """
     wanted = {name: list(t.shape) for name, t in model.state_dict().items()}
     groups = [len(group["params"]) for group in optimizer.param_groups]
     try:
@@ -98,6 +103,8 @@ def check_fits(state: dict, model: torch.nn.Module, optimizer: torch.optim.Optim
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise Unusable(f"{name} has shape {found.get(name)} there and {wanted.get(name)} here")
+    if state.get("base_sha256", base_sha256) != base_sha256:  # older files do not say
+        raise Unusable("it was fine-tuned from a base with other weights")
     if groups != found_groups:
         raise Unusable(f"its optimiser has groups of {found_groups} tensors, here they are of {groups}")
 

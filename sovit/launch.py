@@ -236,7 +236,7 @@ def main(
     try:
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} must be at least 1")
-        runs = [override(run, options.overrides).replace(study=options.name) for run in make_runs()]
+        runs = [run.replace(study=options.name) for run in overridden(make_runs(), options.overrides)]
         ledger = options.results / f"{options.name}.jsonl"
         sweep = Sweep(options.name, runs, options.runs, ledger, options.storage, metric)
         if options.dry_run:
@@ -258,10 +258,31 @@ def main(
     return int(bool(sweep.pending()))
 
 
+def overridden(runs: Sequence[Run], assignments: Sequence[str]) -> list[Run]:
+    """`override` each run. A fine-tuning whose base stands before it goes on from that base as it is now.
+
+    Raises UserError where that has no branch any more that the fine-tuning begins at.
+    """
+    found: list[Run] = []
+    now: dict[str, str] = {}  # run_id -> what a branch is called once its run is overridden, "" where it is gone
+    for run in runs:
+        new = override(run, assignments)
+        if new.base in now:
+            if not now[new.base]:
+                raise UserError(
+                    f"{' '.join(assignments)} takes away {run.base}, at which fine-tunings of this study begin;"
+                    " leave budgets as they are"
+                )
+            new = new.replace(base=now[new.base])
+        now |= {run.run_id(n): new.run_id(n) if n in new.budgets else "" for n in run.budgets}
+        found.append(new)
+    return found
+
+
 def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     """Launch, and say in one line what came of it. Opens the data first, so that bad input stops here, not in a worker.
 
-    Raises UserError for a device or data that cannot be had, shapes that do not fit the data, and data that changed
+    Raises UserError for a device, data or base that cannot be had, shapes that do not fit the data, and data that changed
     since a part of the study was trained.
     """
     from sovit.data import baselines, open_data
@@ -269,6 +290,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     from sovit.train import check_device, check_readout
 
     check_device(device)
+    sweep.refuse_missing_bases()
     pending, sources, probes = sweep.pending(), {}, set()
     for run in sweep.runs.values() if pending else ():
         shape = run.shape

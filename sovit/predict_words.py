@@ -36,7 +36,8 @@ def recommendation_text(r, beside: Mapping | None = None) -> str:
             f"if a bootstrap draw were the truth, this shape would lose {r.regret['median']:.2%} to the draw's own best"
             f" (95th percentile {r.regret['high']:.2%})"
         )
-    what = "whole numbers" if r.rules_cost is None else "whole numbers and rules"
+    parts = ["whole numbers", *(f"a {NAMES[n]} that was run" for n in ("patch_size", "image_size") if n in r.optimum)]
+    what = " and ".join(", ".join(parts + ["rules"] * (r.rules_cost is not None)).rsplit(", ", 1))
     lines.append(f"{what} cost {_gain(r.rounding)} against the real optimum")
     if r.rules_cost is not None:
         lines.append(f"the rules alone cost {_gain(r.rules_cost)} against the best shape without them")

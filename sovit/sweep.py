@@ -211,6 +211,23 @@ class Sweep:
                 if read_record(self.runs_dir, run.trunk_id, run_id) is None:
                     write_record(self.runs_dir, row)
 
+    def refuse_missing_bases(self) -> None:
+        """Raise UserError where a fine-tuning is still to be made whose base has no weights here, and gets none."""
+        for run in self.pending():
+            if not run.base or run.base.startswith("timm:"):
+                continue
+            trunk = run.base.rpartition("-")[0]
+            if (self.runs_dir / trunk / f"{run.base}.safetensors").exists():
+                continue
+            base = self.runs.get(trunk)
+            rows = dict(zip(base.run_ids, self.rows(base))) if base else {}
+            row = rows.get(run.base, {"status": "missing"})
+            if row and row["status"] != "diverged":  # of such a base each fine-tuning says so, and the others go on
+                raise UserError(
+                    f"{run.trunk_id} begins at {run.base}, whose weights are not in {self.runs_dir};"
+                    " copy them there, or train anew with other --runs and --results"
+                )
+
     def pending(self) -> list[Run]:
         return [run for run in self.runs.values() if not self.is_done(run)]
 
@@ -238,8 +255,7 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
         if trial.state == TrialState.COMPLETE and run and trial.user_attrs.get("run_ids") == list(run.run_ids):
             answered.add(trunk)
         if trial.user_attrs.get("launch") == launch and trial.state in (TrialState.RUNNING, TrialState.FAIL):
-            given_up = MAX_ATTEMPTS if "error" in trial.user_attrs else 1
-            attempts[trunk] = attempts.get(trunk, 0) + given_up
+            attempts[trunk] = attempts.get(trunk, 0) + (MAX_ATTEMPTS if "error" in trial.user_attrs else 1)
     num_blocked = 0
     for trunk, run in sweep.runs.items():
         attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
@@ -253,7 +269,10 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
                 )
         elif trunk not in waiting_or_running and attempts.get(trunk, 0) < MAX_ATTEMPTS:
             base = sweep.runs.get(run.base.rpartition("-")[0])
-            if base and not sweep.is_done(base) and attempts.get(base.trunk_id, 0) < MAX_ATTEMPTS:
+            given_up = (
+                base and base.trunk_id not in waiting_or_running and attempts.get(base.trunk_id, 0) >= MAX_ATTEMPTS
+            )
+            if base and not given_up and not sweep.is_done(base):
                 num_blocked += 1
             else:
                 study.enqueue_trial(params(run), user_attrs=attributes)

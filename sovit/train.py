@@ -283,6 +283,7 @@ class Trainer:
     def _state(self, branch: int | None) -> dict:
         return {
             "trunk_id": self.run.trunk_id,
+            "base_sha256": self.base.sha256 if self.base else None,
             "branch": branch,
             "step": self.step,
             "seconds": self.seconds,
@@ -303,7 +304,8 @@ class Trainer:
         Returns the branch that it is on: `num_examples`, or None for the trunk, be it at its very beginning.
         """
         leaves = self.run.trunk_examples(num_examples)
-        check = partial(check_fits, model=self.model, optimizer=self.optimizer)
+        base_sha256 = self.base.sha256 if self.base else None
+        check = partial(check_fits, model=self.model, optimizer=self.optimizer, base_sha256=base_sha256)
         state = self.checkpoints.furthest(num_examples, leaves, check)
         if state is None:
             if self.step:

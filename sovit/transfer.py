@@ -21,6 +21,7 @@ from sovit.paired import paired
 
 NETWORK = ("width", "depth", "mlp_dim", "head_dim", "pool")  # what a fine-tuning keeps
 SCRATCH, FLEXI = "scratch", "flexi"  # arms that no base stands before
+STAY = "stay"  # in a comparison: the base network trained on at its own resolution
 AXES = {
     "own_flops": "equal fine-tuning FLOPs",
     "examples": "equal fine-tuning images",
@@ -30,6 +31,7 @@ AXES = {
 COMPARED = (
     *(("attention", other, axis) for other in ("full", "mlp", "head") for axis in ("own_flops", "examples")),
     *((mode, SCRATCH, "total_flops") for mode in ("attention", "full", "mlp", "head")),
+    *((mode, STAY, "total_flops") for mode in ("attention", "full", SCRATCH)),
 )
 METRICS = ("val_loss", "val_error")
 SAME_LEVEL = 0.03  # budgets within 3 % of each other are one: whole batches never meet a budget exactly
@@ -105,8 +107,7 @@ class Study:
 
     def targets(self) -> list[tuple]:
         """(network, patch_size, image_size) that something was fine-tuned to."""
-        found = {(c.arm.network, c.arm.patch_size, c.arm.image_size) for c in self.curves if c.arm.base_examples}
-        return sorted(found)
+        return sorted({_target(c.arm) for c in self.curves if c.arm.base_examples})
 
 
 def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Study:
@@ -224,6 +225,7 @@ def cells(study: Study) -> list[dict]:
                 "num_examples": int(examples),
                 "own_flops": float(one.own_flops[i]),
                 "total_flops": float(one.total_flops[i]),
+                "base_flops": one.base_flops,
                 "stored_bytes": None if np.isnan(one.stored_bytes[i]) else int(one.stored_bytes[i]),
                 "n": len(found),
             }
@@ -314,18 +316,25 @@ def compare(ours: dict, theirs: dict, axis: str, metric: str = "val_loss") -> li
 def comparisons(study: Study, metric: str = "val_loss") -> list[dict]:
     """Every comparison of COMPARED that the arms allow: what the arms share, ours, theirs, axis, points of `compare`."""
     arms, out = study.arms(), []
+    base = {_target(arm): (arm.base_patch_size, arm.base_image_size) for arm in arms if arm.base_examples}
     for arm, curves in arms.items():
         for ours, theirs, axis in COMPARED:
-            if arm.mode != ours:
+            if arm.mode != ours or _target(arm) not in base:
                 continue
             if theirs == SCRATCH:
                 other = Arm(arm.network, arm.patch_size, arm.image_size, SCRATCH)
+            elif theirs == STAY:
+                other = Arm(arm.network, *base[_target(arm)], SCRATCH)
             else:
                 other = dataclasses.replace(arm, mode=theirs)
-            if other in arms and (points := compare(curves, arms[other], axis, metric)):
+            if other in arms and other != arm and (points := compare(curves, arms[other], axis, metric)):
                 named = {k: v for k, v in _named(arm).items() if k != "mode"}
                 out.append({**named, "ours": ours, "theirs": theirs, "axis": axis, "metric": metric, "points": points})
     return out
+
+
+def _target(arm: Arm) -> tuple:
+    return arm.network, arm.patch_size, arm.image_size
 
 
 def pool(found: list[dict], end: str = "largest", by: Sequence[str] = ()) -> list[dict]:

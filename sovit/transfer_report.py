@@ -152,13 +152,14 @@ def verdict_table(found: dict, metric: str = "val_loss", by: str | None = None, 
 def arms_table(found: dict, metric: str = "val_loss") -> str:
     """Each shape and resolution at the largest budget of every arm from the longest pre-training: mean (s.d., n)."""
     lines = [
-        "| shape, px | from scratch | " + " | ".join(MODES) + " | bytes stored, of full |",
-        "|---|---|" + "---|" * (len(MODES) + 1),
+        "| shape, px | base at its own px | from scratch | " + " | ".join(MODES) + " | bytes stored, of full |",
+        "|---|---|---|" + "---|" * (len(MODES) + 1),
     ]
-    targets = sorted({(c["shape"], c["image_size"], c["patch_size"]) for c in found["cells"] if c["mode"] != SCRATCH})
+    every = {(c["shape"], c["image_size"], c["patch_size"]) for c in found["cells"] if c["mode"] != SCRATCH}
+    targets = sorted(every, key=lambda t: ([int(x) for x in t[0].split("x")], *t[1:]))
     for target in targets:
         mine = [c for c in found["cells"] if (c["shape"], c["image_size"], c["patch_size"]) == target]
-        texts = []
+        texts = [_base_text(found, mine, metric)]
         for mode in (SCRATCH, *MODES):
             have = [c for c in mine if c["mode"] == mode and c[metric] is not None]
             last = max(have, key=lambda c: (c["base_examples"], c["num_examples"]), default=None)
@@ -173,6 +174,14 @@ def arms_table(found: dict, metric: str = "val_loss") -> str:
     return "\n".join(lines)
 
 
+def _base_text(found: dict, target: list[dict], metric: str) -> str:
+    """What the longest pre-training of a target's fine-tunings had reached at its own resolution."""
+    tuned = max((c for c in target if c["mode"] != SCRATCH), key=lambda c: c["base_examples"])
+    same = ("shape", tuned["shape"]), ("image_size", tuned["base_image_size"]), ("mode", SCRATCH)
+    own = [c for c in found["cells"] if all(c[k] == v for k, v in same) and c["num_examples"] == tuned["base_examples"]]
+    return _mean_text(own[0], metric) if own and own[0][metric] is not None else ""
+
+
 def _mean_text(cell: dict, metric: str) -> str:
     sd = cell[f"{metric}_sd"]
     spread = f" ({sd:.4f}, {cell['n']})" if sd is not None else f" (n = {cell['n']})"
@@ -182,22 +191,20 @@ def _mean_text(cell: dict, metric: str) -> str:
 def law_table(found: dict) -> str:
     """Parameters of each law and whether it misses by more than the noise, as markdown."""
     lines = [
-        "| shape, px | mode | one pre-training image is worth (90 %; by seeds) | g (90 %) | misses by, noise | F test |",
-        "|---|---|---|---|---|---|",
+        "| shape, px | mode | parameters (90 %; of worth also by seeds) | misses by, noise | F test |",
+        "|---|---|---|---|---|",
     ]
     for law in found["laws"]:
-        for mode in [m for m in MODES if m in law["parameters"]]:
-            p, miss = law["parameters"][mode], law["misfit"]
-            worth = "" if "worth" not in p else _ends(p["worth"])
-            if "worth" in p and p["worth"]["status"] == "ok":
-                worth += f"; {_ends(p['worth'], 'seeds_')}"
-            g = _ends(p["g"]) if "g" in p else ""
-            f_test = (
-                "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}" + (": it misses" if miss["misses"] else "")
-            )
-            noise = "unknown" if miss["noise_sd"] is None else f"{miss['noise_sd']:.2%}"
-            where, missed = f"{law['shape']}, {law['image_size']}", f"{miss['residual_rms']:.2%}, {noise}"
-            lines.append(f"| {where} | {mode} | {worth} | {g} | {missed} | {f_test} |")
+        miss = law["misfit"]
+        f_test = "no seeds" if miss["p"] is None else f"p = {miss['p']:.2g}" + (": it misses" if miss["misses"] else "")
+        noise = "unknown" if miss["noise_sd"] is None else f"{miss['noise_sd']:.2%}"
+        where, missed = f"{law['shape']}, {law['image_size']}", f"{miss['residual_rms']:.2%}, {noise}"
+        scratch = {name: law["parameters"][name] for name in ("c", "E")}
+        for mode, own in ((SCRATCH, scratch), *((m, law["parameters"][m]) for m in MODES if m in law["parameters"])):
+            texts = [f"{name} {_ends(entry)}" for name, entry in own.items()]
+            if "worth" in own and own["worth"]["status"] == "ok":
+                texts.append(f"worth by seeds {_ends(own['worth'], 'seeds_')}")
+            lines.append(f"| {where} | {mode} | {'; '.join(texts)} | {missed} | {f_test} |")
     return "\n".join(lines)
 
 
@@ -209,15 +216,20 @@ def _ends(entry: dict, prefix: str = "") -> str:
     return ends if prefix else f"{entry['estimate']:.3g} ({ends})"
 
 
-def schedule_table(found: dict) -> str:
-    """The best split of each budget as markdown, against training from scratch, and what to be warned of."""
+def schedule_table(found: dict, shape: str = "", train_flops: float | None = None) -> str:
+    """The best split of each budget as markdown, against training from scratch, and what to be warned of.
+
+    shape, train_flops: of these alone; the budget to within 3 %, as whole batches meet it.
+    """
     lines = [
         "| shape, px | FLOPs | mode | pre-training (90 %) | within noise | loss against scratch (90 %) | note |",
         "|---|---|---|---|---|---|---|",
     ]
     for law in found["laws"]:
-        for entry in law["schedules"]:
+        for entry in law["schedules"] if shape in ("", law["shape"]) else ():
             for mode, s in entry["splits"].items():
+                if train_flops is not None and abs(math.log(s["train_flops"] / train_flops)) > 0.03:
+                    continue
                 share = _share_text(s)
                 against = {
                     "mean": s["against_scratch"],
@@ -256,8 +268,11 @@ def held_out_line(found: dict) -> str:
     return "\n".join(lines) or "No form was judged."
 
 
-def short_table(found: dict, metric: str = "val_loss") -> str:
-    """For a first page: each comparison by resolution and pooled, at the largest common budget, with the verdict pooled."""
+def short_table(found: dict, rows: Sequence[tuple[str, str, str]] = (), metric: str = "val_loss") -> str:
+    """For a first page: comparisons by resolution and pooled, at the largest common budget, with the verdict pooled.
+
+    rows: (ours, theirs, axis) of those to be told, () = all.
+    """
     entries = [e for e in found["pooled"] if e["metric"] == metric and e["end"] == "largest" and "shape" not in e]
     sizes = sorted({e["image_size"] for e in entries if "image_size" in e})
     by = {(e["ours"], e["theirs"], e["axis"], e.get("image_size")): e for e in entries}
@@ -267,7 +282,7 @@ def short_table(found: dict, metric: str = "val_loss") -> str:
         "|---|" + "---|" * (len(sizes) + 2),
     ]
     for (ours, theirs, axis, size), entry in by.items():
-        if size is None:
+        if size is None and (not rows or (ours, theirs, axis) in rows):
             cells_of_row = [by.get((ours, theirs, axis, s)) for s in sizes]
             texts = ["" if e is None else difference_text(e) for e in cells_of_row]
             what = f"{ours}, {theirs}, {AXES[axis]}"
@@ -284,9 +299,11 @@ def report_text(found: dict) -> str:
         f" Noise between seeds {said}.",
         "Loss at the largest budget of each arm, the longest pre-training, mean (s.d., n):",
         arms_table(found),
-        f"Pooled over shapes, resolutions and bases, at the largest common budget. {RULE}:",
+        f"Pooled over shapes, resolutions and bases, at the largest common budget (stay: the base network trained on at its"
+        f" own resolution). {RULE}:",
         verdict_table(found),
         verdict_table(found, by="image_size"),
+        verdict_table(found, by="shape"),
         verdict_table(found, metric="val_error"),
         held_out_line(found),
     ]

@@ -129,6 +129,7 @@ def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe
 def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
     """Apply the rule to the rows of both arms. Raises UserError where a seed of an arm has no finite measurement."""
     arms = {}
+    pairs = {(arm["shape"]["patch_size"], arm["shape"]["image_size"]) for arm in prediction["arms"].values()}
     for name, arm in prediction["arms"].items():
         shape = Shape(**arm["shape"])
         losses = []
@@ -143,7 +144,7 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
             losses.append(found[0][metric])
         arms[name] = {
             **arm,
-            "label": shape.label,
+            "label": shape.label + f"/{shape.patch_size}@{shape.image_size}" * (len(pairs) > 1),
             "losses": losses,
             "mean": float(np.mean(losses)),
             "sd": float(np.std(losses, ddof=1)),

@@ -26,6 +26,14 @@ LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *EPISOD
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 
+def costs_of_an_image(row, shape):
+    """Training FLOPs of one image, at each patch size that the trunk is trained at."""
+    if row.get("base"):
+        return [shape.step_flops(row["num_classes"], row["trained"])]
+    sizes = row.get("patch_sizes") or [row["patch_size"]]
+    return [shape.replace(patch_size=size).train_flops_per_image(row["num_classes"]) for size in sizes]
+
+
 @pytest.mark.parametrize("path", LEDGERS, ids=lambda p: p.stem)
 def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
     rows = read_ledger(path)
@@ -37,7 +45,9 @@ def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
             **extra,
         )
         assert row["num_params"] == shape.num_params and row["forward_flops"] == shape.forward_flops
-        assert row["train_flops"] == shape.train_flops_per_image(row["num_classes"]) * row["num_examples"]
+        costs, steps = costs_of_an_image(row, shape), row["num_examples"] // row["batch_size"]
+        whole, rest = (row["batch_size"] * n for n in divmod(steps, len(costs)))  # every size once, again and again
+        assert whole * sum(costs) + rest * min(costs) <= row["train_flops"] <= whole * sum(costs) + rest * max(costs)
         assert row["run_id"] == f"{row['trunk_id']}-{row['num_examples']}" and row["study"] == path.stem
         if row["status"] == "ok":
             assert 0 < row["val_loss"] < math.log(row["num_classes"]) * 1.5 and 0 <= row["val_error"] <= 1

@@ -89,7 +89,8 @@ def tuned(bases, times=2):
     ]
 
 
-def test_fine_tunings_wait_for_their_base_and_workers_for_them(tmp_path):
+def test_fine_tunings_wait_for_their_base_and_workers_for_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOVIT_TEST_PAUSE", "0.4")  # long enough for both workers to be up before the end
     (base,) = runs(1, (1600, 3200))
     design = [*tuned([base], 12), base]  # asked for before what they stand on
     rows = fake_sweep.launch(tmp_path, design, workers=2)
@@ -106,6 +107,36 @@ def test_a_base_that_fails_holds_nothing_up_for_ever(tmp_path):
     base = runs(1)[0].replace(init_seed=666)
     rows = fake_sweep.launch(tmp_path, [*tuned([base], 1), base], workers=2)
     assert Counter(row["status"] for row in rows) == {"ok": 1, "failed": 1}  # the real training would refuse the first
+
+
+def test_a_base_in_its_last_attempt_is_still_waited_for(tmp_path):
+    (base,) = runs(1)
+    (tuning,) = tuned([base], 1)
+    opened = fake_sweep.opened(tmp_path, [base, tuning])
+    study = sweep.open_study("s", sweep.open_storage(opened.storage), [base, tuning])
+    for _ in range(sweep.MAX_ATTEMPTS - 1):  # its worker was killed
+        assert sweep.reconcile(opened, study, "token") == 1
+        study.ask()
+    assert sweep.reconcile(opened, study, "token") == 1
+    study.ask()
+    with locked(tmp_path / "runs" / base.trunk_id / "lock"):
+        assert sweep.reconcile(opened, study, "token") == 1
+        assert not sweep.is_waiting(study)
+    assert sweep.reconcile(opened, study, "token") == 0  # given up: the fine-tuning says what it lacks
+    assert sweep.is_waiting(study)
+
+
+@pytest.mark.parametrize("where", ["another study", "only a ledger"])
+def test_a_base_without_weights_is_refused_before_anything_is_trained(tmp_path, where):
+    (base,) = runs(1)
+    (tuning,) = tuned([base], 1)
+    if where == "only a ledger":
+        fake_sweep.launch(tmp_path, [base])
+        shutil.rmtree(tmp_path / "runs")
+    opened = fake_sweep.opened(tmp_path, [tuning] if where == "another study" else [base, tuning])
+    with pytest.raises(UserError, match=f"begins at {base.run_ids[0]}, whose weights are not in .*; copy them there"):
+        launch.run_sweep(opened, 1)
+    fake_sweep.opened(tmp_path, [base, tuning], "t").refuse_missing_bases()  # there it is still to be trained
 
 
 def test_a_sweep_without_trouble(tmp_path):
@@ -653,3 +684,15 @@ def test_exit_status_of_a_study_that_is_not_done(tmp_path, capsys, monkeypatch):
 def test_overrides_may_stand_on_both_sides_of_options(tmp_path, capsys):
     assert study_main(tmp_path, "recipe.peak_lr=0.004", "--workers", "0", "recipe.batch_size=32") == 2
     assert "--workers 0" in capsys.readouterr().err
+
+
+def test_overridden_fine_tunings_begin_at_the_overridden_base():
+    """Not at the one that an earlier study, of another recipe, may have left under its old name."""
+    (base,) = runs(1, (1600, 3200))
+    design = [base, *tuned([base], 1)]
+    found = launch.overridden(design, ["recipe.peak_lr=0.004"])
+    assert [run.recipe.peak_lr for run in found] == [0.004, 0.004]
+    assert found[1].base == found[0].run_ids[-1] != design[1].base
+    assert launch.overridden(design, []) == design
+    with pytest.raises(UserError, match=f"takes away {base.run_ids[-1]}"):
+        launch.overridden(design, ["budgets=[1600]"])

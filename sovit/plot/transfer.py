@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from sovit.paired import student_t
 from sovit.plot.style import (
@@ -32,11 +32,10 @@ SCRATCH = "scratch"
 
 def transfer_figures(found: dict) -> dict[str, Figure]:
     """Name -> figure, of what `sovit.transfer_report.summarise` found; those of a law where there is one."""
-    out = {
-        "error_by_flops": by_flops(found, "val_error"),
-        "loss_by_flops": by_flops(found, "val_loss"),
-        "loss_by_total_flops": by_total_flops(found),
-    }
+    out = {"error_by_flops": by_flops(found, "val_error"), "loss_by_flops": by_flops(found, "val_loss")}
+    arms = [tuple(c[k] for k in ("shape", "patch_size", "image_size", "mode", "base_examples")) for c in found["cells"]]
+    if len(set(arms)) < len(arms):  # else no arm has a second budget, and there is no curve
+        out["loss_by_total_flops"] = by_total_flops(found)
     if any(cell["stored_bytes"] for cell in found["cells"]):
         out["loss_by_bytes"] = by_bytes(found)
     if any(law["schedules"] for law in found["laws"]):
@@ -45,7 +44,11 @@ def transfer_figures(found: dict) -> dict[str, Figure]:
 
 
 def _targets(found: dict) -> list[tuple]:
-    return sorted({_key(c) for c in found["cells"] if c["mode"] != SCRATCH}, key=lambda k: (k[2], k[1], k[0]))
+    return sorted({_key(c) for c in found["cells"] if c["mode"] != SCRATCH}, key=lambda k: (k[2], k[1], _sizes(k[0])))
+
+
+def _sizes(label: str) -> list[int]:
+    return [int(x) for x in label.split("x")]
 
 
 def _key(entry: dict) -> tuple:
@@ -94,11 +97,30 @@ def _grid(found: dict, right: float = 0.985, wspace: float = 0.28):
     return figure, placed
 
 
+def _has_scratch(found: dict) -> bool:
+    targets = set(_targets(found))
+    return any(c["mode"] == SCRATCH and _key(c) in targets for c in found["cells"])
+
+
+def _before(cell: dict) -> float:
+    """FLOPs of pre-training to two digits: shapes never meet a budget exactly."""
+    return float(f"{cell['base_flops']:.2g}")
+
+
 def _flops_axis(axis) -> None:
-    """A log axis with its decades named, and 3 of each where it holds less than two."""
+    """A log axis with two to four round ticks, fewer where the panel is narrow."""
     axis.set_xscale("log")
     low, high = axis.dataLim.intervalx
-    axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 3.0)))
+    most = max(2, int(axis.get_position().width * axis.figure.get_figwidth() / 0.6))
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    ticks = []
+    for digits in ((1.0, 2.0, 3.0, 4.0, 5.0, 7.0), (1.0, 2.0, 4.0), (1.0, 3.0), (1.0,)):
+        ticks = [t for t in np.sort(np.outer(decades, digits).ravel()) if low / 1.02 <= t <= high * 1.02]
+        if len(ticks) <= most:
+            break
+    if len(ticks) < 2:
+        ticks = [float(f"{t:.2g}") for t in (low, high)]
+    axis.xaxis.set_major_locator(FixedLocator(ticks))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
 
@@ -124,11 +146,12 @@ def by_flops(found: dict, metric: str = "val_error") -> Figure:
             if len(x):
                 colour = COLOURS.get(mode, INK)
                 axis.errorbar(x, y, half, color=colour, marker=MARKERS.get(mode, "x"), ms=3.2, lw=1.0, elinewidth=0.7)
-                every.append(y)
+                every += [y - half, y + half]
         _flops_axis(axis)
         loss_axis(axis, np.concatenate(every))
     handles = [Line2D([], [], color=c, marker=MARKERS[m], ms=3.2, lw=1.0, label=m) for m, c in _modes(found)]
-    handles.append(Line2D([], [], color=INK, marker="x", ms=3.2, lw=1.0, label="from scratch"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, marker="x", ms=3.2, lw=1.0, label="from scratch"))
     legend_row(figure, handles, 0.07)
     figure.supxlabel("training FLOPs at this resolution (fine-tuning: without its pre-training)", fontsize=8, y=0.01)
     figure.supylabel(METRICS[metric], fontsize=8, x=0.005)
@@ -148,14 +171,14 @@ def by_total_flops(found: dict) -> Figure:
     """
     figure, placed = _grid(found)
     laws = {_key(law): law for law in found["laws"]}
-    bases = sorted({c["base_examples"] for c in found["cells"] if c["mode"] != SCRATCH})
+    bases = sorted({_before(c) for c in found["cells"] if c["mode"] != SCRATCH})
     size = dict(zip(bases, np.linspace(2.2, 5.2, len(bases))))
     for key, axis in placed.items():
         mine, every = [c for c in found["cells"] if _key(c) == key], []
         for mode in (SCRATCH, "full", "attention"):
             colour = COLOURS.get(mode, INK)
-            for base in sorted({c["base_examples"] for c in mine if c["mode"] == mode}):
-                own = [c for c in mine if c["mode"] == mode and c["base_examples"] == base]
+            for base in sorted({_before(c) for c in mine if c["mode"] == mode}):
+                own = [c for c in mine if c["mode"] == mode and _before(c) == base]
                 x, y, half = _points(own, "total_flops", "val_loss")
                 line = dict(ls="") if key in laws else dict(lw=0.8)
                 ms = size.get(base, 3.6)
@@ -163,7 +186,13 @@ def by_total_flops(found: dict) -> Figure:
                 axis.errorbar(
                     x, y, half, color=colour, marker=marker, ms=ms, mfc="white", mew=0.8, elinewidth=0.6, **line
                 )
-                every.append(y)
+                every += [y - half, y + half]
+        own_px = max(c["base_image_size"] for c in mine)
+        own = [c for c in found["cells"] if (c["shape"], c["image_size"], c["mode"]) == (key[0], own_px, SCRATCH)]
+        if own:
+            x, y, half = _points(own, "total_flops", "val_loss")
+            axis.errorbar(x, y, half, color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), elinewidth=0.6)
+            every += [y - half, y + half]
         for curve in laws.get(key, {}).get("curves", ()):
             axis.plot(curve["total_flops"], curve["loss"], color=COLOURS.get(curve["mode"], INK), lw=0.9, zorder=1)
             every.append(np.array(curve["loss"]))
@@ -173,9 +202,11 @@ def by_total_flops(found: dict) -> Figure:
         Line2D([], [], color=COLOURS[m], marker=MARKERS[m], ms=3.6, mfc="white", lw=0.9, label=m)
         for m in ("full", "attention")
     ]
-    handles.append(Line2D([], [], color=INK, marker="x", ms=3.6, lw=0.9, label="from scratch"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, marker="x", ms=3.6, lw=0.9, label="from scratch"))
+    handles.append(Line2D([], [], color=GREY, marker="+", ms=4, lw=0.8, ls=(0, (3, 1.5)), label="base, at its own px"))
     handles += [
-        Line2D([], [], color=GREY, marker="o", ms=s, mfc="white", ls="", label=f"{n:,} images before")
+        Line2D([], [], color=GREY, marker="o", ms=s, mfc="white", ls="", label=f"{flops_label(n)} before")
         for n, s in size.items()
     ]
     legend_row(figure, handles, 0.07)
@@ -197,17 +228,17 @@ def by_bytes(found: dict) -> Figure:
                 last = max(own, key=lambda c: (c["base_examples"], c["num_examples"]))
                 x, y, half = _points([last], "stored_bytes", "val_loss")
                 axis.errorbar(x / 1000, y, half, color=colour, marker=MARKERS[mode], ms=4.5, elinewidth=0.8, ls="")
-                every.append(y)
+                every += [y - half, y + half]
         scratch = [c for c in mine if c["mode"] == SCRATCH]
         if scratch:
             best = max(scratch, key=lambda c: c["num_examples"])["val_loss"]
             axis.axhline(best, color=INK, lw=0.8, ls=(0, (3, 1.5)))
             every.append(np.array([best]))
         loss_axis(axis, np.concatenate(every))
-        axis.set_xlim(left=0)
-        axis.margins(x=0.12)
+        axis.set_xlim(0, 1.1 * max(c["stored_bytes"] or 0 for c in mine) / 1000)
     handles = [Line2D([], [], color=c, marker=MARKERS[m], ms=4.5, ls="", label=m) for m, c in _modes(found)]
-    handles.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (3, 1.5)), label="from scratch, its largest budget"))
+    if _has_scratch(found):
+        handles.append(Line2D([], [], color=INK, lw=0.8, ls=(0, (3, 1.5)), label="from scratch, its largest budget"))
     legend_row(figure, handles, 0.07)
     figure.supxlabel("kilobytes stored for this resolution", fontsize=8, y=0.01)
     figure.supylabel(METRICS["val_loss"], fontsize=8, x=0.005)
@@ -218,7 +249,7 @@ def by_bytes(found: dict) -> Figure:
 def split(found: dict) -> Figure:
     """Predicted loss along the split of each budget, within what was run; the best, and scratch at the left."""
     laws = {_key(law): law for law in found["laws"] if law["schedules"]}
-    figure, placed = _grid({"cells": [c for c in found["cells"] if _key(c) in laws]}, right=0.93, wspace=0.42)
+    figure, placed = _grid({"cells": [c for c in found["cells"] if _key(c) in laws]}, right=0.93, wspace=0.55)
     for key, axis in placed.items():
         every = []
         schedules = sorted(laws[key]["schedules"], key=lambda s: s["train_flops"])

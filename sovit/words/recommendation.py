@@ -6,6 +6,7 @@ from math import expm1
 
 from sovit.predict_words import count_words, flat_words, label, paper_lines
 from sovit.shape import Shape
+from sovit.target import TOKENS
 from sovit.words.phrases import (
     NAMES,
     flops,
@@ -44,7 +45,9 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
         "| dimension | real optimum | headline | pairs | recommended | status | against the values run"
         " |\n|---|---|---|---|---|---|---|\n" + cells
     )
-    regret = f"- Rounding to whole numbers costs {percent(r.rounding_regret)} of the loss."
+    tokens = [NAMES[n] for n in TOKENS if n in r.optimum]
+    what = "whole numbers" + (f" and to a {listed(tokens)} that was run" if tokens else "")
+    regret = f"- Rounding to {what} costs {percent(r.rounding_regret)} of the loss."
     if r.regret:
         regret += (
             f" If a bootstrap draw were the truth, the shape would lose {percent(r.regret['median'])} (median) or"
