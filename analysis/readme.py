@@ -22,7 +22,8 @@ from sovit.diagnose import SIGNIFICANT
 from sovit.flexi_cost import sizes_table
 from sovit.growth import PAPER
 from sovit.ledger import read_ledger
-from sovit.transfer_report import held_out_line, short_table
+from sovit.shape import Shape
+from sovit.transfer_report import schedule_table, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -251,16 +252,47 @@ def finetune_cost() -> str:
     return savings_table(json.loads((RESULTS / "finetune_cost" / "savings.json").read_text()))
 
 
-def resolution_finetune() -> str:
-    """What is trained at a higher resolution: verdicts, the law of transfer, the storage."""
-    found = json.loads((RESULTS / "resolution_finetune.json").read_text())
+def trade() -> str:
+    """What twice the FLOPs an image bring, by what they are spent on."""
+    spend = json.loads((RESULTS / "patch_star_law" / "report.json").read_text())["trades"]["patch_size"]["spend"]
+    words = dict(width="more width", mlp_dim="a larger MLP", image_size="a larger image", patch_size="smaller patches")
+    gains = {
+        n: [-100 * option["gain"][k] for k in ("estimate", "high", "low")] for n, option in spend["options"].items()
+    }
+    parts = [f"{words[n]} {x:+.1f}% ({low:+.1f} to {high:+.1f})" for n, (x, low, high) in gains.items()]
+    shape, factor = Shape(**spend["shape"]), spend["factor"]
+    start = f"{shape.label} in patches of {shape.patch_size} on {shape.image_size} px"
+    return (
+        f"By the law at {spend['train_flops'] / factor:.1e} training FLOPs, {factor:g} times the FLOPs an image for {start},"
+        f" at as many images, change the loss by: {', '.join(parts)}."
+    )
+
+
+TOLD = (  # of the comparisons of the fine-tuning study: ours, theirs, axis
+    ("attention", "full", "own_flops"),
+    ("attention", "full", "examples"),
+    ("attention", "mlp", "examples"),
+    ("attention", "head", "examples"),
+    ("attention", "scratch", "total_flops"),
+    ("full", "scratch", "total_flops"),
+    ("full", "stay", "total_flops"),
+)
+
+
+def resolution(study: str) -> str:
+    """What is trained at a higher resolution: verdicts and storage."""
+    found = json.loads((RESULTS / f"{study}.json").read_text())
     stored = [e["share"] for e in found["storage"] if e["mode"] == "attention" and e["share"] is not None]
-    lines = [short_table(found), "", held_out_line(found)]
-    if stored:
-        lines.append(
-            f"A file with attention alone takes {min(stored):.0%} to {max(stored):.0%} of the bytes of full fine-tuning's."
-        )
-    return "\n".join(lines)
+    share = f"{min(stored):.0%} to {max(stored):.0%}"
+    return (
+        f"{short_table(found, TOLD)}\n\nA file with attention alone takes {share} of the bytes of full fine-tuning's."
+    )
+
+
+def split() -> str:
+    """How the law of transfer splits one budget of the shape of MLP ratio 4."""
+    found = json.loads((RESULTS / "resolution_finetune.json").read_text())
+    return schedule_table(found, "48x2x192", 3e11)
 
 
 def flexivit() -> str:
@@ -289,6 +321,14 @@ BLOCKS = {
     "coverage": coverage_range,
     "next run": next_run,
     "hardware": hardware,
+    "patch law": lambda: law("patch_star"),
+    "patch validation": lambda: validation("patch_validation"),
+    "trade": trade,
+    "resolution": lambda: resolution("resolution_finetune"),
+    "resolution icons": lambda: resolution("resolution_icons"),
+    "split": split,
+    "flexivit": flexivit,
+    "finetune cost": finetune_cost,
     "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),
     "demo": demo,
 }

@@ -216,15 +216,20 @@ def _ends(entry: dict, prefix: str = "") -> str:
     return ends if prefix else f"{entry['estimate']:.3g} ({ends})"
 
 
-def schedule_table(found: dict) -> str:
-    """The best split of each budget as markdown, against training from scratch, and what to be warned of."""
+def schedule_table(found: dict, shape: str = "", train_flops: float | None = None) -> str:
+    """The best split of each budget as markdown, against training from scratch, and what to be warned of.
+
+    shape, train_flops: of these alone; the budget to within 3 %, as whole batches meet it.
+    """
     lines = [
         "| shape, px | FLOPs | mode | pre-training (90 %) | within noise | loss against scratch (90 %) | note |",
         "|---|---|---|---|---|---|---|",
     ]
     for law in found["laws"]:
-        for entry in law["schedules"]:
+        for entry in law["schedules"] if shape in ("", law["shape"]) else ():
             for mode, s in entry["splits"].items():
+                if train_flops is not None and abs(math.log(s["train_flops"] / train_flops)) > 0.03:
+                    continue
                 share = _share_text(s)
                 against = {
                     "mean": s["against_scratch"],
@@ -263,8 +268,11 @@ def held_out_line(found: dict) -> str:
     return "\n".join(lines) or "No form was judged."
 
 
-def short_table(found: dict, metric: str = "val_loss") -> str:
-    """For a first page: each comparison by resolution and pooled, at the largest common budget, with the verdict pooled."""
+def short_table(found: dict, rows: Sequence[tuple[str, str, str]] = (), metric: str = "val_loss") -> str:
+    """For a first page: comparisons by resolution and pooled, at the largest common budget, with the verdict pooled.
+
+    rows: (ours, theirs, axis) of those to be told, () = all.
+    """
     entries = [e for e in found["pooled"] if e["metric"] == metric and e["end"] == "largest" and "shape" not in e]
     sizes = sorted({e["image_size"] for e in entries if "image_size" in e})
     by = {(e["ours"], e["theirs"], e["axis"], e.get("image_size")): e for e in entries}
@@ -274,7 +282,7 @@ def short_table(found: dict, metric: str = "val_loss") -> str:
         "|---|" + "---|" * (len(sizes) + 2),
     ]
     for (ours, theirs, axis, size), entry in by.items():
-        if size is None:
+        if size is None and (not rows or (ours, theirs, axis) in rows):
             cells_of_row = [by.get((ours, theirs, axis, s)) for s in sizes]
             texts = ["" if e is None else difference_text(e) for e in cells_of_row]
             what = f"{ours}, {theirs}, {AXES[axis]}"

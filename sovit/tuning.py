@@ -12,7 +12,7 @@ from sovit.branches import Base, open_base
 from sovit.data import Source, open_data
 from sovit.evaluate import validate
 from sovit.finetune import begin
-from sovit.ledger import update_ledger
+from sovit.ledger import locked, update_ledger
 from sovit.run import Recipe, Run
 from sovit.shape import TRAINED
 from sovit.train import check_device, check_readout, train_here
@@ -40,6 +40,8 @@ def fine_tune(
     if dry_run:
         return {"cost": cost, "before": {}, "rows": []}
     before = _before(run, base, source, device)
+    with locked(ledger.with_suffix(".lock")):
+        pass  # a folder that cannot be written is found now, not after the training
     rows = train_here(run, runs_dir, device)
     update_ledger(ledger, [row | {"study": ledger.stem} for row in rows])
     return {"cost": cost, "before": before, "rows": rows}
@@ -67,7 +69,8 @@ def tuning(
     """The Run that fine-tunes a base; what is not said is as the base was trained.
 
     data: SOURCE:PRESET. budgets: images, a cooldown branch at each; without them a fifth of the base's. peak_lr: without
-    it RATE x the base's own, or TIMM_RATE. Raises UserError for what cannot be guessed of a timm model.
+    it RATE x the base's own, or TIMM_RATE. Warm-up takes as long as the base's, but at most a tenth of the first budget.
+    The images are those that the base saw, from its first on. Raises UserError for what cannot be guessed of a timm model.
     """
     before = base.run
     if before is None and not (data and budgets):
@@ -76,9 +79,12 @@ def tuning(
     if peak_lr is None:
         peak_lr = start.peak_lr if before is None else float(f"{RATE.get(trained, 1.0) * start.peak_lr:.4g}")
     settled = replace(start, peak_lr=peak_lr, **recipe)
+    if data and not data.partition(":")[2]:
+        raise UserError(f"--data {data} names no preset; give SOURCE:PRESET, such as stream:cpu (sovit data list)")
     if not budgets:
         batches = max(5, round((base.num_examples or 0) / 5 / settled.batch_size))
         budgets = (batches * settled.batch_size,)
+    settled = replace(settled, warmup_examples=min(start.warmup_examples, min(budgets) // 10))
     source, _, preset = (data or f"{before.data}:{before.preset}" if before else data).partition(":")
     sizes = {"image_size": image_size, "patch_size": patch_size}
     return Run(

@@ -10,13 +10,16 @@ import torch
 from test_shape import random_shape
 from torch.utils.flop_counter import FlopCounterMode
 
-from sovit import UserError
+from sovit import UserError, cli
 from sovit.branches import base_of, load_branch
 from sovit.checkpoint import load_weights
-from sovit.data import NORMALISATION
+from sovit.data import NORMALISATION, open_data
+from sovit.evaluate import validate
 from sovit.finetune import begin, freeze, stored_names
+from sovit.ledger import read_ledger
 from sovit.measurements import measurements
 from sovit.model import build, parameter_groups
+from sovit.resize import resize_state
 from sovit.run import Recipe, Run
 from sovit.shape import TRAINED, Shape
 from sovit.train import train
@@ -262,3 +265,48 @@ def test_a_state_from_before_its_base_was_replaced_is_not_gone_on_from(trained, 
     train(longer, tmp_path / "runs")
     anew, _ = load_branch(longer.run_ids[-1], tmp_path / "runs")
     assert all(torch.equal(t, anew.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+# the command ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_the_cost_trains_and_merges(trained, tmp_path, capsys):
+    folder, rows = trained
+    asked = ["finetune", rows[-1]["run_id"], "--image-size", "64", "--examples", "80", "--runs", str(folder)]
+    asked += ["--results", str(tmp_path), "--json"]
+    assert cli.main([*asked, "--dry-run"]) == 0
+    cost = json.loads(capsys.readouterr().out)["cost"]
+    assert not list(tmp_path.iterdir())
+    assert cli.main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert found["cost"] == cost and row["train_flops"] == cost["train_flops"]
+    assert row["trained"] == "attention" and row["trained_params"] == cost["trained_params"]
+    assert row["peak_lr"] == pytest.approx(2 * RECIPE.peak_lr)  # of a part, twice the base's
+    model, _ = load_branch(row["run_id"], folder)
+    assert model.patch_embed.grid_size == (16, 16)
+    assert [r["run_id"] for r in read_ledger(tmp_path / "finetune.jsonl")] == [row["run_id"]]
+    old, _ = load_branch(rows[-1]["run_id"], folder)
+    resized = build(BASE.replace(image_size=64), 16)
+    resized.load_state_dict(resize_state(old.state_dict(), BASE, BASE.replace(image_size=64)))
+    source = open_data("stream", "small", 64, 4, 0)
+    assert found["before"]["val_loss"] == validate(resized, source)["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--train", "neck"], "trained='neck' is unknown"),
+        (["--image-size", "66"], "image_size=66 is not a multiple of patch_size=4"),
+        (["--data", "icons"], "--data icons names no preset; give SOURCE:PRESET"),
+        (["--examples", "81"], "budget of 81 examples is not a multiple"),
+        (["--results", "/dev/null"], "/dev/null"),
+    ],
+)
+def test_bad_input_to_the_command_is_one_line(trained, tmp_path, capsys, more, message):
+    folder, rows = trained
+    asked = ["finetune", rows[-1]["run_id"], "--image-size", "64", "--examples", "80", "--runs", str(folder)]
+    assert cli.main([*asked, "--results", str(tmp_path), *more]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())

@@ -89,7 +89,8 @@ def tuned(bases, times=2):
     ]
 
 
-def test_fine_tunings_wait_for_their_base_and_workers_for_them(tmp_path):
+def test_fine_tunings_wait_for_their_base_and_workers_for_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOVIT_TEST_PAUSE", "0.4")  # long enough for both workers to be up before the end
     (base,) = runs(1, (1600, 3200))
     design = [*tuned([base], 12), base]  # asked for before what they stand on
     rows = fake_sweep.launch(tmp_path, design, workers=2)
