@@ -46,11 +46,13 @@ def name_of(shape: Shape) -> str:
 
 
 def table(found: dict) -> str:
-    """Attention's ratios as a Markdown table, the claim in its first row."""
+    """Attention's ratios as a Markdown table, the claim in its first row; shapes without are left out."""
     lines = [f"| attention ÷ full | batch | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     claimed = [f"{1 - PAPER[cost]:.2f}" if cost in PAPER else "" for cost in COLUMNS.values()]
     lines.append(f"| *claimed* | | {' | '.join(claimed)} |")
     for group in found["groups"]:
+        if "attention" not in group["parts"]:
+            continue
         ratio = group["parts"]["attention"]["ratio"]
         cells = [f"{ratio[cost]:.2f}" if cost in ratio else "" for cost in COLUMNS.values()]
         if ratio.get("low") is not None:

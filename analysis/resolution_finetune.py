@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     name = options.ledgers[0].stem
     try:
+        if options.bootstrap < 0:
+            raise UserError(f"--bootstrap {options.bootstrap}: give the number of draws, 0 for none")
         found = summarise(options.ledgers, options.bootstrap, options.train_flops)
         text = report_text(found)
         write_atomic(options.out / f"{name}.json", json.dumps(found, indent=1, allow_nan=False) + "\n")

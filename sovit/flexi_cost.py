@@ -48,7 +48,7 @@ def compare_sizes(
     rate = {s: images_of_single(way, flexi[s], singles[s], size) for s in seeds}
     low = max(max(flexi[s].own_flops[0], singles[s][size].examples[0] / rate[s]) for s in seeds)
     high = min(min(flexi[s].own_flops[-1], singles[s][size].examples[-1] / rate[s]) for s in seeds)
-    if low > high * (1 + SAME_LEVEL):
+    if low > high * (1 + 1e-9):
         return []
     low = min(low, high)
     at = [low, *(x for x in flexi[seeds[0]].own_flops if low < x < high), high]

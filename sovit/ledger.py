@@ -14,6 +14,7 @@ import fcntl
 import functools
 import glob
 import json
+import math
 import os
 import platform
 import subprocess
@@ -424,3 +425,13 @@ def _csv_value(text: str | None):
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text
+
+
+def is_number(value) -> bool:
+    """Whether a value of a row is a finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -19,7 +19,7 @@ import numpy as np
 from sovit import UserError
 from sovit.fewshot import about, is_spread, noise_of, probe_of
 from sovit.forms import LAWS
-from sovit.ledger import merge, read_exclusions, read_rows
+from sovit.ledger import is_number, merge, read_exclusions, read_rows
 from sovit.shape import DIMENSIONS, Shape
 
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
@@ -195,7 +195,7 @@ def _numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
     if set(map(type, values)) <= {int, float, type(None)}:
         with contextlib.suppress(OverflowError):  # a whole number beyond 1e308
             return np.array(values, float), said
-    return np.array([value if _is_number(value) else np.nan for value in values], float), said
+    return np.array([value if is_number(value) else np.nan for value in values], float), said
 
 
 def _bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
@@ -205,7 +205,7 @@ def _bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
         above = name in ABOVE_ZERO
         for i in np.flatnonzero(said & ~(np.isfinite(column) & ((column > 0) if above else (column >= 0)))):
             value = rows[i][name]
-            what = "not a number" if not _is_number(value) else "not above 0" if above else "below 0"
+            what = "not a number" if not is_number(value) else "not above 0" if above else "below 0"
             out.setdefault(int(i), f"has {name}={value!r}, which is {what}")
         if name in WHOLE:
             for i in np.flatnonzero(np.isfinite(column) & (column != np.round(column))):
@@ -299,15 +299,6 @@ def _odd_trunks(rows: list[dict], shapes: list[Shape | None], metric: str) -> li
 
 
 # what a row says and what is counted from it -----------------------------------------------------------------------------
-
-
-def _is_number(value) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:

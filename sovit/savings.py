@@ -27,6 +27,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.bootstrap import LEVEL
+from sovit.ledger import is_number
 from sovit.pareto import shape_of
 from sovit.shape import TRAINED, VARIANTS, Shape
 
@@ -45,6 +46,9 @@ COSTS = {  # what is compared -> its name in tables
     "step_flops": "step FLOPs",
 }
 
+MEASURED = (*(cost for cost in COSTS if cost != "held_bytes"), "gradient_bytes", "optimizer_bytes")
+FACTS = ("num_params", "head_params", "num_repeats", "device", "device_name", "dtype", "threads", "clock")
+NEEDED = ("trained", "status", "num_classes", "batch_size", "train_step_samples", *FACTS, *MEASURED)
 UNITS = {  # heading -> cost, scale, format
     "step, s": ("train_step_seconds", 1.0, ".3f"),
     "peak, MiB": ("peak_bytes", 2**-20, ",.1f"),
@@ -93,10 +97,12 @@ def savings(rows: Sequence[dict]) -> list[dict]:
 
     `ratio` of the step time is the geometric mean over rounds of the paired ratios, with `low` and `high` its 90 %
     interval (Student's t of their logarithms; None for one round) and `num_rounds`; all others are exact or measured once.
-    `expected_peak_bytes` is the sum of weights, state and activations. Raises UserError where a shape lacks "full".
+    `expected_peak_bytes` is the sum of weights, state and activations. Raises UserError where a shape lacks "full", and
+    for a row that is not one of these.
     """
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
+        _check(row)
         key = (
             shape_of(row),
             row["num_classes"],
@@ -123,6 +129,21 @@ def savings(rows: Sequence[dict]) -> list[dict]:
             dict(shape=shape.to_dict(), label=label, num_classes=num_classes, batch_size=batch, **facts, parts=parts)
         )
     return out
+
+
+def _check(row: dict) -> None:
+    name = f"row {row.get('profile_id')}"
+    missing = [n for n in NEEDED if n not in row]
+    if missing:
+        raise UserError(f"{name} lacks {missing[0]}; give rows that sovit profile --trained wrote")
+    if row["trained"] not in TRAINED:
+        raise UserError(f"{name} has trained={row['trained']!r}; it is one of {', '.join(TRAINED)}")
+    samples = row["train_step_samples"]
+    if not isinstance(samples, list) or not all(is_number(x) and x > 0 for x in samples):
+        raise UserError(f"{name} has train_step_samples={samples!r}; give a list of seconds above 0")
+    for cost in (*MEASURED, "num_params", "head_params"):
+        if row[cost] is not None and not is_number(row[cost]):
+            raise UserError(f"{name} has {cost}={row[cost]!r}; give a number, or null for none")
 
 
 def _costs(row: dict) -> dict:

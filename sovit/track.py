@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import designed_ledger, locked, read_exclusions, read_ledger
+from sovit.ledger import designed_ledger, is_number, locked, read_exclusions, read_ledger
 from sovit.measurements import levels
 from sovit.run import Recipe
 from sovit.shape import DIMENSIONS, Shape
@@ -90,7 +90,7 @@ def fill(
     ledger = ledger_path(study, results, runs)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
     for row in rows:
-        if not _is_number(row["num_examples"]) or row["num_examples"] < 1:
+        if not is_number(row["num_examples"]) or row["num_examples"] < 1:
             raise UserError(
                 f"{ledger}: row {row['run_id']} has num_examples={row['num_examples']!r}; give a whole number from 1"
             )
@@ -183,9 +183,9 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
         for column, value in (defaults | row).items():
             if column in PARAMS:
                 params[column] = value
-            elif _is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
+            elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
                 metrics[_free(_grouped(column), metrics)] = float(value)
-            elif not _is_number(value) and column not in tags:
+            elif not is_number(value) and column not in tags:
                 tags[_free(column, tags)] = value
         upto = budget or f"{int(row['num_examples'])} images"
         how = f" {row['trained']} {row.get('image_size')} px" if row.get("base") else ""
@@ -216,7 +216,7 @@ def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[s
         for examples, (_, values) in points.items():
             values |= {FLOPS: flops * examples / n, LOG_FLOPS: math.log10(flops * examples / n)}
     return [
-        (examples, seconds, {k: float(v) for k, v in values.items() if _is_number(v)})
+        (examples, seconds, {k: float(v) for k, v in values.items() if is_number(v)})
         for examples, (seconds, values) in sorted(points.items())
     ]
 
@@ -239,12 +239,8 @@ def _texts(values: dict) -> dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _number(row: dict, column: str) -> float | None:
-    return row[column] if _is_number(row.get(column)) else None
+    return row[column] if is_number(row.get(column)) else None
 
 
 def _shape_label(row: dict) -> str:

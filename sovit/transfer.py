@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import merge, read_exclusions, read_rows
+from sovit.ledger import is_number, merge, read_exclusions, read_rows
 from sovit.paired import paired
 
 NETWORK = ("width", "depth", "mlp_dim", "head_dim", "pool")  # what a fine-tuning keeps
+SIZES = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
+OPTIONAL = ("val_error", "zero_line", "stored_bytes", "base_patch_size", "base_image_size")  # numbers, if said
 SCRATCH, FLEXI = "scratch", "flexi"  # arms that no base stands before
 STAY = "stay"  # in a comparison: the base network trained on at its own resolution
 AXES = {
@@ -160,10 +162,15 @@ def _curve(rows: list[dict]) -> Curve:
         missing = [name for name in (*needed, *more) if row.get(name) is None]
         if missing:
             raise UserError(f"row {row['run_id']} lacks {missing[0]}; mend it, or name it in exclusions.csv")
-        for name in ("num_examples", "train_flops", "val_loss", *more[1:]):
-            value = row[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise UserError(f"row {row['run_id']} has {name}={value!r}; give a number above 0")
+        several = row.get("patch_sizes") or []
+        if not isinstance(several, list) or not all(type(size) is int and size > 0 for size in several):
+            raise UserError(f"row {row['run_id']} has patch_sizes={several!r}; give a list of whole numbers above 0")
+        for name in (*SIZES, *more[1:], "num_examples", "train_flops", "val_loss"):
+            if not is_number(row[name]) or row[name] <= 0:
+                raise UserError(f"row {row['run_id']} has {name}={row[name]!r}; give a number above 0")
+        for name in (*OPTIONAL, *(f"{metric}@p{size}" for size in several for metric in METRICS)):
+            if row.get(name) is not None and (not is_number(row[name]) or row[name] < 0):
+                raise UserError(f"row {row['run_id']} has {name}={row[name]!r}; give a number, or null for none")
     arm = Arm(
         tuple(first[name] for name in NETWORK),
         first["patch_size"],

@@ -201,6 +201,17 @@ def test_time_is_compared_round_by_round():
     assert found["parts"]["mlp"]["status"] == "out_of_memory" and "peak_bytes" not in found["parts"]["mlp"]["ratio"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [dict(trained="heads"), dict(train_step_samples=None), dict(train_step_samples=[0.0]), dict(optimizer_bytes="8")],
+)
+def test_a_malformed_row_is_refused_in_one_line(more):
+    with pytest.raises(UserError, match=f"{next(iter(more))}="):
+        savings([planted("full", [1.0]) | more])
+    with pytest.raises(UserError, match="lacks"):
+        savings([{k: v for k, v in planted("full", [1.0]).items() if k not in more}])
+
+
 def test_what_is_stored_is_what_a_built_model_holds():
     """Trained tensors and resized positions of a named shape, and of its block's matrices the share of attention's."""
     expected = {"S": 1 / 3, "B": 1 / 3, "So400m": 0.349, "So150m": 0.431, "x⁽⁰⁾": 0.567}
@@ -240,6 +251,11 @@ def test_the_script_writes_the_same_bytes_again(tmp_path, capsys):
     assert "| 128x2x512/4@32 | 2 | 0.87 (0.73 to 1.05, n=2) | 1.00 |" in capsys.readouterr().out
     for name in ("savings.json", "savings.png", "savings.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    rows.write_text(
+        "".join(json.dumps(row | dict(profile_id="x", trained=t)) + "\n" for row, t in zip(made, ("full", "mlp")))
+    )
+    assert script().main([str(rows), "--out", str(tmp_path / "c")]) == 0  # no attention: nothing of it to say
+    assert "128x2x512/4@32 |" not in capsys.readouterr().out
     assert script().main([str(tmp_path / "none.jsonl")]) == 2
     assert "no profiles at" in capsys.readouterr().err
 

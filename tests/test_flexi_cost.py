@@ -66,6 +66,27 @@ def test_a_ledger_without_pairs_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "more", [dict(patch_sizes="2,4"), {"val_loss@p4": "low"}], ids=["no list of sizes", "a loss in words"]
+)
+def test_a_malformed_row_is_refused_in_one_line(tmp_path, more):
+    rows = [row | (more if row.get("patch_sizes") else {}) for row in planted.flexi_rows()]
+    with pytest.raises(UserError, match=next(iter(more))) as error:
+        summarise_sizes([planted.write_ledger(tmp_path / "a.jsonl", rows)])
+    assert "\n" not in str(error.value)
+
+
+def test_trunks_that_miss_each_other_by_a_little_are_not_compared(tmp_path):
+    """Single trunks end 1 % below the first budget of the Flexi trunk: nothing is extrapolated, and nothing is refused."""
+    rows = [row for row in planted.flexi_rows(budgets=(3168, 9600)) if not row.get("patch_sizes")]
+    short = [row for row in rows if row["num_examples"] == 3168 or row["patch_size"] == 8]
+    flexi = [row for row in planted.flexi_rows() if row.get("patch_sizes")]
+    found = summarise_sizes([planted.write_ledger(tmp_path / "a.jsonl", [*short, *flexi])])
+    (entry,) = found["shapes"]
+    at_equal_images = {c["patch_size"] for c in entry["comparisons"] if c["way"] == "images"}
+    assert at_equal_images == {8}
+
+
 def test_trunks_of_several_sizes_are_left_out_of_the_study_of_resolutions(tmp_path):
     path = planted.write_ledger(tmp_path / "a.jsonl", planted.flexi_rows())
     study = read_study([path])

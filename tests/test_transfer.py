@@ -186,6 +186,11 @@ def tuned(rows):
     [
         (lambda rows: tuned(rows).pop("base_train_flops"), "lacks base_train_flops"),
         (lambda rows: tuned(rows).update(val_loss=-1.0), "val_loss=-1.0"),
+        (lambda rows: tuned(rows).update(val_error="low"), "val_error='low'"),
+        (lambda rows: rows[0].update(zero_line="high"), "zero_line='high'"),
+        (lambda rows: tuned(rows).update(stored_bytes="4 kB"), "stored_bytes='4 kB'"),
+        (lambda rows: tuned(rows).update(base_image_size="32"), "base_image_size='32'"),
+        (lambda rows: rows[0].update(image_size="48"), "image_size='48'"),
         (lambda rows: tuned(rows).update(preset="other"), "mix preset"),
         (lambda rows: rows.append(tuned(rows) | dict(trunk_id="again", run_id="again-1600")), "the same arm"),
         (lambda rows: [row.update(status="diverged") for row in rows], "none of the"),
