@@ -34,7 +34,7 @@ def savings_bars(groups: Sequence[dict], names: Sequence[str], claimed: dict[str
             parts = [part for part in COLOURS if cost in group["parts"].get(part, {}).get("ratio", {})]
             for j, part in enumerate(parts):
                 ratio = group["parts"][part]["ratio"]
-                y = i + (j - (len(COLOURS) - 1) / 2) * HEIGHT
+                y = i + (j - (len(parts) - 1) / 2) * HEIGHT
                 axis.barh(y, ratio[cost], HEIGHT, color=COLOURS[part], linewidth=0)
                 if cost == "train_step_seconds" and ratio.get("low") is not None:
                     axis.plot([ratio["low"], ratio["high"]], [y, y], color=INK, lw=0.8)
@@ -48,7 +48,7 @@ def savings_bars(groups: Sequence[dict], names: Sequence[str], claimed: dict[str
         axis.set_xticks([0, 0.5, 1], ["0", "½", "1"])
         axis.tick_params(axis="y", length=0)
     axes[0].set_yticks(range(len(groups)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
     figure.supxlabel("cost of a step, as a ratio to fine-tuning everything", fontsize=8, y=0.02)
     handles: list = [Patch(color=colour, label=f"{part} alone") for part, colour in COLOURS.items()]
     handles.append(Line2D([], [], color=INK, lw=0.8, ls="--", label="claimed for attention (arXiv 2203.09795)"))
