@@ -413,7 +413,8 @@ def held_out(cell: Cell) -> list[tuple[str, np.ndarray]]:
             mine = np.flatnonzero(cell.trunk == trunk)
             last[mine[cell.n1[mine].argmax()]] = len(mine) > 1
         out.append(("longest fine-tuning", last))
-        out.append(("longest of both", tuned & (cell.n0 == lengths[0][-1]) & (cell.n1 == lengths[1][-1])))
+        longest = tuned & (cell.n0 == lengths[0][-1])  # its own longest fine-tuning: other bases may have a longer one
+        out.append(("longest of both", longest & (cell.n1 == cell.n1[longest].max())))
     if len(lengths[0]) > 2:
         out.append(("longest pre-training", tuned & (cell.n0 == lengths[0][-1])))
     left = [len(set(zip(cell.n0[tuned & ~rows], cell.n1[tuned & ~rows]))) for _, rows in out]

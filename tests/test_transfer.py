@@ -15,7 +15,7 @@ from scipy import stats
 from sovit import UserError, plot
 from sovit.paired import paired
 from sovit.transfer import Arm, Curve, cells, compare, comparisons, pool, read_study, seed_noise
-from sovit.transfer_law import KINDS, cells_of, fit_cell, misfit, parameters, score
+from sovit.transfer_law import KINDS, cells_of, fit_cell, held_out, misfit, only, parameters, score
 from sovit.transfer_report import law_table, report_text, summarise
 from sovit.transfer_schedule import best_split, budgets, compare_modes, measured, span, valley, window
 
@@ -312,6 +312,19 @@ def test_held_out_rows_choose_the_planted_form_and_a_wrong_one_is_said_to_miss(t
     each = fit_cell(cell, {mode: judged["chosen"] for mode, judged in found.items()})
     assert not misfit(each)["misses"] and misfit(fit_cell(cell, "effective"))["misses"]
     assert len(each.form.names) == 3 + 2 + 3
+
+
+def test_the_longest_base_is_held_out_at_its_own_longest_fine_tuning(tmp_path):
+    """Others may have gone on for longer: no split is empty, which would make its RMSE no number."""
+    rows = planted.study_rows(planted.SHAPES[:1], (48,), 3, 0.002, EXACT)
+    longest = max(planted.BASE_BUDGETS), max(planted.TUNED_BUDGETS)
+    rows = [r for r in rows if not r.get("base") or (r["base_examples"], r["num_examples"]) != longest]
+    cells, _ = cells_of(read_study([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
+    splits = dict(held_out(only(cells[0], "full")))
+    assert all(chosen.any() for chosen in splits.values())
+    assert set(cells[0].n1[cells[0].mode >= 0]) == set(map(float, planted.TUNED_BUDGETS))
+    judged = score(cells, "full", ("effective", "rate"))
+    assert all(np.isfinite(rmse) for kind in judged["kinds"].values() for rmse in kind["splits"].values())
 
 
 def test_two_budgets_from_scratch_and_two_by_two_fine_tunings_carry_the_simple_forms(tmp_path):
