@@ -76,9 +76,10 @@ def tuning(
     if before is None and not (data and budgets):
         raise UserError(f"{base.name} does not say what it was trained on; give --data SOURCE:PRESET and --examples N")
     start = Recipe(peak_lr=TIMM_RATE) if before is None else replace(before.recipe, patch_sizes=())
-    if peak_lr is None:
-        peak_lr = start.peak_lr if before is None else float(f"{RATE.get(trained, 1.0) * start.peak_lr:.4g}")
-    settled = replace(start, peak_lr=peak_lr, **recipe)
+    if peak_lr is None and before is not None:  # of a base that was fine-tuned itself, over what it had been before
+        whole = start.peak_lr / (RATE[before.trained] if before.base else 1.0)
+        peak_lr = float(f"{RATE.get(trained, 1.0) * whole:.4g}")
+    settled = replace(start, peak_lr=start.peak_lr if peak_lr is None else peak_lr, **recipe)
     if data and not data.partition(":")[2]:
         raise UserError(f"--data {data} names no preset; give SOURCE:PRESET, such as stream:cpu (sovit data list)")
     if not budgets:

@@ -11,7 +11,7 @@ from test_shape import random_shape
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError, cli
-from sovit.branches import base_of, load_branch
+from sovit.branches import base_of, load_branch, open_base
 from sovit.checkpoint import load_weights
 from sovit.data import NORMALISATION, open_data
 from sovit.evaluate import validate
@@ -23,6 +23,7 @@ from sovit.resize import resize_state
 from sovit.run import Recipe, Run
 from sovit.shape import TRAINED, Shape
 from sovit.train import train
+from sovit.tuning import tuning as tuning_of
 
 BASE = Shape(16, 2, 24, head_dim=8, patch_size=4, image_size=32, pool="none")
 RECIPE = Recipe(0.01, warmup_examples=0)
@@ -291,6 +292,15 @@ def test_the_command_says_the_cost_trains_and_merges(trained, tmp_path, capsys):
     resized.load_state_dict(resize_state(old.state_dict(), BASE, BASE.replace(image_size=64)))
     source = open_data("stream", "small", 64, 4, 0)
     assert found["before"]["val_loss"] == validate(resized, source)["val_loss"]
+
+
+def test_the_rate_does_not_grow_along_a_chain(trained):
+    folder, rows = trained
+    rate = RECIPE.peak_lr
+    for part, expected in (("attention", 2 * rate), ("mlp", 2 * rate), ("full", rate), ("head", 2 * rate)):
+        run = tuning_of(open_base(rows[-1]["run_id"], folder), part, image_size=64, budgets=(80,))
+        assert run.recipe.peak_lr == pytest.approx(expected)
+        rows = train(run, folder)
 
 
 @pytest.mark.parametrize(
