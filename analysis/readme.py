@@ -23,7 +23,7 @@ from sovit.flexi_cost import sizes_table
 from sovit.growth import PAPER
 from sovit.ledger import read_ledger
 from sovit.shape import Shape
-from sovit.transfer_report import schedule_table, short_table
+from sovit.transfer_report import schedule_table, scratch_table, short_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -273,8 +273,6 @@ TOLD = (  # of the comparisons of the fine-tuning study: ours, theirs, axis
     ("attention", "full", "examples"),
     ("attention", "mlp", "examples"),
     ("attention", "head", "examples"),
-    ("attention", "scratch", "total_flops"),
-    ("full", "scratch", "total_flops"),
     ("full", "stay", "total_flops"),
 )
 
@@ -284,9 +282,10 @@ def resolution(study: str) -> str:
     found = json.loads((RESULTS / f"{study}.json").read_text())
     stored = [e["share"] for e in found["storage"] if e["mode"] == "attention" and e["share"] is not None]
     share = f"{min(stored):.0%} to {max(stored):.0%}"
-    return (
-        f"{short_table(found, TOLD)}\n\nA file with attention alone takes {share} of the bytes of full fine-tuning's."
-    )
+    compared = any(e["theirs"] == "scratch" for e in found["comparisons"])
+    against = [scratch_table(found, mode) for mode in ("full", "attention") if compared]
+    stored_text = f"A file with attention alone takes {share} of the bytes of full fine-tuning's."
+    return "\n\n".join([short_table(found, TOLD), *against, stored_text])
 
 
 def split() -> str:

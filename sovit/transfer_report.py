@@ -278,15 +278,46 @@ def short_table(found: dict, rows: Sequence[tuple[str, str, str]] = (), metric: 
     by = {(e["ours"], e["theirs"], e["axis"], e.get("image_size")): e for e in entries}
     name = {"val_loss": "loss", "val_error": "error"}.get(metric, metric)
     lines = [
-        f"| {name} of, against, at | " + " | ".join(f"{size} px" for size in sizes) + " | all (90 %) | verdict |",
-        "|---|" + "---|" * (len(sizes) + 2),
+        f"| {name} of, against, at | "
+        + " | ".join(f"{size} px" for size in sizes)
+        + " | all (90 %) | verdict | cells |",
+        "|---|" + "---|" * (len(sizes) + 3),
     ]
     for (ours, theirs, axis, size), entry in by.items():
         if size is None and (not rows or (ours, theirs, axis) in rows):
             cells_of_row = [by.get((ours, theirs, axis, s)) for s in sizes]
             texts = ["" if e is None else difference_text(e) for e in cells_of_row]
             what = f"{ours}, {theirs}, {AXES[axis]}"
-            lines.append(f"| {what} | {' | '.join(texts)} | {difference_text(entry)} | {entry['verdict']} |")
+            pooled = f"{difference_text(entry)} | {entry['verdict']} | {entry['num_cells']}"
+            lines.append(f"| {what} | {' | '.join(texts)} | {pooled} |")
+    return "\n".join(lines)
+
+
+def scratch_table(found: dict, mode: str = "full", metric: str = "val_loss") -> str:
+    """A mode against training from scratch at the largest common total FLOPs, by length of pre-training and resolution.
+
+    Each cell: least and greatest difference over the shapes; the lengths are told apart, because they disagree.
+    """
+    chosen = {"metric": metric, "ours": mode, "theirs": SCRATCH, "axis": "total_flops"}
+    entries = [e for e in found["comparisons"] if e["points"] and all(e[k] == v for k, v in chosen.items())]
+    lengths: dict[str, list] = {}
+    for shape in {e["shape"] for e in entries}:
+        lengths[shape] = sorted({e["base_examples"] for e in entries if e["shape"] == shape})
+    sizes = sorted({e["image_size"] for e in entries})
+    words = ["shortest", *["middle"] * (max(map(len, lengths.values()), default=2) - 2), "longest"]
+    lines = [
+        f"| {mode} against scratch, pre-training | {' | '.join(f'{s} px' for s in sizes)} |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for i, word in enumerate(words):
+        texts = []
+        for size in sizes:
+            mine = [
+                e for e in entries if e["image_size"] == size and lengths[e["shape"]].index(e["base_examples"]) == i
+            ]
+            means = [100 * math.expm1(e["points"][-1]["mean"]) for e in mine]
+            texts.append(f"{min(means):+.1f} to {max(means):+.1f}%" if means else "")
+        lines.append(f"| {word} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
