@@ -32,7 +32,7 @@ from torch import nn
 from sovit import UserError
 from sovit.data import Batch
 from sovit.finetune import freeze
-from sovit.hardware import DTYPES, device_name, peak_bytes, random_batch, save_rows, seconds_of, spread
+from sovit.hardware import DTYPES, conditions, peak_bytes, random_batch, save_rows, seconds_of, spread
 from sovit.ledger import provenance
 from sovit.loop import OutOfMemory, fit, is_out_of_memory
 from sovit.model import build, parameter_groups
@@ -74,14 +74,7 @@ def finetune_cost(
         numbers = f"--repeats {repeats} --num-classes {num_classes} --batch-sizes {' '.join(map(str, batch_sizes))}"
         raise UserError(f"{numbers}: each must be at least 1")
     check_device(device)
-    fixed = dict(
-        device=device.partition(":")[0],
-        device_name=device_name(device),
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        clock="cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
-        torch=torch.__version__,
-    )
+    fixed = conditions(device, dtype)
     groups: dict[tuple[Shape, int], dict[str, str]] = {}  # (shape, batch) -> part -> id of its row
     for shape in dict.fromkeys(shapes):
         for batch in sorted(set(batch_sizes)):

@@ -72,14 +72,7 @@ def profile(
     if repeats < 1 or min(batch_sizes, default=0) < 1:
         raise UserError(f"--repeats {repeats} --batch-sizes {' '.join(map(str, batch_sizes))}: each must be at least 1")
     check_device(device)
-    fixed = dict(
-        device=device.partition(":")[0],
-        device_name=device_name(device),
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        clock="cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
-        torch=torch.__version__,
-    )
+    fixed = conditions(device, dtype)
     jobs = {}
     for shape in dict.fromkeys(shapes):
         for batch in sorted(set(batch_sizes)):
@@ -120,6 +113,18 @@ def profile(
             del model, optimizer
             save_rows(out, {name: rows[name] for name in mine})
     return [rows[name] for name in jobs]
+
+
+def conditions(device: str, dtype: str) -> dict:
+    """What a cost holds under, and part of a row's id: device, type of number, threads, clock and version of torch."""
+    return dict(
+        device=device.partition(":")[0],
+        device_name=device_name(device),
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        clock="cpu" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
+        torch=torch.__version__,
+    )
 
 
 def shapes_for(
