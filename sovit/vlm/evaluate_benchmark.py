@@ -29,13 +29,35 @@ from sovit import UserError
 from sovit.bootstrap import LEVEL, interval
 from sovit.data.cache import content_key, say, track
 from sovit.encoder import Preprocess
-from sovit.ledger import is_locked, locked
+from sovit.ledger import is_locked, locked, write_atomic
 from sovit.vlm.benchmarks import Benchmark, Item
 
 CONTROLS = ("image", "blind", "shuffled")
 ROUTES = ("generate", "likelihood")
 DRAWS = 1000  # of the bootstrap
 SHUFFLE_KEY = 0x53485546464C45  # whose image a shuffled question is asked about
+
+
+def compare(
+    model: Any,
+    items: Sequence[Item],
+    benchmark: Benchmark,
+    name: str,
+    folder: Path,
+    controls: Sequence[str] = CONTROLS,
+    route: str = "generate",
+    batch_size: int = 16,
+) -> dict:
+    """`scored` of the model's answers under some of CONTROLS, and in which files of `folder` they are kept.
+
+    They stay there by benchmark, control, route and number of questions; the scores beside them, as JSON.
+    """
+    files = {c: folder / f"{benchmark.name}-{c}-{route}-{len(items)}.jsonl" for c in controls}
+    answers = {c: evaluate(model, items, benchmark, c, route, batch_size, files[c], name=name) for c in controls}
+    result = {"model": name, "route": route, **scored(benchmark, items, answers)}
+    result["answers"] = {control: str(file) for control, file in files.items()}
+    write_atomic(folder / f"{benchmark.name}-{route}-{len(items)}.json", json.dumps(result, indent=1) + "\n")
+    return result
 
 
 def evaluate(
