@@ -228,7 +228,7 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
         for control, said in answers.items()
     }
     drawn: dict[str, dict[str, list]] = {control: {} for control in scores}
-    for weights in image_weights(cluster):
+    for weights in track(image_weights(cluster), f"{benchmark.name}, intervals", math.ceil(DRAWS / num_drawn(cluster))):
         for control in scores:
             for name, numbers in benchmark.aggregate(scores[control], weights).items():
                 drawn[control].setdefault(name, []).extend(np.atleast_1d(numbers))
@@ -268,11 +268,17 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
 def image_weights(cluster: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Iterable[np.ndarray]:
     """How often each item counts in a bootstrap sample of whole images, in parts of [R, n]; cluster [n]: image numbers."""
     rng, num = np.random.default_rng(seed), int(cluster.max()) + 1
-    part = max(1, min(draws, 2_000_000 // len(cluster)))
+    part = num_drawn(cluster)
     for start in range(0, draws, part):
         size = min(part, draws - start)
         picked = rng.integers(0, num, (size, num)) + num * np.arange(size)[:, None]
-        yield np.bincount(picked.ravel(), minlength=size * num).reshape(size, num)[:, cluster]
+        counts = np.bincount(picked.ravel(), minlength=size * num).reshape(size, num)
+        yield counts.astype(np.float64)[:, cluster]
+
+
+def num_drawn(cluster: np.ndarray) -> int:
+    """Bootstrap samples at a time, R, so that memory stays within bounds: 214,354 questions of VQAv2 take 9."""
+    return max(1, 2_000_000 // len(cluster))
 
 
 def spread(draws: np.ndarray, num_images: int) -> tuple[float | None, float | None]:
