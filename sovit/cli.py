@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from sovit import UserError, __version__
+from sovit import UserError, __version__, cli_vlm
 
 RULES = {  # of `sovit predict`: the fields of sovit.integers.Rules
     "head_dim": "head dim; width is a multiple of it (default: as run)",
@@ -236,6 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--patch-size", type=_pixels, default=4)
     p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
     p.set_defaults(run=_data)
+
+    cli_vlm.add_commands(commands)
 
     p = commands.add_parser("assets", help="pinned outside data: fetch it, list it")
     p.add_argument("action", choices=("fetch", "list"))

@@ -28,6 +28,7 @@ EDGES = {
     "plot",
     "plan",
     "cli",
+    "cli_vlm",
     "demo",
     "report",
     "validate",
