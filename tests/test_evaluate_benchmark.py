@@ -177,6 +177,20 @@ def test_the_interval_of_a_mean_is_that_of_the_textbook(tmp_path):
     assert (found["high"] - found["low"]) / 2 == pytest.approx(error, rel=0.12)
 
 
+def test_intervals_of_few_images_stay_within_what_there_is():
+    said = ["yes", "yes", "no", "no", "yes", "yes", "yes", "yes"]  # of four images the last is answered wrongly
+    result = scored(POPE, pope(4), {"image": said, "blind": ["no"] * 8, "shuffled": ["yes", "no"] * 4})
+    for of in result["controls"].values():
+        for name, number in of["metrics"].items():
+            assert 0 <= number["low"] <= number["value"] <= number["high"] <= 1, name
+    assert result["controls"]["image"]["metrics"]["accuracy"]["high"] == 1
+    assert -1 <= result["over"]["blind"]["low"] < 0.25 < result["over"]["blind"]["high"] <= 1
+    alone = scored(POPE, pope(1), {"image": ["yes", "no"]})["controls"]["image"]["metrics"]["accuracy"]
+    assert alone == {"value": 0.5, "low": None, "high": None} and "0.500\n" in scores_text(
+        scored(POPE, pope(1), {"image": ["yes", "no"]})
+    )
+
+
 # images
 
 

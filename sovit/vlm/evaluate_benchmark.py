@@ -234,8 +234,8 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
                 drawn[control].setdefault(name, []).extend(np.atleast_1d(numbers))
     num_images = int(cluster.max()) + 1
 
-    def told(value: Any, draws: list) -> dict:
-        low, high = spread(np.array(draws), num_images)
+    def told(value: Any, draws: list, least: float = 0.0) -> dict:
+        low, high = spread(np.array(draws), num_images, least)
         return {"value": float(value), "low": low, "high": high}
 
     values = {control: benchmark.aggregate(of, None) for control, of in scores.items()}
@@ -258,6 +258,7 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
             control: told(
                 values["image"][headline] - values[control][headline],
                 list(np.subtract(drawn["image"][headline], drawn[control][headline])),
+                least=-1.0,
             )
             for control in scores
             if control != "image" and "image" in scores
@@ -281,12 +282,13 @@ def num_drawn(cluster: np.ndarray) -> int:
     return max(1, 2_000_000 // len(cluster))
 
 
-def spread(draws: np.ndarray, num_images: int) -> tuple[float | None, float | None]:
-    """The interval of draws, of which those are nan that drew nothing of a group."""
+def spread(draws: np.ndarray, num_images: int, least: float) -> tuple[float | None, float | None]:
+    """The interval of draws between `least` and 1; left out are those (nan) that drew no question of a group."""
     draws = draws[~np.isnan(draws)]
     if num_images < 2 or not len(draws):
         return None, None
-    return interval(draws, math.sqrt(num_images / (num_images - 1)), floor=None)
+    low, high = interval(draws, math.sqrt(num_images / (num_images - 1)), floor=None)
+    return max(low, least), min(high, 1.0)  # of few images it is stretched past what there is
 
 
 def scores_text(result: dict) -> str:
