@@ -46,4 +46,4 @@ def _eval(options) -> None:
     folder = options.runs / options.run_id.rpartition("-")[0] / "benchmarks" / options.run_id
     controls = CONTROLS if options.control == "all" else (options.control,)
     result = compare(model, items, of, options.run_id, folder, controls, options.route, options.batch_size)
-    print(json.dumps(result, indent=2) if options.json else scores_text(result))
+    print(json.dumps(result, indent=2) if options.json else f"{scores_text(result)}\nanswers: {folder}")

@@ -220,7 +220,8 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
 
     n, num_images, headline, chance; controls.<control>: unparsed (share of answers that cannot be read) and metrics, of
     each value, low, high: the 90 % bootstrap interval, drawn by image, so that the questions about one stay together
-    (None where there is one image); over.<control>: the headline number less that of a control, paired, likewise.
+    (None where there is one image, no width where all answers are right, or all wrong: n says how little that tells);
+    over.<control>: the headline number less that of a control, paired, likewise.
     """
     _, cluster = np.unique([item.image_id for item in items], return_inverse=True)
     scores = {
