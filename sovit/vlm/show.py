@@ -158,7 +158,7 @@ def _times(sizes: Any) -> str:
 
 
 def compare_text(rows: list[dict[str, Any]]) -> str:
-    made = [["system", "encoder", "block read", "patches", "projector", "tokens", "language model", "words"]]
+    made = [["system", "encoder", "block read", "patches", "projector", "tokens", "language model", "vocab"]]
     weights = [["parameters", *PARTS.values(), "total", "projector's share", "encoder counted by"]]
     for row in rows:
         e, text, params = row["encoder"], row["language_model"], row["num_params"]
