@@ -139,20 +139,26 @@ def attributes(classes: tuple[str, ...], grid: int, colour: bool) -> dict[str, F
 
 
 def arrangements(classes: tuple[str, ...]) -> dict[str, Family]:
-    """What can be asked of four icons together. A picture is meant by its concept only where no other one shows it."""
+    """What can be asked of four icons together. A picture is meant by its concept only where no other one shows it.
+
+    None is meant by a thing that pictures of others show beside their own: a plus is on many of them.
+    """
     places = list(PLACES.values())
+    beside_others = {*SIGNS.values(), *ATTRIBUTES["enclosure"], "arrow"}
 
     def lone(scene: list[Picture]) -> dict[str, tuple[int, int]]:
         """concept -> its place, of those that one picture shows."""
         concepts = [picture.concept for picture in scene]
-        return {c: at for c, at in zip(concepts, places, strict=True) if concepts.count(c) == 1}
+        return {
+            c: at for c, at in zip(concepts, places, strict=True) if concepts.count(c) == 1 and c not in beside_others
+        }
 
     def at(scene: list[Picture], y: int, x: int) -> Picture:
         return scene[2 * y + x]
 
     def count(scene: list[Picture]):
         concepts = [picture.concept for picture in scene]
-        return [((c,), str(concepts.count(c))) for c in classes]
+        return [((c,), str(concepts.count(c))) for c in classes if c not in beside_others]
 
     def beside(scene: list[Picture]):
         return [
