@@ -72,7 +72,7 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     else:
         encoder = open_encoder(run.encoder, runs_dir, device)
     model = VisionLanguageModel(
-        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.init_seed
+        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
     ).to(device)
     model.requires_grad_(False)
     for part in PARTS:
