@@ -307,31 +307,37 @@ def main(
 
 
 def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRun]:
-    """`override` each run by what it has a field for. A run that begins at a branch of one before it, or reads that
-    encoder, goes on from it as it is now.
+    """`override` each run by what it has a field for. A run that begins at a branch of another, or reads that encoder, goes
+    on from it as it is now.
 
     Raises UserError for a key that no run has, and where that branch is gone.
     """
-    known = [set(keys(run)) for run in runs]
+    known = dict.fromkeys(key for run in runs for key in keys(run))
     for assignment in assignments:
         key, equals, _ = assignment.partition("=")
-        if not equals or not any(key in of_run for of_run in known):
-            there = dict.fromkeys(key for run in runs for key in keys(run))
-            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(there)}")
-    found: list[AnyRun] = []
-    now: dict[str, str] = {}  # run_id -> what a branch is called once its run is overridden, "" where it is gone
-    for run, of_run in zip(runs, known):
-        new = override(run, [a for a in assignments if a.partition("=")[0] in of_run])
-        if new.base in now:
-            if not now[new.base]:
+        if not equals or key not in known:
+            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(known)}")
+    owner = {run_id: run for run in runs for run_id in run.run_ids}
+    changed: dict[str, AnyRun] = {}  # by trunk_id before
+
+    def change(run: AnyRun) -> AnyRun:
+        if run.trunk_id in changed:
+            return changed[run.trunk_id]
+        own = set(keys(run))
+        new = override(run, [a for a in assignments if a.partition("=")[0] in own])
+        if new.base == run.base and run.base in owner:
+            num_examples = int(run.base.rpartition("-")[2])
+            base = change(owner[run.base])
+            if num_examples not in base.budgets:
                 raise UserError(
                     f"{' '.join(assignments)} takes away {run.base}, at which other runs of this study begin;"
                     " leave budgets as they are"
                 )
-            new = on_base(new, now[new.base])
-        now |= {run.run_id(n): new.run_id(n) if n in new.budgets else "" for n in run.budgets}
-        found.append(new)
-    return found
+            new = on_base(new, base.run_id(num_examples))
+        changed[run.trunk_id] = new
+        return new
+
+    return [change(run) for run in runs]
 
 
 def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
