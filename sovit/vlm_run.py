@@ -17,7 +17,7 @@ from sovit.run import PRECISIONS, _check_types, _from_dict, _non_default
 PARTS = ("vision", "projector", "language_model")
 MODES = ("frozen", "full", "lora")
 SCHEDULES = ("cosine", "cooldown")  # to a tenth (nanoVLM) or nothing (LLaVA); or constant, then (1 - sqrt) to nothing
-TEMPLATES = ("chat", "plain")
+TEMPLATES = ("chat", "plain", "short")
 
 
 @dataclass(frozen=True)

@@ -200,3 +200,11 @@ def test_macro_counts_each_group_once():
     assert metrics.macro(found) == 0.5 and metrics.mean(scores) == 0.75
     weights = np.array([[1.0, 1, 1, 3], [0, 0, 0, 1]])
     assert metrics.mean(scores, weights).tolist() == [0.5, 0]
+
+
+def test_a_group_that_a_draw_left_out_does_not_count():
+    scores, groups = np.array([1.0, 1, 0]), ["x", "x", "y"]
+    found = metrics.by_group(metrics.mean, groups, scores, weights=np.array([[1.0, 2, 0], [1, 0, 1]]))
+    assert metrics.macro(found).tolist() == [1, 0.5]
+    none = metrics.yes_no_rates(np.array([True]), np.array([True]), np.array([0.0]))
+    assert all(np.isnan(value) for value in none.values())

@@ -138,25 +138,26 @@ def yes_no_rates(said_yes: np.ndarray, is_yes: np.ndarray, weights: np.ndarray |
     """accuracy, precision, recall, f1 and yes_ratio of predictions, "yes" being the positive class.
 
     said_yes [n] and is_yes [n] are boolean; weights [n] or [R, n] count each question so often (1 if not given), and the
-    values are scalars or [R]. A rate of nothing (no "yes" said) is 0. `yes_ratio` is of what was predicted: some
-    harnesses give that of the right answers under this name, which is one half whatever the model does.
+    values are scalars or [R]. A rate of nothing (no "yes" said) is 0, of no questions at all nan. `yes_ratio` is of what
+    was predicted: some harnesses give that of the right answers under this name, one half whatever the model does.
     """
     w = np.ones(len(said_yes)) if weights is None else np.asarray(weights, float)
     total = w.sum(-1)
     hit = (w * (said_yes & is_yes)).sum(-1)
     said, there = (w * said_yes).sum(-1), (w * is_yes).sum(-1)
-    return {
+    rates = {
         "accuracy": share((w * (said_yes == is_yes)).sum(-1), total),
         "precision": share(hit, said),
         "recall": share(hit, there),
         "f1": share(2 * hit, said + there),
         "yes_ratio": share(said, total),
     }
+    return {name: np.where(total > 0, rate, np.nan) for name, rate in rates.items()}
 
 
-def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, and 0 where there is nothing."""
-    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), 0.0)
+def share(part: np.ndarray, whole: np.ndarray, of_nothing: float = 0.0) -> np.ndarray:
+    """part / whole, and `of_nothing` where the whole is 0."""
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), of_nothing)
 
 
 # option letters ------------------------------------------------------------------------------------------------------
@@ -194,9 +195,9 @@ def _option_told(text: str, options: Sequence[str]) -> str | None:
 
 
 def mean(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Mean of scores [n], each counted `weights` [n] or [R, n] times: a scalar or [R]."""
+    """Mean of scores [n], each counted `weights` [n] or [R, n] times: a scalar or [R]; of none nan."""
     w = np.ones(len(scores)) if weights is None else np.asarray(weights, float)
-    return share((w * scores).sum(-1), w.sum(-1))
+    return share((w * scores).sum(-1), w.sum(-1), np.nan)
 
 
 def by_group(
@@ -212,5 +213,7 @@ def by_group(
 
 
 def macro(groups: dict[str, np.ndarray]) -> np.ndarray:
-    """Mean over groups, each counted once however many questions it has."""
-    return np.mean(list(groups.values()), 0)
+    """Mean over groups, each counted once however many questions it has; one without any (nan) is left out."""
+    values = np.array(list(groups.values()))
+    there = ~np.isnan(values)
+    return share(np.where(there, values, 0).sum(0), there.sum(0), np.nan)

@@ -24,6 +24,7 @@ from sovit.vlm.projectors import build as build_projector
 # before the image, between image or exchange and the question, between question and answer
 TEMPLATES = {
     "chat": ("<|im_start|>user\n", "\n{question}<|im_end|>\n<|im_start|>assistant\n", "{answer}"),
+    "short": ("", "\n{question}", " {answer}"),
     "plain": ("", "\nQuestion: {question} Answer:", " {answer}"),
 }
 
