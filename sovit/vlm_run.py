@@ -62,6 +62,11 @@ class Stage:
     def parts(self) -> dict[str, Part]:
         return {name: getattr(self, name) for name in PARTS}
 
+    @property
+    def words(self) -> str:
+        trained = [f"{name} {p.mode} {p.peak_lr:g}" for name, p in self.parts.items() if p.mode != "frozen"]
+        return f"{', '.join(trained)}: {self.num_examples:,} images"
+
 
 @dataclass(frozen=True)
 class VlmRun:
@@ -99,7 +104,12 @@ class VlmRun:
         _check_types(self)
         if not self.stages:
             raise UserError("stages=[] trains nothing; give at least one stage")
-        for name, known in (("schedule", SCHEDULES), ("template", TEMPLATES), ("layout", LAYOUTS), ("precision", PRECISIONS)):
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("template", TEMPLATES),
+            ("layout", LAYOUTS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         for name in ("batch_size", "num_val", "max_length", "image_size", "clip_norm", "lora_rank", "lora_alpha"):

@@ -49,7 +49,9 @@ def test_placeholders_are_filled_in_order_and_nothing_else_is(model):
     seen = model.image_tokens(images)
     assert torch.equal(x[0, 1:17], seen[0]) and torch.equal(x[1, 2:], seen[1])
     words = model.lm.get_input_embeddings()
-    assert torch.equal(x[0, [0, 17]], words(torch.tensor([5, 6]))) and torch.equal(x[1, :2], words(torch.tensor([7, 8])))
+    assert torch.equal(x[0, [0, 17]], words(torch.tensor([5, 6]))) and torch.equal(
+        x[1, :2], words(torch.tensor([7, 8]))
+    )
 
 
 @pytest.mark.parametrize("layer, norm", [(-1, True), (-1, False), (0, False)])
@@ -140,7 +142,9 @@ def test_an_answer_is_wrong_exactly_where_greedy_generation_says_something_else(
     assert all(len(text) == 3 for text in said) and end not in letters
     answers = [text if k % 2 else text[::-1] for k, text in enumerate(said)]
     documents = [model.document([(q.question, answer)]) for (_, q), answer in zip(flat, answers)]
-    documents = [d._replace(exchanges=[(d.exchanges[0][0], d.exchanges[0][1][1:-1])]) for d in documents]  # no blank, no end
+    documents = [
+        d._replace(exchanges=[(d.exchanges[0][0], d.exchanges[0][1][1:-1])]) for d in documents
+    ]  # no blank, no end
     batch = model.batch(documents, images[[i for i, _ in flat]], 2048)
     told = batch.labels != NO_LABEL
     with torch.no_grad():
@@ -184,9 +188,7 @@ def test_metrics_are_means_over_questions_and_the_interval_holds_them(model, que
     assert metrics["val_error"] == found["wrong"].mean() and metrics["num_questions"] == len(found["wrong"])
     assert metrics["val_loss"] == pytest.approx(found["loss"].sum() / found["tokens"].sum())
     of_most = found["family"] == FAMILIES.index("most")
-    assert metrics["val_loss/most"] == pytest.approx(
-        found["loss"][of_most].sum() / found["tokens"][of_most].sum()
-    )
+    assert metrics["val_loss/most"] == pytest.approx(found["loss"][of_most].sum() / found["tokens"][of_most].sum())
     assert metrics["val_error_low"] <= metrics["val_error"] <= metrics["val_error_high"]
 
 

@@ -100,7 +100,9 @@ class VisionLanguageModel(nn.Module):
             self.projector = build_projector(name, encoder.width, width, num_tokens=encoder.grid**2, seed=seed, **given)
         self.num_image_tokens: int = self.projector.num_tokens_out
         if layout == "rows" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
-            raise UserError(f"layout=rows needs a square of image tokens, not {self.num_image_tokens}; take layout=flat")
+            raise UserError(
+                f"layout=rows needs a square of image tokens, not {self.num_image_tokens}; take layout=flat"
+            )
         self.layout = layout
 
     # text ----------------------------------------------------------------------------------------------------------------
