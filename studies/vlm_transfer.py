@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct (`sovit assets fetch smollm2`), frozen, reads 16 image tokens, row by row, through a two-layer MLP
 projector, which alone is trained, on four families of questions in English about the scenes of `stream:cpu`: reading the
 marks, which is what the encoders were trained for; naming the colours of a row, the most frequent colour, and counting, which
-they were not. Eight more families (relations, two hops ...) are asked at the end and never trained. The same language
-model, projector, images, questions, tokens and learning rate for each encoder; only the encoder differs, at equal
+they were not. Eight more families (relations, two hops ...) are asked at the end and never trained. The same
+language model, projector, images, questions, tokens and learning rate for each encoder; only the encoder differs, at equal
 pre-training FLOPs: the law's choice, the best ViT-B proportions (both from results/stream_validation.jsonl), and a wrong
 shape on purpose (wide, one block, thin MLP: the law says +38 %). Two controls: the law's choice before any training; and no
 eye at all, 16 learned tokens that can say how to answer but see nothing. Three seeds, which the encoders' training, the

@@ -318,6 +318,7 @@ class VlmTrainer:
             "objective": "vlm",
             "control": run.control,
             **plain,
+            "families": list(run.families),
             **last,
             "stages": "; ".join(stage.words for stage in run.stages),
             "num_examples": run.num_examples,
