@@ -1,4 +1,4 @@
-"""Encoder against vision-language model: the rows of both, paired by seed, and whether the better classifier is the better eye."""
+"""Encoders and the vision-language models around them, paired by seed: is the better classifier the better eye?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTING = ("language_model", "projector", "stages", "families", "layout", "templ
 
 
 def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
-    """Arms, their means over seeds, and every pair of arms on the loss of the family `decisive`, by the rule of paired seeds.
+    """Arms, their means over seeds, and each pair of arms on the loss of the family `decisive`, by paired seeds.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
     UserError without rows of both kinds, for rows of different settings, and where arms have different seeds.

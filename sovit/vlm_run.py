@@ -95,7 +95,7 @@ class VlmRun:
     clip_norm: float = 1.0
     lora_rank: int = 8
     lora_alpha: int = 16
-    precision: str = "float32"
+    precision: str = "float32"  # of the language model in training, as in sovit.run.Recipe; a frozen one is held in it
     init_seed: int = 0
     data_seed: int = 0
     study: str = ""  # not part of any id

@@ -167,6 +167,21 @@ def test_a_run_that_diverges_is_recorded_as_such(trained):
     assert row["status"] == "diverged" and row["val_loss"] is None and row["train_flops"] > 0
 
 
+def test_a_frozen_language_model_in_half_precision_is_reopened_as_it_was_measured(trained):
+    """Held in bfloat16 while the projector learns in float32; validated, and opened again, in float32."""
+    runs_dir, _ = trained
+    run = run_of(trained, precision="bfloat16")
+    (row,) = train(run, runs_dir)
+    model = open_vlm(row["run_id"], runs_dir)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    exact = build(run_of(trained), runs_dir).lm.state_dict()
+    assert all(torch.equal(t, exact[name].bfloat16().float()) for name, t in model.lm.state_dict().items())
+    trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    assert trainer.model.lm.dtype == torch.bfloat16 and trainer.model.projector.linear_1.weight.dtype == torch.float32
+    again = validate(model, trainer.all_questions, 4, 2048, TINY["families"])
+    assert {k: row[k] for k in again} == again
+
+
 def test_the_blind_model_trains_and_a_random_eye_is_told_apart(trained):
     runs_dir, run_id = trained
     (blind,) = train(run_of(("", "blind:4")), runs_dir)

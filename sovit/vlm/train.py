@@ -78,7 +78,14 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     for part in PARTS:
         if any(stage.parts[part].mode == "lora" for stage in run.stages):
             add_adapters(getattr(model, MODULES[part]), run)
+    if in_half(run):
+        model.lm.to(torch.bfloat16)
     return model
+
+
+def in_half(run: VlmRun) -> bool:
+    """Whether the language model is held in bfloat16: casting its weights anew in each step would take a third of it."""
+    return run.precision == "bfloat16" and all(stage.language_model.mode == "frozen" for stage in run.stages)
 
 
 def add_adapters(module: Any, run: VlmRun) -> None:
@@ -142,7 +149,8 @@ class VlmTrainer:
 
     def loss_fn(self, batch: VlmBatch) -> tuple[torch.Tensor, int]:
         kind = self.device.partition(":")[0]
-        with torch.autocast(kind, torch.bfloat16, enabled=self.run.precision == "bfloat16"):
+        mixed = self.run.precision == "bfloat16" and not in_half(self.run)
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed):
             logits = self.model(batch)  # [L, V]
         labels = batch.labels[batch.labels != NO_LABEL]
         return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
@@ -166,6 +174,7 @@ class VlmTrainer:
                 resumed = state["optimizer"] if state is not None and start < self.step < end else None
                 self._train_stage(i, stage, range(start, end), resumed)
             save_weights(self.model, self.folder / f"{run.run_ids[0]}.safetensors", run.run_ids[0], self.names)
+            self.model.float()  # validation computes in float32, whatever training did
             metrics = validate(self.model, self.all_questions, run.num_val, run.max_length, run.families)
             if not math.isfinite(metrics["val_loss"]):
                 raise Diverged(ends[-1])
@@ -353,7 +362,7 @@ def open_vlm(run_id: str, runs_dir: Path | str = "runs", device: str = "cpu") ->
     with torch.no_grad():
         for name in names:
             parameters[name].copy_(weights[name])
-    return model.eval()
+    return model.float().eval()
 
 
 if __name__ == "__main__":
