@@ -442,7 +442,8 @@ def main(
             d = json.loads(Path(arguments[0]).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        rows = train_here(read(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]), train)
+        runs_dir, device = arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]
+        rows = train_here(read(d), runs_dir, device, train)
     except KeyboardInterrupt as stop:
         if str(stop):  # else before it had begun
             say(str(stop))

@@ -17,6 +17,7 @@ from sovit.run import PRECISIONS, _check_types, _from_dict, _non_default
 PARTS = ("vision", "projector", "language_model")
 MODES = ("frozen", "full", "lora")
 SCHEDULES = ("cosine", "cooldown")  # to a tenth (nanoVLM) or nothing (LLaVA); or constant, then (1 - sqrt) to nothing
+LAYOUTS = ("flat", "rows")
 TEMPLATES = ("chat", "plain", "short")
 
 
@@ -61,6 +62,11 @@ class Stage:
     def parts(self) -> dict[str, Part]:
         return {name: getattr(self, name) for name in PARTS}
 
+    @property
+    def words(self) -> str:
+        trained = [f"{name} {p.mode} {p.peak_lr:g}" for name, p in self.parts.items() if p.mode != "frozen"]
+        return f"{', '.join(trained)}: {self.num_examples:,} images"
+
 
 @dataclass(frozen=True)
 class VlmRun:
@@ -77,6 +83,7 @@ class VlmRun:
     image_size: int = 16  # pixels at which the questions' images are drawn
     families: tuple[str, ...] = ()  # of questions trained on, () for all; all are evaluated
     template: str = "chat"
+    layout: str = "flat"  # of the image's tokens: flat, or rows announced in words
     max_length: int = 256  # tokens of a packed row
     batch_size: int = 8  # images
     num_val: int = 256  # validation images
@@ -97,7 +104,12 @@ class VlmRun:
         _check_types(self)
         if not self.stages:
             raise UserError("stages=[] trains nothing; give at least one stage")
-        for name, known in (("schedule", SCHEDULES), ("template", TEMPLATES), ("precision", PRECISIONS)):
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("template", TEMPLATES),
+            ("layout", LAYOUTS),
+            ("precision", PRECISIONS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         for name in ("batch_size", "num_val", "max_length", "image_size", "clip_norm", "lora_rank", "lora_alpha"):

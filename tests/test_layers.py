@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
     *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "tuning", "timm_base"),
-    "finetune_cost",
+    *("finetune_cost", "export_card", "export_check", "export_tensors", "hf_model"),
 }
 EDGES = {
     "sweep",

@@ -17,8 +17,13 @@ LEVEL = 0.90
 NUM_GENERATED = 32  # images whose questions are answered freely, to see what does not parse
 
 
-def validate(model: VisionLanguageModel, questions: Any, num_images: int, max_length: int) -> dict:
+def validate(
+    model: VisionLanguageModel, questions: Any, num_images: int, max_length: int, trained: tuple[str, ...] = ()
+) -> dict:
     """The metrics of a row, over the questions about validation images 0 .. num_images - 1.
+
+    trained: the families that the model was trained on (() = all), of which val_... and shuffled_... are; held_out_loss
+    and held_out_error are of the others.
 
     val_loss: mean cross-entropy (nats) of an answer's tokens, the end token included. val_error: share of questions
     whose greedy answer is not exactly the right one. That is told without generating: the greedy answer is right if and only
@@ -29,18 +34,25 @@ def validate(model: VisionLanguageModel, questions: Any, num_images: int, max_le
     """
     own = asked(model, questions, num_images, max_length)
     other = asked(model, questions, num_images, max_length, shift=1)
-    metrics: dict[str, float | int | None] = {"num_questions": len(own["wrong"])}
+    known = np.isin(
+        own["family"], [f for f, family in enumerate(questions.families) if not trained or family in trained]
+    )
+    metrics: dict[str, float | int | None] = {"num_questions": int(known.sum())}
     for name, found in (("val", own), ("shuffled", other)):
-        metrics[f"{name}_loss"] = float(found["loss"].sum() / found["tokens"].sum())
-        metrics[f"{name}_error"] = float(found["wrong"].mean())
+        metrics |= _means(found, known, name)
         for f, family in enumerate(questions.families):
-            ours = found["family"] == f
-            if ours.any():
-                metrics[f"{name}_loss/{family}"] = float(found["loss"][ours].sum() / found["tokens"][ours].sum())
-                metrics[f"{name}_error/{family}"] = float(found["wrong"][ours].mean())
-    metrics["val_error_low"], metrics["val_error_high"] = cluster_interval(own["wrong"], own["image"])
-    metrics["val_unparsed"] = unparsed(model, questions, min(num_images, NUM_GENERATED))
+            ours = _means(found, found["family"] == f, name) if (found["family"] == f).any() else {}
+            metrics |= {f"{metric}/{family}": value for metric, value in ours.items()}
+    if not known.all():
+        metrics |= _means(own, ~known, "held_out")
+    metrics["val_error_low"], metrics["val_error_high"] = cluster_interval(own["wrong"][known], own["image"][known])
+    metrics["val_unparsed"] = unparsed(model, questions, min(num_images, NUM_GENERATED), trained)
     return metrics
+
+
+def _means(found: dict[str, np.ndarray], chosen: np.ndarray, name: str) -> dict[str, float]:
+    loss = found["loss"][chosen].sum() / found["tokens"][chosen].sum()
+    return {f"{name}_loss": float(loss), f"{name}_error": float(found["wrong"][chosen].mean())}
 
 
 @torch.no_grad()
@@ -75,13 +87,16 @@ def asked(
     return joined | {name: joined[name].astype(np.float64) for name in ("loss", "tokens", "wrong")}
 
 
-def unparsed(model: VisionLanguageModel, questions: Any, num_images: int) -> float | None:
+def unparsed(
+    model: VisionLanguageModel, questions: Any, num_images: int, trained: tuple[str, ...] = ()
+) -> float | None:
     """Share of generated answers to questions with a closed set of answers that are not in it; None without any."""
     strange = []
     for start in range(0, num_images, BATCH):
         count = min(BATCH, num_images - start)
         sample, images = questions.ask("val", start, count), questions.images("val", start, count)
         closed = [(i, q) for i, asked in enumerate(sample) for q in asked if q.choices]
+        closed = [(i, q) for i, q in closed if not trained or q.family in trained]
         if closed:
             of_images = images[[i for i, _ in closed]]
             longest = max(len(model.encode(choice)) for _, q in closed for choice in q.choices)

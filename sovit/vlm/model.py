@@ -8,6 +8,7 @@ arXiv 2304.08485). Which of the encoder's blocks is read, and whether through it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ TEMPLATES = {
     "short": ("", "\n{question}", " {answer}"),
     "plain": ("", "\nQuestion: {question} Answer:", " {answer}"),
 }
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def number_word(number: int) -> str:
+    return NUMBERS[number] if number < len(NUMBERS) else str(number)
 
 
 class VlmBatch(NamedTuple):
@@ -69,6 +77,7 @@ class VisionLanguageModel(nn.Module):
         layer: int = -1,
         norm: bool = True,
         template: str = "chat",
+        layout: str = "flat",
         seed: int = 0,
     ):
         super().__init__()
@@ -90,6 +99,11 @@ class VisionLanguageModel(nn.Module):
                 given[key] = int(value)
             self.projector = build_projector(name, encoder.width, width, num_tokens=encoder.grid**2, seed=seed, **given)
         self.num_image_tokens: int = self.projector.num_tokens_out
+        if layout == "rows" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
+            raise UserError(
+                f"layout=rows needs a square of image tokens, not {self.num_image_tokens}; take layout=flat"
+            )
+        self.layout = layout
 
     # text ----------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +117,7 @@ class VisionLanguageModel(nn.Module):
     def document(self, exchanges: Iterable[tuple[str, str]], with_image: bool = True) -> Document:
         """An image, if any, and (question, answer) pairs about it, as token ids; an answer ends with the end token."""
         before, question, answer = self.template
-        prefix = self.encode(before) + [self.words.image_token_id] * (self.num_image_tokens if with_image else 0)
+        prefix = self.encode(before) + (self._image() if with_image else [])
         pairs = [
             (
                 self.encode(question.format(question=asked)),
@@ -112,6 +126,16 @@ class VisionLanguageModel(nn.Module):
             for asked, said in exchanges
         ]
         return Document(prefix, pairs)
+
+    def _image(self) -> list[int]:
+        """Placeholders of an image: all in one line, or row by row, each announced in words as SmolVLM announces tiles."""
+        token = self.words.image_token_id
+        if self.layout == "flat":
+            return [token] * self.num_image_tokens
+        side = math.isqrt(self.num_image_tokens)
+        rows = [self.encode(f"Row {number_word(row)}:") + [token] * side for row in range(1, side + 1)]
+        newline = self.encode("\n")
+        return [i for row in rows[:-1] for i in row + newline] + rows[-1]
 
     # forward -------------------------------------------------------------------------------------------------------------
 

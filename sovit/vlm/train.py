@@ -72,7 +72,7 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     else:
         encoder = open_encoder(run.encoder, runs_dir, device)
     model = VisionLanguageModel(
-        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.init_seed
+        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
     ).to(device)
     model.requires_grad_(False)
     for part in PARTS:
@@ -126,7 +126,9 @@ class VlmTrainer:
         self.names = trained_names(self.model, run)
         self.parameters = dict(self.model.named_parameters())
         self.flops_per_image: dict[int, float] = {}  # stage -> what a step spends, of an image
-        self.step, self.seconds, self.window, self.micro_batch = 0, 0.0, None, None
+        self.step, self.seconds = 0, 0.0
+        self.window: torch.Tensor | None = None  # of `fit`, where a stop cut one
+        self.micro_batch: int | None = None  # where a batch did not fit into memory: rows that did
         self.saved_at = time.monotonic()
         write_atomic(self.folder / "config.json", json.dumps(run.to_dict(), indent=2) + "\n")
 
@@ -164,7 +166,7 @@ class VlmTrainer:
                 resumed = state["optimizer"] if state is not None and start < self.step < end else None
                 self._train_stage(i, stage, range(start, end), resumed)
             save_weights(self.model, self.folder / f"{run.run_ids[0]}.safetensors", run.run_ids[0], self.names)
-            metrics = validate(self.model, self.all_questions, run.num_val, run.max_length)
+            metrics = validate(self.model, self.all_questions, run.num_val, run.max_length, run.families)
             if not math.isfinite(metrics["val_loss"]):
                 raise Diverged(ends[-1])
             row |= {"status": "ok", **metrics}
@@ -307,8 +309,7 @@ class VlmTrainer:
             f"{p}_params": sum(t.numel() for t in m.parameters()) if m is not None else 0 for p, m in parts.items()
         }
         trained = sum(self.parameters[name].numel() for name in self.names)
-        plain = run.to_dict()
-        stages = plain.pop("stages")
+        plain = {name: value for name, value in run.to_dict().items() if name != "stages"}
         last = {f"{part}_mode": run.stages[-1].parts[part].mode for part in PARTS}
         return {
             "schema": SCHEMA,
@@ -318,7 +319,7 @@ class VlmTrainer:
             "control": run.control,
             **plain,
             **last,
-            "stages": stages,
+            "stages": "; ".join(stage.words for stage in run.stages),
             "num_examples": run.num_examples,
             "num_image_tokens": model.num_image_tokens,
             "peak_lr": max(stage.projector.peak_lr for stage in run.stages),
