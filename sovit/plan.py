@@ -8,7 +8,7 @@ import time
 from sovit import UserError
 from sovit.kinds import vlm_runs
 from sovit.run import Run
-from sovit.vlm_run import Stage, VlmRun
+from sovit.vlm_run import VlmRun
 
 GPUS = {"H100": 989e12, "A100": 312e12}  # FLOP/s: dense bf16 peak, by their data sheets (SXM)
 UTILISATION = 0.4  # of that peak: an assumption, about what a well-fed ViT reaches in bf16
@@ -83,7 +83,7 @@ def _vlm_row(run: VlmRun, train_flops: float | None, done: bool, seconds: float 
         "encoder": run.encoder,
         "language_model": run.language_model,
         "projector": run.projector,
-        "stages": [in_words(stage) for stage in run.stages],
+        "stages": [stage.words for stage in run.stages],
         "init_seed": run.init_seed,
         "budgets": list(run.budgets),
         "steps": run.num_examples // run.batch_size,
@@ -95,13 +95,6 @@ def _vlm_row(run: VlmRun, train_flops: float | None, done: bool, seconds: float 
     }
 
 
-def in_words(stage: Stage) -> str:
-    """Such as "projector 0.001, language model lora 0.0002; 4,000 images"."""
-    parts = {part.replace("_", " "): how for part, how in stage.parts.items() if how.mode != "frozen"}
-    rates = (f"{part} {'lora ' * (how.mode == 'lora')}{how.peak_lr:g}" for part, how in parts.items())
-    return f"{', '.join(rates)}; {stage.num_examples:,} images"
-
-
 def try_vlm_runs(sweep, runs: list[VlmRun], device: str) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """trunk_id -> (training FLOPs, seconds), from a tried step of each stage; and why there are none of the others."""
     if not runs:
@@ -111,17 +104,19 @@ def try_vlm_runs(sweep, runs: list[VlmRun], device: str) -> tuple[dict[str, tupl
     from sovit.vlm.trial import Trials
 
     torch.set_num_threads(1)
-    trials, found, notes = Trials(sweep.runs, sweep.runs_dir, device), {}, {}
+    trials = Trials(sweep.runs, sweep.runs_dir, device)
+    found: dict[str, tuple[float, float]] = {}
+    notes: list[str] = []
     for run in sorted(runs, key=lambda run: run.language_model):
         try:
             costs = trials.costs(run)
         except UserError as error:
-            notes[str(error)] = None
+            notes += [str(error)] * (str(error) not in notes)
             continue
         flops = sum(stage.num_examples * per_image for stage, (per_image, _) in zip(run.stages, costs))
         seconds = sum(stage.num_examples * each for stage, (_, each) in zip(run.stages, costs))
         found[run.trunk_id] = flops, seconds * OVERHEAD
-    return found, list(notes)
+    return found, notes
 
 
 def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
@@ -133,11 +128,11 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
     readers = [row for row in plan["trunks"] if row.get("kind") == "vlm"]
     t = plan["totals"]
     if encoders:
-        names = ("trunk", "shape", "params", "GFLOPs/image", "lr", "seed", "images a branch", "steps", "GFLOPs", "time")
+        names = ["trunk", "shape", "params", "GFLOPs/image", "lr", "seed", "images a branch", "steps", "GFLOPs", "time"]
         _print_table(names, ("trunk", "shape", "images a branch"), map(_cells, encoders))
         print()
     if readers:
-        names = ("trunk", "encoder", "language model", "projector", "stages", "seed", "steps", "TFLOPs", "time")
+        names = ["trunk", "encoder", "language model", "projector", "stages", "seed", "steps", "TFLOPs", "time"]
         _print_table(names, names[:5], map(_vlm_cells, readers))
         print()
     print(
@@ -181,8 +176,8 @@ def _print_table(names, left, rows) -> None:
     Console(width=None if Console().is_terminal else 150).print(table)
 
 
-def _cells(row: dict) -> tuple[str, ...]:
-    return (
+def _cells(row: dict) -> list[str]:
+    return [
         row["trunk_id"],
         f"{row['shape']} /{row['patch_size']} @{row['image_size']}" + f" {row['trained']}" * bool(row["trained"]),
         f"{row['num_params']:,}",
@@ -193,11 +188,11 @@ def _cells(row: dict) -> tuple[str, ...]:
         f"{row['steps']:,}",
         f"{row['compute'] / 1e9:.4g}",
         "done" if row["done"] else "probe" if row["seconds"] is None else clock(row["seconds"]),
-    )
+    ]
 
 
-def _vlm_cells(row: dict) -> tuple[str, ...]:
-    return (
+def _vlm_cells(row: dict) -> list[str]:
+    return [
         row["trunk_id"],
         row["encoder"],
         row["language_model"],
@@ -207,7 +202,7 @@ def _vlm_cells(row: dict) -> tuple[str, ...]:
         f"{row['steps']:,}",
         "" if row["train_flops"] is None else f"{row['train_flops'] / 1e12:.3g}",
         "done" if row["done"] else "?" if row["seconds"] is None else clock(row["seconds"]),
-    )
+    ]
 
 
 def step_seconds(runs: list[Run], device: str) -> dict[tuple, float]:
