@@ -142,12 +142,12 @@ def test_families_are_asked_alike_whichever_others_are(cpu):
 
 def test_little_can_be_guessed_from_the_text(cpu):
     """No family but that of the most frequent colour, which has one text, is answered without looking."""
-    blind = blind_accuracy(cpu, 2048)
+    blind = blind_accuracy(cpu, 1024)
     assert list(blind) == list(cpu.families)
     most = {"most": 0.55, "more": 0.55, "num_colours": 0.4}
     for family, found in blind.items():
         assert found.accuracy < most.get(family, 0.22), (family, found)
-    yes = [q.answer == "yes" for image in cpu.ask("val", 0, 2048) for q in image if q.family == "more"]
+    yes = [q.answer == "yes" for image in cpu.ask("val", 0, 1024) for q in image if q.family == "more"]
     assert 0.45 < sum(yes) / len(yes) < 0.55
     by_text = defaultdict(list)
     for (q,) in Questions(cpu.pictures, ("more",)).ask("train", 0, 4096):
