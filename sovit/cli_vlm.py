@@ -12,7 +12,28 @@ def add_commands(commands: Any) -> None:
     vlm = commands.add_parser("vlm", help="vision-language models: what systems are made of, train, ask, evaluate")
     actions = vlm.add_subparsers(title="commands", metavar="")
     vlm.set_defaults(run=lambda options: vlm.print_help() or 2)
+    _add_show(actions)
     _add_questions(actions)
+
+
+# released systems ------------------------------------------------------------------------------------------------------
+
+
+def _add_show(actions: Any) -> None:
+    command = actions.add_parser("show", help="what released systems are made of and weigh, from their configs alone")
+    command.add_argument(
+        "system", nargs="?", metavar="SYSTEM", help="one in full, such as llava-1.5-7b (default: a table of all)"
+    )
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=_show)
+
+
+def _show(options: Any) -> None:
+    from sovit.vlm import show
+
+    found: Any = show.describe(options.system) if options.system else show.compare()
+    text: Any = show.describe_text if options.system else show.compare_text
+    print(json.dumps(found, indent=2) if options.json else text(found))
 
 
 # questions -------------------------------------------------------------------------------------------------------------
