@@ -194,15 +194,17 @@ def _identity(stage: Stage) -> dict:
 # presets: how known systems are trained -----------------------------------------------------------------------------
 
 
-def llava15_stages(align: int, instruct: int) -> dict:
-    """LLaVA-1.5's (arXiv 2310.03744): the projector alone at 1e-3, then projector and language model at 2e-5; cosine."""
+def llava15(num_examples: int, batch_size: int) -> dict:
+    """LLaVA-1.5's two stages (arXiv 2310.03744), the images in the proportion of its 558k and 665k: the projector alone at
+    1e-3, then projector and language model at 2e-5; cosine to nothing; the last block but one, not normed."""
+    align = max(5, round(558 / (558 + 665) * num_examples / batch_size)) * batch_size
     first = Stage(align, projector=Part("full", 1e-3))
-    second = Stage(instruct, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
+    second = Stage(num_examples - align, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
     return {"stages": (first, second), "projector": "mlp2x_gelu", "layer": -2, "norm": False, "schedule": "cosine"}
 
 
-def nanovlm_stages(num_examples: int) -> dict:
-    """nanoVLM's: all parts at once, the projector at 5.12e-3 and the backbones at 5e-5; cosine to a tenth."""
+def nanovlm(num_examples: int, batch_size: int) -> dict:
+    """nanoVLM's one stage: all parts, the projector at 5.12e-3 and the backbones at 5e-5; cosine to a tenth."""
     decay = 0.01  # AdamW's default in PyTorch, which nanoVLM leaves as it is
     stage = Stage(
         num_examples,
@@ -214,4 +216,21 @@ def nanovlm_stages(num_examples: int) -> dict:
     return {"stages": (stage,), "projector": shuffle, "layer": -1, "norm": True, "schedule": "cosine", "final_lr": 0.1}
 
 
-PRESETS = {"llava15": llava15_stages, "nanovlm": nanovlm_stages}
+def projector_only(num_examples: int, batch_size: int) -> dict:
+    """The projector alone, between a frozen eye and a frozen language model, as in studies/vlm_transfer.py."""
+    stage = Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))
+    return {"stages": (stage,), "layout": "rows", "template": "short"}
+
+
+PRESETS = {"projector": projector_only, "llava15": llava15, "nanovlm": nanovlm}
+
+
+def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more) -> VlmRun:
+    """A run of PRESETS on `num_examples` images. Raises UserError for an unknown preset and what VlmRun refuses."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if num_examples % batch_size or num_examples < 10 * batch_size:
+        raise UserError(
+            f"--examples {num_examples} is no multiple of the batch of {batch_size}, or under {10 * batch_size}"
+        )
+    return VlmRun(encoder, **PRESETS[name](num_examples, batch_size), batch_size=batch_size, **more)

@@ -15,7 +15,7 @@ from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.train import main
 from sovit.train import train as train_encoder
-from sovit.vlm_run import PRESETS, Part, Stage, VlmRun
+from sovit.vlm_run import Part, Stage, VlmRun, preset_run
 
 pytest.importorskip("transformers")
 
@@ -217,10 +217,11 @@ def test_json_both_ways_and_ids(trained):
 
 
 def test_presets_train_what_the_systems_train():
-    llava = VlmRun("x-1", **PRESETS["llava15"](80, 80))
+    llava = preset_run("llava15", "x-1", 1000, 2)
+    assert [s.num_examples for s in llava.stages] == [456, 544]
     assert [s.parts["language_model"].mode for s in llava.stages] == ["frozen", "full"]
     assert [s.projector.peak_lr for s in llava.stages] == [1e-3, 2e-5] and not llava.norm and llava.layer == -2
-    nano = VlmRun("x-1", **PRESETS["nanovlm"](80))
+    nano = preset_run("nanovlm", "x-1", 80, 8)
     assert {name: p.peak_lr for name, p in nano.stages[0].parts.items()} == {
         "vision": 5e-5, "projector": 5.12e-3, "language_model": 5e-5
     }  # fmt: skip
@@ -235,6 +236,8 @@ def test_presets_train_what_the_systems_train():
         (lambda: Part("full", 0.1, warmup=1.5), "must be a share"),
         (lambda: Stage(80, projector=Part("lora", 0.1)), "train it in full"),
         (lambda: Stage(80, projector=Part()), "trains nothing"),
+        (lambda: preset_run("llama", "a-1", 80), "choose one of projector"),
+        (lambda: preset_run("llava15", "a-1", 81), "no multiple"),
         (lambda: VlmRun("a-1", ()), "at least one stage"),
         (lambda: VlmRun("a-1", (Stage(81),)), "no multiple of the batch"),
         (lambda: VlmRun("blind:x", (Stage(80),)), "blind:16"),

@@ -341,19 +341,28 @@ class VlmTrainer:
         }
 
 
-def open_vlm(run_id: str, runs_dir: Path | str = "runs", device: str = "cpu") -> VisionLanguageModel:
-    """A trained vision-language model, in eval mode, all of it frozen. Raises UserError for one that is not there."""
+def read_run(run_id: str, runs_dir: Path | str = "runs") -> VlmRun:
+    """What a vision-language model in `runs_dir` was trained as. Raises UserError for one that is not there."""
     folder = Path(runs_dir) / run_id.rpartition("-")[0]
-    path = folder / f"{run_id}.safetensors"
     try:
         run = VlmRun.from_dict(json.loads((folder / "config.json").read_text()))
-        weights, _ = load_weights(path)
     except (OSError, ValueError, UserError) as error:
         raise UserError(
             f"no trained vision-language model {run_id!r} in {runs_dir} ({error}); see the ledger's run_id"
         ) from None
     if run_id not in run.run_ids:
         raise UserError(f"{folder} holds {run.run_ids[0]}, not {run_id}; see the ledger's run_id")
+    return run
+
+
+def open_vlm(run_id: str, runs_dir: Path | str = "runs", device: str = "cpu") -> VisionLanguageModel:
+    """A trained vision-language model, in eval mode, all of it frozen. Raises UserError for one that is not there."""
+    run = read_run(run_id, runs_dir)
+    path = Path(runs_dir) / run.trunk_id / f"{run_id}.safetensors"
+    try:
+        weights, _ = load_weights(path)
+    except Unusable as error:
+        raise UserError(f"the weights of {run_id} cannot be read ({error}); train it again") from None
     model = build(run, runs_dir, device)
     names = trained_names(model, run)
     if set(weights) != set(names):
