@@ -1,6 +1,7 @@
 """Language models by name: what is promised of each, what is refused, and SmolLM2 out of a wheel."""
 
 import json
+import re
 import string
 import zipfile
 from pathlib import Path
@@ -41,7 +42,7 @@ def test_random_is_a_function_of_its_name():
     assert torch.equal(torch.get_rng_state(), before)
     keeps_its_promises(lm)
     assert (lm.model.config.num_hidden_layers, lm.model.config.hidden_size) == (2, 64)
-    assert len(lm.tokenizer) == lm.model.config.vocab_size == 259
+    assert 259 < len(lm.tokenizer) == lm.model.config.vocab_size <= 512
     same, other = open_language_model("random:2x64@0"), open_language_model("random:2x64@3")
     assert same.sha256 == lm.sha256 != other.sha256
     ids = torch.arange(40)[None]
@@ -55,8 +56,24 @@ def test_bytes_are_read_and_given_back_exactly():
     tokenizer = byte_tokenizer()
     text = "".join(map(chr, range(256))) + "  two  spaces, \n\t, 東京 🙂 <|im_end|>"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text and max(ids) < len(tokenizer)
+    rare = "xQzjé"
+    assert len(tokenizer.encode(rare)) == len(rare.encode())
     assert tokenizer.decode(tokenizer.encode("a<|end|>"), skip_special_tokens=True) == "a"
+
+
+def test_words_of_the_questions_are_one_token_each():
+    """Every question of the stream, written as the model is asked it."""
+    from sovit.vlm.questions import open_questions
+
+    tokenizer = byte_tokenizer()
+    (asked,) = open_questions("stream", "cpu", 16, 0).ask("train", 0, 1)
+    for q in asked:
+        for text in ("\n" + q.question, " " + q.answer):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.decode(ids) == text
+            pieces = re.findall(r"\n| ?[A-Za-z]+| ?\d+|[^\w\s]", text)
+            assert len(ids) == len(pieces), (text, tokenizer.convert_ids_to_tokens(ids))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +97,8 @@ def save(folder, rows=0, special=("<image>",), kind="LlamaForCausalLM", **option
     """A tiny model and a byte tokenizer of its own in `folder`; `rows` of the embedding beyond the words."""
     inner = json.loads(byte_tokenizer().backend_tokenizer.to_str())
     inner["added_tokens"] = []
+    inner["model"]["vocab"] = {t: i for t, i in inner["model"]["vocab"].items() if i < 256}
+    inner["model"]["merges"] = []
     inner = tokenizers.Tokenizer.from_str(json.dumps(inner))
     inner.add_special_tokens(["<end>", *special])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
@@ -154,7 +173,7 @@ def test_no_tokenizer(tmp_path):
     save(tmp_path)
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
-    refused(tmp_path, "cannot be opened|has no tokenizer")
+    refused(tmp_path, "the tokenizer of .* cannot be opened .*tokenizer.json")
 
 
 def test_pickled_weights_are_not_read(tmp_path):

@@ -1,7 +1,7 @@
 """Causal language models by name, each with its tokenizer, frozen.
 
     open_language_model("smollm2")            SmolLM2-135M-Instruct (Apache-2.0); first: sovit assets fetch smollm2
-    open_language_model("random:2x64")        a new Llama, depth x width, over bytes: nothing is downloaded; "@3" = seed 3
+    open_language_model("random:2x64")        a new Llama, depth x width: nothing is downloaded; "@3" = seed 3
     open_language_model("hf:NAME"), open_language_model("hf:FOLDER")   any causal model of transformers, safetensors only
 
 An image needs one token that stands for it in the text, which no text means: a special token that lies idle is taken, or a
@@ -31,6 +31,13 @@ from sovit.vlm.gguf import Gguf, llama_config, llama_state
 
 SMOLLM2 = "smollm2"
 SHA256_FILE = "weights.sha256"
+# what random:DxW reads and writes as one token each, with the space before it: the words of sovit's own questions
+FIRST_WORDS = "Read Name Which What How Are Is Answer Question"
+WORDS = (
+    "colour colours cell cells row column mark marks icon icons image order the of in is are has have only most more than"
+    " there many frequent one two three four left right above below top bottom"
+    " grey blue green cyan red magenta yellow white yes no 0 1 2 3 4 5 6 7 8 9 A B C D E F G H I J K L M N O P"
+)
 BYTES_CONTEXT = 2048  # positions of random:DxW
 # special tokens that can stand for an image, the best first; patterns of whole tokens
 IDLE_TOKENS = (
@@ -88,6 +95,7 @@ def _open_pretrained(name: str, location: str, dtype: torch.dtype, sha256: str =
 
     bars = transformers.utils.logging
     quiet = Path(location).is_dir() and bars.is_progress_bar_enabled()  # a download is shown, a short read is not
+    what = ""
     try:
         if quiet:
             bars.disable_progress_bar()
@@ -97,11 +105,12 @@ def _open_pretrained(name: str, location: str, dtype: torch.dtype, sha256: str =
         model, report = factory.from_pretrained(
             location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
+        what = "the tokenizer of "
         tokenizer = transformers.AutoTokenizer.from_pretrained(location, **options)
         sha256 = sha256 or _files_sha256(location)
     except Exception as error:  # transformers, tokenizers and the hub client raise a dozen unrelated kinds
         raise UserError(
-            f"{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
+            f"{what}{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and tokenizer.json of a causal language model"
         ) from error
     finally:
@@ -247,7 +256,11 @@ def convert_gguf(file: Gguf, folder: Path) -> None:
 
 
 def gguf_tokenizer(file: Gguf) -> Any:
-    """The byte-level BPE tokenizer of the SmolLM family from the metadata. Raises UserError for another kind."""
+    """The byte-level BPE tokenizer of the SmolLM family from the metadata. Raises UserError for another kind.
+
+    Digits are split off first, as in the model's own tokenizer and in llama.cpp's "smollm"; transformers' reader of GGUF
+    forgets that, and reads line breaks that stand before a digit as other tokens.
+    """
     import tokenizers
     import transformers
 
@@ -289,7 +302,7 @@ def state_sha256(state: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-# new models, over bytes ------------------------------------------------------------------------------------------------
+# new models ----------------------------------------------------------------------------------------------------------
 
 
 def _open_random(name: str, rest: str, dtype: torch.dtype) -> LanguageModel:
@@ -320,13 +333,18 @@ def _open_random(name: str, rest: str, dtype: torch.dtype) -> LanguageModel:
 
 
 def byte_tokenizer() -> Any:
-    """UTF-8 bytes as 256 tokens, and <|end|>, <|pad|>, <image>: every text is read, and given back, exactly."""
+    """UTF-8 bytes, WORDS and their beginnings, and <|end|>, <|pad|>, <image>: every text is given back exactly."""
     import tokenizers
     import transformers
 
+    space = "\u0120"  # what stands for it among the letters of bytes
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = [*FIRST_WORDS.split(), *(space + word for word in WORDS.split())]
+    # a word grows from its left, letter by letter, so that every beginning of it is a token, and no two words compete
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
+    tokens = letters + [left + right for left, right in merges]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     inner.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in ("<|end|>", "<|pad|>", "<image>")])
     return transformers.PreTrainedTokenizerFast(
