@@ -26,9 +26,9 @@ SHAPES = {
 }
 
 
-def plant(shape, runs_dir, data="stream"):
+def plant(shape, runs_dir, **more):
     """A branch whose tensors are all drawn at random, those that start at 0 or 1 too: no name can hide behind them."""
-    run = Run(shape, Recipe(0.01, warmup_examples=32), budgets=(160,), data=data)
+    run = Run(shape, Recipe(0.01, warmup_examples=32), budgets=(160,), **more)
     model = build(shape, 16, "fan_in", seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {}

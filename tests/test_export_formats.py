@@ -163,7 +163,7 @@ def test_a_wrong_config_is_found_out_and_nothing_is_written(
     run_ids, runs_dir = planted
     right = FORMATS[format]
     monkeypatch.setitem(FORMATS, format, right._replace(config=lambda s: right.config(s) | {field: wrong}))
-    with pytest.raises((RuntimeError, UserError), match="nothing was written|cannot be opened"):
+    with pytest.raises((RuntimeError, UserError), match="nothing was written|does not fit its config"):
         export_encoder(run_ids[shape], runs_dir, tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
@@ -195,6 +195,18 @@ def test_the_processor_makes_what_our_record_says(planted, tmp_path):
     theirs = processor(image, return_tensors="pt")["pixel_values"]
     ours = open_encoder(f"hf:{tmp_path / 'out'}").preprocess(image[None, :, :, 3:19] / 255)
     torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("format", ["timm", "vit"])
+def test_a_run_on_random_crops_is_shown_the_middle_as_in_its_validation(tmp_path, format):
+    shape = BASE.replace(pool="token")
+    run_id = plant(shape, tmp_path / "runs", data="hub", preset="pictures?crop=0.3&flip=0")
+    export_encoder(run_id, tmp_path / "runs", tmp_path / "out", 32, format=format)
+    place = "timm:local-dir:" if format == "timm" else "hf:"
+    record = open_encoder(f"{place}{tmp_path / 'out'}").preprocess
+    assert (record.crop, record.mean) == ("center", (0.5,) * 3)
+    assert record.crop_pct == (7 / 8 if format == "timm" else 32 / 36)  # in whole pixels there
+    assert "short side to 36 px (bicubic), the middle 32 px" in (tmp_path / "out" / "README.md").read_text()
 
 
 # sizes, cards, the command -------------------------------------------------------------------------------------------

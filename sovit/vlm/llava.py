@@ -56,9 +56,10 @@ def llava_model(
             raise UserError(f"vision_feature_layer={layer} of {encoder.name} does not exist; give {least} to {most}")
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+    tower: Any = encoder.module
     text: Any = language_model.model
     config = LlavaConfig(
-        vision_config=copy.deepcopy(encoder.module.config),
+        vision_config=copy.deepcopy(tower.config),
         text_config=copy.deepcopy(text.config),
         image_token_index=language_model.image_token_id,
         image_seq_length=encoder.grid**2 + (encoder.num_prefix_tokens if strategy == "full" else 0),
@@ -70,7 +71,7 @@ def llava_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlavaForConditionalGeneration(config).to(text.dtype)
-    _fill(model.model.vision_tower, encoder.module)
+    _fill(model.model.vision_tower, tower)
     _fill(model.model.language_model, text.base_model)
     _fill(model.lm_head, text.get_output_embeddings())
     model.model.vision_tower.requires_grad_(False)
@@ -92,7 +93,7 @@ def _open_tower(encoder_dir: Path | str) -> Encoder:
     return encoder
 
 
-def _strategy(encoder: Encoder, asked: str | None) -> str:
+def _strategy(encoder: Encoder, asked: str | None) -> Any:
     if asked is None:
         return "default" if encoder.num_prefix_tokens else "full"
     if asked not in STRATEGIES:
