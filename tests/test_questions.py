@@ -16,6 +16,7 @@ from sovit.data.icon_views import NAMES, Views
 from sovit.data.stream import PRESETS, VAL_SEED, Stream
 from sovit.vlm.questions import KINDS, Question, Questions, blind_accuracy, open_questions, salt
 from sovit.vlm.questions_icons import Picture, arrangements
+from sovit.vlm.questions_stream import StreamPictures
 
 ROW = {word: i for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"))}
 
@@ -122,6 +123,15 @@ def test_questions_are_pure_functions_of_seed_and_index(cpu):
     assert other.ask("train", 0, 20) != cpu.ask("train", 0, 20)
 
 
+def test_no_scene_is_shown_in_training_and_in_validation(cpu):
+    """Of a seed near the key of validation too; what tells how common answers are is of neither."""
+    near = StreamPictures("cpu", 16, 2**32 - 1)
+    shown = [cpu.pictures.scenes("train", 0, 300), near.scenes("train", 0, 300), near.scenes("val", 0, 300)]
+    shown.append(near.reference("val", 300))
+    told = {str(scene) for scenes in shown for scene in scenes}
+    assert len(told) == 1200 and cpu.pictures.scenes("val", 0, 300) == shown[2]
+
+
 def test_families_are_asked_alike_whichever_others_are(cpu):
     some = open_questions("stream", "cpu", 16, data_seed=5, families=("count", "marks"))
     assert some.families == ("count", "marks") and some.kinds == {"count": "counting", "marks": "reading"}
@@ -132,12 +142,12 @@ def test_families_are_asked_alike_whichever_others_are(cpu):
 
 def test_little_can_be_guessed_from_the_text(cpu):
     """No family but that of the most frequent colour, which has one text, is answered without looking."""
-    blind = blind_accuracy(cpu, 2048)
+    blind = blind_accuracy(cpu, 1024)
     assert list(blind) == list(cpu.families)
     most = {"most": 0.55, "more": 0.55, "num_colours": 0.4}
     for family, found in blind.items():
         assert found.accuracy < most.get(family, 0.22), (family, found)
-    yes = [q.answer == "yes" for image in cpu.ask("val", 0, 2048) for q in image if q.family == "more"]
+    yes = [q.answer == "yes" for image in cpu.ask("val", 0, 1024) for q in image if q.family == "more"]
     assert 0.45 < sum(yes) / len(yes) < 0.55
     by_text = defaultdict(list)
     for (q,) in Questions(cpu.pictures, ("more",)).ask("train", 0, 4096):
@@ -167,6 +177,8 @@ def test_images_that_do_not_exist(cpu):
         for refused in (cpu.ask, cpu.images):
             with pytest.raises(UserError, match=split):
                 refused(split, start, count)
+            with pytest.raises(UserError, match="count=0"):
+                refused("train", 0, 0)
 
 
 # icons: a small package of drawings whose names say what is true of them

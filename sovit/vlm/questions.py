@@ -130,7 +130,9 @@ class Questions:
     def _check(self, split: str, start: int, count: int) -> None:
         if split not in SPLITS:
             raise UserError(f"split={split!r} is unknown; choose train or val")
-        if start < 0 or count < 1 or (split == "val" and start + count > self.num_val):
+        if count < 1:
+            raise UserError(f"count={count} asks about no image; give 1 or more")
+        if start < 0 or (split == "val" and start + count > self.num_val):
             raise UserError(f"{split} images {start} .. {start + count - 1} do not exist; num_val={self.num_val}")
 
     def _usual_answers(self, split: str, name: str) -> Usual | None:
