@@ -15,6 +15,7 @@ TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
     *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "tuning", "timm_base"),
     "finetune_cost",
+    "contrastive",
 }
 EDGES = {
     "sweep",
