@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sovit import UserError, contrastive
+from sovit import UserError
 from sovit.branches import load_branch
 from sovit.contrastive import (
     Pairs,
