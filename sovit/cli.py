@@ -195,15 +195,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_finetune)
 
-    p = commands.add_parser("export", help="a trained run as a timm folder, or the config alone of a law's best shape")
+    p = commands.add_parser(
+        "export", help="a trained run as a folder for timm, transformers or nanoVLM, or a law's best shape as a config"
+    )
     p.add_argument("source", metavar="RUN_ID|LAW.json")
-    p.add_argument("--format", default="timm", help="timm; with --config-only also siglip or nanovlm")
+    p.add_argument("--format", default="timm", help="timm (default), siglip, vit, nanovlm or sovit, which says any shape")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
     p.add_argument("--image-size", type=_pixels, help="resize the trained weights to read images of this side")
     p.add_argument("--patch-size", type=_pixels, help="resize the trained weights to patches of this side")
     p.add_argument("--config-only", action="store_true", help="SOURCE is a law; write the config of its best shape")
     p.add_argument("--train-flops", type=float, help="budget of --config-only")
+    p.add_argument("--json", action="store_true", help="what the reload measured, as JSON")
     p.set_defaults(run=_export)
 
     for name, what in (
@@ -510,7 +513,7 @@ def _finetune(options) -> int:
 
 
 def _export(options) -> int:
-    from sovit.export import export_timm, write_config
+    from sovit.export import export_encoder, report_text, write_config
 
     if options.config_only:
         from sovit.law import read_law
@@ -526,17 +529,13 @@ def _export(options) -> int:
         shape = Shape(**best_shape(read_law(Path(options.source)), options.train_flops).shape)
         print(f"{write_config(shape, options.format, options.out)}: {shape.label}, {shape.num_params:,} parameters")
         return 0
-    if options.format != "timm":
-        raise UserError(f"--format {options.format!r} of a trained run is unknown; use --format timm")
+    sizes = options.image_size, options.patch_size
     try:
-        report = export_timm(options.source, options.runs, options.out, options.image_size, options.patch_size)
+        report = export_encoder(options.source, options.runs, options.out, *sizes, options.format)
     except RuntimeError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 1
-    checked = "timm's reload is bit-equal"
-    if report["transformers_max_difference"] is not None:
-        checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
-    print(f"{report['out']}: {checked}")
+    print(json.dumps(report, indent=2) if options.json else report_text(report))
     return 0
 
 

@@ -33,7 +33,7 @@ def star_runs() -> list[Run]:
 
 def demo(out: Path, workers: int) -> int:
     """Everything under `out`; a second call resumes what a first left undone. Returns the exit status."""
-    from sovit.export import export_timm
+    from sovit.export import export_encoder
     from sovit.report import fit_ledgers
     from sovit.validate import runs_of, validation_report, verdict_text, write_prediction
 
@@ -54,7 +54,7 @@ def demo(out: Path, workers: int) -> int:
     rows += run_sweep(test_sweep, workers)
     result = validation_report(prediction, rows, out / "validation")
     step("5/5  the encoder")
-    encoder = export_timm(runs[0].run_ids[-1], out / "runs", out / "encoder")
+    encoder = export_encoder(runs[0].run_ids[-1], out / "runs", out / "encoder")
     wall = time.monotonic() - started
 
     print("\n" + "=" * 78)

@@ -178,6 +178,7 @@ TOWERS = {  # model_type of the config -> class; a model of text and image gives
     "vit": "ViTModel",
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "sovit_vision": "SovitVisionModel",  # of sovit.hf_model
 }
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -185,6 +186,8 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 def _tower(name: str, location: str, device: str) -> Encoder:
     try:
         import transformers
+
+        from sovit import hf_model
     except ImportError:
         raise UserError(f"{name} needs transformers; run: pip install 'sovit[vlm]'") from None
     try:
@@ -193,10 +196,14 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         kind = config.model_type
         if kind not in TOWERS:
             raise UserError(f"{name} is a {kind!r}; the towers read here are {', '.join(sorted(TOWERS))}")
-        more: dict = {"use_safetensors": True}
+        more: dict = {"use_safetensors": True, "output_loading_info": True}
         if kind == "vit":
             more["add_pooling_layer"] = False  # a BERT-like pooler, which checkpoints seldom have
-        tower: Any = getattr(transformers, TOWERS[kind]).from_pretrained(location, **more).eval().to(device)
+        library: Any = hf_model if kind == hf_model.SovitVisionConfig.model_type else transformers
+        tower, found = getattr(library, TOWERS[kind]).from_pretrained(location, **more)
+        if missing := sorted(found["missing_keys"]):  # transformers draws them at random and warns
+            raise UserError(f"{name} lacks {len(missing)} tensors of a {TOWERS[kind]}, such as {missing[0]}; save it anew")
+        tower = tower.eval().to(device)
         record = transformers.AutoImageProcessor.from_pretrained(location, trust_remote_code=False).to_dict()
     except UserError:
         raise
@@ -223,9 +230,12 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         return x
 
     def pooled(images: Tensor) -> Tensor:
-        if getattr(config, "vision_use_head", False):
+        if getattr(config, "vision_use_head", False) or kind == "sovit_vision":
             return tower(images).pooler_output
-        x = norm(hidden(images, config.num_hidden_layers - 1))
+        x = hidden(images, config.num_hidden_layers - 1)
+        if getattr(config, "sovit_pool", "") == "avg":  # our exports': trained with the norm behind the mean
+            return norm(x.mean(1))
+        x = norm(x)
         return x[:, 0] if has_class else x.mean(1)
 
     return Encoder(

@@ -101,6 +101,29 @@ def test_read_only_disk_is_noticed_and_nothing_is_left_on_another(tmp_path, monk
         assets.writable(tmp_path)
 
 
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_a_wheel_is_brought_by_pip_which_builds_and_installs_nothing(pinned, tmp_path, monkeypatch, has_pip):
+    """`python -m pip` where this Python has one, else the `pip` on PATH; its last line where it fails."""
+    pins = assets.PINS.read_text().replace('"npm"', '"pypi"').replace("@toy/box", "toy-box")
+    assets.PINS.write_text(pins)
+    argv = tmp_path / "argv"
+    pip = f"open({str(argv)!r}, 'w').write(repr(sys.argv[1:])); open('toy.tgz', 'wb').write({CONTENT!r})"
+    if has_pip:
+        python = tmp_path / "python"
+        python.write_text(f"#!{sys.executable}\nimport sys\n{pip}\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(assets.sys, "executable", str(python))
+    else:
+        monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match="needs 'pip', which is not on PATH; run: python -m ensurepip"):
+            assets.fetch("toy")
+        pinned(pip)
+        (tmp_path / "bin" / "npm").rename(tmp_path / "bin" / "pip")
+    assert assets.fetch("toy").read_bytes() == CONTENT
+    words = ["download", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "toy-box==1.0.0"]
+    assert argv.read_text() == repr(["-m", "pip"] * has_pip + words)
+
+
 def test_path_prefers_the_environment_then_says_the_command(pinned, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="run: sovit assets fetch toy"):
         assets.path("toy")

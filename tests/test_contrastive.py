@@ -35,7 +35,7 @@ from sovit.text import EMBED_DIM, NUM_WORDS, pair_flops, text_flops, text_params
 from sovit.train import main, train
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
-RECIPE = Recipe(peak_lr=0.004, batch_size=32, warmup_examples=320, objective="siglip")
+RECIPE = Recipe(peak_lr=0.01, batch_size=32, warmup_examples=320, objective="siglip")
 SHORT, LONG = 3200, 6400  # 100 and 200 steps
 RUN = Run(SHAPE, RECIPE, (SHORT, LONG), study="s")
 
@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_transformers():
 def test_the_zero_line_is_the_best_constant():
     same = F.normalize(torch.ones(64, 4), dim=-1)
     losses = [
-        sigmoid_loss(same, same, torch.tensor(-30.0), torch.tensor(b)).mean() for b in torch.linspace(-8, 0, 4001)
+        sigmoid_loss(same, same, torch.tensor(-30.0), b).mean() for b in torch.linspace(-8, 0, 4001)
     ]
     assert min(losses).item() == pytest.approx(zero_line(64), abs=1e-4)
     assert zero_line(64) == pytest.approx(5.151, abs=1e-3)
@@ -281,8 +281,8 @@ def test_a_row_says_what_was_learned_and_what_it_cost(trained):
     assert long["train_flops"] == 3 * LONG * sum(long[k] for k in ("forward_flops", "head_flops", "text_flops"))
     assert sum(row["spent_flops"] for row in trained[1]) == RUN.total_examples * long["train_flops"] / LONG
     assert long["zero_line"] == zero_line(64) and long["val_batch"] == 64
-    assert long["val_loss"] < short["val_loss"] and long["val_loss"] < long["zero_line"] - 0.1
-    assert long["val_error"] < 0.97  # of 63 / 64
+    assert long["val_error"] < short["val_error"] < 0.96  # a guess is wrong in 63 of 64
+    assert long["val_zero_shot_error/colour"] < long["zero_shot_chance/colour"] - 0.05
     assert long["zero_shot_majority/colour"] < long["zero_shot_chance/colour"]
     assert 0 < long["val_zero_shot_error"] < 1 and "val_zero_shot_error/kind" in long
 
@@ -292,8 +292,7 @@ def test_its_budgets_spend_what_they_say():
     assert RUN.replace(budgets=(n,)).train_flops(n) == pytest.approx(1e11, rel=0.01)
 
 
-@pytest.mark.parametrize("windows", [1, 3])
-def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path, windows):
+def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
     class Killed(BaseException):
         pass
 
@@ -301,7 +300,7 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path, windows):
 
     def stop(progress):
         seen.append(progress)
-        if len(seen) == windows:
+        if len(seen) == 3:
             raise Killed
 
     with pytest.raises(Killed):

@@ -104,10 +104,10 @@ def test_another_family_is_refused():
 
 
 def test_a_timm_folder(trained, tmp_path):
-    from sovit.export import export_timm
+    from sovit.export import export_encoder
 
     runs_dir, run = trained
-    export_timm(run.run_ids[0], runs_dir, tmp_path / "out")
+    export_encoder(run.run_ids[0], runs_dir, tmp_path / "out")
     ours, theirs = open_encoder(run.run_ids[0], runs_dir), open_encoder(f"timm:local-dir:{tmp_path / 'out'}")
     images = IMAGES[..., :16, :16]
     assert torch.equal(ours.tokens(images), theirs.tokens(images))

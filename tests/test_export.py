@@ -10,7 +10,8 @@ from sovit import UserError
 from sovit.branches import load_branch
 from sovit.cli import main
 from sovit.encoder import open_encoder
-from sovit.export import CONFIGS, config_of, export_timm, write_config
+from sovit.export import config_of, export_encoder, write_config
+from sovit.export_config import FORMATS
 from sovit.flexi import at_patch_size
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -30,7 +31,7 @@ def trained(tmp_path_factory):
 
 def test_timm_folder_gives_the_trained_outputs_bit_for_bit(trained, tmp_path):
     run_id, runs_dir = trained
-    report = export_timm(run_id, runs_dir, tmp_path / "encoder")
+    report = export_encoder(run_id, runs_dir, tmp_path / "encoder")
     assert report["timm_max_difference"] == 0.0
     model, _ = load_branch(run_id, runs_dir)
     images = torch.randn(3, 3, 16, 16)
@@ -46,7 +47,7 @@ def test_timm_folder_gives_the_trained_outputs_bit_for_bit(trained, tmp_path):
 def test_transformers_automodel_gives_the_same_tokens(trained, tmp_path):
     transformers = pytest.importorskip("transformers")
     run_id, runs_dir = trained
-    report = export_timm(run_id, runs_dir, tmp_path / "encoder")
+    report = export_encoder(run_id, runs_dir, tmp_path / "encoder")
     assert report["transformers_max_difference"] <= 1e-6
     assert transformers.AutoConfig.from_pretrained(tmp_path / "encoder").num_labels == 16
 
@@ -54,14 +55,14 @@ def test_transformers_automodel_gives_the_same_tokens(trained, tmp_path):
 def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
     run_id, runs_dir = trained
     out = tmp_path / "encoder"
-    export_timm(run_id, runs_dir, out)
-    export_timm(run_id, runs_dir, out)
+    export_encoder(run_id, runs_dir, out)
+    export_encoder(run_id, runs_dir, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
     foreign = tmp_path / "hub_model"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(UserError, match="holds something else"):
-        export_timm(run_id, runs_dir, foreign)
+        export_encoder(run_id, runs_dir, foreign)
     assert (foreign / "config.json").read_text() == '{"model_type": "vit"}'
     (foreign / "config.json").unlink()
     foreign.rmdir()
@@ -69,7 +70,7 @@ def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
     other.mkdir()
     (other / "cat.jpg").write_text("precious")
     with pytest.raises(UserError, match="holds something else"):
-        export_timm(run_id, runs_dir, other)
+        export_encoder(run_id, runs_dir, other)
     assert (other / "cat.jpg").read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "photos"]
 
@@ -77,7 +78,7 @@ def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
 def test_a_run_that_is_not_there_is_refused(trained, tmp_path):
     run_id, runs_dir = trained
     with pytest.raises(UserError, match=run_id):  # names one that is
-        export_timm("0123456789-160", runs_dir, tmp_path / "encoder")
+        export_encoder("0123456789-160", runs_dir, tmp_path / "encoder")
 
 
 @pytest.mark.parametrize("sizes", [(32, 4), (12, 4), (20, 4), (16, 8), (16, 2), (32, 8), (15, 3)])
@@ -85,8 +86,8 @@ def test_an_export_at_another_size_is_what_timm_makes_of_the_native_one(trained,
     """timm resizes what it loads, too: an oracle for positions and kernel that shares no code with ours."""
     run_id, runs_dir = trained
     image_size, patch_size = sizes
-    export_timm(run_id, runs_dir, tmp_path / "native")
-    export_timm(run_id, runs_dir, tmp_path / "resized", image_size, patch_size)
+    export_encoder(run_id, runs_dir, tmp_path / "native")
+    export_encoder(run_id, runs_dir, tmp_path / "resized", image_size, patch_size)
     images = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = timm.create_model(f"local-dir:{tmp_path / 'resized'}", pretrained=True).eval()
@@ -105,7 +106,7 @@ def test_an_export_at_another_size_is_what_timm_makes_of_the_native_one(trained,
 def test_a_resized_export_through_transformers(trained, tmp_path):
     transformers = pytest.importorskip("transformers")
     run_id, runs_dir = trained
-    report = export_timm(run_id, runs_dir, tmp_path / "out", image_size=32)
+    report = export_encoder(run_id, runs_dir, tmp_path / "out", image_size=32)
     assert report["timm_max_difference"] == 0.0 and report["transformers_max_difference"] <= 1e-6
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.data_config["input_size"] == (3, 32, 32)
@@ -147,7 +148,7 @@ def test_a_fine_tuned_branch_is_exported_at_its_new_size_with_its_whole_descent(
     base, (first, second), runs_dir = trained[0], *fine_tuned
     images = torch.randn(3, 3, 32, 32)
     for run_id, grid in ((first, 4), (second, 8)):
-        report = export_timm(run_id, runs_dir, tmp_path / run_id)
+        report = export_encoder(run_id, runs_dir, tmp_path / run_id)
         assert report["timm_max_difference"] == 0.0
         model, _ = load_branch(run_id, runs_dir)
         with torch.no_grad():
@@ -158,19 +159,19 @@ def test_a_fine_tuned_branch_is_exported_at_its_new_size_with_its_whole_descent(
     assert "the task head trained, all else frozen, 160 examples" in card
     assert f"Run `{first}` is a fine-tuning of `{base}` (16 px, patch 4) to 32 px, patch 8" in card
     assert "the attention's projections, the positions and the task head trained" in card
-    export_timm(base, runs_dir, tmp_path / "base")
+    export_encoder(base, runs_dir, tmp_path / "base")
     assert "fine-tuning" not in (tmp_path / "base" / "README.md").read_text()
 
 
 def test_a_timm_base_is_named_with_the_digest_of_its_weights(trained, tmp_path):
     run_id, runs_dir = trained
-    export_timm(run_id, runs_dir, tmp_path / "hub")
+    export_encoder(run_id, runs_dir, tmp_path / "hub")
     name = f"timm:local-dir:{tmp_path / 'hub'}"
     digest = load_timm_base(name).sha256
     run = Run(TINY.replace(image_size=32, patch_size=8), Recipe(0.003, warmup_examples=32), (160,), base=name)
     run = run.replace(base_sha256=digest, trained="mlp")
     train(run, runs_dir)
-    export_timm(run.run_ids[0], runs_dir, tmp_path / "out")
+    export_encoder(run.run_ids[0], runs_dir, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"a fine-tuning of `{name}` (16 px, patch 4) to 32 px" in card and digest in card and "the MLPs" in card
 
@@ -180,7 +181,7 @@ def test_a_flexi_trunk_is_exported_at_each_patch_size_as_it_was_validated(tmp_pa
     run = Run(shape, Recipe(0.01, warmup_examples=32, patch_sizes=(2, 4)), budgets=(160,))
     train(run, tmp_path / "runs")
     model, _ = load_branch(run.run_ids[0], tmp_path / "runs")
-    export_timm(run.run_ids[0], tmp_path / "runs", tmp_path / "out", patch_size=2)
+    export_encoder(run.run_ids[0], tmp_path / "runs", tmp_path / "out", patch_size=2)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         expected = at_patch_size(model, shape, 2)(images)
@@ -227,5 +228,5 @@ def test_what_a_format_cannot_say_is_refused(name):
 
 
 def test_unknown_format_names_the_known_ones():
-    with pytest.raises(UserError, match=", ".join(CONFIGS)):
+    with pytest.raises(UserError, match=", ".join(FORMATS)):
         config_of(SO400M, "onnx")

@@ -1,6 +1,7 @@
 """The three layers: arithmetic, torch, edges. Imports point downwards; each outside package has its one importer."""
 
 import ast
+import functools
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ FILES = sorted((ROOT / "sovit").rglob("*.py"))
 TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
     *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "tuning", "timm_base"),
-    "finetune_cost",
+    *("finetune_cost", "export_card", "export_check", "export_tensors", "hf_model"),
     "contrastive",
 }
 EDGES = {
@@ -54,26 +55,24 @@ def layer(name):
     return 1 if name in TORCH else 2 if name in EDGES else 0
 
 
+@functools.cache
 def imports(path, top_level_only=False):
     """Dotted names of modules that a file imports, anywhere in it or when it is itself imported."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree)
-    if top_level_only:
-        inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
-        typing_only = {
-            id(n)
-            for f in ast.walk(tree)
-            if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.dump(f.test)
-            for n in ast.walk(f)
-        }
-        nodes = (n for n in ast.walk(tree) if id(n) not in inside | typing_only)
-    for node in nodes:
+    names, nodes = [], [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if top_level_only and (
+            isinstance(node, (ast.FunctionDef, ast.Lambda))
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def own_units(path, **more):
@@ -84,6 +83,7 @@ def own_units(path, **more):
             yield parts[1]
 
 
+@functools.cache
 def known(name):
     return (ROOT / "sovit" / f"{name}.py").exists() or (ROOT / "sovit" / name).is_dir()
 

@@ -14,7 +14,7 @@ from sovit import UserError
 from sovit.branches import load_branch
 from sovit.cli import main
 from sovit.encoder import open_encoder
-from sovit.export import export_timm
+from sovit.export import export_encoder
 from sovit.ledger import read_record
 from sovit.model import build
 from sovit.probe import compare
@@ -68,9 +68,9 @@ def test_an_odd_size_is_counted_built_trained_validated_probed_and_exported(pict
     images = torch.randn(1, 3, image_size, image_size)
     assert open_encoder(run_id, tmp_path).tokens(images).shape == (1, side**2, 16)
 
-    export_timm(run_id, tmp_path, tmp_path / "out")
+    export_encoder(run_id, tmp_path, tmp_path / "out")
     larger = 2 * image_size
-    export_timm(run_id, tmp_path, tmp_path / "larger", image_size=larger)
+    export_encoder(run_id, tmp_path, tmp_path / "larger", image_size=larger)
     model, _ = load_branch(run_id, tmp_path)
     native = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     at_twice = timm.create_model(f"local-dir:{tmp_path / 'larger'}", pretrained=True).eval()

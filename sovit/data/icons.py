@@ -293,10 +293,14 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
         )
     if data_seed < 0:
         raise UserError(f"data_seed={data_seed} is negative; give 0 or more")
-    tile = image_size // grid
-    finer = FINER if PRESETS[preset].views and tile <= FINEST else 1
-    folder = masks_folder(PRESETS[preset].num_classes, finer * tile)
+    folder = masks_folder(PRESETS[preset].num_classes, masks_size(preset, image_size))
     return Icons(PRESETS[preset], folder, image_size, patch_size, data_seed, device)
+
+
+def masks_size(preset: str, image_size: int) -> int:
+    """Pixels a side at which the icons of a preset are rendered for images of that size."""
+    tile = image_size // PRESETS[preset].grid
+    return (FINER if PRESETS[preset].views and tile <= FINEST else 1) * tile
 
 
 def masks_folder(num_classes: int, size: int) -> Path:
@@ -306,15 +310,39 @@ def masks_folder(num_classes: int, size: int) -> Path:
     is_val.npy [I] bool, ATTRIBUTION.tsv (I rows), info.json.
     Raises UserError where the asset or resvg is missing, or where fewer classes or families than needed are found.
     """
+    # the package is needed to render only: rendered masks can be carried to a machine that does not have it
+    return build_once(
+        "icons",
+        masks_key(num_classes, size),
+        lambda folder: render_all(assets.path("iconify"), num_classes, size, folder),
+    )
+
+
+def masks_key(num_classes: int, size: int) -> str:
     asset = assets.get("iconify")
     if os.environ.get(asset.env):  # a file of the user's own is told apart by size and date, the pinned one by its hash
         stat = assets.path("iconify").stat()
         source = f"{stat.st_size} {stat.st_mtime_ns}"
     else:
         source = asset.sha256
-    key = content_key(recipe=rules(num_classes).recipe, num_classes=num_classes, size=size, source=source)
-    # the package is needed to render only: rendered masks can be carried to a machine that does not have it
-    return build_once("icons", key, lambda folder: render_all(assets.path("iconify"), num_classes, size, folder))
+    return content_key(recipe=rules(num_classes).recipe, num_classes=num_classes, size=size, source=source)
+
+
+def licences(preset: str, image_size: int) -> dict[str, list[str]]:
+    """Licence -> icon sets whose drawings a preset shows, sorted; {} where its masks are not in the cache."""
+    preset = preset or "mosaic"
+    try:
+        key = masks_key(PRESETS[preset].num_classes, masks_size(preset, image_size))
+    except UserError:  # a package of the user's own that has gone
+        return {}
+    table = assets.cache_dir() / "icons" / key / "ATTRIBUTION.tsv"
+    if not table.exists():
+        return {}
+    sets: dict[str, set[str]] = {}
+    for line in table.read_text(encoding="utf-8").splitlines()[1:]:
+        title, _, licence, *_ = line.split("\t")
+        sets.setdefault(licence, set()).add(title.partition(":")[0])
+    return {licence: sorted(sets[licence]) for licence in sorted(sets)}
 
 
 def render_all(tarball: Path, num_classes: int, size: int, folder: Path) -> None:

@@ -1,0 +1,317 @@
+"""Projectors of released vision-language models: patch tokens [B, N, width_in] -> [B, M, width_out] for the language model.
+
+    linear                one matrix and a bias (LLaVA, arXiv 2304.08485; Llama 3.2's projector)
+    mlp2x_gelu            Linear, GELU (erf), Linear (LLaVA-1.5, arXiv 2310.03744)
+    pixel_shuffle_linear  factor² neighbours to channels, one matrix without bias (Idefics3, arXiv 2408.12637; nanoVLM)
+    pixel_shuffle_mlp     the same shuffle, LayerNorm, Linear, GELU, Linear (InternVL 2.5 and 3, arXiv 2412.05271)
+    perceiver             gated MLP to the text's width, then latents that attend to it (Idefics2, arXiv 2405.02246)
+    avgpool_rms_linear    mean of factor² neighbours, RMSNorm with 1 + weight, one matrix (Gemma 3, arXiv 2503.19786)
+
+Attributes bear the names of the released weights, so that `load_released` needs few renames; each module equals its
+counterpart in transformers on the same weights (results/vlm_parity.json, held by tests).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sovit import UserError
+
+
+def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: int = 0, **options: Any) -> nn.Module:
+    """A new projector of the table PROJECTORS: [B, num_tokens, width_in] -> [B, module.num_tokens_out, width_out].
+
+    Tokens are patches in raster order without prefix tokens. Weights are a function of `seed` alone (the global generator
+    is left as it was): matrices ~ N(0, 1 / fan_in), biases 0, norms at rest. Two released habits are not followed: Gemma 3's
+    matrix starts at zero, Idefics2's latents at one, which makes all of them alike. Under `torch.device("meta")` nothing is
+    allocated. Raises UserError for an unknown name or option, and for sizes that do not fit.
+    """
+    if name not in PROJECTORS:
+        raise UserError(f"unknown projector {name!r}; choose one of {', '.join(PROJECTORS)}")
+    sizes = {"width_in": width_in, "width_out": width_out, "num_tokens": num_tokens}
+    known = options_of(name)
+    for option in options.keys() - known.keys():
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"projector {name} has no option {option!r}; {has}")
+    for what, value in {**sizes, **options}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{what}={value!r} of projector {name} does not fit; give a whole number of at least 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = PROJECTORS[name](width_in, width_out, num_tokens, **options)
+        initialise(module)
+    return module
+
+
+def options_of(name: str) -> dict[str, int | None]:
+    """The options of a projector with their defaults."""
+    parameters = inspect.signature(PROJECTORS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def initialise(module: nn.Module) -> None:
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, std=m.in_features**-0.5)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, Resampler):
+            nn.init.normal_(m.latents)
+        elif isinstance(m, AvgpoolRmsLinear):
+            nn.init.normal_(m.mm_input_projection_weight, std=m.mm_input_projection_weight.shape[0] ** -0.5)
+
+
+def load_released(projector: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Copy released weights into a projector of ours, strictly, and return it.
+
+    `state_dict` is the projector's own or the whole system's, with the names of transformers, nanoVLM, LLaVA's or
+    InternVL's first release. Raises UserError where a weight is missing, left over or of another size.
+    """
+    parts: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        part, dot, rest = key.removeprefix("model.").partition(".")
+        if dot and part in RELEASED_PARTS:
+            parts[rest] = value
+    renamed = {}
+    for key, value in (parts or state_dict).items():
+        for theirs, ours in getattr(projector, "RELEASED", {}).items():
+            if key.startswith(theirs):
+                key = ours + key.removeprefix(theirs)
+                break
+        renamed[key] = value
+    own = projector.state_dict()
+    name = type(projector).__name__
+    for key in own.keys() ^ renamed.keys():
+        what = "misses" if key in own else "has beside them"
+        raise UserError(f"the weights for {name} {what} {key!r}; give those of a system that has this projector")
+    for key, value in own.items():
+        if value.shape != renamed[key].shape:
+            theirs, ours = (" x ".join(map(str, v.shape)) for v in (renamed[key], value))
+            raise UserError(f"{key} of {name} is {ours}, of the weights {theirs}; build it with their sizes")
+    projector.load_state_dict(renamed)
+    return projector
+
+
+# where the projector stands in: transformers' Llava, InternVL, Gemma3; Idefics2, Idefics3, SmolVLM; nanoVLM; LLaVA; InternVL
+RELEASED_PARTS = ("multi_modal_projector", "connector", "MP", "mm_projector", "mlp1")
+
+
+# one matrix, or two -------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int):
+        super().__init__(width_in, width_out)
+        self.num_tokens_out = num_tokens
+
+
+class Mlp2xGelu(nn.Module):
+    RELEASED: ClassVar = {"0.": "linear_1.", "2.": "linear_2."}
+
+    def __init__(self, width_in: int, width_out: int, num_tokens: int):
+        super().__init__()
+        self.num_tokens_out = num_tokens
+        self.linear_1 = nn.Linear(width_in, width_out)
+        self.linear_2 = nn.Linear(width_out, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+# neighbours to channels -----------------------------------------------------------------------------------------------
+
+
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """[B, N, D] of a square grid -> [B, N / factor², factor² D], both in raster order.
+
+    Within a block: row, column, channel, the channel fastest, as in Idefics3, SmolVLM, nanoVLM, Llama 4 and InternVL's
+    second version.
+    """
+    batch, num_tokens, width = x.shape
+    side = grid_side(num_tokens, factor) // factor
+    x = x.reshape(batch, side, factor, side, factor, width).transpose(2, 3)  # [B, rows, columns, row, column, D]
+    return x.reshape(batch, side * side, factor * factor * width)
+
+
+def grid_side(num_tokens: int, factor: int) -> int:
+    """Tokens a side. Raises UserError where they make no square, or `factor` does not divide it."""
+    side = round(num_tokens**0.5)
+    if side * side != num_tokens:
+        raise UserError(
+            f"num_tokens={num_tokens} is no square grid; give patch tokens alone, such as {side * side} ({side} x {side})"
+        )
+    if side % factor:
+        divisors = ", ".join(str(d) for d in range(1, side + 1) if side % d == 0)
+        raise UserError(f"factor={factor} does not divide a grid of {side} x {side} tokens; choose one of {divisors}")
+    return side
+
+
+class PixelShuffleLinear(nn.Module):
+    RELEASED: ClassVar = {"modality_projection.": ""}
+
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+        super().__init__()
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
+        self.factor = factor
+        self.proj = nn.Linear(factor**2 * width_in, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(space_to_depth(x, self.factor))
+
+
+class PixelShuffleMlp(nn.Module):
+    RELEASED: ClassVar = {"0.": "layer_norm.", "1.": "linear_1.", "3.": "linear_2."}
+
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+        super().__init__()
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
+        self.factor = factor
+        self.layer_norm = nn.LayerNorm(factor**2 * width_in)
+        self.linear_1 = nn.Linear(factor**2 * width_in, width_out)
+        self.linear_2 = nn.Linear(width_out, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer_norm(space_to_depth(x, self.factor))
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+class AvgpoolRmsLinear(nn.Module):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+        super().__init__()
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
+        self.factor = factor
+        self.mm_input_projection_weight = nn.Parameter(torch.empty(width_in, width_out))
+        self.mm_soft_emb_norm = OnePlusRmsNorm(width_in)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, num_tokens, width = x.shape
+        side = grid_side(num_tokens, self.factor)
+        grid = x.transpose(1, 2).reshape(batch, width, side, side).contiguous()  # else pooling sums in another order
+        pooled = F.avg_pool2d(grid, self.factor).flatten(2).transpose(1, 2)  # [B, M, width_in]
+        return self.mm_soft_emb_norm(pooled) @ self.mm_input_projection_weight
+
+
+class OnePlusRmsNorm(nn.Module):
+    """Gemma's: x / rms(x) * (1 + weight), in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+        return (normed * (1 + self.weight.float())).type_as(x)
+
+
+RMS_EPS = 1e-6  # of Gemma 3's and Idefics2's norms
+
+
+# latents that attend ------------------------------------------------------------------------------------------------
+
+
+class Perceiver(nn.Module):
+    """Idefics2's connector; its defaults are the released ones. `mlp_dim` is the language model's, else 4 x width_out."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        num_tokens: int,
+        *,
+        num_latents: int = 64,
+        depth: int = 3,
+        num_heads: int = 16,
+        head_dim: int = 96,
+        num_kv_heads: int = 4,
+        mlp_dim: int | None = None,
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise UserError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; give one that is")
+        self.num_tokens_out = num_latents
+        self.modality_projection = GatedMlp(width_in, mlp_dim or 4 * width_out, width_out)
+        self.perceiver_resampler = Resampler(width_out, num_latents, depth, num_heads, head_dim, num_kv_heads)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask [B, N]: True where a token is of the image, False where it pads; None: all are."""
+        return self.perceiver_resampler(self.modality_projection(x), mask)
+
+
+class GatedMlp(nn.Module):
+    def __init__(self, width_in: int, mlp_dim: int, width_out: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width_in, mlp_dim, bias=False)
+        self.up_proj = nn.Linear(width_in, mlp_dim, bias=False)
+        self.down_proj = nn.Linear(mlp_dim, width_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Resampler(nn.Module):
+    def __init__(self, width: int, num_latents: int, depth: int, num_heads: int, head_dim: int, num_kv_heads: int):
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(num_latents, width))
+        self.layers = nn.ModuleList(ResamplerLayer(width, num_heads, head_dim, num_kv_heads) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, RMS_EPS)
+
+    def forward(self, context: Tensor, mask: Tensor | None) -> Tensor:
+        latents = self.latents.expand(len(context), -1, -1)  # [B, M, D]
+        if mask is not None:  # latents see each other and themselves, whatever is masked
+            mask = F.pad(mask, (0, latents.shape[1]), value=True)[:, None, None]  # [B, heads, latents, N + M]
+        for layer in self.layers:
+            latents = layer(latents, context, mask)
+        return self.norm(latents)
+
+
+class ResamplerLayer(nn.Module):
+    def __init__(self, width: int, num_heads: int, head_dim: int, num_kv_heads: int):
+        super().__init__()
+        self.input_latents_norm = nn.RMSNorm(width, RMS_EPS)
+        self.input_context_norm = nn.RMSNorm(width, RMS_EPS)
+        self.self_attn = ResamplerAttention(width, num_heads, head_dim, num_kv_heads)
+        self.post_attention_layernorm = nn.RMSNorm(width, RMS_EPS)
+        self.mlp = GatedMlp(width, 4 * width, width)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        normed = self.input_latents_norm(latents)
+        latents = latents + self.self_attn(normed, self.input_context_norm(context), mask)
+        return latents + self.mlp(self.post_attention_layernorm(latents))
+
+
+class ResamplerAttention(nn.Module):
+    """Latents ask; context and latents together answer."""
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, num_kv_heads: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+
+    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        seen = torch.cat((context, latents), 1)  # [B, N + M, D]
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, tokens, head_dim]
+            for x in (self.q_proj(latents), self.k_proj(seen), self.v_proj(seen))
+        )
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+PROJECTORS: dict[str, Any] = {
+    "linear": Linear,
+    "mlp2x_gelu": Mlp2xGelu,
+    "pixel_shuffle_linear": PixelShuffleLinear,
+    "pixel_shuffle_mlp": PixelShuffleMlp,
+    "perceiver": Perceiver,
+    "avgpool_rms_linear": AvgpoolRmsLinear,
+}
