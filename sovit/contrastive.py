@@ -195,6 +195,12 @@ def val_batch(source: Source) -> int:
     return min(VAL_BATCH, source.num_val)
 
 
+def pair_baselines(source: Source) -> str:
+    """What can be had without looking, as `sovit.data.baselines` says it of labels."""
+    batch = val_batch(source)
+    return f"captions, zero line {zero_line(batch):.4f} nats in batches of {batch}; a guess is wrong in {1 - 1 / batch:.1%}"
+
+
 def row_columns(source: Source, captions: Captions) -> dict:
     """What a row says of the objective: the zero line of val_loss, the text tower, and what zero-shot guesses come to.
 

@@ -285,6 +285,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     Raises UserError for a device, data or base that cannot be had, shapes that do not fit the data, and data that changed
     since a part of the study was trained.
     """
+    from sovit.contrastive import pair_baselines
     from sovit.data import baselines, open_data
     from sovit.probe import check_same_data, open_probe
     from sovit.train import check_device, check_readout
@@ -297,7 +298,8 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
         key = (run.data, run.preset, shape.image_size, shape.patch_size)
         if key not in sources:
             sources[key] = open_data(*key, 0, device)
-            print(f"{run.data}:{run.preset} at {shape.image_size} px: {baselines(sources[key])}", flush=True)
+            known = baselines if run.recipe.objective == "classification" else pair_baselines
+            print(f"{run.data}:{run.preset} at {shape.image_size} px: {known(sources[key])}", flush=True)
         for size in run.recipe.patch_sizes:
             other = (*key[:-1], size)
             if other not in sources:

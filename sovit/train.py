@@ -106,8 +106,7 @@ class Trainer:
         }
         self.source = self.sources[shape.patch_size]
         self.captions = open_captions(run.data, self.source) if run.recipe.objective == "siglip" else None
-        if self.captions is None:
-            check_readout(run, self.source.readout)
+        check_readout(run, self.source.readout)
         self.num_classes = self.source.num_classes
         self.flops_per_example = run.train_flops(run.budgets[-1], self.num_classes) / run.budgets[-1]
         self.base = base_of(run, runs_dir) if run.base else None
@@ -386,7 +385,9 @@ def say(line: str) -> None:
 
 
 def check_readout(run: Run, readout: str) -> None:
-    """A source with a label a patch needs a shape without pooling, and the other way round."""
+    """A source with a label a patch needs a shape without pooling, and the other way round; a caption fits any."""
+    if run.recipe.objective == "siglip":
+        return
     if (readout == "tokens") != (run.shape.pool == "none"):
         need = "pool=none" if readout == "tokens" else "pool=avg, map or token"
         raise UserError(

@@ -24,7 +24,7 @@ from sovit.contrastive import (
 from sovit.data import Batch, open_data
 from sovit.data.captions import open_captions
 from sovit.encoder import open_encoder
-from sovit.export import export_timm
+from sovit.export import export_encoder
 from sovit.ledger import update_ledger
 from sovit.loop import fit
 from sovit.measurements import measurements
@@ -324,7 +324,8 @@ def test_the_stored_branch_gives_its_metrics_back_and_its_encoder_alone(trained,
     assert encoder.tokens(images).shape == (4, 16, 16)
     control = open_encoder(f"random:{RUN.run_id(LONG)}", runs_dir)
     assert torch.equal(control.module.pos_embed, pair()[0].pos_embed)
-    assert export_timm(RUN.run_id(LONG), runs_dir, tmp_path / "out")["timm_max_difference"] == 0
+    report = export_encoder(RUN.run_id(LONG), runs_dir, tmp_path / "out", format="timm")
+    assert report["timm_max_difference"] == 0 and "text" not in (tmp_path / "out" / "config.json").read_text()
 
 
 def test_rows_are_measurements_and_do_not_mix_with_classification(trained, tmp_path):
@@ -371,3 +372,10 @@ def test_a_classifier_has_no_text_tower(tmp_path):
     with pytest.raises(UserError, match="was trained by classification and has no text tower; name a siglip run"):
         open_text_tower(run.run_id(160), tmp_path)
     assert load_branch(run.run_id(160), tmp_path)[0].num_classes == 16
+
+
+def test_captions_fit_any_pooling(tmp_path):
+    """The stream's labels are the patches'; its captions are the image's."""
+    run = Run(SHAPE.replace(pool="map"), RECIPE, (160,))
+    (row,) = train(run, tmp_path)
+    assert row["status"] == "ok" and row["pool"] == "map"
