@@ -15,7 +15,6 @@ from pathlib import Path
 from finetune_cost import table as savings_table
 from published_flops import table as flops_table
 from published_shapes import table as shapes_table
-from vlm_arms import table as vlm_table
 
 from sovit.coverage import together
 from sovit.diagnose import SIGNIFICANT
@@ -328,7 +327,6 @@ BLOCKS = {
     "split": split,
     "flexivit": flexivit,
     "finetune cost": finetune_cost,
-    "vlm": lambda: vlm_table(RESULTS / "vlm_thread.jsonl"),
     "demo": demo,
 }
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sovit import UserError
-from sovit.run import Run
+from sovit.kinds import AnyRun
 
 SHOTS = (1, 5, 10, 25)
 SUPPORT_SEEDS = (0, 1, 2)
@@ -209,6 +209,6 @@ def is_probed(row: dict, data: str) -> bool:
     return all(row.get(column(shots, data, kind)) is not None for shots in SHOTS for kind in ("", "sd", "seeds"))
 
 
-def lacks_probe(run: Run, row: dict) -> bool:
+def lacks_probe(run: AnyRun, row: dict) -> bool:
     """Whether the row of a branch of `run` is to be probed still."""
     return bool(run.probe) and row["status"] == "ok" and not is_probed(row, run.probe)

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sovit import UserError
+from sovit.kinds import AnyRun, num_images, on_base, vlm_runs
 from sovit.ledger import is_locked, locked, write_atomic
-from sovit.run import Run, override
+from sovit.run import Run, keys, override
 from sovit.stop import stop_on_signal, this_command
 from sovit.sweep import MAX_ATTEMPTS, Sweep, is_waiting, open_storage, open_study, reconcile
+from sovit.vlm_run import VlmRun
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60.0  # that workers have to save what they are at
@@ -148,9 +150,8 @@ def _display(sweep: Sweep):
     from sovit.progress import progress_text
 
     console = Console(stderr=True)
-    started, done = time.monotonic(), {r.trunk_id for r in sweep.runs.values() if sweep.is_done(r)}
-    flops_of = {t: r.total_flops for t, r in sweep.runs.items()}
-    total, before = sum(flops_of.values()), sum(flops_of[t] for t in done)
+    done = {r.trunk_id for r in sweep.runs.values() if sweep.is_done(r)}
+    meter = Meter(sweep, done)
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def show(workers: int) -> None:
@@ -161,25 +162,22 @@ def _display(sweep: Sweep):
                 last = sweep.last(run)
                 value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
                 loss = f"{name} {value:.4f}" if value is not None else last["status"]
+                cost = f"{last['train_flops']:.2e} FLOPs" if last["train_flops"] else f"{last['num_examples']:,} images"
+                rate = f" lr {run.recipe.peak_lr:g}" if isinstance(run, Run) else ""
                 console.print(
-                    f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.label} seed {run.init_seed}"
-                    f" lr {run.recipe.peak_lr:g}: {loss} at {last['train_flops']:.2e} FLOPs, {last['seconds'] or 0:.0f} s",
+                    f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.label} seed {run.init_seed}{rate}:"
+                    f" {loss} at {cost}, {last['seconds'] or 0:.0f} s",
                     highlight=False,
                     soft_wrap=True,
                 )
         if live:
-            spent, lines = sum(flops_of[t] for t in done), []
+            under_way = {}
             for trunk in sweep.runs:
                 path = sweep.runs_dir / trunk / "progress.json"
                 if trunk not in done and is_locked(sweep.runs_dir / trunk / "lock") and path.exists():
-                    progress = json.loads(path.read_text())
-                    spent += progress["share"] * flops_of[trunk]
-                    lines.append("  " + progress_text(progress))
-            elapsed = time.monotonic() - started
-            left = elapsed * (total - spent) / (spent - before) if spent > before else float("nan")
-            clock = f"{left / 60:.0f} min left" if left == left else "estimating"
-            head = f"{sweep.name}: {len(done)}/{len(sweep.runs)} trunks, {spent / total:.0%} of {total:.2e} FLOPs"
-            live.update(Text("\n".join([f"{head}, {workers} workers, {clock}", *lines])))
+                    under_way[trunk] = json.loads(path.read_text())
+            head = f"{sweep.name}: {len(done)}/{len(sweep.runs)} trunks, {meter.text(done, under_way, workers)}"
+            live.update(Text("\n".join([head, *("  " + progress_text(p) for p in under_way.values())])))
 
     if live:
         with live:
@@ -187,6 +185,53 @@ def _display(sweep: Sweep):
     else:
         yield show
     show(0)
+
+
+class Meter:
+    """How far a sweep is and how long it has to go, for its display.
+
+    The share is of training FLOPs; where the study has vision-language models, whose FLOPs nobody knows beforehand, of
+    images. There the time left is told from the latest pace of each kind of run, and not before each that is left has one.
+    """
+
+    def __init__(self, sweep: Sweep, done: set[str]):
+        self.runs, self.started, self.before = sweep.runs, time.monotonic(), set(done)
+        self.unit = "images" if vlm_runs(list(sweep.runs.values())) else "FLOPs"
+        self.size = {trunk: float(self._size(run)) for trunk, run in self.runs.items()}
+        self.pace: dict[str, float] = {}  # language model, "" for an encoder -> images or FLOPs a second of one worker
+
+    def _size(self, run: AnyRun) -> int:
+        return run.total_flops if self.unit == "FLOPs" and isinstance(run, Run) else num_images(run)
+
+    def text(self, done: set[str], under_way: dict[str, dict], workers: int) -> str:
+        share = {trunk: 1.0 for trunk in done} | {trunk: p["share"] for trunk, p in under_way.items()}
+        total, spent = sum(self.size.values()), sum(self.size[t] * s for t, s in share.items())
+        left = self._seconds_left(share, spent, under_way, workers)
+        of = f"{total:.2e}" if self.unit == "FLOPs" else f"{total:,.0f}"
+        clock = "estimating" if left is None else f"{left / 60:.0f} min left"
+        return f"{spent / total:.0%} of {of} {self.unit}, {workers} workers, {clock}"
+
+    def _seconds_left(self, share: dict, spent: float, under_way: dict[str, dict], workers: int) -> float | None:
+        if self.unit == "FLOPs":
+            gained = spent - sum(self.size[t] for t in self.before)
+            return (
+                (time.monotonic() - self.started) * (sum(self.size.values()) - spent) / gained if gained > 0 else None
+            )
+        for trunk, progress in under_way.items():
+            run = self.runs[trunk]
+            self.pace[_reader(run)] = progress["flops_per_second" if isinstance(run, Run) else "images_per_second"]
+        left = 0.0
+        for trunk, run in self.runs.items():
+            if share.get(trunk, 0.0) < 1:
+                if not self.pace.get(_reader(run)):
+                    return None
+                size = run.total_flops if isinstance(run, Run) else run.num_examples
+                left += (1 - share.get(trunk, 0.0)) * size / self.pace[_reader(run)]
+        return left / max(1, workers)
+
+
+def _reader(run: AnyRun) -> str:
+    return run.language_model if isinstance(run, VlmRun) else ""
 
 
 # the command line of a study file ------------------------------------------------------------------------------------
@@ -201,7 +246,8 @@ def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="typed override of a field of every run, such as recipe.peak_lr=0.004",
+        help="typed override of a field of every run that has it, such as recipe.peak_lr=0.004 or, of a"
+        " vision-language model, stages.0.num_examples=4000",
     )
     parser.add_argument("--workers", type=int, default=1, help="worker processes, one thread each (default 1)")
     parser.add_argument(
@@ -221,14 +267,15 @@ def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
 def main(
     doc: str,
     name: str,
-    make_runs: Callable[[], list[Run]],
+    make_runs: Callable[[], Sequence[AnyRun]],
     argv: Sequence[str] | None = None,
     metric: str = "val_loss",
-    next_command: str = "sovit fit",
+    next_command: str = "",
 ) -> int:
     """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
 
-    next_command: what is to be done with the ledger, said at the end.
+    next_command: what is to be done with the ledger, said at the end; a law is fitted where nothing else is said, but of
+    vision-language models there is none.
 
     Returns the exit status: 0 done, 1 a run failed, 2 bad input.
     """
@@ -247,8 +294,9 @@ def main(
             print_plan(sweep, options.workers, options.device, options.json)
             return 0
         run_sweep(sweep, options.workers, options.device)
-        choice = "" if metric == "val_loss" else f" --metric {metric}"
-        print(f"next: {next_command} {sweep.ledger}{choice}")
+        fitted = not vlm_runs(runs)
+        choice = "" if metric == "val_loss" or not (next_command or fitted) else f" --metric {metric}"
+        print(f"next: {next_command or ('sovit fit' if fitted else 'sovit track')} {sweep.ledger}{choice}")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
@@ -258,42 +306,79 @@ def main(
     return int(bool(sweep.pending()))
 
 
-def overridden(runs: Sequence[Run], assignments: Sequence[str]) -> list[Run]:
-    """`override` each run. A fine-tuning whose base stands before it goes on from that base as it is now.
+def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRun]:
+    """`override` each run by what it has a field for. A run that begins at a branch of another, or reads that encoder, goes
+    on from it as it is now.
 
-    Raises UserError where that has no branch any more that the fine-tuning begins at.
+    Raises UserError for a key that no run has, and where that branch is gone.
     """
-    found: list[Run] = []
-    now: dict[str, str] = {}  # run_id -> what a branch is called once its run is overridden, "" where it is gone
-    for run in runs:
-        new = override(run, assignments)
-        if new.base in now:
-            if not now[new.base]:
+    known = dict.fromkeys(key for run in runs for key in keys(run))
+    for assignment in assignments:
+        key, equals, _ = assignment.partition("=")
+        if not equals or key not in known:
+            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(known)}")
+    owner = {run_id: run for run in runs for run_id in run.run_ids}
+    changed: dict[str, AnyRun] = {}  # by trunk_id before
+
+    def change(run: AnyRun) -> AnyRun:
+        if run.trunk_id in changed:
+            return changed[run.trunk_id]
+        own = set(keys(run))
+        new = override(run, [a for a in assignments if a.partition("=")[0] in own])
+        if new.base == run.base and run.base in owner:
+            num_examples = int(run.base.rpartition("-")[2])
+            base = change(owner[run.base])
+            if num_examples not in base.budgets:
                 raise UserError(
-                    f"{' '.join(assignments)} takes away {run.base}, at which fine-tunings of this study begin;"
+                    f"{' '.join(assignments)} takes away {run.base}, at which other runs of this study begin;"
                     " leave budgets as they are"
                 )
-            new = new.replace(base=now[new.base])
-        now |= {run.run_id(n): new.run_id(n) if n in new.budgets else "" for n in run.budgets}
-        found.append(new)
-    return found
+            new = on_base(new, base.run_id(num_examples))
+        changed[run.trunk_id] = new
+        return new
+
+    return [change(run) for run in runs]
 
 
 def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
-    """Launch, and say in one line what came of it. Opens the data first, so that bad input stops here, not in a worker.
+    """Launch, and say in one line what came of it. Opens data and models first: bad input stops here, not in a worker.
 
-    Raises UserError for a device, data or base that cannot be had, shapes that do not fit the data, and data that changed
-    since a part of the study was trained.
+    Raises UserError for a device, data, model or base that cannot be had, shapes that do not fit the data, and data that
+    changed since a part of the study was trained.
     """
-    from sovit.contrastive import pair_baselines
-    from sovit.data import baselines, open_data
-    from sovit.probe import check_same_data, open_probe
-    from sovit.train import check_device, check_readout
+    from sovit.train import check_device
 
     check_device(device)
     sweep.refuse_missing_bases()
-    pending, sources, probes = sweep.pending(), {}, set()
-    for run in sweep.runs.values() if pending else ():
+    pending = sweep.pending()
+    if pending:
+        _open_data(sweep, [run for run in sweep.runs.values() if isinstance(run, Run)], device)
+        _open_parts(vlm_runs(pending), sweep.runs_dir, device)
+    if not pending:
+        print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
+    rows = launch(sweep, workers, device)
+    counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "diverged", "failed")}
+    print(f"{sweep.name}: {sweep.ledger} has {len(rows)} rows: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"  {row['run_id']} {row['status']}: {row.get('error')}", file=sys.stderr)
+    if left := sweep.pending():
+        log = sweep.runs_dir / f"{sweep.name}.log"
+        print(
+            f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr
+        )
+    return rows
+
+
+def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:
+    """Open the data that encoders are trained and probed on, and say what knowing nothing scores there."""
+    from sovit.contrastive import pair_baselines
+    from sovit.data import baselines, open_data
+    from sovit.probe import check_same_data, open_probe
+    from sovit.train import check_readout
+
+    sources, probes = {}, set()
+    for run in runs:
         shape = run.shape
         key = (run.data, run.preset, shape.image_size, shape.patch_size)
         if key not in sources:
@@ -316,17 +401,38 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
                     f"the data of {run.data}:{run.preset} changed since {row['run_id']} was trained;"
                     " give the study another --name and --runs"
                 )
-    if not pending:
-        print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
-    rows = launch(sweep, workers, device)
-    counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "diverged", "failed")}
-    print(f"{sweep.name}: {sweep.ledger} has {len(rows)} rows: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
-    for row in rows:
-        if row["status"] != "ok":
-            print(f"  {row['run_id']} {row['status']}: {row.get('error')}", file=sys.stderr)
-    if left := sweep.pending():
-        log = sweep.runs_dir / f"{sweep.name}.log"
-        print(
-            f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr
-        )
-    return rows
+
+
+def _open_parts(runs: Sequence[VlmRun], runs_dir: Path, device: str) -> None:
+    """Open what vision-language models are made of and asked: each thing once, and none of it is kept."""
+    if not runs:
+        return
+    from sovit.encoder import open_encoder
+    from sovit.vlm.language_model import open_language_model
+    from sovit.vlm.projectors import PROJECTORS
+    from sovit.vlm.questions import open_questions
+
+    asked: set[tuple] = set()
+    for run in runs:
+        place = (run.data, run.preset, run.image_size, run.families)
+        if place not in asked:
+            questions = open_questions(*place[:-1], run.data_seed, families=run.families)
+            print(
+                f"{run.data}:{run.preset} at {run.image_size} px: questions of {', '.join(questions.families)}",
+                flush=True,
+            )
+            if run.num_val > questions.num_val:
+                raise UserError(
+                    f"num_val={run.num_val} of {run.trunk_id}: there are {questions.num_val} images to validate on"
+                )
+            asked.add(place)
+        name = run.projector.partition("?")[0]
+        if name not in PROJECTORS:
+            raise UserError(f"projector={run.projector!r} is unknown; choose one of {', '.join(PROJECTORS)}")
+    for name in dict.fromkeys(run.language_model for run in runs):
+        words = open_language_model(name)
+        print(f"{name}: {sum(p.numel() for p in words.model.parameters()):,} parameters", flush=True)
+    for name in dict.fromkeys(run.encoder for run in runs if run.control != "blind"):
+        # what this study trains is not there yet
+        if name.partition(":")[0] in ("timm", "hf"):
+            open_encoder(name, runs_dir, device)

@@ -107,6 +107,11 @@ def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, **mor
     }
 
 
+def is_vlm(row: dict) -> bool:
+    """Whether a row is of a vision-language model: no encoder of its own, and losses of other questions."""
+    return row.get("objective") == "vlm"
+
+
 def provenance(device: str) -> dict:
     """Where a measurement was made: device, library versions, commit, and whether the code was as committed.
 

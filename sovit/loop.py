@@ -42,7 +42,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Any],
     loss_fn: Callable[..., tuple[Tensor, Tensor | int]],
-    learning_rate_at: Callable[[int], float],
+    learning_rate_at: Callable[[int], float | list[float]],
     steps: range,
     *,
     clip_norm: float,
@@ -56,7 +56,8 @@ def fit(
     """Take one optimiser step for each number in `steps`.
 
     `batch_at(step)` and `learning_rate_at(step)` are pure functions of the step, so that a run resumed from a
-    checkpoint repeats exactly what the uninterrupted one did. A batch is a (named) tuple of tensors [B, ...], or None;
+    checkpoint repeats exactly what the uninterrupted one did; the rate is one for all, or a list with one for each of
+    the optimiser's groups. A batch is a (named) tuple of tensors [B, ...], or None;
     `loss_fn(batch)`, which must not depend on chance, returns the sum of its losses and the number of their terms; the
     step descends their mean.
     `on_window(next_step, mean_loss, seconds)` is called at least every WINDOW steps, at multiples of WINDOW and at the
@@ -76,8 +77,9 @@ def fit(
     for step in steps:
         if should_stop():
             raise Interrupted(step, torch.stack(seen) if seen else None, time.perf_counter() - started)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step)
+        rates = learning_rate_at(step)
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = rates[i] if isinstance(rates, list) else rates
         batch = batch_at(step)
         rows = min(micro_batch or len(batch[0]), len(batch[0]))
         loss, fitting = within_memory(partial(_backward, loss_fn, parameters, batch, pairwise), rows)

@@ -19,7 +19,7 @@ import numpy as np
 from sovit import UserError
 from sovit.fewshot import about, is_spread, noise_of, probe_of
 from sovit.forms import LAWS
-from sovit.ledger import is_number, merge, read_exclusions, read_rows
+from sovit.ledger import is_number, is_vlm, merge, read_exclusions, read_rows
 from sovit.shape import DIMENSIONS, Shape
 
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
@@ -124,13 +124,15 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
             left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
         elif row["status"] != "ok":
             left_out.append((row["run_id"], f"status {row['status']}"))
+        elif is_vlm(row):
+            left_out.append((row["run_id"], "a vision-language model: no shape's own loss"))
         elif row.get("base") or row.get("patch_sizes"):
             how = f"fine-tuned from {row['base']}" if row.get("base") else "trained at several patch sizes"
             left_out.append((row["run_id"], f"{how}: not this shape alone from its beginning"))
         else:
             kept.append(row)
     if not kept:
-        why = "all excluded, diverged, failed or fine-tuned"
+        why = "all excluded, diverged, failed, fine-tuned or vision-language models"
         raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
     statuses = dict(Counter(row["status"] for row in rows))
     del rows

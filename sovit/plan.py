@@ -5,56 +5,118 @@ from __future__ import annotations
 import json
 import time
 
+from sovit import UserError
+from sovit.kinds import vlm_runs
 from sovit.run import Run
+from sovit.vlm_run import VlmRun
 
 GPUS = {"H100": 989e12, "A100": 312e12}  # FLOP/s: dense bf16 peak, by their data sheets (SXM)
 UTILISATION = 0.4  # of that peak: an assumption, about what a well-fed ViT reaches in bf16
 MEASURABLE_FLOPS = 2e10  # a training step above this is not tried out, its time is taken from the matrix-product rate
 
 
+OVERHEAD = 1.15  # data, clipping and checkpoints come on top of a step that was tried
+
+
 def plan_of(sweep, workers: int, device: str) -> dict:
-    """Rows and totals. `compute` counts every branch as if trained alone, as SoViT did; `spent` counts trunks once."""
+    """Rows and totals. `compute` counts every branch as if trained alone, as SoViT did; `spent` counts trunks once.
+
+    Of a vision-language model nothing is known that is not tried: its FLOPs and seconds are of a real step of each stage,
+    None where its parts are not here, for a reason that stands in `notes`.
+    """
     pending = {run.trunk_id for run in sweep.pending()}
     untrained = {trunk for trunk in pending if not all(sweep.rows(sweep.runs[trunk]))}  # the rest is only to be probed
-    seconds = step_seconds([sweep.runs[trunk] for trunk in sweep.runs if trunk in untrained], device)
+    encoders = [run for run in sweep.runs.values() if isinstance(run, Run)]
+    seconds = step_seconds([run for run in encoders if run.trunk_id in untrained], device)
+    tried, notes = try_vlm_runs(sweep, vlm_runs([sweep.runs[t] for t in sweep.runs if t in untrained]), device)
     rows = []
     for trunk, run in sweep.runs.items():
-        forward, batch = run.shape.forward_flops, run.recipe.batch_size
-        rows.append(
-            {
-                "trunk_id": trunk,
-                "shape": run.shape.label,
-                "patch_size": run.shape.patch_size,
-                "image_size": run.shape.image_size,
-                "trained": run.trained if run.base else None,
-                "num_params": run.shape.num_params,
-                "forward_flops": forward,
-                "peak_lr": run.recipe.peak_lr,
-                "init_seed": run.init_seed,
-                "budgets": list(run.budgets),
-                "steps": run.budgets[-1] // batch,
-                "compute": sum(forward * n for n in run.budgets),
-                "spent_compute": forward * run.total_examples,
-                "train_flops": run.total_flops,
-                "done": trunk not in pending,
-                "seconds": run.total_examples / batch * seconds[_key(run)] if trunk in untrained else None,
-            }
-        )
+        if isinstance(run, VlmRun):
+            flops, took = tried.get(trunk, (None, None))
+            rows.append(_vlm_row(run, flops, trunk not in pending, took))
+        else:
+            took = run.total_examples / run.recipe.batch_size * seconds[_key(run)] if trunk in untrained else None
+            rows.append(_row(run, trunk not in pending, took))
     left = sum(row["seconds"] or 0 for row in rows)
-    train_flops = sum(row["train_flops"] for row in rows if not row["done"])
+    train_flops = sum(row["train_flops"] or 0 for row in rows if not row["done"])
     totals = {
         "study": sweep.name,
         "trunks": len(rows),
         "pending": len(pending),
         "measurements": sum(len(run.budgets) for run in sweep.runs.values()),
         "images": sum(sum(run.budgets) for run in sweep.runs.values()),
-        "compute": sum(row["compute"] for row in rows),
-        "spent_compute": sum(row["spent_compute"] for row in rows),
+        "compute": sum(row["compute"] or 0 for row in rows),
+        "spent_compute": sum(row["spent_compute"] or 0 for row in rows),
         "seconds": left / workers,
         "workers": workers,
         "gpu_hours": {gpu: train_flops / (UTILISATION * peak) / 3600 for gpu, peak in GPUS.items()},
     }
-    return {"totals": totals, "trunks": rows}
+    return {"totals": totals, "trunks": rows, "notes": notes}
+
+
+def _row(run: Run, done: bool, seconds: float | None) -> dict:
+    forward, batch = run.shape.forward_flops, run.recipe.batch_size
+    return {
+        "trunk_id": run.trunk_id,
+        "shape": run.shape.label,
+        "patch_size": run.shape.patch_size,
+        "image_size": run.shape.image_size,
+        "trained": run.trained if run.base else None,
+        "num_params": run.shape.num_params,
+        "forward_flops": forward,
+        "peak_lr": run.recipe.peak_lr,
+        "init_seed": run.init_seed,
+        "budgets": list(run.budgets),
+        "steps": run.budgets[-1] // batch,
+        "compute": sum(forward * n for n in run.budgets),
+        "spent_compute": forward * run.total_examples,
+        "train_flops": run.total_flops,
+        "done": done,
+        "seconds": seconds,
+    }
+
+
+def _vlm_row(run: VlmRun, train_flops: float | None, done: bool, seconds: float | None) -> dict:
+    return {
+        "trunk_id": run.trunk_id,
+        "kind": "vlm",
+        "encoder": run.encoder,
+        "language_model": run.language_model,
+        "projector": run.projector,
+        "stages": [stage.words for stage in run.stages],
+        "init_seed": run.init_seed,
+        "budgets": list(run.budgets),
+        "steps": run.num_examples // run.batch_size,
+        "compute": None,
+        "spent_compute": None,
+        "train_flops": train_flops,
+        "done": done,
+        "seconds": seconds,
+    }
+
+
+def try_vlm_runs(sweep, runs: list[VlmRun], device: str) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """trunk_id -> (training FLOPs, seconds), from a tried step of each stage; and why there are none of the others."""
+    if not runs:
+        return {}, []
+    import torch
+
+    from sovit.vlm.trial import Trials
+
+    torch.set_num_threads(1)
+    trials = Trials(sweep.runs, sweep.runs_dir, device)
+    found: dict[str, tuple[float, float]] = {}
+    notes: list[str] = []
+    for run in sorted(runs, key=lambda run: run.language_model):
+        try:
+            costs = trials.costs(run)
+        except UserError as error:
+            notes += [str(error)] * (str(error) not in notes)
+            continue
+        flops = sum(stage.num_examples * per_image for stage, (per_image, _) in zip(run.stages, costs))
+        seconds = sum(stage.num_examples * each for stage, (_, each) in zip(run.stages, costs))
+        found[run.trunk_id] = flops, seconds * OVERHEAD
+    return found, notes
 
 
 def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
@@ -62,52 +124,85 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan, indent=2))
         return
+    encoders = [row for row in plan["trunks"] if row.get("kind") != "vlm"]
+    readers = [row for row in plan["trunks"] if row.get("kind") == "vlm"]
+    t = plan["totals"]
+    if encoders:
+        names = ["trunk", "shape", "params", "GFLOPs/image", "lr", "seed", "images a branch", "steps", "GFLOPs", "time"]
+        _print_table(names, ("trunk", "shape", "images a branch"), map(_cells, encoders))
+        print()
+    if readers:
+        names = ["trunk", "encoder", "language model", "projector", "stages", "seed", "steps", "TFLOPs", "time"]
+        _print_table(names, names[:5], map(_vlm_cells, readers))
+        print()
+    print(
+        f"{t['study']}: {t['trunks']} trunks ({t['pending']} to do), {t['measurements']} measurements,"
+        f" {_short(t['images'])} images"
+    )
+    if encoders:
+        print(
+            f"compute (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
+            f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
+            + ", of the encoders alone"
+            * bool(readers)
+        )
+    tried = [row["seconds"] is not None for row in readers if not row["done"]]
+    if any(tried):
+        print("vision-language models: FLOPs and time of training, from one step tried of each stage")
+    apart = ["probes"] * any(run.probe for run in sweep.runs.values()) + ["answering the validation questions"] * any(
+        tried
+    )
+    apart += [f"{tried.count(False)} vision-language models"] * (not all(tried))
+    print(
+        f"estimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"
+        + f", {' and '.join(apart)} apart" * bool(apart)
+    )
+    for note in plan["notes"]:
+        print(f"no estimate: {note}")
+    if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
+        hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())
+        print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
+
+
+def _print_table(names, left, rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for name in (
-        "trunk",
-        "shape",
-        "params",
-        "GFLOPs/image",
-        "lr",
-        "seed",
-        "images a branch",
-        "steps",
-        "GFLOPs",
-        "time",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("trunk", "shape", "images a branch") else "right", no_wrap=True
-        )
-    for row in plan["trunks"]:
-        table.add_row(
-            row["trunk_id"],
-            f"{row['shape']} /{row['patch_size']} @{row['image_size']}" + f" {row['trained']}" * bool(row["trained"]),
-            f"{row['num_params']:,}",
-            f"{row['forward_flops'] / 1e9:.4g}",
-            f"{row['peak_lr']:g}",
-            str(row["init_seed"]),
-            " ".join(_short(n) for n in row["budgets"]),
-            f"{row['steps']:,}",
-            f"{row['compute'] / 1e9:.4g}",
-            "done" if row["done"] else "probe" if row["seconds"] is None else clock(row["seconds"]),
-        )
-    Console(width=150 if not Console().is_terminal else None).print(table)
-    t = plan["totals"]
-    print(
-        f"\n{t['study']}: {t['trunks']} trunks ({t['pending']} to do), {t['measurements']} measurements,"
-        f" {_short(t['images'])} images"
-        f"\ncompute (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
-        f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
-        f"\nestimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"
-        + ", probes apart"
-        * any(run.probe for run in sweep.runs.values())
-    )
-    if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
-        hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())
-        print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=None if Console().is_terminal else 150).print(table)
+
+
+def _cells(row: dict) -> list[str]:
+    return [
+        row["trunk_id"],
+        f"{row['shape']} /{row['patch_size']} @{row['image_size']}" + f" {row['trained']}" * bool(row["trained"]),
+        f"{row['num_params']:,}",
+        f"{row['forward_flops'] / 1e9:.4g}",
+        f"{row['peak_lr']:g}",
+        str(row["init_seed"]),
+        " ".join(_short(n) for n in row["budgets"]),
+        f"{row['steps']:,}",
+        f"{row['compute'] / 1e9:.4g}",
+        "done" if row["done"] else "probe" if row["seconds"] is None else clock(row["seconds"]),
+    ]
+
+
+def _vlm_cells(row: dict) -> list[str]:
+    return [
+        row["trunk_id"],
+        row["encoder"],
+        row["language_model"],
+        "" if row["encoder"].startswith("blind:") else row["projector"],
+        "\n".join(row["stages"]),
+        str(row["init_seed"]),
+        f"{row['steps']:,}",
+        "" if row["train_flops"] is None else f"{row['train_flops'] / 1e12:.3g}",
+        "done" if row["done"] else "?" if row["seconds"] is None else clock(row["seconds"]),
+    ]
 
 
 def step_seconds(runs: list[Run], device: str) -> dict[tuple, float]:
@@ -147,7 +242,7 @@ def _try_step(run: Run, device: str) -> float:
         loss.item()
         seconds.append(time.perf_counter() - start)
     drawn = run.total_flops / run.total_examples / run.shape.step_flops(0, run.trained) if run.recipe.patch_sizes else 1
-    return sorted(seconds[1:])[2] * drawn * 1.15  # data, clipping and checkpoints come on top
+    return sorted(seconds[1:])[2] * drawn * OVERHEAD
 
 
 _matmul_rates: dict[str, float] = {}

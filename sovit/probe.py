@@ -31,7 +31,7 @@ from sovit.fewshot import (
     is_probed,
     support_sets,
 )
-from sovit.ledger import locked, read_ledger, read_record, update_ledger, write_record
+from sovit.ledger import is_vlm, locked, read_ledger, read_record, update_ledger, write_record
 from sovit.run import Run
 
 POOL = 65_536  # training samples that support sets are drawn from, at most; big_vision takes 65,000 of ImageNet
@@ -242,7 +242,7 @@ def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -
     records = [read_record(runs_dir, row["trunk_id"], row["run_id"]) or {} for row in rows]
     # what a call that was killed had found
     rows = update_ledger(ledger, [row | columns_of(record, name) for row, record in zip(rows, records)])
-    trained = [row for row in rows if row["status"] == "ok"]
+    trained = [row for row in rows if row["status"] == "ok" and not is_vlm(row)]
     todo = [row for row in trained if not is_probed(row, name)]
     here = [row for row in todo if (runs_dir / row["trunk_id"] / f"{row['run_id']}.safetensors").exists()]
     if todo and not here and len(todo) == len(trained):

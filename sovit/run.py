@@ -244,37 +244,42 @@ def learning_rate(shape: Shape, base: float = 0.008, width_power: float = 0.65, 
     return float(f"{rate:.4g}")
 
 
-def override(run: Run, assignments: typing.Iterable[str]) -> Run:
-    """Apply `key=value` strings such as `recipe.peak_lr=0.004` or `shape.width=64`.
+def override(run: typing.Any, assignments: typing.Iterable[str]) -> typing.Any:
+    """Apply `key=value` strings such as `recipe.peak_lr=0.004`, `shape.width=64` or `stages.0.num_examples=80`.
 
-    Keys are the fields of Run, Recipe and Shape; values must have the field's type. Raises UserError otherwise.
+    run: a Run or a VlmRun. Keys are its `keys`; values must have the field's type. Raises UserError otherwise.
     """
-    d = run.to_dict()
+    d = json.loads(json.dumps(run.to_dict()))  # in which what is nested can be written
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        path = key.split(".")
-        owner: dict | None = d
-        for part in path[:-1]:
-            owner = owner.get(part) if isinstance(owner, dict) else None
-        if not equals or not isinstance(owner, dict) or path[-1] not in owner or isinstance(owner[path[-1]], dict):
-            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(_keys(run))}")
+        if not equals or key not in keys(run):
+            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(keys(run))}")
+        *path, name = key.split(".")
+        owner = d
+        for part in path:
+            owner = owner[int(part) if isinstance(owner, list) else part]
         value: object = text
-        if not isinstance(owner[path[-1]], str):
+        if not isinstance(owner[name], str):
             try:
                 value = json.loads(text.lower() if text in ("True", "False") else text)
             except json.JSONDecodeError:
                 raise UserError(f"{key}={text!r} is not a value; give a number, true, false or a [list]") from None
-        owner[path[-1]] = value
-    return Run.from_dict(d)
+        owner[name] = value
+    return type(run).from_dict(d)
 
 
-def _keys(run: Run) -> list[str]:
-    keys = []
+def keys(run: typing.Any) -> list[str]:
+    """The fields of a run that can be overridden, those of what it is made of as `shape.width` or `stages.0.vision.mode`."""
+    found = []
     for f in dataclasses.fields(run):
         value = getattr(run, f.name)
-        nested = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        keys += [f"{f.name}.{g.name}" for g in nested] or [f.name]
-    return keys
+        if dataclasses.is_dataclass(value):
+            found += [f"{f.name}.{key}" for key in keys(value)]
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            found += [f"{f.name}.{i}.{key}" for i, part in enumerate(value) for key in keys(part)]
+        else:
+            found.append(f.name)
+    return found
 
 
 def _non_default(instance) -> dict:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.fewshot import lacks_probe
-from sovit.ledger import ANSWERED, designed_ledger, is_locked, read_ledger, record_path
+from sovit.kinds import AnyRun, run_from_dict
+from sovit.ledger import ANSWERED, designed_ledger, is_locked, is_number, is_vlm, read_ledger, record_path
 from sovit.plan import clock
 from sovit.run import Run
+from sovit.vlm_run import VlmRun
 
 STALE_SECONDS, STALE_WINDOWS = 60.0, 4  # without word for longer than both: it is said so
 MAX_LISTED = 8  # waiting trunks, budgets and problems that are named in the text; all are in the plain data
@@ -32,7 +34,7 @@ MAX_LISTED = 8  # waiting trunks, budgets and problems that are named in the tex
 class Design:
     """What a study asks for. runs: by trunk_id, in the order of the queue; known: False where the rows stand in for it."""
 
-    runs: dict[str, Run]
+    runs: dict[str, AnyRun]
     known: bool
     ledger: Path
     metric: str
@@ -46,7 +48,8 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
                      unknown: nothing runs, and no design says what is still to be done
     trunks           total, done, running, waiting, failed (a branch ended with an error: the next launch tries it again)
     measurements     total, ok, diverged, failed, missing
-    train_flops      done (billed by the rows, and run by live workers since), left, total; 3 x (encoder + task head)
+    train_flops      done (billed by the rows, and run by live workers since), left, total; 3 x (encoder + task head);
+                     uncounted: vision-language models of which no row and no worker says yet what an image costs
     flops_per_second of the live workers together
     seconds_left     None where nothing runs, a worker is silent or nothing was measured yet; worker_seconds_left: of
                      one worker, for all that is left
@@ -90,8 +93,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
     silent = any(w["stale"] for w in workers)
     statuses = [row["status"] for row in rows.values()]
     billed = sum(v for row in rows.values() if isinstance(v := row.get("spent_flops"), (int, float)))
-    speeds = _speeds(rows.values(), workers, design)
-    seconds = {t: _seconds(left[t], design.runs[t], speeds) for t in design.runs if left[t]}
+    seconds = _seconds_left(design, rows, missing, workers, left)
     seconds |= {w["trunk_id"]: w["seconds_left"] for w in workers if w["seconds_left"] is not None}
     num_asked = len(asked) if design.known else len(rows.keys() | asked)
     trunks = {row["trunk_id"] for row in rows.values()} | set(design.runs)
@@ -120,8 +122,11 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
             "left": sum(left.values()),
             "total": billed + in_flight + sum(left.values()),
             "head_counted": all(
-                cost[t] > _per_image(r) or r.recipe.objective != "classification" for t, r in design.runs.items()
+                cost[t] > _per_image(r) or r.recipe.objective != "classification"
+                for t, r in design.runs.items()
+                if isinstance(r, Run)
             ),
+            "uncounted": sum(not cost[t] for t in design.runs if missing[t]),
         },
         "flops_per_second": sum(w["flops_per_second"] or 0 for w in workers if not w["stale"]),
         "seconds_left": _finish(running, waiting, seconds) if running and not silent else None,
@@ -161,9 +166,9 @@ def _design(name: str, runs_dir: Path, results_dir: Path | None) -> Design:
     return Design({run.trunk_id: run for run in runs}, True, ledger, metric, resume)
 
 
-def _run(d: dict, path: Path) -> Run:
+def _run(d: dict, path: Path) -> AnyRun:
     try:
-        return Run.from_dict(d)
+        return run_from_dict(d)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -202,16 +207,33 @@ def _answered(row: dict | None) -> bool:
     return row is not None and row["status"] in ANSWERED
 
 
-def _costs(design: Design, rows: dict, runs_dir: Path) -> dict[str, int]:
-    """trunk_id -> training FLOPs of an image, head included as soon as rows or progress tell how many classes it has."""
+def _costs(design: Design, rows: dict, runs_dir: Path) -> dict[str, float]:
+    """trunk_id -> training FLOPs of an image, head included as soon as rows or progress tell how many classes it has.
+
+    Of a vision-language model, what its row or its worker says, else another of the same language model; 0 where none does.
+    """
     num_classes: dict[tuple, int] = {}
-    for run in design.runs.values():
-        if (run.data, run.preset) not in num_classes:
-            said = [rows[i].get("num_classes") for i in run.run_ids if i in rows]
-            said.append((_read_json(runs_dir / run.trunk_id / "progress.json") or {}).get("num_classes"))
-            if any(said):
-                num_classes[run.data, run.preset] = next(filter(None, said))
-    return {trunk: _per_image(run, num_classes.get((run.data, run.preset), 0)) for trunk, run in design.runs.items()}
+    said_of: dict[str, float] = {}  # trunk_id -> FLOPs of an image
+    like: dict[str, float] = {}
+    for trunk, run in design.runs.items():
+        here = [rows[i] for i in run.run_ids if i in rows]
+        progress = _read_json(runs_dir / trunk / "progress.json") or {}
+        if isinstance(run, VlmRun):
+            said = [row["train_flops"] / run.num_examples for row in here if is_number(row.get("train_flops"))]
+            if progress.get("images_per_second"):
+                said.append(progress["flops_per_second"] / progress["images_per_second"])
+            if said:
+                said_of[trunk] = like[run.language_model] = said[0]
+        elif (run.data, run.preset) not in num_classes:
+            classes = [*(row.get("num_classes") for row in here), progress.get("num_classes")]
+            if any(classes):
+                num_classes[run.data, run.preset] = next(filter(None, classes))
+    return {
+        trunk: _per_image(run, num_classes.get((run.data, run.preset), 0))
+        if isinstance(run, Run)
+        else said_of.get(trunk, like.get(run.language_model, 0.0))
+        for trunk, run in design.runs.items()
+    }
 
 
 def _per_image(run: Run, num_classes: int = 0) -> int:
@@ -223,18 +245,24 @@ def _left(design: Design, rows: dict, missing: dict, workers: list, cost: dict, 
     left, in_flight = {}, 0.0
     share = {w["trunk_id"]: w["share"] for w in workers}
     for trunk, run in design.runs.items():
-        # as a worker trains it: branches that only the ledger knows have left no trunk here to go on from
-        here = [n for n in run.budgets if n in missing[trunk] or record_path(runs_dir, trunk, run.run_id(n)).exists()]
-        todo = run.replace(budgets=tuple(here) or run.budgets)
-        left[trunk] = cost[trunk] * float(sum(todo.new_examples(n) for n in missing[trunk]))
+        if isinstance(run, VlmRun):
+            total, images = run.num_examples, run.num_examples * bool(missing[trunk])
+        else:
+            # as a worker trains it: branches that only the ledger knows have left no trunk here to go on from
+            here = [
+                n for n in run.budgets if n in missing[trunk] or record_path(runs_dir, trunk, run.run_id(n)).exists()
+            ]
+            todo = run.replace(budgets=tuple(here) or run.budgets)
+            total, images = todo.total_examples, sum(todo.new_examples(n) for n in missing[trunk])
+        left[trunk] = cost[trunk] * float(images)
         if share.get(trunk) is not None:
-            by_progress = cost[trunk] * (1 - share[trunk]) * todo.total_examples
+            by_progress = cost[trunk] * (1 - share[trunk]) * total
             in_flight += max(0.0, left[trunk] - by_progress)
             left[trunk] = min(left[trunk], by_progress)
     return left, in_flight
 
 
-def _worker(run: Run, runs_dir: Path) -> dict:
+def _worker(run: AnyRun, runs_dir: Path) -> dict:
     """A trunk in training: what it last said of itself since its lock was taken."""
     folder = runs_dir / run.trunk_id
     path = folder / "progress.json"
@@ -257,11 +285,13 @@ def _date(path: Path) -> float:
         return 0.0
 
 
-def _named(run: Run) -> dict:
+def _named(run: AnyRun) -> dict:
     return {"trunk_id": run.trunk_id, "shape": run.label, "init_seed": run.init_seed}
 
 
 def _label(row: dict) -> str:
+    if row.get("kind") == "vlm":
+        return f"{row.get('encoder')} {row.get('language_model')}"
     return "x".join(str(row.get(name, "?")) for name in ("width", "depth", "mlp_dim"))
 
 
@@ -277,28 +307,54 @@ def _best(rows: list[dict], metric: str) -> list[dict]:
     from sovit.measurements import levels
 
     usable = [r for r in rows if r["status"] == "ok" and r.get(metric) is not None and r.get("train_flops")]
-    if not usable:
-        return []
-    group, centres = levels(np.array([r["train_flops"] for r in usable]))
     out = []
-    for g, centre in reversed(list(enumerate(centres.tolist()))):
-        here = [r for r, own in zip(usable, group) if own == g]
-        best = min(here, key=lambda r: r[metric])
-        out.append(
-            {
-                "train_flops": centre,
-                "shape": _label(best),
-                metric: best[metric],
-                "run_id": best["run_id"],
-                "init_seed": best.get("init_seed"),
-                "num_rows": len(here),
-                "num_shapes": len({_label(r) for r in here}),
-            }
-        )
-    return out
+    for kind in (True, False):  # losses of pixels and of words are not compared
+        ours = [r for r in usable if is_vlm(r) == kind]
+        group, centres = levels(np.array([r["train_flops"] for r in ours])) if ours else ((), np.empty(0))
+        for g, centre in enumerate(centres.tolist()):
+            here = [r for r, own in zip(ours, group) if own == g]
+            best = min(here, key=lambda r: r[metric])
+            out.append(
+                {
+                    "train_flops": centre,
+                    "shape": _label(best),
+                    metric: best[metric],
+                    "run_id": best["run_id"],
+                    "init_seed": best.get("init_seed"),
+                    "num_rows": len(here),
+                    "num_shapes": len({_label(r) for r in here}),
+                }
+            )
+    return sorted(out, key=lambda row: -row["train_flops"])
 
 
 # how long it takes ---------------------------------------------------------------------------------------------------
+
+
+def _seconds_left(
+    design: Design, rows: dict, missing: dict, workers: list[dict], left: dict
+) -> dict[str, float | None]:
+    """trunk_id -> seconds of one worker for what is left of it; None where nothing like it was measured yet."""
+    speeds = _speeds([row for row in rows.values() if not is_vlm(row)], workers, design)
+    share = {w["trunk_id"]: w["share"] or 0.0 for w in workers}
+    pace: dict[str, float] = {}  # language model -> seconds of an image
+    for w in workers:
+        run = design.runs[w["trunk_id"]]
+        if isinstance(run, VlmRun) and w["images_per_second"]:
+            pace[run.language_model] = 1 / w["images_per_second"]
+    pace |= {
+        row["language_model"]: row["seconds"] / row["num_examples"]
+        for row in rows.values()
+        if row.get("kind") == "vlm" and row["status"] == "ok" and is_number(row.get("seconds"))
+    }
+    found: dict[str, float | None] = {}
+    for trunk, run in design.runs.items():
+        if isinstance(run, Run) and left[trunk]:
+            found[trunk] = _seconds(left[trunk], run, speeds)
+        elif isinstance(run, VlmRun) and missing[trunk]:
+            each = pace.get(run.language_model)
+            found[trunk] = None if each is None else each * run.num_examples * (1 - share.get(trunk, 0.0))
+    return found
 
 
 def _speeds(rows, workers: list[dict], design: Design) -> dict[int, float]:
@@ -309,7 +365,8 @@ def _speeds(rows, workers: list[dict], design: Design) -> dict[int, float]:
             total = spent.setdefault(row["forward_flops"], [0.0, 0.0])
             total[0] += row["spent_flops"]
             total[1] += row["spent_seconds"]
-    live = {design.runs[w["trunk_id"]].shape.forward_flops: w["flops_per_second"] for w in workers}
+    encoders = ((design.runs[w["trunk_id"]], w["flops_per_second"]) for w in workers)
+    live = {run.shape.forward_flops: speed for run, speed in encoders if isinstance(run, Run)}
     measured = {forward: flops / seconds for forward, (flops, seconds) in spent.items()}
     return {forward: speed for forward, speed in (live | measured).items() if speed}
 
@@ -336,7 +393,7 @@ def _finish(running: list[str], waiting: list[str], seconds: dict[str, float | N
 
 
 def status_text(s: dict) -> str:
-    """The status in lines of at most 100 columns, but for commands and reasons."""
+    """The status in lines of at most 100 columns, but for commands, reasons and what vision-language models are made of."""
     t, m, f = s["trunks"], s["measurements"], s["train_flops"]
     counts = ", ".join(f"{t[k]} {k}" for k in ("running", "waiting", "failed") if t[k])
     counts = f" ({counts})" if counts else ""
@@ -348,6 +405,8 @@ def status_text(s: dict) -> str:
         ]
         if f["left"] and not f["head_counted"]:
             head = " (task head not counted before the first measurement)"
+        if f["uncounted"]:
+            head += f" ({f['uncounted']} vision-language models not counted before the first is measured)"
         share = f", {f['done'] / f['total']:.0%}" if f["total"] else ""  # of what diverged, nobody kept the bill
         lines.append(f"  FLOPs  {f['done']:.3g} of {f['total']:.3g} done{share}{head}")
     else:
@@ -396,7 +455,7 @@ def _time_lines(s: dict) -> list[str]:
         return lines + [f"         (training steps alone; {made})"] * (t["waiting"] > 0)
     if s["train_flops"]["left"] and s["worker_seconds_left"] is not None:
         left = clock(s["worker_seconds_left"])
-        return [f"  time   about {left} of one worker left, each trunk at the pace of the nearest measured shape"]
+        return [f"  time   about {left} of one worker left, each trunk at the pace of the nearest measured"]
     return []
 
 

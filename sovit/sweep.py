@@ -9,7 +9,8 @@ killed worker by itself:
   to what has all its records, and enqueues every trunk that is neither done, waiting nor running;
 - a worker asks for a trial only under that lock and only if one is waiting: on an empty queue, Optuna's samplers would
   make up a point that nobody asked for;
-- a fine-tuning whose base is another run of the study is enqueued when that one is done, or has been given up.
+- a run whose base is another run of the study (a fine-tuning; a vision-language model on that encoder) is enqueued when
+  that one is done, or has been given up.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from optuna.trial import TrialState
 
 from sovit import UserError
 from sovit.fewshot import lacks_probe, probe_of
+from sovit.kinds import AnyRun, failed_row, run_from_dict
 from sovit.ledger import (
     ANSWERED,
     CannotWrite,
     is_locked,
     locked,
-    new_row,
     provenance,
     read_ledger,
     read_record,
@@ -47,6 +48,7 @@ from sovit.progress import write_progress
 from sovit.run import Run
 from sovit.shape import TRAINED
 from sovit.stop import stop_on_signal
+from sovit.vlm_run import VlmRun
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
 STOPPED = 130  # exit status of a worker that was asked to leave
@@ -109,13 +111,13 @@ class JournalLock:
         self.file.close()
 
 
-def design_of(runs: Sequence[Run]) -> dict[str, list[int]]:
+def design_of(runs: Sequence[AnyRun]) -> dict[str, list[int]]:
     """trunk_id -> budgets: what makes two designs the same."""
     return {run.trunk_id: list(run.budgets) for run in runs}
 
 
 def open_study(
-    name: str, storage: optuna.storages.BaseStorage, runs: Sequence[Run], metric: str = "val_loss"
+    name: str, storage: optuna.storages.BaseStorage, runs: Sequence[AnyRun], metric: str = "val_loss"
 ) -> optuna.Study:
     """Create or reopen the study. A design may grow, by trunks or budgets; anything else is another study.
 
@@ -142,7 +144,7 @@ class Sweep:
     def __init__(
         self,
         name: str,
-        runs: Sequence[Run],
+        runs: Sequence[AnyRun],
         runs_dir: Path,
         ledger: Path,
         storage: str | None = None,
@@ -166,7 +168,7 @@ class Sweep:
     def lock(self):
         return locked(self.runs_dir / f"{self.name}.lock")
 
-    def rows(self, run: Run) -> list[dict | None]:
+    def rows(self, run: AnyRun) -> list[dict | None]:
         """The answered row of each branch, from its record and the ledger; None where it is still to be had."""
         found = ((self.in_ledger.get(i), read_record(self.runs_dir, run.trunk_id, i)) for i in run.run_ids)
         return [{**(known or {}), **(record or {})} or None for known, record in found]
@@ -181,17 +183,17 @@ class Sweep:
                     " give another design another name with --name"
                 )
 
-    def in_training(self) -> list[Run]:
+    def in_training(self) -> list[AnyRun]:
         """What is not done and held by a living process, of this launch or another."""
         return [run for run in self.pending() if is_locked(self.runs_dir / run.trunk_id / "lock")]
 
-    def last(self, run: Run) -> dict:
+    def last(self, run: AnyRun) -> dict:
         """The row of the largest budget of a run that is done."""
         row = self.rows(run)[-1]
         assert row is not None
         return row
 
-    def is_done(self, run: Run) -> bool:
+    def is_done(self, run: AnyRun) -> bool:
         return all(row and not lacks_probe(run, row) for row in self.rows(run))
 
     def restore_records(self) -> None:
@@ -212,7 +214,7 @@ class Sweep:
                     write_record(self.runs_dir, row)
 
     def refuse_missing_bases(self) -> None:
-        """Raise UserError where a fine-tuning is still to be made whose base has no weights here, and gets none."""
+        """Raise UserError where a run is still to be made that begins at a branch without weights here, which gets none."""
         for run in self.pending():
             if not run.base or run.base.startswith("timm:"):
                 continue
@@ -222,13 +224,14 @@ class Sweep:
             base = self.runs.get(trunk)
             rows = dict(zip(base.run_ids, self.rows(base))) if base else {}
             row = rows.get(run.base, {"status": "missing"})
-            if row and row["status"] != "diverged":  # of such a base each fine-tuning says so, and the others go on
+            if row and row["status"] != "diverged":  # of such a base each run on it says so, and the others go on
+                what = "begins at" if isinstance(run, Run) else "needs the encoder"
                 raise UserError(
-                    f"{run.trunk_id} begins at {run.base}, whose weights are not in {self.runs_dir};"
+                    f"{run.trunk_id} {what} {run.base}, whose weights are not in {self.runs_dir};"
                     " copy them there, or train anew with other --runs and --results"
                 )
 
-    def pending(self) -> list[Run]:
+    def pending(self) -> list[AnyRun]:
         return [run for run in self.runs.values() if not self.is_done(run)]
 
     def collect(self) -> list[dict]:
@@ -259,6 +262,7 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
     num_blocked = 0
     for trunk, run in sweep.runs.items():
         attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
+        attributes |= parts(run)
         if sweep.is_done(run):
             value = sweep.last(run).get(sweep.metric)
             if trunk not in answered | waiting_or_running and value is not None:  # the store was deleted: rebuild it
@@ -283,26 +287,33 @@ def is_waiting(study: optuna.Study) -> bool:
     return any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
-def params(run: Run) -> dict:
-    """What Optuna's tables and plots show of a run."""
-    shape, recipe = run.shape, run.recipe
+def params(run: AnyRun) -> dict:
+    """What Optuna's tables and plots show of a run as numbers."""
+    seeds = {"init_seed": run.init_seed, "data_seed": run.data_seed}
+    if isinstance(run, VlmRun):
+        values: dict = {"image_size": run.image_size, "num_examples": run.num_examples} | seeds
+        for i, stage in enumerate(run.stages, 1):
+            values[f"stage{i}_num_examples"] = stage.num_examples
+            values |= {f"stage{i}_{part}_lr": how.peak_lr for part, how in stage.parts.items()}  # 0.0: frozen
+        return values
     dims = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
-    values = {d: getattr(shape, d) for d in dims} | {
-        "peak_lr": recipe.peak_lr,
-        "init_seed": run.init_seed,
-        "data_seed": run.data_seed,
-    }
+    values = {d: getattr(run.shape, d) for d in dims} | {"peak_lr": run.recipe.peak_lr} | seeds
     return values | ({"trained": run.trained} if run.base else {})
 
 
-def distributions(run: Run) -> dict:
+def parts(run: AnyRun) -> dict:
+    """What a vision-language model is made of, for a trial's attributes: the choices of a parameter may not grow."""
+    return {k: getattr(run, k) for k in ("encoder", "language_model", "projector")} if isinstance(run, VlmRun) else {}
+
+
+def distributions(run: AnyRun) -> dict:
     """One fixed range for each parameter, wide enough for any study: a trial's values are given, never sampled."""
-    fixed = {name: optuna.distributions.IntDistribution(0, 2**32) for name in params(run)}
-    special = {
-        "peak_lr": optuna.distributions.FloatDistribution(0.0, 1e3),
-        "trained": optuna.distributions.CategoricalDistribution(TRAINED),
+    of_type = {
+        int: optuna.distributions.IntDistribution(0, 2**32),
+        float: optuna.distributions.FloatDistribution(0.0, 1e3),
+        str: optuna.distributions.CategoricalDistribution(TRAINED),
     }
-    return {name: special.get(name, d) for name, d in fixed.items()}
+    return {name: of_type[type(value)] for name, value in params(run).items()}
 
 
 # a worker ------------------------------------------------------------------------------------------------------------
@@ -311,7 +322,7 @@ def distributions(run: Run) -> dict:
 def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int:
     """Pull trials until none waits (exit status 0), a stop is asked for (130) or nothing can be written (1).
 
-    One process, one thread; `train` is sovit.train.train where none is given.
+    One process, one thread; `train` is that of the run's kind where none is given.
     """
     with stop_on_signal() as should_stop:
         try:
@@ -325,7 +336,7 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sweep = Sweep(
         plan["name"],
-        [Run.from_dict(d) for d in plan["runs"]],
+        [run_from_dict(d) for d in plan["runs"]],
         Path(plan["runs_dir"]),
         Path(plan["ledger"]),
         plan["storage"],
@@ -344,7 +355,7 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
                 return 0
             if waits:
                 trial = study.ask()
-                run = Run.from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
+                run = run_from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
                 holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
                 ours = _try_lock(holder)
         if not waits:  # someone trains what is waited for; should he die, it is enqueued again
@@ -360,10 +371,11 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
             if isinstance(d, optuna.distributions.CategoricalDistribution):
                 trial.suggest_categorical(name, d.choices)
             else:
-                suggest = trial.suggest_float if name == "peak_lr" else trial.suggest_int
+                whole = isinstance(d, optuna.distributions.IntDistribution)
+                suggest = trial.suggest_int if whole else trial.suggest_float
                 suggest(name, d.low, d.high)
         try:
-            _run_trial(sweep, study, trial, run, train or _torch_train(), plan["device"], should_stop)
+            _run_trial(sweep, study, trial, run, train or trainer(run), plan["device"], should_stop)
         except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial
             print(f"sovit: {run.trunk_id} {stop}; launch the study again to go on", file=sys.stderr)
         finally:
@@ -372,14 +384,14 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
 
 
 def _run_trial(
-    sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: Run, train, device: str, should_stop
+    sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyRun, train, device: str, should_stop
 ) -> None:
     def only_in_ledger(n: int) -> bool:
         return run.run_id(n) in sweep.in_ledger and not read_record(sweep.runs_dir, run.trunk_id, run.run_id(n))
 
     # branches that have a record stay in the run, which says what of the trunk is paid for
     budgets = tuple(n for n in run.budgets if not only_in_ledger(n))
-    todo = run.replace(budgets=budgets or run.budgets)
+    todo = run.replace(budgets=budgets) if isinstance(run, Run) and budgets else run
     try:
         if not sweep.is_done(run):
             on_progress = partial(write_progress, sweep.runs_dir)
@@ -393,7 +405,8 @@ def _run_trial(
         _tell(study, trial, None, reason)
         return
     last = sweep.last(run)
-    _tell(study, trial, last.get(sweep.metric), f"{last['status']}: {last.get('error')}")
+    reason = f"no {sweep.metric}" if last["status"] == "ok" else f"{last['status']}: {last.get('error')}"
+    _tell(study, trial, last.get(sweep.metric), reason)
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, error: str) -> None:
@@ -414,20 +427,23 @@ def _try_lock(file) -> bool:
     return True
 
 
-def _record_failure(sweep: Sweep, run: Run, reason: str) -> None:
+def _record_failure(sweep: Sweep, run: AnyRun, reason: str) -> None:
     for n in run.budgets:
         if read_record(sweep.runs_dir, run.trunk_id, run.run_id(n)) is None:
-            row = new_row(run, n, status="failed", num_classes=0, error=reason, seconds=None, **provenance("unknown"))
-            unknown = ("num_classes", "head_params", "head_flops", "train_flops", "spent_flops")
-            write_record(sweep.runs_dir, row | dict.fromkeys(unknown))
+            write_record(sweep.runs_dir, failed_row(run, n, reason, **provenance("unknown")))
 
 
-def _torch_train():
+def trainer(run: AnyRun) -> Callable[..., list[dict]]:
+    """What trains a run of its kind."""
     import torch
 
+    torch.set_num_threads(1)
+    if isinstance(run, VlmRun):
+        from sovit.vlm.train import train as train_vlm
+
+        return train_vlm
     from sovit.train import train
 
-    torch.set_num_threads(1)
     return train
 
 

@@ -2,7 +2,7 @@
 
 One experiment a study, one flat run a row of its ledger: a shape at a budget with a seed. What stands in a run:
 
-    params        what was chosen: shape, recipe, seeds, data
+    params        what was chosen: shape, recipe, seeds, data; encoder, language model, projector, stages
     final/...     what came out, once, at step 0; skill/... the same for each skill; a column like probe/error as it is
     size/...      parameters and FLOPs of one image; compute/... what the run cost
     train/loss    the row's own curve: the trunk up to where its branch leaves it, then that branch's cooldown. A step is
@@ -45,12 +45,20 @@ STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "
 # it is not the default
 SHAPE_AND_RECIPE = (*(f.name for f in dataclasses.fields(Shape)), *(f.name for f in dataclasses.fields(Recipe)))
 BASE = ("base", "trained", "base_image_size", "base_patch_size", "base_examples")  # of a fine-tuning
-PARAMS = (*SHAPE_AND_RECIPE, "init_seed", "data_seed", "data", "preset", "num_classes", "objective", *BASE)
+# of a vision-language model; what its stages train stands in params of their own, under the names that overrides have
+READER = (
+    *("encoder", "language_model", "projector", "layer", "norm", "layout", "families", "template", "max_length"),
+    *("num_image_tokens", "final_lr", "lora_rank", "lora_alpha", "num_val", "encoder_width", "encoder_depth"),
+)
+STAGES = "stages."
+CHOSEN = (*dict.fromkeys((*SHAPE_AND_RECIPE, *READER)),)
+PARAMS = (*CHOSEN, "init_seed", "data_seed", "data", "preset", "num_classes", "objective", *BASE)
 GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its like are final, their parts are skills
-    "final": ("zero_line",),
+    "final": ("zero_line", "shuffled_loss", "shuffled_error"),
     "skill": (),
     "other": (),
     "size": ("num_params", "trained_params", "stored_bytes", "head_params", "num_heads", "forward_flops", "head_flops"),
+    "parts": ("vision_params", "projector_params", "language_model_params"),
     "compute": (
         *(
             "compute",
@@ -172,6 +180,7 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
     budgets = _budgets(rows)
     found = []
     for row, budget in zip(rows, budgets):
+        vlm = row.get("kind") == "vlm"
         failed = row["status"] != "ok"
         params: dict = {column: None for column in PARAMS}  # which gives them their order
         metrics: dict = {}
@@ -180,8 +189,8 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
         tags["excluded"] = reasons.get(row["run_id"])
         tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}" if failed else None
         tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
-        for column, value in (defaults | row).items():
-            if column in PARAMS:
+        for column, value in (row | _stage_params(row) if vlm else defaults | row).items():
+            if column in PARAMS or column.startswith(STAGES):
                 params[column] = value
             elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
                 metrics[_free(_grouped(column), metrics)] = float(value)
@@ -196,10 +205,23 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
     return _told_apart(found)
 
 
+def _stage_params(row: dict) -> dict:
+    """The stages of a vision-language model, flat: stages.0.num_examples, and mode, rate ... of each part not frozen."""
+    flat: dict = {"stages": None}
+    for i, stage in enumerate(row.get("stages") or ()):
+        for name, value in stage.items():
+            if not isinstance(value, dict):
+                flat[f"{STAGES}{i}.{name}"] = value
+            elif value.get("mode") != "frozen":
+                flat |= {f"{STAGES}{i}.{name}.{key}": of_part for key, of_part in value.items()}
+    return flat
+
+
 def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:
     """(images seen, seconds, {metric: value}) along a row: its part of the trunk, then its own cooldown.
 
-    A row that is ok ends at its budget, with or without a file; a line that a kill cut short is passed over.
+    A row that is ok ends at its budget, with or without a file; a line that a kill cut short is passed over. FLOPs are in
+    proportion to images, which they are not quite where stages train different parts.
     """
     n, flops = int(row["num_examples"]), _number(row, "train_flops")
     points: dict[int, tuple] = {}
@@ -224,7 +246,7 @@ def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[s
 def _grouped(column: str) -> str:
     kind, slash, _ = column.partition("/")
     if slash:
-        return f"skill/{column}" if kind in ("val_loss", "val_error") else column
+        return f"skill/{column}" if kind in ("val_loss", "val_error", "shuffled_loss", "shuffled_error") else column
     return f"{GROUP_OF.get(column, 'final' if column.startswith('val_') else 'other')}/{column}"
 
 
@@ -244,6 +266,8 @@ def _number(row: dict, column: str) -> float | None:
 
 
 def _shape_label(row: dict) -> str:
+    if row.get("kind") == "vlm":
+        return f"{row.get('encoder')} {row.get('language_model')}"
     return "x".join(str(row.get(dimension, "?")) for dimension in ("width", "depth", "mlp_dim"))
 
 
@@ -276,7 +300,8 @@ def _told_apart(found: list[dict]) -> list[dict]:
 
 def varying(described: list[dict]) -> list[str]:
     """The params that are not the same in all rows."""
-    return [p for p in PARAMS if len({wanted["params"].get(p) for wanted in described}) > 1]
+    stages = sorted({p for wanted in described for p in wanted["params"] if p.startswith(STAGES)})
+    return [p for p in (*PARAMS, *stages) if len({wanted["params"].get(p) for wanted in described}) > 1]
 
 
 # the charts that the UI opens with -------------------------------------------------------------------------------------
@@ -300,7 +325,7 @@ def _axes(described: list[dict]) -> list[str]:
     def num_points(params: list[str]) -> int:
         return len({tuple(wanted["params"].get(p) for p in params) for wanted in described})
 
-    varied = [p for p in varying(described) if p in SHAPE_AND_RECIPE]
+    varied = [p for p in varying(described) if p in CHOSEN or p.startswith(STAGES)]
     axes = [p for p in varied if p in DIMENSIONS]
     for param in varied:
         if num_points([*axes, param]) > num_points(axes):

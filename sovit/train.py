@@ -410,8 +410,11 @@ def device_name(device: str) -> str:
     return f"cpu x{torch.get_num_threads()}"
 
 
-def train_here(run: Run, runs_dir: Path | str, device: str = "cpu") -> list[dict]:
-    """`train` for who waits at a terminal: one line of progress, alone on its trunk, stopped by Ctrl-C or SIGTERM.
+def train_here(
+    run: Any, runs_dir: Path | str, device: str = "cpu", train: Callable[..., list[dict]] = train
+) -> list[dict]:
+    """`train`, of a Run or of another kind, for who waits at a terminal: one line of progress, alone on its trunk,
+    stopped by Ctrl-C or SIGTERM.
 
     Raises what `train` does, but where it was stopped KeyboardInterrupt with the words to be said.
     """
@@ -438,18 +441,27 @@ def train_here(run: Run, runs_dir: Path | str, device: str = "cpu") -> list[dict
             print(file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]`: train one run from its JSON, as `Run.to_dict` writes it."""
+def main(
+    argv: list[str] | None = None,
+    module: str = "sovit.train",
+    read: Callable[[dict], Any] = Run.from_dict,
+    train: Callable[..., list[dict]] = train,
+) -> int:
+    """`python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]`: train one run from its JSON, as `Run.to_dict` writes it.
+
+    Returns 0 done, 1 diverged or out of memory, 2 bad input, 130 stopped.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     if not 1 <= len(arguments) <= 3:
-        print("usage: python -m sovit.train RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
+        print(f"usage: python -m {module} RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
         return 2
     try:
         try:
             d = json.loads(Path(arguments[0]).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        rows = train_here(Run.from_dict(d), *(arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]))
+        runs_dir, device = arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]
+        rows = train_here(read(d), runs_dir, device, train)
     except KeyboardInterrupt as stop:
         if str(stop):  # else before it had begun
             say(str(stop))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import is_number, merge, read_exclusions, read_rows
+from sovit.ledger import is_number, is_vlm, merge, read_exclusions, read_rows
 from sovit.paired import paired
 
 NETWORK = ("width", "depth", "mlp_dim", "head_dim", "pool")  # what a fine-tuning keeps
@@ -131,6 +131,8 @@ def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Stud
             left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
         elif row["status"] != "ok":
             left_out.append((row["run_id"], f"status {row['status']}"))
+        elif is_vlm(row):
+            left_out.append((row["run_id"], "a vision-language model"))
         elif row.get("patch_sizes") and not several_sizes:
             left_out.append((row["run_id"], "its patch size is drawn by batch"))
         else:

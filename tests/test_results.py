@@ -19,10 +19,9 @@ from sovit.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-VLM_LEDGERS = sorted(RESULTS.glob("vlm_thread.jsonl"))
 PROFILES = RESULTS / "hardware.jsonl"  # of shapes on a machine, not of runs
 EPISODES = [p for p in RESULTS.glob("*.jsonl") if '"run_id"' not in p.open().readline()]  # of simulated studies
-LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {*VLM_LEDGERS, PROFILES, *EPISODES})
+LEDGERS = sorted(set(RESULTS.glob("*.jsonl")) - {PROFILES, *EPISODES})
 LAWS = sorted(RESULTS.glob("*_law/law.json"))
 
 
@@ -51,25 +50,6 @@ def test_ledger_is_sorted_free_of_repeats_and_counts_its_costs(path):
         assert row["run_id"] == f"{row['trunk_id']}-{row['num_examples']}" and row["study"] == path.stem
         if row["status"] == "ok":
             assert 0 < row["val_loss"] < math.log(row["num_classes"]) * 1.5 and 0 <= row["val_error"] <= 1
-
-
-@pytest.mark.parametrize("path", VLM_LEDGERS, ids=lambda p: p.stem)
-def test_vlm_ledger_counts_its_costs_and_its_blind_arm_is_blind(path):
-    """Colours are drawn with p(rank) ~ rank^-1/2: nobody who does not look can have less than their entropy."""
-    rows = read_ledger(path)
-    p = np.arange(1, 9) ** -0.5
-    p /= p.sum()
-    entropy = -(p * np.log(p)).sum()
-    assert rows == merge(rows) and {row["control"] for row in rows} == {"none", "random", "blind"}
-    for row in rows:
-        encoder = 0
-        if row["encoder"]:
-            names = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
-            encoder = Shape(**{k: row[k] for k in names})
-            encoder = encoder.replace(depth=row["layer"] % row["depth"] + 1).forward_flops  # up to the block read
-        assert row["train_flops"] == row["num_examples"] * (encoder + 3 * (row["forward_flops"] - encoder))
-        if row["control"] == "blind":
-            assert row["val_loss/colours"] == pytest.approx(entropy, abs=0.02)
 
 
 def test_few_shot_errors_of_the_stream_star_agree_with_themselves():

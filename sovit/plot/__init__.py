@@ -20,6 +20,7 @@ from sovit.plot.study import contact_sheet, learning_rates, validation, validati
 from sovit.plot.style import save
 from sovit.plot.trade import trade
 from sovit.plot.transfer import flexi_cost, transfer_figures
+from sovit.plot.vlm import vlm_vs_encoder
 
 __all__ = [
     "active",
@@ -45,4 +46,5 @@ __all__ = [
     "transfer_figures",
     "validation",
     "validation_figure",
+    "vlm_vs_encoder",
 ]

@@ -157,8 +157,11 @@ def validation_figure(result: dict, path: Path | str) -> list[str]:
 
 
 @styled
-def contact_sheet(images, captions, path: Path | str, *, title: str = "", columns: int = 6) -> None:
-    """Images [B, H, W, 3] in 0..1, each with its caption below, as one PNG at `path`; pixels stay sharp squares."""
+def contact_sheet(images, captions, path: Path | str, *, title: str = "", columns: int = 6, lines: int = 6) -> None:
+    """Images [B, H, W, 3] in 0..1, each with its caption below, as one PNG at `path`; pixels stay sharp squares.
+
+    A caption is cut off after what `lines` full lines hold.
+    """
     images = np.clip(np.asarray(images, float), 0, 1)
     if images.ndim != 4 or images.shape[3] != 3 or len(images) != len(captions) or not len(images):
         raise UserError(
@@ -168,7 +171,7 @@ def contact_sheet(images, captions, path: Path | str, *, title: str = "", column
     rows = -(-len(images) // columns)
     cell = PAGE / columns
     fits = max(8, round(cell * 15))  # characters a line
-    wrapped = ["\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: 6 * fits] for c in captions]
+    wrapped = ["\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits] for c in captions]
     text = 0.13 * max((w.count("\n") + 1 if w else 0 for w in wrapped), default=0) + 0.08
     height = rows * (cell * 0.94 + text) + 0.3
     figure = Figure(figsize=(PAGE, height))

@@ -1,65 +1,260 @@
-"""A vision-language model: the patch tokens of a frozen encoder, a projector, a causal language model."""
+"""A vision-language model in plain PyTorch: patch tokens of any Encoder, a projector, any Hugging Face causal LM.
+
+An image enters as M placeholder tokens in the text, whose embeddings are replaced by the projected patch tokens (LLaVA,
+arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is said: see sovit.encoder.
+
+    legend: B rows or prompts, T tokens, I images a row, M tokens an image, D width of the language model, V words
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sovit import UserError
 from sovit.encoder import Encoder
+from sovit.vlm.language_model import LanguageModel
+from sovit.vlm.packing import NO_LABEL, Document, Packed, pack, visible
+from sovit.vlm.projectors import build as build_projector
+
+# before the image, between image or exchange and the question, between question and answer
+TEMPLATES = {
+    "chat": ("<|im_start|>user\n", "\n{question}<|im_end|>\n<|im_start|>assistant\n", "{answer}"),
+    "short": ("", "\n{question}", " {answer}"),
+    "plain": ("", "\nQuestion: {question} Answer:", " {answer}"),
+}
+
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def number_word(number: int) -> str:
+    return NUMBERS[number] if number < len(NUMBERS) else str(number)
+
+
+class VlmBatch(NamedTuple):
+    """Packed rows with their images [B, I, 3, S, S] in [0, 1]; see Packed for the rest."""
+
+    ids: Tensor
+    positions: Tensor
+    labels: Tensor
+    document: Tensor
+    exchange: Tensor
+    image: Tensor
+    source: Tensor
+    images: Tensor
+
+
+class LearnedTokens(nn.Module):
+    """What stands for the image in the blind model: M vectors, learned, the same for every image."""
+
+    def __init__(self, num_tokens: int, width: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.num_tokens_out = num_tokens
+        self.tokens = nn.Parameter(torch.randn(num_tokens, width, generator=generator) * width**-0.5)
+
+    def forward(self, num_images: int) -> Tensor:
+        return self.tokens.expand(num_images, -1, -1)  # [B, M, D]
 
 
 class VisionLanguageModel(nn.Module):
-    """What is trained is `projector` and `language_model`; the encoder is frozen and no part of the state.
+    """encoder: an Encoder, or the number of learned tokens of a blind model.
 
-    `encoder=None` is the blind model: the same language model, which sees the question alone.
+    projector: a name of sovit.vlm.projectors.PROJECTORS, with options as in pixel_shuffle_linear?factor=2.
     """
 
-    def __init__(self, encoder: Encoder | None, language_model: Any, layer: int = -1, norm: bool = True, seed: int = 0):
+    def __init__(
+        self,
+        encoder: Encoder | int,
+        language_model: LanguageModel,
+        projector: str = "mlp2x_gelu",
+        layer: int = -1,
+        norm: bool = True,
+        template: str = "chat",
+        layout: str = "flat",
+        seed: int = 0,
+    ):
         super().__init__()
-        self.encoder, self.layer, self.norm = encoder, layer, norm  # a dataclass: no submodule, no parameters
-        self.language_model = language_model
-        if encoder is not None:
-            self.projector = mlp_projector(encoder.width, language_model.config.hidden_size, seed)
+        self.words, self.layer, self.norm, self.template = language_model, layer, norm, TEMPLATES[template]
+        self.lm: Any = language_model.model
+        width = self.lm.get_input_embeddings().weight.shape[1]  # D
+        self.projector: Any
+        if isinstance(encoder, int):
+            self.encoder, self.vision = None, None
+            self.projector = LearnedTokens(encoder, width, seed)
+        else:
+            self.encoder, self.vision = encoder, encoder.module
+            name, _, options = projector.partition("?")
+            given = {}
+            for option in filter(None, options.split("&")):
+                key, equals, value = option.partition("=")
+                if not equals or not value.isdecimal():
+                    raise UserError(f"projector={projector!r}: {option!r} is no option; give such as factor=2")
+                given[key] = int(value)
+            self.projector = build_projector(name, encoder.width, width, num_tokens=encoder.grid**2, seed=seed, **given)
+        self.num_image_tokens: int = self.projector.num_tokens_out
+        if layout == "rows" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
+            raise UserError(
+                f"layout=rows needs a square of image tokens, not {self.num_image_tokens}; take layout=flat"
+            )
+        self.layout = layout
 
-    def forward(self, images: Tensor, words: Tensor) -> Tensor:
-        """images [B, 3, H, W], words [B, Q, T] -> logits [B, Q, T, V] of the word that follows each."""
-        num_images, num_questions, num_words = words.shape
-        x = self.language_model.get_input_embeddings()(words.flatten(0, 1))  # [BQ, T, D]
-        if self.encoder is not None:
-            with torch.no_grad():
-                seen = self.encoder.tokens(images, self.layer, self.norm)  # [B, N, encoder width]
-            seen = self.projector(seen).repeat_interleave(num_questions, 0)  # [BQ, N, D]
-            x = torch.cat((seen, x), 1)
-        logits = self.language_model(inputs_embeds=x, logits_to_keep=num_words, use_cache=False).logits  # [BQ, T, V]
-        return logits.view(num_images, num_questions, num_words, -1)
+    # text ----------------------------------------------------------------------------------------------------------------
 
-    def no_weight_decay(self) -> set[str]:
-        return {"language_model.model.embed_tokens.weight"}
+    def encode(self, text: str) -> list[int]:
+        ids = self.words.tokenizer.encode(text, add_special_tokens=False)
+        if self.words.image_token_id in ids:
+            word = self.words.tokenizer.decode([self.words.image_token_id])
+            raise UserError(f"the text {text[:60]!r} holds {word!r}, which stands for image tokens; leave it out")
+        return ids
+
+    def document(self, exchanges: Iterable[tuple[str, str]], with_image: bool = True) -> Document:
+        """An image, if any, and (question, answer) pairs about it, as token ids; an answer ends with the end token."""
+        before, question, answer = self.template
+        prefix = self.encode(before) + (self._image() if with_image else [])
+        pairs = [
+            (
+                self.encode(question.format(question=asked)),
+                self.encode(answer.format(answer=said)) + [self.words.eos_token_id],
+            )
+            for asked, said in exchanges
+        ]
+        return Document(prefix, pairs)
+
+    def _image(self) -> list[int]:
+        """Placeholders of an image: all in one line, or row by row, each announced in words as SmolVLM announces tiles."""
+        token = self.words.image_token_id
+        if self.layout == "flat":
+            return [token] * self.num_image_tokens
+        side = math.isqrt(self.num_image_tokens)
+        rows = [self.encode(f"Row {number_word(row)}:") + [token] * side for row in range(1, side + 1)]
+        newline = self.encode("\n")
+        return [i for row in rows[:-1] for i in row + newline] + rows[-1]
+
+    # forward -------------------------------------------------------------------------------------------------------------
+
+    def image_tokens(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] -> what the language model reads of them, [B, M, D]."""
+        if self.encoder is None:
+            return self.projector(len(images))
+        frozen = not any(p.requires_grad for p in self.encoder.module.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            seen = self.encoder.tokens(self.encoder.preprocess(images), self.layer, self.norm)  # [B, N, D_vision]
+        return self.projector(seen)
+
+    def embed(self, ids: Tensor, images: Tensor | None) -> Tensor:
+        """Token ids [B, T] -> [B, T, D], the placeholders of images [n, 3, H, W] filled in order."""
+        x = self.lm.get_input_embeddings()(ids)
+        if images is None:
+            return x
+        seen = self.image_tokens(images).flatten(0, 1).to(x.dtype)  # [n M, D]
+        places = (ids == self.words.image_token_id).nonzero(as_tuple=True)
+        return x.index_put(places, seen)
+
+    def forward(self, batch: VlmBatch) -> Tensor:
+        """Logits [L, V] at the labelled tokens of packed rows, in the order of labels[labels != NO_LABEL]."""
+        images = batch.images[batch.image >= 0] if self.num_image_tokens else None  # [n, 3, S, S], row by row
+        x = self.embed(batch.ids, images)
+        return self._logits(x, visible(Packed(*batch[:-1])), batch.positions, batch.labels != NO_LABEL)
+
+    def _logits(self, x: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """The vocabulary is far wider than the model: only the tokens that are wanted [B, T] go through its head."""
+        config = self.lm.config
+        plain = not any(getattr(config, name, None) for name in SCALED_LOGITS)
+        arguments = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
+        if plain:
+            return self.lm.get_output_embeddings()(self.lm.get_decoder()(**arguments).last_hidden_state[wanted])
+        return self.lm(**arguments).logits[wanted]
+
+    # answers -------------------------------------------------------------------------------------------------------------
+
+    def batch(self, documents: Sequence[Document], images: Tensor | None, max_length: int) -> VlmBatch:
+        """Pack documents, of which number d shows image number d of `images` [n, 3, S, S]."""
+        packed = pack(documents, min(max_length, self.words.context_length), self.words.pad_token_id)
+        device = self.lm.device
+        if images is None:
+            images = torch.zeros(len(documents), 3, 1, 1)
+        packed = Packed(*(t.to(device) for t in packed))
+        return VlmBatch(*packed, images.to(device)[packed.image.clamp_min(0)])
+
+    @torch.no_grad()
+    def score(self, images: Tensor | None, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Log-probability (nats) of each candidate answer, its end token included, given image and prompt: [candidates].
+
+        images [B, 3, H, W] in [0, 1], one a prompt, or None for none. Raises UserError where a prompt has no answers, or
+        the two do not fit into the context.
+        """
+        if any(not candidates for candidates in answers):
+            raise UserError("score: a prompt has no candidate answers; give at least one")
+        documents = [
+            self.document([(prompt, answer) for answer in candidates], images is not None)
+            for prompt, candidates in zip(prompts, answers, strict=True)
+        ]
+        batch = self.batch(documents, images, self.words.context_length)
+        if images is None:
+            logits = self._logits(
+                self.embed(batch.ids, None), visible(Packed(*batch[:-1])), batch.positions, batch.labels != NO_LABEL
+            )
+        else:
+            logits = self(batch)
+        told = batch.labels != NO_LABEL
+        of_token = -F.cross_entropy(logits.float(), batch.labels[told], reduction="none")
+        total = torch.zeros(sum(map(len, answers)), device=of_token.device)
+        total.index_add_(0, batch.source[told], of_token)
+        return list(total.split([len(candidates) for candidates in answers]))
+
+    @torch.no_grad()
+    def generate(
+        self, images: Tensor | None, prompts: Sequence[str], max_new_tokens: int = 32, use_cache: bool = True
+    ) -> list[str]:
+        """Greedy answers to prompts about images [B, 3, H, W] in [0, 1] (None: about none), one image a prompt.
+
+        use_cache=False reads the whole text again for every token: slow, and what the cached path must equal.
+        """
+        ends, pad = self.words.eos_token_id, self.words.pad_token_id
+        rows = [self.document([(prompt, "")], images is not None) for prompt in prompts]
+        lines = [document.prefix + document.exchanges[0][0] for document in rows]  # no answer yet
+        longest = max(map(len, lines))
+        if longest + max_new_tokens > self.words.context_length:
+            raise UserError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the"
+                f" {self.words.context_length} that {self.words.name} reads; shorten it"
+            )
+        device = self.lm.device
+        ids = torch.tensor([[pad] * (longest - len(line)) + line for line in lines], device=device)  # padded left
+        mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=device)
+        x = self.embed(ids, None if images is None else images.to(device))
+        cache, said = None, torch.empty(len(lines), 0, dtype=torch.int64, device=device)
+        done = torch.zeros(len(lines), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -x.shape[1] :]
+            out = self.lm(
+                inputs_embeds=x,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=use_cache,
+                logits_to_keep=1,
+            )
+            chosen = out.logits[:, -1].argmax(-1).masked_fill(done, ends)  # [B]
+            said = torch.cat((said, chosen[:, None]), 1)
+            done = done | (chosen == ends)
+            if done.all():
+                break
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            new = self.lm.get_input_embeddings()(chosen[:, None])
+            cache, x = out.past_key_values, new if use_cache else torch.cat((x, new), 1)
+        return [self._text(line) for line in said.tolist()]
+
+    def _text(self, ids: list[int]) -> str:
+        end = ids.index(self.words.eos_token_id) if self.words.eos_token_id in ids else len(ids)
+        return self.words.tokenizer.decode(ids[:end]).strip()
 
 
-def mlp_projector(width_in: int, width_out: int, seed: int) -> nn.Module:
-    """LLaVA-1.5's (arXiv 2310.03744): Linear, GELU, Linear; [..., width_in] -> [..., width_out]."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
-
-
-def small_language_model(num_words: int, width: int, depth: int, seed: int) -> Any:
-    """A new Llama of `depth` layers over a vocabulary of `num_words` words, its weights a function of `seed`."""
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=num_words,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // 16,
-        max_position_embeddings=512,
-        initializer_range=width**-0.5,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config)
+SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of Gemma 2, Granite, Cohere

@@ -28,8 +28,9 @@ from sovit.data import NORMALISATION
 from sovit.data.stream import VAL_SEED, hash_uniform
 
 KINDS = ("reading", "naming", "attribute", "counting", "relation", "two_hops")
-NUM_REFERENCE = 1024  # images, of no training or validation sequence, that tell how common an answer is
-RAREST = 0.02  # answers that are rarer count as this rare: a few odd images must not be asked of it alone
+NUM_REFERENCE = 1024  # images that tell how common an answer is
+RAREST = 0.25  # of an even share: answers that are rarer count as this rare, or odd images would be asked of it alone
+PRIOR = 16.0  # questions' worth of the whole family's answers that are added to those of one text
 SPLITS = ("train", "val")
 
 
@@ -64,7 +65,10 @@ class Pictures(Protocol):
         """As the source draws them, [B, 3, H, W] float32."""
 
     def scenes(self, split: str, start: int, count: int) -> list:
-        """What each image shows, in plain Python values; split may also be "reference"."""
+        """What each image shows, in plain Python values."""
+
+    def reference(self, split: str, count: int) -> list:
+        """Scenes like those of a split, the same for every data_seed, that tell how common an answer is."""
 
 
 def open_questions(
@@ -75,10 +79,14 @@ def open_questions(
     Raises UserError for data without questions, for unknown families and for what the source cannot draw.
     """
     if data == "stream":
-        from sovit.vlm.questions_stream import StreamPictures as Opened
-    else:
-        raise UserError(f"data={data!r} has no questions; choose stream")
-    return Questions(Opened(preset, image_size, data_seed), families)
+        from sovit.vlm.questions_stream import StreamPictures
+
+        return Questions(StreamPictures(preset, image_size, data_seed), families)
+    if data == "icons":
+        from sovit.vlm.questions_icons import IconPictures
+
+        return Questions(IconPictures(preset, image_size, data_seed), families)
+    raise UserError(f"data={data!r} has no questions; choose stream or icons")
 
 
 class Questions:
@@ -93,7 +101,8 @@ class Questions:
         self.families = chosen
         self.kinds = {name: pictures.table[name].kind for name in chosen}
         self.num_val = pictures.num_val
-        self._common: dict[str, dict[tuple, float]] = {}  # family -> (arguments, answer) -> share of that answer
+        self._usual: dict[tuple[str, str], Usual] = {}  # (split, family) ->
+        self._references: dict[str, list] = {}
 
     def images(self, split: str, start: int, count: int) -> Tensor:
         """[B, 3, H, W] float32 in [0, 1], pixel noise apart, which is not clamped."""
@@ -109,11 +118,11 @@ class Questions:
         index = torch.arange(start, start + count)
         asked: list[list[Question]] = [[] for _ in scenes]
         for name in self.families:
-            family, common = self.pictures.table[name], self._commonness(name)
+            family, usual = self.pictures.table[name], self._usual_answers(split, name)
             draws = hash_uniform(seed + salt(name), index, 1)[:, 0].tolist()
             for questions, scene, u in zip(asked, scenes, draws, strict=True):
                 if possible := family.asks(scene):
-                    weights = [1 / common.get(ask, RAREST) for ask in possible] if common else [1.0] * len(possible)
+                    weights = [1 / usual.share(*ask) if usual else 1.0 for ask in possible]
                     arguments, answer = possible[pick(weights, u)]
                     questions.append(Question(name, family.text.format(*arguments), answer, family.choices))
         return asked
@@ -121,21 +130,38 @@ class Questions:
     def _check(self, split: str, start: int, count: int) -> None:
         if split not in SPLITS:
             raise UserError(f"split={split!r} is unknown; choose train or val")
-        if start < 0 or count < 1 or (split == "val" and start + count > self.num_val):
+        if count < 1:
+            raise UserError(f"count={count} asks about no image; give 1 or more")
+        if start < 0 or (split == "val" and start + count > self.num_val):
             raise UserError(f"{split} images {start} .. {start + count - 1} do not exist; num_val={self.num_val}")
 
-    def _commonness(self, name: str) -> dict[tuple, float]:
-        """(arguments, answer) -> share of that answer among all images of which this can be asked; {} of open answers."""
+    def _usual_answers(self, split: str, name: str) -> Usual | None:
+        """None of open answers."""
         family = self.pictures.table[name]
-        if name not in self._common and family.choices:
-            if not hasattr(self, "_reference"):
-                self._reference = self.pictures.scenes("reference", 0, NUM_REFERENCE)
-            counts = Counter(ask for scene in self._reference for ask in family.asks(scene))
-            totals: Counter[tuple] = Counter()
-            for (arguments, _), n in counts.items():
-                totals[arguments] += n
-            self._common[name] = {ask: max(RAREST, n / totals[ask[0]]) for ask, n in counts.items()}
-        return self._common.get(name, {})
+        if not family.choices:
+            return None
+        if (split, name) not in self._usual:
+            if split not in self._references:
+                self._references[split] = self.pictures.reference(split, NUM_REFERENCE)
+            asks = [ask for scene in self._references[split] for ask in family.asks(scene)]
+            self._usual[split, name] = Usual(asks, RAREST / len(family.choices))
+        return self._usual[split, name]
+
+
+class Usual:
+    """How often an answer is the answer to a text, counted over asks: (arguments, answer)."""
+
+    def __init__(self, asks: list[tuple[tuple, str]], least: float):
+        self.both, self.least, self.total = Counter(asks), least, max(1, len(asks))
+        self.texts, self.answers = Counter(ask[0] for ask in asks), Counter(ask[1] for ask in asks)
+        self._shares: dict[tuple, float] = {}
+
+    def share(self, arguments: tuple, answer: str) -> float:
+        ask = arguments, answer
+        if ask not in self._shares:
+            prior = PRIOR * self.answers[answer] / self.total
+            self._shares[ask] = max(self.least, (self.both[ask] + prior) / (self.texts[arguments] + PRIOR))
+        return self._shares[ask]
 
 
 def salt(family: str) -> int:
@@ -159,18 +185,17 @@ def pick(weights: list[float], u: float) -> int:
 class Blind(NamedTuple):
     """What the best answer gets that knows the text and no image: the zero lines of a family's scores.
 
-    accuracy: share of answers that are right as a whole; word_accuracy: of their words; nats: mean surprise at an answer.
-    num_train, num_val: questions that it was estimated from, and scored on.
+    accuracy: share of answers that are right as a whole; word_accuracy: of the words of open answers; nats: mean surprise
+    at an answer; constant: accuracy of the one answer that hindsight chooses among all, which is the line to beat where
+    validation has other answers than training. num_train, num_val: questions that it was estimated from, and scored on.
     """
 
     accuracy: float
     word_accuracy: float
     nats: float
+    constant: float
     num_train: int
     num_val: int
-
-
-PRIOR = 16.0  # questions' worth of the family's own answers that are added to those of a text
 
 
 def blind_accuracy(questions: Questions, n: int = 2048) -> dict[str, Blind]:
@@ -200,22 +225,19 @@ def _blind(train: list[Question], val: list[Question]) -> Blind:
             by_place[place][part] += 1
     right = words_right = words = nats = 0.0
     for q in val:
-        parts, guessed = _parts(q), []
+        parts, guess = _parts(q), []
         for place, part in enumerate(parts):
-            family, text = by_place[place], by_text.get((q.question, place), Counter())
-            vocabulary = set(q.choices) | set(family) | {part}
+            family, text = by_place[place], by_text[q.question, place]
+            vocabulary = sorted(set(q.choices) | set(family) | {part})
             total, prior = text.total() + PRIOR, family.total() + len(vocabulary)
-
-            def p(word: str, text=text, family=family, total=total, prior=prior) -> float:
-                return (text[word] + PRIOR * (family[word] + 1) / prior) / total
-
-            guessed.append(max(sorted(vocabulary), key=p))
-            nats -= math.log(p(part))
-        told, guess = q.answer.split(), " ".join(guessed).split()
-        right += guess == told
-        words_right += sum(a == b for a, b in zip(guess, told, strict=False))
-        words += len(told)
-    return Blind(right / len(val), words_right / words, nats / len(val), len(train), len(val))
+            p = {w: (text[w] + PRIOR * (family[w] + 1) / prior) / total for w in vocabulary}
+            guess.append(max(p, key=p.__getitem__))
+            nats -= math.log(p[part])
+        right += guess == parts
+        words_right += sum(a == b for a, b in zip(guess, parts, strict=True))
+        words += len(parts)
+    constant = Counter(q.answer for q in val).most_common(1)[0][1] / len(val)
+    return Blind(right / len(val), words_right / words, nats / len(val), constant, len(train), len(val))
 
 
 def _parts(question: Question) -> list[str]:

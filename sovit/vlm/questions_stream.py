@@ -53,7 +53,12 @@ class StreamPictures:
         return (self.stream.train if split == "train" else self.stream.val)(start, count).images
 
     def scenes(self, split: str, start: int, count: int) -> list[Cells]:
-        seed = {"train": self.data_seed, "val": VAL_SEED, "reference": REFERENCE_SEED}[split]
+        return self._scenes(VAL_SEED if split == "val" else self.data_seed, start, count)
+
+    def reference(self, split: str, count: int) -> list[Cells]:
+        return self._scenes(REFERENCE_SEED, 0, count)
+
+    def _scenes(self, seed: int, start: int, count: int) -> list[Cells]:
         scene = self.stream.latents(seed, torch.arange(start, start + count))
         grid = self.stream.world.grid
         found = []

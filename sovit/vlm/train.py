@@ -1,100 +1,41 @@
-"""VlmRun -> one ledger row: a projector and a small language model, trained on a frozen encoder's tokens.
+"""VlmRun -> one ledger row: a vision-language model trained in stages by the one optimisation loop, and evaluated.
 
-`python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]` trains one; studies/vlm_thread.py trains an encoder beside its controls.
+    stage 1 ─────╲ stage 2 ─────╲     in each stage every part is frozen, trained in full or by low-rank adapters (LoRA,
+                                      arXiv 2106.09685), each at a rate of its own; a new optimiser in each
+
+`python -m sovit.vlm.train VLMRUN.json [RUNS_DIR] [DEVICE]` trains one. Files, all under `runs/<trunk_id>/`: config.json,
+metrics.jsonl, latest.pt and previous.pt as of sovit.train; <run_id>.safetensors holds what was trained and nothing else;
+records/<run_id>.json is the measurement.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
-from sovit.branches import load_branch
-from sovit.checkpoint import Checkpoints, check_fits, save_weights
-from sovit.data.stream import PRESETS, Stream
-from sovit.encoder import open_encoder
-from sovit.ledger import SCHEMA, is_locked, locked, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, schedule
-from sovit.model import parameter_groups
-from sovit.progress import progress_text, write_progress
-from sovit.run import Recipe
-from sovit.shape import DIMENSIONS, Shape
-from sovit.stop import stop_on_signal, this_command
-from sovit.train import SAVE_SECONDS, device_name, say
-from sovit.vlm.data import FAMILIES, NO_LABEL, Questions, StreamQuestions
-from sovit.vlm.model import VisionLanguageModel, small_language_model
+from sovit.checkpoint import Checkpoints, Unusable, load_weights, save_weights
+from sovit.encoder import Encoder, open_encoder
+from sovit.ledger import SCHEMA, provenance, read_record, write_atomic, write_record
+from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, is_out_of_memory, schedule
+from sovit.train import SAVE_SECONDS, device_name, main, say
+from sovit.vlm.evaluate import validate
+from sovit.vlm.language_model import open_language_model
+from sovit.vlm.model import VisionLanguageModel, VlmBatch
+from sovit.vlm.packing import NO_LABEL
+from sovit.vlm.questions import open_questions
+from sovit.vlm_run import PARTS, Part, Stage, VlmRun
 
-VAL_IMAGES = 2048
-VAL_BATCH = 64
-
-
-@dataclass(frozen=True)
-class VlmRun:
-    """What is trained. `encoder` is a name of sovit.encoder, a trained run's, or "" for the blind model."""
-
-    encoder: str
-    recipe: Recipe
-    num_examples: int  # images; each is asked every question
-    preset: str = "cpu"  # of the stream
-    layer: int = -1
-    norm: bool = True
-    lm_width: int = 64
-    lm_depth: int = 2
-    init_seed: int = 0
-    data_seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            kind = {"encoder": str, "preset": str, "recipe": dict, "norm": bool}.get(name, int)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise UserError(f"{name}={value!r} must be of type {kind.__name__}")
-        if self.preset not in PRESETS:
-            raise UserError(f"preset={self.preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
-        if self.num_examples < 5 * self.recipe.batch_size or self.num_examples % self.recipe.batch_size:
-            least = 5 * self.recipe.batch_size
-            raise UserError(f"num_examples={self.num_examples} is no multiple of the batch, or under {least}")
-        if self.lm_width < 16 or self.lm_width % 16 or self.lm_depth < 1:
-            raise UserError(
-                f"lm_width={self.lm_width}, lm_depth={self.lm_depth}: give a multiple of 16, and at least 1"
-            )
-        if self.recipe.schedule != "constant" or self.recipe.precision != "float32":
-            raise UserError("a VLM run knows schedule='constant' and precision='float32' only")
-
-    @property
-    def control(self) -> str:
-        """What the run is a control for: "blind", "random" (an encoder before training), or "none"."""
-        return "blind" if not self.encoder else "random" if self.encoder.startswith("random:") else "none"
-
-    @property
-    def trunk_id(self) -> str:
-        identity = {k: v for k, v in dataclasses.asdict(self).items() if k != "num_examples"}
-        canonical = json.dumps({"vlm": identity}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
-
-    @property
-    def run_id(self) -> str:
-        return f"{self.trunk_id}-{self.num_examples}"
-
-    @classmethod
-    def from_dict(cls, d: dict) -> VlmRun:
-        """Read what dataclasses.asdict wrote, or its JSON. Raises UserError for what is no VlmRun."""
-        try:
-            return cls(**{**d, "recipe": Recipe(**d["recipe"])})
-        except (TypeError, KeyError) as error:
-            raise UserError(f"not a VLM run ({error}); give encoder, recipe, num_examples ...") from None
+MODULES = {"vision": "vision", "projector": "projector", "language_model": "lm"}  # part -> attribute of the model
 
 
 def train(
@@ -104,204 +45,334 @@ def train(
     on_progress: Callable[[dict], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     save_seconds: float = SAVE_SECONDS,
-) -> dict:
-    """Train `run` unless it has a record; return its row. Weights stand beside the record, the encoder's apart.
+) -> list[dict]:
+    """Train `run` unless it has a record; return its row, in a list as sovit.train.train does.
 
     Resumes from the last sound state that an earlier, killed, call has saved, to the same bits on a CPU. A loss that is
-    not finite is recorded as `diverged`. Raises UserError where the encoder is not there or does not read the stream's
-    images; Interrupted, its state saved, as soon as `should_stop()`.
+    not finite is recorded as `diverged`. Raises UserError where a part is not there or does not fit the others,
+    OutOfMemory, and Interrupted, its state saved, as soon as `should_stop()`.
     """
-    runs_dir = Path(runs_dir)
-    known = read_record(runs_dir, run.trunk_id, run.run_id)
+    known = read_record(runs_dir, run.trunk_id, run.run_ids[0])
     if known is not None:
-        return known
-    folder, recipe = runs_dir / run.trunk_id, run.recipe
-    steps = run.num_examples // recipe.batch_size
-    encoder = open_encoder(run.encoder, runs_dir, device) if run.encoder else None
-    shape = load_branch(run.encoder.rpartition(":")[2], runs_dir)[1].shape if run.encoder else None
-    sizes = (shape.image_size, shape.patch_size) if shape else (PRESETS[run.preset].image_size, 1)
-    questions = StreamQuestions(Stream(PRESETS[run.preset], *sizes, run.data_seed, device))
-    language_model = small_language_model(len(questions.words), run.lm_width, run.lm_depth, run.init_seed)
-    model = VisionLanguageModel(encoder, language_model, run.layer, run.norm, run.init_seed).to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.weight_decay), lr=0.0, betas=(recipe.beta1, recipe.beta2), fused=True
-    )
-    warmup, cooldown = recipe.warmup_examples // recipe.batch_size, range(round((1 - recipe.cooldown) * steps), steps)
-    trained_flops = forward_flops(model, questions.train(0, 1))  # of one image: projector and language model
-    frozen_flops = encoder_flops_read(shape, run.layer) if shape else 0
-    row = {
-        "schema": SCHEMA,
-        "run_id": run.run_id,
-        "trunk_id": run.trunk_id,
-        "study": "",
-        "objective": "vlm",
-        "control": run.control,
-        **{k: v for k, v in dataclasses.asdict(run).items() if k != "recipe"},
-        **{k: getattr(recipe, k) for k in ("batch_size", "peak_lr", "weight_decay")},
-        "data": "stream",
-        **({k: getattr(shape, k) for k in (*DIMENSIONS, "head_dim", "pool", "num_params")} if shape else {}),
-        "lm_params": sum(p.numel() for p in model.parameters()),
-        "forward_flops": frozen_flops + trained_flops,
-        "train_flops": (frozen_flops + 3 * trained_flops) * steps * recipe.batch_size,
-    }
-    write_atomic(folder / "config.json", json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+        return [known]
+    try:
+        return [VlmTrainer(run, Path(runs_dir), device, on_progress, should_stop, save_seconds).train()]
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory("for the model and its optimiser", error) from error
+        raise
 
-    checkpoints = Checkpoints(folder, run.trunk_id, recipe.batch_size)
-    # states are of a budget: all but the shortest runs would otherwise go on from another one's cooldown
-    state = checkpoints.furthest(run.num_examples, 0, partial(check_fits, model=model, optimizer=optimizer))
-    at: dict = {"step": 0, "seconds": 0.0, "window": None, "micro_batch": None}
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        at = {key: state[key] for key in at}
-    saved_at = time.monotonic()
 
-    def save() -> None:
-        nonlocal saved_at
-        states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoints.save_latest({"trunk_id": run.trunk_id, "branch": run.num_examples, "spent": 0.0, **at, **states})
-        saved_at = time.monotonic()
+def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLanguageModel:
+    """The model of a run before its training, adapters in place. Raises UserError for a part that cannot be had."""
+    language_model = open_language_model(run.language_model)
+    encoder: Encoder | int
+    if run.control == "blind":
+        encoder = int(run.encoder.partition(":")[2])
+    else:
+        encoder = open_encoder(run.encoder, runs_dir, device)
+    model = VisionLanguageModel(
+        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
+    ).to(device)
+    model.requires_grad_(False)
+    for part in PARTS:
+        if any(stage.parts[part].mode == "lora" for stage in run.stages):
+            add_adapters(getattr(model, MODULES[part]), run)
+    if in_half(run):
+        model.lm.to(torch.bfloat16)
+    return model
 
-    def loss_fn(b: Questions) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, labels = model(b.images, b.words).flatten(0, -2), b.labels.flatten()
-        loss = F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
-        return loss, (labels != NO_LABEL).sum()
 
-    def on_window(step: int, loss: float, seconds: float) -> None:
-        rate = (step - at["step"]) * recipe.batch_size / seconds
-        at.update(step=step, seconds=at["seconds"] + seconds, window=None)
-        on_progress(
+def in_half(run: VlmRun) -> bool:
+    """Whether the language model is held in bfloat16: casting its weights anew in each step would take a third of it."""
+    return run.precision == "bfloat16" and all(stage.language_model.mode == "frozen" for stage in run.stages)
+
+
+def add_adapters(module: Any, run: VlmRun) -> None:
+    """Low-rank adapters beside every linear layer of `module`, in place; B = 0, so that nothing changes yet."""
+    try:
+        import peft
+    except ImportError:
+        raise UserError("mode=lora needs peft; run: pip install 'sovit[vlm]'") from None
+    head = [name for name, m in module.named_modules() if name.endswith("lm_head")]
+    linear = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear) and n not in head]
+    config = peft.LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules=linear)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.init_seed)
+        peft.inject_adapter_in_model(config, module)
+    module.requires_grad_(False)
+
+
+def trained_of(model: VisionLanguageModel, part: str, how: Part) -> dict[str, torch.nn.Parameter]:
+    """Name in the model -> parameter, of what a stage trains of a part."""
+    prefix = MODULES[part]
+    module = getattr(model, prefix)
+    if how.mode == "frozen" or module is None:
+        return {}
+    wanted = (lambda name: "lora_" in name) if how.mode == "lora" else (lambda name: "lora_" not in name)
+    return {f"{prefix}.{name}": p for name, p in module.named_parameters() if wanted(name)}
+
+
+def trained_names(model: VisionLanguageModel, run: VlmRun) -> list[str]:
+    """Names of all parameters that any stage trains, in the order of the model's own."""
+    names = {name for stage in run.stages for part in PARTS for name in trained_of(model, part, stage.parts[part])}
+    return [name for name, _ in model.named_parameters() if name in names]
+
+
+class VlmTrainer:
+    """A run in training: model, questions, position."""
+
+    def __init__(self, run, runs_dir: Path, device: str, on_progress, should_stop, save_seconds: float):
+        self.run, self.runs_dir, self.device, self.on_progress = run, runs_dir, device, on_progress
+        self.should_stop, self.save_seconds = should_stop, save_seconds
+        self.folder = runs_dir / run.trunk_id
+        place = (run.data, run.preset, run.image_size, run.data_seed)
+        self.questions = open_questions(*place, families=run.families)
+        self.all_questions = open_questions(*place) if run.families else self.questions
+        self.model = build(run, runs_dir, device)
+        self.names = trained_names(self.model, run)
+        self.parameters = dict(self.model.named_parameters())
+        self.flops_per_image: dict[int, float] = {}  # stage -> what a step spends, of an image
+        self.step, self.seconds = 0, 0.0
+        self.window: torch.Tensor | None = None  # of `fit`, where a stop cut one
+        self.micro_batch: int | None = None  # where a batch did not fit into memory: rows that did
+        self.saved_at = time.monotonic()
+        write_atomic(self.folder / "config.json", json.dumps(run.to_dict(), indent=2) + "\n")
+
+    # data ----------------------------------------------------------------------------------------------------------------
+
+    def batch_at(self, step: int) -> VlmBatch:
+        start, count = step * self.run.batch_size, self.run.batch_size
+        asked = self.questions.ask("train", start, count)
+        documents = [self.model.document([(q.question, q.answer) for q in questions]) for questions in asked]
+        return self.model.batch(documents, self.questions.images("train", start, count), self.run.max_length)
+
+    def loss_fn(self, batch: VlmBatch) -> tuple[torch.Tensor, int]:
+        kind = self.device.partition(":")[0]
+        mixed = self.run.precision == "bfloat16" and not in_half(self.run)
+        with torch.autocast(kind, torch.bfloat16, enabled=mixed):
+            logits = self.model(batch)  # [L, V]
+        labels = batch.labels[batch.labels != NO_LABEL]
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+
+    # stages --------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict:
+        run, row = self.run, self._row()
+        checkpoints = self.checkpoints = Checkpoints(self.folder, run.trunk_id, run.batch_size)
+        ends = [sum(s.num_examples for s in run.stages[: i + 1]) // run.batch_size for i in range(len(run.stages))]
+        state = checkpoints.furthest(run.num_examples, 0, self._check)
+        if state is not None:
+            for name, value in state["model"].items():
+                self.parameters[name].data.copy_(value)
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.window, self.micro_batch = state["window"], state["micro_batch"]
+        try:
+            for i, (stage, end) in enumerate(zip(run.stages, ends)):
+                start = end - stage.num_examples // run.batch_size
+                # a state saved at a stage's very end goes on with the next one, which has an optimiser of its own
+                resumed = state["optimizer"] if state is not None and start < self.step < end else None
+                self._train_stage(i, stage, range(start, end), resumed)
+            save_weights(self.model, self.folder / f"{run.run_ids[0]}.safetensors", run.run_ids[0], self.names)
+            self.model.float()  # validation computes in float32, whatever training did
+            metrics = validate(self.model, self.all_questions, run.num_val, run.max_length, run.families)
+            if not math.isfinite(metrics["val_loss"]):
+                raise Diverged(ends[-1])
+            row |= {"status": "ok", **metrics}
+        except Diverged as error:
+            row |= {"status": "diverged", "error": str(error), "val_loss": None, "val_error": None}
+        spent = sum(s.num_examples * self.flops_per_image.get(i, 0) for i, s in enumerate(run.stages))
+        row |= {"train_flops": round(spent) or None, "spent_flops": round(spent) or None}
+        row |= {"micro_batch": self.micro_batch, "seconds": round(self.seconds, 3)}
+        row |= provenance(device_name(self.device))
+        write_record(self.runs_dir, row)
+        checkpoints.drop_latest()
+        return row
+
+    def _train_stage(self, number: int, stage: Stage, steps: range, resumed: dict | None) -> None:
+        run, groups = self.run, []
+        for p in self.parameters.values():
+            p.requires_grad_(False)
+        for part, how in stage.parts.items():
+            ours = list(trained_of(self.model, part, how).values())
+            for parameter in ours:
+                parameter.requires_grad_(True)
+            matrices, rest = [p for p in ours if p.ndim >= 2], [p for p in ours if p.ndim < 2]
+            for parameters, decay in ((matrices, how.weight_decay), (rest, 0.0)):
+                if parameters:
+                    groups.append((how, {"params": parameters, "weight_decay": decay}))
+        optimizer = torch.optim.AdamW([g for _, g in groups], lr=0.0, betas=(run.beta1, run.beta2), fused=True)
+        if resumed is not None:
+            optimizer.load_state_dict(resumed)
+        self.flops_per_image[number] = self._count(steps.start)
+        length = len(steps)
+
+        def rates(step: int) -> list[float]:
+            return [how.peak_lr * self._factor(step - steps.start, length, how) for how, _ in groups]
+
+        def on_window(step: int, loss: float, seconds: float) -> None:
+            rate = (step - self.step) * run.batch_size / seconds
+            self.step, self.seconds, self.window = step, self.seconds + seconds, None
+            self._log(loss)
+            total = run.num_examples // run.batch_size
+            self.on_progress(
+                {
+                    "trunk_id": run.trunk_id,
+                    "shape": run.label,
+                    "phase": f"stage {number + 1}",
+                    "examples": step * run.batch_size,
+                    "share": step / total,
+                    "loss": loss,
+                    "images_per_second": rate,
+                    "flops_per_second": rate * self.flops_per_image[number],
+                    "seconds_left": (total - step) * run.batch_size / rate,
+                    "window_seconds": seconds,
+                }
+            )
+
+            if time.monotonic() - self.saved_at > self.save_seconds:
+                self._save(optimizer)
+
+        try:
+            fit(
+                [p for p in self.parameters.values() if p.requires_grad],
+                optimizer,
+                self.batch_at,
+                self.loss_fn,
+                rates,
+                range(max(self.step, steps.start), steps.stop),
+                clip_norm=run.clip_norm,
+                on_window=on_window,
+                should_stop=self.should_stop,
+                window=self.window,
+                micro_batch=self.micro_batch,
+                on_split=self._split,
+            )
+        except Interrupted as stop:
+            self.step, self.seconds, self.window = stop.step, self.seconds + stop.seconds, stop.window
+            self._save(optimizer)
+            raise
+
+    def _factor(self, step: int, length: int, how: Part) -> float:
+        """Multiplier of a part's peak rate at `step` of a stage of `length` steps."""
+        run, warmup = self.run, round(how.warmup * length)
+        if run.schedule == "cooldown":
+            return schedule(
+                step, warmup=warmup, timescale=None, cooldown=range(round((1 - run.cooldown) * length), length)
+            )
+        if step < warmup:
+            return (step + 1) / warmup
+        share = (step - warmup) / max(1, length - warmup)
+        return run.final_lr + (1 - run.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+    def _split(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+        say(f"out of memory: {self.run.trunk_id} goes on with {micro_batch} rows at a time, the same batch a step")
+
+    def _count(self, step: int) -> float:
+        """FLOPs of an image in the stage's steps, matrix products forward and backward, counted by torch on its first."""
+        with FlopCounterMode(display=False) as counter:
+            total, count = self.loss_fn(self.batch_at(step))
+            (total / count).backward()
+        for p in self.parameters.values():
+            p.grad = None
+        return counter.get_total_flops() / self.run.batch_size
+
+    # files ---------------------------------------------------------------------------------------------------------------
+
+    def _save(self, optimizer: torch.optim.Optimizer) -> None:
+        self.checkpoints.save_latest(
             {
-                "trunk_id": run.trunk_id,
-                "shape": run.control if run.control != "none" else "trained",
-                "phase": "vlm",
-                "examples": step * recipe.batch_size,
-                "share": step / steps,
-                "loss": loss,
-                "images_per_second": rate,
-                "flops_per_second": rate * (frozen_flops + 3 * trained_flops),
-                "seconds_left": (steps - step) * recipe.batch_size / rate,
+                "trunk_id": self.run.trunk_id,
+                "branch": self.run.num_examples,
+                "spent": 0.0,
+                "step": self.step,
+                "seconds": self.seconds,
+                "window": self.window,
+                "micro_batch": self.micro_batch,
+                "model": {name: self.parameters[name].data for name in self.names},
+                "optimizer": optimizer.state_dict(),
             }
         )
-        if time.monotonic() - saved_at > save_seconds:
-            save()
+        self.saved_at = time.monotonic()
 
-    try:
-        fit(
-            model.parameters(),
-            optimizer,
-            lambda step: questions.train(step * recipe.batch_size, recipe.batch_size),
-            loss_fn,
-            lambda step: recipe.peak_lr * schedule(step, warmup=warmup, timescale=None, cooldown=cooldown),
-            range(at["step"], steps),
-            clip_norm=recipe.clip_norm,
-            on_window=on_window,
-            should_stop=should_stop,
-            window=at["window"],
-            micro_batch=at["micro_batch"],
-            on_split=lambda micro_batch: at.update(micro_batch=micro_batch),
-        )
-        save_weights(model, folder / f"{run.run_id}.safetensors", run.run_id)
-        metrics = validate(model, questions)
-        if not math.isfinite(metrics["val_loss"]):
-            raise Diverged(steps)
-        row |= {"status": "ok", **metrics}
-    except Interrupted as stop:
-        at.update(step=stop.step, seconds=at["seconds"] + stop.seconds, window=stop.window)
-        save()
-        raise
-    except Diverged as error:
-        row |= {"status": "diverged", "error": str(error), "val_loss": None, "val_error": None}
-    row |= {"micro_batch": at["micro_batch"] or recipe.batch_size, "seconds": round(at["seconds"], 3)}
-    row |= provenance(device_name(device))
-    write_record(runs_dir, row)
-    checkpoints.drop_latest()
-    return row
-
-
-@torch.no_grad()
-def validate(model: VisionLanguageModel, questions: StreamQuestions) -> dict[str, float]:
-    """Mean cross-entropy (nats) and error over the answer words of VAL_IMAGES images, in all and by family.
-
-    Each word is judged given the right words before it (teacher forcing).
-    """
-    model.eval()
-    losses, wrong = [], []
-    for start in range(0, VAL_IMAGES, VAL_BATCH):
-        b = questions.val(start, VAL_BATCH)
-        logits = model(b.images, b.words).flatten(0, -2)  # [BQT, V]
-        loss = F.cross_entropy(logits, b.labels.flatten(), ignore_index=NO_LABEL, reduction="none")
-        losses.append(loss.view(b.labels.shape))
-        wrong.append(logits.argmax(-1).view(b.labels.shape) != b.labels)
-    model.train()
-    loss, error = torch.cat(losses).double(), torch.cat(wrong).double()  # [I, Q, T]
-    asked = (b.labels[0] != NO_LABEL).expand_as(loss)
-    metrics = {"val_loss": loss[asked].mean().item(), "val_error": error[asked].mean().item()}
-    for q, family in enumerate(FAMILIES):
-        metrics[f"val_loss/{family}"] = loss[:, q][asked[:, q]].mean().item()
-        metrics[f"val_error/{family}"] = error[:, q][asked[:, q]].mean().item()
-    return metrics
-
-
-def encoder_flops_read(shape: Shape, layer: int) -> int:
-    """FLOPs of the encoder on one image up to block `layer`, behind which nothing of it is run."""
-    return shape.replace(depth=layer % shape.depth + 1).forward_flops
-
-
-def forward_flops(model: VisionLanguageModel, sample: Questions) -> int:
-    """FLOPs that projector and language model spend on the questions of one image, counted by torch on `sample`."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(sample.images, sample.words)
-    counts = counter.get_flop_counts()
-    whole = sum(counts["Global"].values())
-    if model.encoder is None:
-        return whole
-    with torch.no_grad(), FlopCounterMode(display=False) as of_encoder:
-        model.encoder.tokens(sample.images, model.layer, model.norm)
-    return whole - sum(of_encoder.get_flop_counts()["Global"].values())
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]`. Returns 0 done, 1 diverged, 2 bad input."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if not 1 <= len(arguments) <= 2:
-        print("usage: python -m sovit.vlm.train VLMRUN.json [RUNS_DIR]", file=sys.stderr)
-        return 2
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    live = sys.stderr.isatty()
-
-    def show(progress: dict) -> None:
-        write_progress(runs_dir, progress)
-        if live:
-            print("\r\033[K" + progress_text(progress), end="", file=sys.stderr, flush=True)
-
-    try:
+    def _check(self, state: dict) -> None:
+        """Raise Unusable for a state of another model."""
         try:
-            run = VlmRun.from_dict(json.loads(Path(arguments[0]).read_text()))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        runs_dir = Path(arguments[1] if len(arguments) > 1 else "runs")
-        lock = runs_dir / run.trunk_id / "lock"
-        if is_locked(lock):
-            say(f"waiting for who trains {run.trunk_id} already")
-        with locked(lock), stop_on_signal() as should_stop:
-            row = train(run, runs_dir, on_progress=show, should_stop=should_stop)
-    except Interrupted as stop:
-        say(f"{stop}, with the state in {runs_dir / run.trunk_id}; go on with: {this_command()}")
-        return 130
-    except KeyboardInterrupt:  # before it had begun
-        return 130
-    except OutOfMemory as error:
-        say(str(error))
-        return 1
-    except UserError as error:
-        say(str(error))
-        return 2
-    if live:
-        print(file=sys.stderr)
-    print(json.dumps({k: row[k] for k in ("run_id", "status", "control", "val_loss", "val_error")}))
-    return 0 if row["status"] == "ok" else 1
+            found = {name: tuple(t.shape) for name, t in state["model"].items()}
+        except (KeyError, AttributeError):
+            raise Unusable("it holds no weights") from None
+        if found != {name: tuple(self.parameters[name].shape) for name in self.names}:
+            raise Unusable("it trains other parameters")
+
+    def _log(self, loss: float) -> None:
+        position = {"step": self.step, "examples": self.step * self.run.batch_size, "branch": self.run.num_examples}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({**position, "train_loss": loss, "seconds": round(self.seconds, 3)}) + "\n")
+
+    def _row(self) -> dict:
+        """What of the row is known before training."""
+        run, model = self.run, self.model
+        parts = {part: getattr(model, MODULES[part]) for part in PARTS}
+        sizes = {
+            f"{p}_params": sum(t.numel() for t in m.parameters()) if m is not None else 0 for p, m in parts.items()
+        }
+        trained = sum(self.parameters[name].numel() for name in self.names)
+        plain = {name: value for name, value in run.to_dict().items() if name != "stages"}
+        last = {f"{part}_mode": run.stages[-1].parts[part].mode for part in PARTS}
+        return {
+            "schema": SCHEMA,
+            "run_id": run.run_ids[0],
+            "trunk_id": run.trunk_id,
+            "objective": "vlm",
+            "control": run.control,
+            **plain,
+            "families": list(run.families),
+            **last,
+            "stages": "; ".join(stage.words for stage in run.stages),
+            "num_examples": run.num_examples,
+            "num_image_tokens": model.num_image_tokens,
+            "peak_lr": max(stage.projector.peak_lr for stage in run.stages),
+            **sizes,
+            "trained_params": trained,
+            "language_model_sha256": model.words.sha256,
+            "encoder_width": model.encoder.width if model.encoder else None,
+            "encoder_depth": model.encoder.depth if model.encoder else None,
+        }
+
+
+def read_run(run_id: str, runs_dir: Path | str = "runs") -> VlmRun:
+    """What a vision-language model in `runs_dir` was trained as. Raises UserError for one that is not there."""
+    folder = Path(runs_dir) / run_id.rpartition("-")[0]
+    try:
+        run = VlmRun.from_dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(
+            f"no trained vision-language model {run_id!r} in {runs_dir} ({error}); see the ledger's run_id"
+        ) from None
+    if run_id not in run.run_ids:
+        raise UserError(f"{folder} holds {run.run_ids[0]}, not {run_id}; see the ledger's run_id")
+    return run
+
+
+def open_vlm(run_id: str, runs_dir: Path | str = "runs", device: str = "cpu") -> VisionLanguageModel:
+    """A trained vision-language model, in eval mode, all of it frozen. Raises UserError for one that is not there."""
+    run = read_run(run_id, runs_dir)
+    path = Path(runs_dir) / run.trunk_id / f"{run_id}.safetensors"
+    try:
+        weights, _ = load_weights(path)
+    except Unusable as error:
+        raise UserError(f"the weights of {run_id} cannot be read ({error}); train it again") from None
+    model = build(run, runs_dir, device)
+    names = trained_names(model, run)
+    if set(weights) != set(names):
+        raise UserError(f"{path} holds other parameters than {run_id} trains; train it again")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameters[name].copy_(weights[name])
+    return model.float().eval()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(module="sovit.vlm.train", read=VlmRun.from_dict, train=train))

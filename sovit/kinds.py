@@ -1,0 +1,52 @@
+"""The kinds of run that a study may hold: a Run trains an encoder, a VlmRun a vision-language model. Told apart here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sovit.ledger import SCHEMA, new_row
+from sovit.run import Run
+from sovit.vlm_run import VlmRun
+
+AnyRun = Run | VlmRun
+
+
+def run_from_dict(d: dict) -> AnyRun:
+    """Read what `to_dict` of either kind wrote (or its JSON). Raises UserError as its `from_dict`."""
+    return VlmRun.from_dict(d) if isinstance(d, dict) and d.get("kind") == "vlm" else Run.from_dict(d)
+
+
+def vlm_runs(runs: Sequence[AnyRun]) -> list[VlmRun]:
+    return [run for run in runs if isinstance(run, VlmRun)]
+
+
+def num_images(run: AnyRun) -> int:
+    """Images trained on for all branches together."""
+    return run.total_examples if isinstance(run, Run) else run.num_examples
+
+
+def on_base(run: AnyRun, run_id: str) -> AnyRun:
+    """The run as it is on another branch: fine-tuned from it, or with it, trained or not, for an encoder."""
+    if isinstance(run, Run):
+        return run.replace(base=run_id)
+    return run.replace(encoder=run.encoder.removesuffix(run.base) + run_id)
+
+
+def failed_row(run: AnyRun, num_examples: int, error: str, **more) -> dict:
+    """The row of a branch that was not measured: what was asked for, and why there is no number."""
+    if isinstance(run, Run):
+        row = new_row(run, num_examples, status="failed", num_classes=0, error=error, seconds=None, **more)
+        return row | dict.fromkeys(("num_classes", "head_params", "head_flops", "train_flops", "spent_flops"))
+    return {
+        "schema": SCHEMA,
+        "run_id": run.run_id(num_examples),
+        "trunk_id": run.trunk_id,
+        "status": "failed",
+        "objective": "vlm",
+        "control": run.control,
+        **run.to_dict(),
+        "num_examples": num_examples,
+        "error": error,
+        **dict.fromkeys(("train_flops", "spent_flops", "val_loss", "val_error", "seconds")),
+        **more,
+    }

@@ -1,0 +1,171 @@
+"""Encoders and the vision-language models around them, paired by seed: is the better classifier the better eye?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from sovit import UserError
+from sovit.ledger import read_ledger
+from sovit.paired import paired
+
+BLIND, UNTRAINED = "no eye", "untrained"
+METRICS = (
+    "val_loss",
+    "val_error",
+    "shuffled_loss",
+    "shuffled_error",
+    "held_out_loss",
+    "held_out_error",
+    "val_unparsed",
+)
+SETTING = ("language_model", "projector", "stages", "families", "layout", "template", "num_examples", "data", "preset")
+
+
+def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
+    """Arms, their means over seeds, and each pair of arms on the loss of the family `decisive`, by paired seeds.
+
+    An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
+    UserError without rows of both kinds, for rows of different settings, and where arms have different seeds.
+    """
+    rows = [row for path in paths for row in read_ledger(path)]
+    encoders = {row["run_id"]: row for row in rows if row.get("kind") != "vlm"}
+    answers = [row for row in rows if row.get("kind") == "vlm" and row["status"] == "ok"]
+    if not answers:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no finished row of a vision-language model; run its study first"
+        )
+    for name in SETTING:
+        found = {str(row.get(name)) for row in answers}
+        if len(found) > 1:
+            raise UserError(f"rows differ in {name} ({', '.join(sorted(found))}); compare one setting at a time")
+    if decisive not in answers[0]["families"]:
+        raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(answers[0]['families'])}")
+    arms: dict[str, list[dict]] = {}
+    for row in sorted(answers, key=lambda row: row["init_seed"]):
+        arms.setdefault(_arm(row, encoders), []).append(row)
+    seeds = {tuple(row["init_seed"] for row in ours) for ours in arms.values()}
+    if len(seeds) > 1:
+        raise UserError(f"arms have different seeds ({sorted(seeds)}); run the study to its end")
+    families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
+    families.sort(key=lambda f: (f not in answers[0]["families"], f != decisive))
+    table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
+    eyes = [name for name in arms if table[name]["encoder_loss"] is not None]
+    pairs = {}
+    for a, b in itertools.combinations(sorted(arms, key=lambda name: table[name]["encoder_loss"] or math.inf), 2):
+        logs = [math.log(x[f"val_loss/{decisive}"] / y[f"val_loss/{decisive}"]) for x, y in zip(arms[a], arms[b])]
+        pairs[f"{a} / {b}"] = paired(logs)
+    return {
+        "decisive": decisive,
+        "setting": {name: answers[0].get(name) for name in SETTING},
+        "seeds": list(seeds.pop()),
+        "families": {family: family in answers[0]["families"] for family in families},
+        "arms": table,
+        "pairs": pairs,
+        "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in arms if name != BLIND},
+        "verdict": _verdict(eyes, table, pairs),
+    }
+
+
+def _arm(row: dict, encoders: dict[str, dict]) -> str:
+    if row["control"] == "blind":
+        return BLIND
+    run_id = row["encoder"].rpartition(":")[2]
+    if run_id not in encoders:
+        raise UserError(f"{row['run_id']} reads the encoder {run_id}, of which there is no row; name its ledger, too")
+    encoder = encoders[run_id]
+    shape = f"{encoder['width']}x{encoder['depth']}x{encoder['mlp_dim']}"
+    if encoder["objective"] != "classification":
+        shape += f" {encoder['objective']}"
+    return f"{shape} {UNTRAINED}" if row["control"] == "random" else shape
+
+
+def _means(rows: list[dict], encoders: dict[str, dict], families: list[str]) -> dict:
+    eyes = [encoders[row["encoder"]] for row in rows if row["control"] == "none"]
+    columns = [*METRICS, *(f"{m}/{family}" for family in families for m in ("val_loss", "val_error", "shuffled_loss"))]
+    found: dict = {"n": len(rows), "run_ids": [row["run_id"] for row in rows]}
+    found["encoder_loss"] = fmean(row["val_loss"] for row in eyes) if eyes else None
+    found["encoder_error"] = fmean(row["val_error"] for row in eyes) if eyes else None
+    found["encoder_losses"] = [row["val_loss"] for row in eyes]
+    found["image_tokens"] = rows[0]["num_image_tokens"]
+    for name in columns:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            sd = stdev(values) if len(values) > 1 else None
+            found[name] = {"mean": fmean(values), "sd": sd, "values": values}
+    return found
+
+
+def _sees(ours: list[dict], blind: list[dict], decisive: str) -> dict:
+    """In how many seeds the loss is below the blind model's, and below its own with another image."""
+    key = f"val_loss/{decisive}"
+    return {
+        "below_blind": sum(a[key] < b[key] for a, b in zip(ours, blind)) if blind else None,
+        "below_shuffled": sum(row[key] < row[f"shuffled_loss/{decisive}"] for row in ours),
+        "n": len(ours),
+    }
+
+
+def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
+    """Does the best classifier make the best eye? Judged against each other trained encoder by the paired intervals.
+
+    `yes` if better than all, `no` if worse than one, else `not distinguishable`.
+    """
+    if len(eyes) < 2:
+        return {"best_classifier": eyes[0] if eyes else None, "answer": "not asked"}
+    first, *others = sorted(eyes, key=lambda name: table[name]["encoder_loss"])
+    verdicts = [pairs[f"{first} / {other}"]["verdict"] for other in others]
+    answer = "no" if "worse" in verdicts else "yes" if set(verdicts) == {"better"} else "not distinguishable"
+    return {"best_classifier": first, "against": dict(zip(others, verdicts)), "answer": answer}
+
+
+def report_text(found: dict) -> str:
+    """The tables and verdicts of `summarise`, as markdown."""
+    decisive, setting = found["decisive"], found["setting"]
+    families = [family for family, trained in found["families"].items() if trained]
+    lines = [
+        f"`{setting['language_model']}` reads `{setting['data']}:{setting['preset']}` through `{setting['projector']}`"
+        f" ({setting['stages']}); {len(found['seeds'])} paired seeds. Losses in nats a token of the answer, mean (s.d.).",
+        "",
+        "| eye | its own loss | " + " | ".join(f"{family}" for family in families) + f" | {decisive}, another's image"
+        " | answers wrong | wrong, another's image | unparsed |",
+        "|---|---|" + "---|" * (len(families) + 4),
+    ]
+    for name, arm in found["arms"].items():
+        own = "" if arm["encoder_loss"] is None else f"{arm['encoder_loss']:.3f}"
+        cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for family in families]
+        cells.append(_cell(arm[f"shuffled_loss/{decisive}"], "{:.3f}"))
+        cells += [_cell(arm[m], "{:.1%}") for m in ("val_error", "shuffled_error")]
+        cells.append(_cell(arm["val_unparsed"], "{:.1%}") if "val_unparsed" in arm else "")
+        lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for name, pair in found["pairs"].items():
+        lines.append(f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}")
+    lines.append("")
+    for name, sees in found["sees"].items():
+        blind = (
+            ""
+            if sees["below_blind"] is None
+            else f" below the blind model in {sees['below_blind']} of {sees['n']} seeds,"
+        )
+        lines.append(f"- {name}:{blind} below itself with another's image in {sees['below_shuffled']} of {sees['n']}")
+    verdict = found["verdict"]
+    lines += ["", f"Is the best classifier, {verdict['best_classifier']}, the best eye? **{verdict['answer']}**."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict, form: str) -> str:
+    spread = f" ({form.format(value['sd'])})" if value["sd"] is not None else ""
+    return form.format(value["mean"]) + spread
+
+
+def _ratio(pair: dict) -> str:
+    def percent(log: float) -> str:
+        return f"{math.expm1(log):+.1%}"
+
+    if pair["low"] is None:
+        return percent(pair["mean"])
+    return f"{percent(pair['mean'])} (90 %: {percent(pair['low'])} to {percent(pair['high'])})"
