@@ -86,9 +86,7 @@ def test_the_loss_is_that_of_transformers():
 
 def test_the_zero_line_is_the_best_constant():
     same = F.normalize(torch.ones(64, 4), dim=-1)
-    losses = [
-        sigmoid_loss(same, same, torch.tensor(-30.0), b).mean() for b in torch.linspace(-8, 0, 4001)
-    ]
+    losses = [sigmoid_loss(same, same, torch.tensor(-30.0), b).mean() for b in torch.linspace(-8, 0, 4001)]
     assert min(losses).item() == pytest.approx(zero_line(64), abs=1e-4)
     assert zero_line(64) == pytest.approx(5.151, abs=1e-3)
 
