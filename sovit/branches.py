@@ -71,6 +71,7 @@ def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
     try:
         run = Run.from_dict(json.loads((folder / "config.json").read_text()))
         weights, said = load_weights(path)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}  # of no encoder
     except ValueError as error:
         raise damaged(error) from None
     base = None
