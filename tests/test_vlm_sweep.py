@@ -135,6 +135,13 @@ def test_a_deleted_journal_is_rebuilt(swept):
         assert own.user_attrs["language_model"] == "random:1x32" and own.user_attrs["encoder"] == EYE
 
 
+def test_a_model_is_no_encoder(swept):
+    from sovit.encoder import open_encoder
+
+    with pytest.raises(UserError, match=f"{GOOD.run_ids[0]} is a vision-language model; name the encoder"):
+        open_encoder(GOOD.run_ids[0], swept.folder / "runs")
+
+
 # refused before anything is trained ----------------------------------------------------------------------------------
 
 
@@ -224,6 +231,18 @@ def test_the_plan_tells_the_flops_that_the_row_will_have(swept, tmp_path, capsys
     print_plan(opened(tmp_path, [GOOD, WILD, ENCODER]), 1, "cpu", as_json=False)
     text = capsys.readouterr().out
     assert EYE in text and "projector full 0.01: 150 images" in text and "16x1x32" in text
+
+
+def test_the_display_counts_images_and_waits_for_a_pace_of_each_kind(tmp_path):
+    """GOOD is done, half of the encoder (160 images) and nothing of 100 images more: (200 + 80) / 460."""
+    runs = [GOOD, ENCODER, reader(Stage(100))]
+    meter = launch.Meter(opened(tmp_path, runs), set())
+    encoder = dict(share=0.5, flops_per_second=ENCODER.total_flops / 60, images_per_second=9.0)
+    half = {ENCODER.trunk_id: encoder}
+    assert meter.text({GOOD.trunk_id}, half, 2) == "61% of 460 images, 2 workers, estimating"
+    model = dict(share=0.5, flops_per_second=1.0, images_per_second=50 / 90)
+    both = half | {runs[2].trunk_id: model}  # 30 s of the encoder are left, and 90 s of the model
+    assert meter.text({GOOD.trunk_id}, both, 2) == "72% of 460 images, 2 workers, 1 min left"
 
 
 def test_status_of_a_study_with_models(swept):
