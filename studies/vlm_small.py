@@ -2,11 +2,11 @@
 
     python studies/vlm_small.py --workers 2
 
-The companion of studies/vlm_transfer.py where what is asked of the language model is within its reach: two layers of width 64,
-new and trained with the projector, answer all twelve families of questions about the scenes of `stream:cpu` (reading
-marks, naming, attributes, counting, relations, two hops). The same encoders in the same seeds, and beside them the two that
-studies/contrastive.py trained on captions at the same FLOPs, as most eyes of language models are trained; the untrained
-one and no eye at all.
+The companion of studies/vlm_transfer.py where what is asked of the language model is within its reach: two layers of
+width 64, new and trained with the projector, answer all twelve families of questions about the scenes of `stream:cpu`
+(reading marks, naming, attributes, counting, relations, two hops). The same encoders in the same seeds, and beside
+them the two that studies/contrastive.py trained on captions at the same FLOPs, as most eyes of language models are
+trained; the untrained one and no eye at all.
 
 Decided beforehand: as in vlm_transfer. The loss on `marks` decides, which is what the labels taught; and beside it the mean
 over all questions, which neither labels nor captions were. Of two encoders one is better if the 90 % interval of the
