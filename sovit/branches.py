@@ -17,6 +17,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.checkpoint import load_weights, weights_digest
 from sovit.data import NORMALISATION
+from sovit.data.hub import seen_share
 from sovit.ledger import record_path, record_row
 from sovit.model import build
 from sovit.run import Run
@@ -70,6 +71,7 @@ def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
     try:
         run = Run.from_dict(json.loads((folder / "config.json").read_text()))
         weights, said = load_weights(path)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}  # of no encoder
     except ValueError as error:
         raise damaged(error) from None
     base = None
@@ -81,8 +83,10 @@ def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
         if said.get("base_sha256") != base.sha256:
             raise damaged(f"its base {run.base} holds other weights than it was trained from")
         weights = {**base.weights, **weights}
-    model = build(run.shape, weights["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
+    model: Any = build(run.shape, weights["head.weight"].shape[0], mean_std=NORMALISATION[run.data])
     model.load_state_dict(weights)
+    if run.data == "hub":
+        model.pretrained_cfg["crop_pct"] = seen_share(run.preset)
     return model.eval(), run, base
 
 

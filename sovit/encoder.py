@@ -196,13 +196,21 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         kind = config.model_type
         if kind not in TOWERS:
             raise UserError(f"{name} is a {kind!r}; the towers read here are {', '.join(sorted(TOWERS))}")
-        more: dict = {"use_safetensors": True, "output_loading_info": True}
+        # what does not fit or is missing, transformers would draw at random: it is told, and refused below
+        more: dict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         if kind == "vit":
             more["add_pooling_layer"] = False  # a BERT-like pooler, which checkpoints seldom have
         library: Any = hf_model if kind == hf_model.SovitVisionConfig.model_type else transformers
         tower, found = getattr(library, TOWERS[kind]).from_pretrained(location, **more)
-        if missing := sorted(found["missing_keys"]):  # transformers draws them at random and warns
-            raise UserError(f"{name} lacks {len(missing)} tensors of a {TOWERS[kind]}, such as {missing[0]}; save it anew")
+        if found["mismatched_keys"]:
+            tensor, there, wanted = min(found["mismatched_keys"])
+            raise UserError(
+                f"{name} does not fit its config.json: {tensor} is {tuple(there)}, by the config {tuple(wanted)}; mend it"
+            )
+        if missing := sorted(found["missing_keys"]):
+            raise UserError(
+                f"{name} lacks {len(missing)} of the tensors of a {TOWERS[kind]}, such as {missing[0]}; save it anew"
+            )
         tower = tower.eval().to(device)
         record = transformers.AutoImageProcessor.from_pretrained(location, trust_remote_code=False).to_dict()
     except UserError:

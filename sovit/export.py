@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -125,8 +126,9 @@ def _resized(model: Any, run: Run, shape: Shape) -> Any:
     from sovit.model import build
     from sovit.resize import resize_state
 
-    resized = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
+    resized: Any = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
     resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
+    resized.pretrained_cfg["crop_pct"] = model.pretrained_cfg["crop_pct"]
     return resized.eval()
 
 
@@ -146,7 +148,10 @@ def _save(model: Any, run: Run, shape: Shape, format: str, config: dict, folder:
         tensors = export_tensors.nanovlm_tensors(state, shape, mean, std)
     else:
         tensors = export_tensors.RENAMED[format](state, shape)
-        _write_json(folder / "preprocessor_config.json", _processor(shape.image_size, mean, std))
+        _write_json(
+            folder / "preprocessor_config.json",
+            _processor(shape.image_size, mean, std, model.pretrained_cfg["crop_pct"]),
+        )
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
@@ -162,13 +167,13 @@ def _save_timm(model: Any, shape: Shape, folder: Path) -> None:
     _write_json(path, config)
 
 
-def _processor(image_size: int, mean: float, std: float) -> dict:
-    """What timm's own evaluation does with our pretrained_cfg: short side to image_size, the middle cut out."""
+def _processor(image_size: int, mean: float, std: float, crop_pct: float) -> dict:
+    """What timm's own evaluation does with our pretrained_cfg: short side to image_size / crop_pct, the middle cut out."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": image_size},
+        "size": {"shortest_edge": math.floor(image_size / crop_pct)},
         "resample": 3,  # bicubic, in Pillow's numbers
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sovit.branches import Base, base_of
-from sovit.data import NORMALISATION, icons
+from sovit.data import NORMALISATION, hub, icons
 from sovit.flexi import resize_method
 from sovit.ledger import record_path, record_row
 from sovit.run import Run
@@ -53,7 +53,7 @@ NOTES = {
     },
     "nanovlm": {
         pool: "Its images are in [0, 1] as nanoVLM makes them: the normalisation is folded into the patch embedding."
-        " nanoVLM computes the tanh form of GELU, the model was trained with erf's: tokens differ by a little."
+        " nanoVLM computes the tanh form of GELU, the model was trained with erf's: `sovit.json` says what that moves."
         for pool in ("avg", "map", "none")
     },
 }
@@ -120,6 +120,7 @@ def _table(run_id: str, run: Run, shape: Shape, runs_dir: Path | str, chain: lis
     examples = int(run_id.rpartition("-")[2])
     row = record_row(record_path(runs_dir, run.trunk_id, run_id)) or {}
     mean, std = NORMALISATION[run.data]
+    crop_pct = hub.seen_share(run.preset) if run.data == "hub" else 1.0
     rows = {
         "shape": f"width {shape.width}, depth {shape.depth}, MLP dim {shape.mlp_dim}, {shape.num_heads} heads of"
         f" {shape.head_dim}, patch {shape.patch_size} px, image {shape.image_size} px, pool {shape.pool}"
@@ -127,7 +128,8 @@ def _table(run_id: str, run: Run, shape: Shape, runs_dir: Path | str, chain: lis
         + (", layer scale" if shape.layer_scale else "")
         + ("" if shape.qkv_bias else ", qkv without bias"),
         "tokens an image": f"{shape.num_patches} of patches, {shape.num_prefix_tokens} before them",
-        "input": f"short side to {shape.image_size} px (bicubic), middle cut out, [0, 1], (x - {mean:g}) / {std:g}",
+        "input": f"short side to {int(shape.image_size / crop_pct)} px (bicubic), the middle {shape.image_size} px, in"
+        f" [0, 1], then (x - {mean:g}) / {std:g}",
         "training": f"{examples:,} examples, {run.train_flops(examples, row.get('num_classes') or 0):,} FLOPs"
         + (" (of the last fine-tuning alone)" if run.base else ""),
         "seeds": f"weights {run.init_seed}, order of the data {run.data_seed}",

@@ -6,7 +6,9 @@ judged is the same comparison in float64, where equal arithmetic agrees to 1e-12
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,10 @@ def check_transformers(model: Any, shape: Shape, folder: Path) -> dict:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     ours, theirs = timm_encoder("trained", model), open_encoder(f"hf:{folder}")
+    # a processor says the side before its crop, in whole pixels
+    crop_pct = theirs.preprocess.crop_pct
+    if math.floor(shape.image_size / ours.preprocess.crop_pct) == round(shape.image_size / crop_pct):
+        ours = dataclasses.replace(ours, preprocess=dataclasses.replace(ours.preprocess, crop_pct=crop_pct))
     if theirs.preprocess != ours.preprocess:
         raise _differs("transformers'", "in its preprocessing")
     images = _images(shape)

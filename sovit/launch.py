@@ -372,6 +372,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
 
 def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:
     """Open the data that encoders are trained and probed on, and say what knowing nothing scores there."""
+    from sovit.contrastive import pair_baselines
     from sovit.data import baselines, open_data
     from sovit.probe import check_same_data, open_probe
     from sovit.train import check_readout
@@ -382,7 +383,8 @@ def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:
         key = (run.data, run.preset, shape.image_size, shape.patch_size)
         if key not in sources:
             sources[key] = open_data(*key, 0, device)
-            print(f"{run.data}:{run.preset} at {shape.image_size} px: {baselines(sources[key])}", flush=True)
+            known = baselines if run.recipe.objective == "classification" else pair_baselines
+            print(f"{run.data}:{run.preset} at {shape.image_size} px: {known(sources[key])}", flush=True)
         for size in run.recipe.patch_sizes:
             other = (*key[:-1], size)
             if other not in sources:

@@ -41,7 +41,7 @@ def fit(
     parameters: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Any],
-    loss_fn: Callable[[Any], tuple[Tensor, Tensor | int]],
+    loss_fn: Callable[..., tuple[Tensor, Tensor | int]],
     learning_rate_at: Callable[[int], float | list[float]],
     steps: range,
     *,
@@ -51,6 +51,7 @@ def fit(
     window: Tensor | None = None,
     micro_batch: int | None = None,
     on_split: Callable[[int], None] = lambda micro_batch: None,
+    pairwise: bool = False,
 ) -> None:
     """Take one optimiser step for each number in `steps`.
 
@@ -63,7 +64,9 @@ def fit(
     end, after the losses were found finite.
 
     Where a batch does not fit into memory its step is taken again in two, four ... parts of at most `micro_batch` rows,
-    with the same gradient but for rounding, and so are all later steps; `on_split(micro_batch)` is told.
+    with the same gradient but for rounding, and so are all later steps; `on_split(micro_batch)` is told. A loss that
+    compares the rows of a batch with each other (pairwise=True) cannot be taken in parts: `loss_fn(batch, rows)` then gets
+    the whole batch, and must itself hold what is computed of no more than `rows` of them at a time.
 
     Raises Diverged at the end of the window that holds the first non-finite loss or gradient norm; Interrupted between
     two steps, as soon as `should_stop()`; OutOfMemory where one row does not fit.
@@ -79,7 +82,7 @@ def fit(
             group["lr"] = rates[i] if isinstance(rates, list) else rates
         batch = batch_at(step)
         rows = min(micro_batch or len(batch[0]), len(batch[0]))
-        loss, fitting = within_memory(partial(_backward, loss_fn, parameters, batch), rows)
+        loss, fitting = within_memory(partial(_backward, loss_fn, parameters, batch, pairwise), rows)
         if fitting < rows:
             micro_batch = fitting
             on_split(fitting)
@@ -98,12 +101,12 @@ def fit(
         raise Interrupted(steps.stop, None, 0.0)
 
 
-def _backward(loss_fn, parameters: list[Tensor], batch, rows: int) -> Tensor:
+def _backward(loss_fn, parameters: list[Tensor], batch, pairwise: bool, rows: int) -> Tensor:
     """Leave the gradient of the batch's mean loss in `parameters`, computed `rows` at a time; return that loss."""
     for p in parameters:
         p.grad = None
-    if rows >= len(batch[0]):
-        total, count = loss_fn(batch)
+    if pairwise or rows >= len(batch[0]):
+        total, count = loss_fn(batch, rows) if pairwise else loss_fn(batch)
         loss = total / count
         loss.backward()
         return loss.detach()

@@ -77,7 +77,7 @@ def init_fan_in(model: Any) -> None:
 
 def parameter_groups(model: Any, weight_decay: float) -> list[dict]:
     """Two AdamW groups: matrices decay; vectors, tokens and positions do not."""
-    skip = model.no_weight_decay() | {"attn_pool.latent", "reg_token"}
+    skip = model.no_weight_decay() | {"attn_pool.latent", "reg_token", "text.words.weight", "text.positions"}
     decay: list[nn.Parameter] = []
     keep: list[nn.Parameter] = []
     for name, p in model.named_parameters():

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from sovit import UserError
 from sovit.shape import TRAINED, Shape
+from sovit.text import NUM_WORDS, OBJECTIVES, pair_flops, text_flops
 
 SCHEDULES = ("constant", "rsqrt")
 PARAMETRISATIONS = ("fan_in", "timm")
@@ -44,6 +45,7 @@ class Recipe:
     patch_sizes: tuple[
         int, ...
     ] = ()  # drawn by batch (FlexiViT, arXiv 2212.08013); weights stay at the shape's own size
+    objective: str = "classification"  # or siglip: the sigmoid image-text loss on captions, see sovit.contrastive
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -62,6 +64,7 @@ class Recipe:
             ("schedule", SCHEDULES),
             ("parametrisation", PARAMETRISATIONS),
             ("precision", PRECISIONS),
+            ("objective", OBJECTIVES),
         ):
             if getattr(self, name) not in known:
                 raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
@@ -95,6 +98,8 @@ class Run:
                 raise UserError(f"patch_sizes: {size} does not divide image_size={self.shape.image_size}; leave it out")
         if self.recipe.patch_sizes and self.shape.patch_size not in self.recipe.patch_sizes:
             raise UserError(f"patch_sizes lack {self.shape.patch_size}, at which the weights are stored; add it")
+        if self.recipe.objective == "siglip":
+            self._check_siglip()
         if self.probe and not self.probe.partition(":")[2]:
             raise UserError(f"probe={self.probe!r} names no SOURCE:PRESET; give one, such as icons:single40")
         for name in ("init_seed", "data_seed"):
@@ -108,6 +113,17 @@ class Run:
                 raise UserError(
                     f"budget of {n} examples is not a multiple of the batch of {self.recipe.batch_size}, or under {least}"
                 )
+
+    def _check_siglip(self) -> None:
+        if self.data not in NUM_WORDS:
+            raise UserError(f"data={self.data!r} has no captions; objective=siglip needs data={' or '.join(NUM_WORDS)}")
+        if self.recipe.batch_size < 2:
+            raise UserError(
+                "batch_size=1 has no pair to tell an image's caption from; objective=siglip needs 2 or more"
+            )
+        if self.base or self.recipe.patch_sizes:
+            what = "a base" if self.base else "patch_sizes"
+            raise UserError(f"objective=siglip trains from scratch at one patch size; leave {what} out")
 
     @property
     def trunk_id(self) -> str:
@@ -165,7 +181,11 @@ class Run:
         shape = self.shape.replace(patch_size=patch_size)
         if self.base:
             return shape.step_flops(num_classes, self.trained)
-        return shape.train_flops_per_image(num_classes)
+        return 3 * (shape.forward_flops + self.task_flops(num_classes))
+
+    def task_flops(self, num_classes: int = 0) -> int:
+        """Forward FLOPs of an image beside the encoder: of its task head, or of its pairs and its caption."""
+        return task_flops(self.shape, self.recipe, self.data, num_classes)
 
     def spent_flops(self, num_examples: int, num_classes: int = 0) -> int:
         """FLOPs of what this branch adds to the shorter ones; over all branches, the true bill of the run."""
@@ -196,11 +216,21 @@ class Run:
         return _from_dict(cls, d, "run")
 
 
+def task_flops(shape: Shape, recipe: Recipe, data: str, num_classes: int = 0) -> int:
+    """Forward FLOPs of an image beside the encoder: of its task head, or of its pairs and its caption."""
+    if recipe.objective == "siglip":
+        return pair_flops(shape.width, recipe.batch_size) + text_flops(NUM_WORDS[data])
+    return shape.head_flops(num_classes)
+
+
 def budgets_for(
-    shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int
+    shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int, beside: int | None = None
 ) -> tuple[int, ...]:
-    """Examples, rounded to whole batches, that spend each of the given training FLOPs on this shape."""
-    cost = shape.train_flops_per_image(num_classes)
+    """Examples, rounded to whole batches, that spend each of the given training FLOPs on this shape.
+
+    beside: forward FLOPs of an image beside the encoder, where they are not those of a head of `num_classes` (`task_flops`).
+    """
+    cost = 3 * (shape.forward_flops + (shape.head_flops(num_classes) if beside is None else beside))
     return tuple(dict.fromkeys(max(5, round(c / cost / batch_size)) * batch_size for c in sorted(train_flops)))
 
 

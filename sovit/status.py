@@ -121,7 +121,11 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
             "done": billed + in_flight,
             "left": sum(left.values()),
             "total": billed + in_flight + sum(left.values()),
-            "head_counted": all(cost[t] > _per_image(r) for t, r in design.runs.items() if isinstance(r, Run)),
+            "head_counted": all(
+                cost[t] > _per_image(r) or r.recipe.objective != "classification"
+                for t, r in design.runs.items()
+                if isinstance(r, Run)
+            ),
             "uncounted": sum(not cost[t] for t in design.runs if missing[t]),
         },
         "flops_per_second": sum(w["flops_per_second"] or 0 for w in workers if not w["stale"]),

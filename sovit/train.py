@@ -10,7 +10,8 @@
     trunk-<examples>.pt    trunk state where a branch leaves it; kept, so that a new budget reuses the trunk
     latest.pt              state at the last periodic save, or where a stop was asked for
     previous.pt            the one before it, should latest.pt be damaged
-    <run_id>.safetensors   the cooled-down model of one branch; of a fine-tuning, what it does not share with its base
+    <run_id>.safetensors   the cooled-down model of one branch; of a fine-tuning, what it does not share with its base;
+                           of objective siglip, the text tower too
     records/<run_id>.json  the measurement
     progress.json          what is being done now, for whoever watches
 """
@@ -34,7 +35,9 @@ import torch.nn.functional as F
 from sovit import UserError
 from sovit.branches import base_of
 from sovit.checkpoint import Checkpoints, check_fits, save_weights
+from sovit.contrastive import Pairs, build_pair, pair_loss, row_columns, validate_pairs
 from sovit.data import Batch, open_data
+from sovit.data.captions import open_captions
 from sovit.evaluate import validate
 from sovit.finetune import begin, stored_names
 from sovit.flexi import at_patch_size
@@ -102,6 +105,7 @@ class Trainer:
             for size in run.recipe.patch_sizes or (shape.patch_size,)
         }
         self.source = self.sources[shape.patch_size]
+        self.captions = open_captions(run.data, self.source) if run.recipe.objective == "siglip" else None
         check_readout(run, self.source.readout)
         self.num_classes = self.source.num_classes
         self.flops_per_example = run.train_flops(run.budgets[-1], self.num_classes) / run.budgets[-1]
@@ -118,6 +122,9 @@ class Trainer:
         if self.base:
             model = begin(self.run, self.base, self.num_classes)
             self.stored: tuple[str, ...] | None = stored_names(model, self.base)
+        elif self.captions:
+            model = build_pair(self.run.shape, recipe, self.captions, self.run.init_seed)
+            self.stored = None
         else:
             model = build(self.run.shape, self.num_classes, recipe.parametrisation, self.run.init_seed)
             self.stored = None  # all of it
@@ -161,7 +168,10 @@ class Trainer:
 
     def _measure(self) -> dict[str, float | None]:
         """The metrics of the cooled-down model, for its row. Raises Diverged where they are not finite."""
-        metrics = validate(self.model, self.source)
+        if self.captions:
+            metrics = validate_pairs(self.model, self.source, self.captions)
+        else:
+            metrics = validate(self.model, self.source)
         for size in self.run.recipe.patch_sizes:
             at_size = validate(self.model, self.sources[size], self.forward[size])
             metrics |= {f"{name}@p{size}": at_size[name] for name in ("val_loss", "val_error")}
@@ -179,13 +189,18 @@ class Trainer:
 
         patch_size = run.shape.patch_size  # of the last batch asked for, whose loss is taken before the next one is
 
-        def batch_at(step: int) -> Batch:
+        def batch_at(step: int) -> Batch | Pairs:
             nonlocal patch_size
             patch_size = run.patch_size_at(step)
-            return self.sources[patch_size].train(step * batch, batch)
+            found = self.sources[patch_size].train(step * batch, batch)
+            return Pairs(found.images, self.captions.train(step * batch, batch)) if self.captions else found
+
+        precision = partial(
+            torch.autocast, self.device.partition(":")[0], torch.bfloat16, enabled=recipe.precision == "bfloat16"
+        )
 
         def loss_fn(b: Batch) -> tuple[torch.Tensor, int]:
-            with torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            with precision():
                 logits = self.forward[patch_size](b.images).flatten(0, -2)
             return F.cross_entropy(logits.float(), b.labels.flatten(), reduction="sum"), b.labels.numel()
 
@@ -230,7 +245,7 @@ class Trainer:
                 [p for p in self.model.parameters() if p.requires_grad],
                 self.optimizer,
                 batch_at,
-                loss_fn,
+                partial(pair_loss, self.model, precision=precision) if self.captions else loss_fn,
                 learning_rate_at,
                 range(self.step, end),
                 clip_norm=recipe.clip_norm,
@@ -239,6 +254,7 @@ class Trainer:
                 window=self.window,
                 micro_batch=self.micro_batch,
                 on_split=on_split,
+                pairwise=self.captions is not None,
             )
         except Interrupted as stop:
             self._reached(stop.step, stop.seconds, stop.window)
@@ -351,7 +367,7 @@ class Trainer:
             status=status,
             num_classes=self.num_classes,
             **more,
-            zero_line=self.source.zero_line,
+            **(row_columns(self.source, self.captions) if self.captions else {"zero_line": self.source.zero_line}),
             data_key=self.source.content_key,
             micro_batch=self.micro_batch or self.run.recipe.batch_size,
             seconds=round(self.seconds, 3),
@@ -369,7 +385,9 @@ def say(line: str) -> None:
 
 
 def check_readout(run: Run, readout: str) -> None:
-    """A source with a label a patch needs a shape without pooling, and the other way round."""
+    """A source with a label a patch needs a shape without pooling, and the other way round; a caption fits any."""
+    if run.recipe.objective == "siglip":
+        return
     if (readout == "tokens") != (run.shape.pool == "none"):
         need = "pool=none" if readout == "tokens" else "pool=avg, map or token"
         raise UserError(

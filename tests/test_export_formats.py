@@ -1,6 +1,5 @@
 """Every format x every kind of shape: what the other library makes of the folder is what our model makes of the images."""
 
-import dataclasses
 import json
 
 import pytest
@@ -10,32 +9,15 @@ from torch import nn
 
 from sovit import UserError
 from sovit.branches import load_branch
-from sovit.checkpoint import save_weights
 from sovit.cli import main
 from sovit.encoder import open_encoder, timm_encoder
 from sovit.export import MAX_IMAGE_SIZE, MAX_PATCHES, export_encoder
 from sovit.export_check import NANOVLM_TOLERANCE, TOLERANCE
 from sovit.export_config import FORMATS
-from sovit.model import build
-from sovit.run import Recipe, Run
-from sovit.shape import Shape
+from tests.planted_branch import BASE, SHAPES, plant
 
 transformers = pytest.importorskip("transformers")
 
-BASE = Shape(24, 2, 40, head_dim=12, patch_size=4, image_size=16)
-SHAPES = {
-    "none": dict(pool="none"),
-    "avg": dict(pool="avg"),
-    "map": dict(pool="map"),
-    "token": dict(pool="token"),
-    "avg, registers": dict(pool="avg", num_registers=3),
-    "map, registers": dict(pool="map", num_registers=1),
-    "token, registers": dict(pool="token", num_registers=2),
-    "map, layer scale": dict(pool="map", layer_scale=True),
-    "avg, qkv without bias": dict(pool="avg", qkv_bias=False),
-    "token, qkv without bias": dict(pool="token", qkv_bias=False),
-    "avg, all of it": dict(pool="avg", num_registers=1, qkv_bias=False, layer_scale=True),
-}
 PLAIN = {"none", "avg", "map"}
 EXPRESSES = {  # written down by hand, not read from what is tested
     "timm": set(SHAPES),
@@ -46,23 +28,6 @@ EXPRESSES = {  # written down by hand, not read from what is tested
 }
 PAIRS = [(f, s) for f in EXPRESSES for s in SHAPES if s in EXPRESSES[f]]
 REFUSED = [(f, s) for f in EXPRESSES for s in SHAPES if s not in EXPRESSES[f]]
-
-
-def plant(shape, runs_dir, data="stream"):
-    """A branch whose tensors are all drawn at random, those that start at 0 or 1 too: no name can hide behind them."""
-    run = Run(shape, Recipe(0.01, warmup_examples=32), budgets=(160,), data=data)
-    model = build(shape, 16, "fan_in", seed=0)
-    generator = torch.Generator().manual_seed(1)
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        weights[name] = noise.exp() if name.endswith("gamma") else tensor + 0.2 * noise
-    model.load_state_dict(weights)
-    folder = runs_dir / run.trunk_id
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
-    save_weights(model, folder / f"{run.run_ids[0]}.safetensors", run.run_ids[0])
-    return run.run_ids[0]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +163,7 @@ def test_a_wrong_config_is_found_out_and_nothing_is_written(
     run_ids, runs_dir = planted
     right = FORMATS[format]
     monkeypatch.setitem(FORMATS, format, right._replace(config=lambda s: right.config(s) | {field: wrong}))
-    with pytest.raises((RuntimeError, UserError), match="nothing was written|cannot be opened"):
+    with pytest.raises((RuntimeError, UserError), match="nothing was written|does not fit its config"):
         export_encoder(run_ids[shape], runs_dir, tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
@@ -217,7 +182,7 @@ def test_a_folder_whose_tensors_would_be_drawn_anew_is_refused(planted, tmp_path
     else:
         del tensors["vision_model.encoder.layers.1.mlp.fc1.weight"]
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="lacks .* tensors of a SiglipVisionModel, such as"):
+    with pytest.raises(UserError, match="lacks .* of the tensors of a SiglipVisionModel, such as"):
         open_encoder(f"hf:{tmp_path / 'out'}")
 
 
@@ -230,6 +195,18 @@ def test_the_processor_makes_what_our_record_says(planted, tmp_path):
     theirs = processor(image, return_tensors="pt")["pixel_values"]
     ours = open_encoder(f"hf:{tmp_path / 'out'}").preprocess(image[None, :, :, 3:19] / 255)
     torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("format", ["timm", "vit"])
+def test_a_run_on_random_crops_is_shown_the_middle_as_in_its_validation(tmp_path, format):
+    shape = BASE.replace(pool="token")
+    run_id = plant(shape, tmp_path / "runs", data="hub", preset="pictures?crop=0.3&flip=0")
+    export_encoder(run_id, tmp_path / "runs", tmp_path / "out", 32, format=format)
+    place = "timm:local-dir:" if format == "timm" else "hf:"
+    record = open_encoder(f"{place}{tmp_path / 'out'}").preprocess
+    assert (record.crop, record.mean) == ("center", (0.5,) * 3)
+    assert record.crop_pct == (7 / 8 if format == "timm" else 32 / 36)  # in whole pixels there
+    assert "short side to 36 px (bicubic), the middle 32 px" in (tmp_path / "out" / "README.md").read_text()
 
 
 # sizes, cards, the command -------------------------------------------------------------------------------------------

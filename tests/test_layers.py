@@ -16,6 +16,7 @@ TORCH = {
     *("data", "model", "encoder", "loop", "checkpoint", "train", "finetune"),
     *("evaluate", "probe", "export", "vlm", "hardware", "resize", "branches", "flexi", "tuning", "timm_base"),
     *("finetune_cost", "export_card", "export_check", "export_tensors", "hf_model"),
+    "contrastive",
 }
 EDGES = {
     "sweep",

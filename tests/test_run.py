@@ -77,6 +77,7 @@ CHANGES = {
     "qkv_bias": False,
     "layer_scale": True,
     "patch_sizes": (2, 4),
+    "objective": "siglip",
     "base": "0123456789-1600",
     "base_sha256": "ab",
     "trained": "attention",

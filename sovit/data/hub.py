@@ -222,6 +222,12 @@ def locate(preset: str) -> tuple[Location, View]:
     return Location(preset, None, hub[1], hub[2], hub[3], label, streamed), view
 
 
+def seen_share(preset: str) -> float:
+    """Side of what a validation image shows, as a share of the decoded square: below 1 beside random crops."""
+    _, question, options = preset.rpartition("?")
+    return CENTRE if question and re.search(r"(^|&)crop=", options) else 1.0
+
+
 def in_span(value: str, span: tuple[float, float]) -> bool:
     try:
         return value == "all" or span[0] <= float(value) <= span[1]

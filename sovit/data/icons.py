@@ -170,9 +170,16 @@ class Icons:
 
     def text(self, icon: int) -> dict:
         """What the name of an icon says: set, name, caption, concept, split and attributes; see icon_text.describe."""
+        return json.loads(self._text()[icon])
+
+    def texts(self) -> list[dict]:
+        """`text` of all icons, in the order of their numbers."""
+        return [json.loads(line) for line in self._text()]
+
+    def _text(self) -> list[str]:
         if self._lines is None:
             self._lines = (text_folder(self.folder) / "icons.jsonl").read_text(encoding="utf-8").splitlines()
-        return json.loads(self._lines[icon])
+        return self._lines
 
     def notes(self) -> list[str]:
         """Lines for whoever looks at the data: how far validation drawings are new."""

@@ -1,0 +1,37 @@
+"""Which of two shapes of equal cost learns more from captions than from labels, and what do contrastive eyes see?
+
+    python studies/contrastive.py --workers 2
+
+Trains the two encoders of results/stream_validation.jsonl, the shape that the stream's law recommended at 2e12 FLOPs and
+ViT-B's proportions, three seeds each, at the same FLOPs on the same images, with captions in place of labels
+(objective=siglip). Nothing is pooled but by the mean of the patch tokens, so that both are the very encoders that
+classification trained, and a VLM can read either.
+
+Cost: 6 trunks of 2e12 FLOPs.
+"""
+
+from sovit import launch
+from sovit.run import Recipe, Run, budgets_for, learning_rate, task_flops
+from sovit.shape import Shape
+
+SHAPES = {
+    "law": Shape(32, 3, 672, head_dim=8, patch_size=4, image_size=16, pool="none"),
+    "ViT-B proportions": Shape(96, 2, 384, head_dim=8, patch_size=4, image_size=16, pool="none"),
+}
+BUDGET = 2e12
+SEEDS = (10, 11, 12)
+BASE_RATE = 0.004  # at width 32 and depth 2
+BATCH_SIZE = 64
+
+
+def runs() -> list[Run]:
+    found = []
+    for shape in SHAPES.values():
+        recipe = Recipe(learning_rate(shape, BASE_RATE), BATCH_SIZE, warmup_examples=1600, objective="siglip")
+        budgets = budgets_for(shape, [BUDGET], 0, BATCH_SIZE, task_flops(shape, recipe, "stream"))
+        found += [Run(shape, recipe, budgets, init_seed=seed, data_seed=seed) for seed in SEEDS]
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(launch.main(__doc__, "contrastive", runs))
