@@ -1,5 +1,6 @@
 """Vision-language runs beside encoders in one study: queue, kills, rows, plan, status, tracking."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +27,8 @@ from sovit.status import status_text, study_status
 from sovit.track import curve, describe
 from sovit.vlm_run import Part, Stage, VlmRun
 
-pytest.importorskip("transformers")
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("needs transformers", allow_module_level=True)
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
 ENCODER = Run(SHAPE, Recipe(peak_lr=0.01, warmup_examples=80), (160,), study="s")
@@ -56,21 +58,21 @@ def begun(folder):
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """The study, launched with 2 workers, of which the one that trains GOOD is killed in the middle."""
-    folder, killed = tmp_path_factory.mktemp("study"), []
+    folder, ended = tmp_path_factory.mktemp("study"), threading.Event()
 
     def kill():
-        until = time.monotonic() + 240
-        while not (folder / "runs" / GOOD.trunk_id / "latest.pt").exists() and time.monotonic() < until:
+        while not (folder / "runs" / GOOD.trunk_id / "latest.pt").exists() and not ended.is_set():
             time.sleep(0.005)
-        killed.extend(int(pid) for trunk, pid in begun(folder) if trunk == GOOD.trunk_id)
-        os.kill(killed[0], signal.SIGKILL)
+        if not ended.is_set():
+            os.kill(next(int(pid) for trunk, pid in begun(folder) if trunk == GOOD.trunk_id), signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
     worker = [sys.executable, str(Path(__file__).parent / "vlm_worker.py")]
     rows = launch.launch(opened(folder), 2, worker_command=worker)
+    ended.set()
     thread.join()
-    return SimpleNamespace(folder=folder, rows={row["trunk_id"]: row for row in rows}, killed=killed)
+    return SimpleNamespace(folder=folder, rows={row["trunk_id"]: row for row in rows})
 
 
 def trials(folder):
