@@ -29,7 +29,8 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     """Arms, their means over seeds, and each pair of arms on the loss of the family `decisive`, by paired seeds.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
-    UserError without rows of both kinds, for rows of different settings, and where arms have different seeds.
+    UserError without rows of both kinds, for rows of different settings, and where arms have no seed in common; seeds that
+    not all arms have are left out.
     """
     rows = [row for path in paths for row in read_ledger(path)]
     encoders = {row["run_id"]: row for row in rows if row.get("kind") != "vlm"}
@@ -47,9 +48,10 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     arms: dict[str, list[dict]] = {}
     for row in sorted(answers, key=lambda row: row["init_seed"]):
         arms.setdefault(_arm(row, encoders), []).append(row)
-    seeds = {tuple(row["init_seed"] for row in ours) for ours in arms.values()}
-    if len(seeds) > 1:
-        raise UserError(f"arms have different seeds ({sorted(seeds)}); run the study to its end")
+    seeds = sorted(set.intersection(*({row["init_seed"] for row in ours} for ours in arms.values())))
+    if not seeds:
+        raise UserError("the arms have no seed in common; run the study to its end")
+    arms = {name: [row for row in ours if row["init_seed"] in seeds] for name, ours in arms.items()}
     families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
     families.sort(key=lambda f: (f not in answers[0]["families"], f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
@@ -62,7 +64,7 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
-        "seeds": list(seeds.pop()),
+        "seeds": seeds,
         "families": {family: family in answers[0]["families"] for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
