@@ -22,6 +22,7 @@ METRICS = (
     "held_out_error",
     "val_unparsed",
 )
+JUDGED = ("decisive", "all")  # the loss on one family, and over all questions that were trained
 SETTING = ("language_model", "projector", "stages", "families", "layout", "template", "num_examples", "data", "preset")
 
 
@@ -43,8 +44,12 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
         found = {str(row.get(name)) for row in answers}
         if len(found) > 1:
             raise UserError(f"rows differ in {name} ({', '.join(sorted(found))}); compare one setting at a time")
-    if decisive not in answers[0]["families"]:
-        raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(answers[0]['families'])}")
+    if not any(row["control"] == "blind" for row in answers):
+        raise UserError("no arm is blind, against which eyes are judged; train one with encoder=blind:16")
+    asked = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
+    trained = answers[0]["families"] or asked
+    if decisive not in trained:
+        raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(trained)}")
     arms: dict[str, list[dict]] = {}
     for row in sorted(answers, key=lambda row: row["init_seed"]):
         arms.setdefault(_arm(row, encoders), []).append(row)
@@ -52,24 +57,24 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     if not seeds:
         raise UserError("the arms have no seed in common; run the study to its end")
     arms = {name: [row for row in ours if row["init_seed"] in seeds] for name, ours in arms.items()}
-    families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
-    families.sort(key=lambda f: (f not in answers[0]["families"], f != decisive))
+    families = sorted(asked, key=lambda f: (f not in trained, f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
     order = sorted(arms, key=lambda name: (table[name]["encoder_loss"] or math.inf, name == BLIND))
     eyes = [name for name in order if table[name]["encoder_loss"] is not None]
-    pairs = {}
+    pairs: dict[str, dict] = {name: {} for name in JUDGED}
     for a, b in itertools.combinations(order, 2):
-        logs = [math.log(x[f"val_loss/{decisive}"] / y[f"val_loss/{decisive}"]) for x, y in zip(arms[a], arms[b])]
-        pairs[f"{a} / {b}"] = paired(logs)
+        for name, column in (("decisive", f"val_loss/{decisive}"), ("all", "val_loss")):
+            logs = [math.log(x[column] / y[column]) for x, y in zip(arms[a], arms[b])]
+            pairs[name][f"{a} / {b}"] = paired(logs)
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
         "seeds": seeds,
-        "families": {family: family in answers[0]["families"] for family in families},
+        "families": {family: family in trained for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
         "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
-        "verdict": _verdict(eyes, table, pairs),
+        "verdict": {name: _verdict(eyes, table, pairs[name]) for name in JUDGED},
     }
 
 
@@ -115,8 +120,10 @@ def _sees(ours: list[dict], blind: list[dict], decisive: str) -> dict:
 def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
     """Does the best classifier make the best eye? Judged against each other trained encoder by the paired intervals.
 
-    `yes` if better than all, `no` if worse than one, else `not distinguishable`.
+    `yes` if better than all, `no` if worse than one, else `not distinguishable`. Encoders trained on something else have
+    losses of another kind, and are no classifiers.
     """
+    eyes = [name for name in eyes if " " not in name]
     if len(eyes) < 2:
         return {"best_classifier": eyes[0] if eyes else None, "answer": "not asked"}
     first, *others = sorted(eyes, key=lambda name: table[name]["encoder_loss"])
@@ -125,28 +132,37 @@ def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
     return {"best_classifier": first, "against": dict(zip(others, verdicts)), "answer": answer}
 
 
-def report_text(found: dict) -> str:
-    """The tables and verdicts of `summarise`, as markdown."""
+def short_text(found: dict) -> str:
+    """What was asked of whom, a line an arm, and the verdict; as markdown."""
     decisive, setting = found["decisive"], found["setting"]
-    families = [family for family, trained in found["families"].items() if trained]
+    num_trained = sum(found["families"].values())
     lines = [
-        f"`{setting['language_model']}` reads `{setting['data']}:{setting['preset']}` through `{setting['projector']}`"
-        f" ({setting['stages']}); {len(found['seeds'])} paired seeds. Losses in nats a token of the answer, mean (s.d.).",
+        f"`{setting['language_model']}` ({setting['stages']}), {num_trained} of {len(found['families'])} families of questions"
+        f" trained, {len(found['seeds'])} paired seeds; nats a token, mean (s.d.).",
         "",
-        "| eye | its own loss | " + " | ".join(f"{family}" for family in families) + f" | {decisive}, another's image"
-        " | answers wrong | wrong, another's image | unparsed |",
-        "|---|---|" + "---|" * (len(families) + 4),
+        f"| eye | its own loss | {decisive} | {decisive}, another's image | all questions | wrong | wrong, another's image"
+        " | unparsed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in found["arms"].items():
         own = "" if arm["encoder_loss"] is None else f"{arm['encoder_loss']:.3f}"
-        cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for family in families]
-        cells.append(_cell(arm[f"shuffled_loss/{decisive}"], "{:.3f}"))
-        cells += [_cell(arm[m], "{:.1%}") for m in ("val_error", "shuffled_error")]
-        cells.append(_cell(arm["val_unparsed"], "{:.1%}") if "val_unparsed" in arm else "")
+        losses = (f"val_loss/{decisive}", f"shuffled_loss/{decisive}", "val_loss")
+        cells = [_cell(arm[m], "{:.3f}") for m in losses]
+        cells += [_cell(arm[m], "{:.1%}") if m in arm else "" for m in ("val_error", "shuffled_error", "val_unparsed")]
         lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for name, pair in found["pairs"].items():
-        lines.append(f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}")
+    lines += ["", *(_verdict_text(found, name) for name in JUDGED)]
+    return "\n".join(lines) + "\n"
+
+
+def report_text(found: dict) -> str:
+    """`short_text`, each pair of arms, who sees, and the loss on each family."""
+    lines = [short_text(found), "| family | " + " | ".join(found["arms"]) + " |", "|---|" + "---|" * len(found["arms"])]
+    for family, trained in found["families"].items():
+        cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for arm in found["arms"].values()]
+        lines.append(f"| {family}{'' if trained else ' (not trained)'} | " + " | ".join(cells) + " |")
+    for name, title in (("decisive", found["decisive"]), ("all", "all questions that were trained")):
+        lines += ["", f"Ratios of losses on {title}:", ""]
+        lines += [f"- {pair}: {_ratio(p)}, {p['verdict']}" for pair, p in found["pairs"][name].items()]
     lines.append("")
     for name, sees in found["sees"].items():
         blind = (
@@ -155,9 +171,14 @@ def report_text(found: dict) -> str:
             else f" below the blind model in {sees['below_blind']} of {sees['n']} seeds,"
         )
         lines.append(f"- {name}:{blind} below itself with another's image in {sees['below_shuffled']} of {sees['n']}")
-    verdict = found["verdict"]
-    lines += ["", f"Is the best classifier, {verdict['best_classifier']}, the best eye? **{verdict['answer']}**."]
     return "\n".join(lines) + "\n"
+
+
+def _verdict_text(found: dict, name: str) -> str:
+    verdict, on = found["verdict"][name], found["decisive"] if name == "decisive" else "all questions"
+    first = verdict["best_classifier"]
+    told = [f"{_ratio(found['pairs'][name][f'{first} / {other}'])} to {other}" for other in verdict.get("against", ())]
+    return f"Is the best classifier, {first}, the best eye, by {on}? **{verdict['answer']}** ({'; '.join(told)})."
 
 
 def _cell(value: dict, form: str) -> str:

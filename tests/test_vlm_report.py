@@ -55,8 +55,12 @@ def ledger(tmp_path, good=(1.5, 1.51, 1.52), poor=(1.8, 1.79, 1.83), **more) -> 
 def test_the_planted_order_is_found(tmp_path):
     found = summarise([ledger(tmp_path)])
     assert list(found["arms"]) == ["32x2x64", "96x2x64", "32x2x64 untrained", BLIND] and found["seeds"] == [0, 1, 2]
-    assert found["verdict"] == {"best_classifier": "32x2x64", "against": {"96x2x64": "better"}, "answer": "yes"}
-    pair = found["pairs"]["32x2x64 / 96x2x64"]
+    assert found["verdict"]["decisive"] == {
+        "best_classifier": "32x2x64",
+        "against": {"96x2x64": "better"},
+        "answer": "yes",
+    }
+    pair = found["pairs"]["decisive"]["32x2x64 / 96x2x64"]
     assert pair["n"] == 3 and pair["low"] < pair["mean"] < pair["high"] < 0
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
     assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
@@ -65,8 +69,8 @@ def test_the_planted_order_is_found(tmp_path):
 
 
 def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
-    assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["answer"] == "no"
-    noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]
+    assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["decisive"]["answer"] == "no"
+    noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]["decisive"]
     assert noisy["answer"] == "not distinguishable"
 
 
@@ -78,13 +82,13 @@ def test_a_seed_that_an_arm_lacks_is_left_out_of_all(tmp_path):
     found = summarise([path])
     assert found["seeds"] == [0, 2] and {arm["n"] for arm in found["arms"].values()} == {2}
     assert found["arms"]["32x2x64"]["val_loss/marks"]["values"] == [1.5, 1.52]
-    assert found["verdict"]["answer"] == "not distinguishable"  # two seeds have no interval
+    assert found["verdict"]["all"]["answer"] == "not distinguishable"  # two seeds have no interval
 
 
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
     found = summarise([ledger(tmp_path)])
     text = report_text(found)
-    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye? **yes**" in text
+    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye, by marks? **yes** (-16" in text
     figure = plot.vlm_vs_encoder(found)
     left = figure.axes[0]
     assert [list(points.get_offsets()[:, 1]) for points in left.collections] == [[1.5, 1.51, 1.52], [1.8, 1.79, 1.83]]
