@@ -135,10 +135,10 @@ def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
 def short_text(found: dict) -> str:
     """What was asked of whom, a line an arm, and the verdict; as markdown."""
     decisive, setting = found["decisive"], found["setting"]
-    num_trained = sum(found["families"].values())
+    trained = f"{sum(found['families'].values())} of {len(found['families'])} families of questions trained"
     lines = [
-        f"`{setting['language_model']}` ({setting['stages']}), {num_trained} of {len(found['families'])} families of questions"
-        f" trained, {len(found['seeds'])} paired seeds; nats a token, mean (s.d.).",
+        f"`{setting['language_model']}` ({setting['stages']}), {trained}, {len(found['seeds'])} paired seeds;"
+        " nats a token, mean (s.d.).",
         "",
         f"| eye | its own loss | {decisive} | {decisive}, another's image | all questions | wrong | wrong, another's image"
         " | unparsed |",
