@@ -331,6 +331,8 @@ def test_the_command(command, tmp_path):
     assert len((beside / "pope-shuffled-likelihood-8.jsonl").read_text().splitlines()) == 9
     status, out, _ = command(*folder, "--control", "image")
     assert status == 0 and "blind" not in out
+    kept = {name: json.loads((beside / f"pope{name}-generate-12.json").read_text()) for name in ("", "-image")}
+    assert [sorted(kept[name]["controls"]) for name in kept] == [["blind", "image", "shuffled"], ["image"]]
 
 
 def test_bad_input_to_the_command_is_one_line(command, tmp_path):

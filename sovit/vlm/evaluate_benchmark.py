@@ -57,7 +57,8 @@ def compare(
     answers = {c: evaluate(model, items, benchmark, c, route, batch_size, files[c], name=name) for c in controls}
     result = {"model": name, "route": route, **scored(benchmark, items, answers)}
     result["answers"] = {control: str(file) for control, file in files.items()}
-    write_atomic(folder / f"{benchmark.name}-{route}-{len(items)}.json", json.dumps(result, indent=1) + "\n")
+    part = "" if tuple(controls) == CONTROLS else "-" + "-".join(controls)  # which must not replace the whole
+    write_atomic(folder / f"{benchmark.name}{part}-{route}-{len(items)}.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
