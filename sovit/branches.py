@@ -61,7 +61,7 @@ def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
         known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
         hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
         raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
-    if "lm_width" in (folder / "config.json").read_text():
+    if '"kind": "vlm"' in (folder / "config.json").read_text():
         raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
 
     def damaged(reason: object) -> UserError:

@@ -53,9 +53,10 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
     families.sort(key=lambda f: (f not in answers[0]["families"], f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
-    eyes = [name for name in arms if table[name]["encoder_loss"] is not None]
+    order = sorted(arms, key=lambda name: (table[name]["encoder_loss"] or math.inf, name == BLIND))
+    eyes = [name for name in order if table[name]["encoder_loss"] is not None]
     pairs = {}
-    for a, b in itertools.combinations(sorted(arms, key=lambda name: table[name]["encoder_loss"] or math.inf), 2):
+    for a, b in itertools.combinations(order, 2):
         logs = [math.log(x[f"val_loss/{decisive}"] / y[f"val_loss/{decisive}"]) for x, y in zip(arms[a], arms[b])]
         pairs[f"{a} / {b}"] = paired(logs)
     return {
@@ -63,9 +64,9 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
         "setting": {name: answers[0].get(name) for name in SETTING},
         "seeds": list(seeds.pop()),
         "families": {family: family in answers[0]["families"] for family in families},
-        "arms": table,
+        "arms": {name: table[name] for name in order},
         "pairs": pairs,
-        "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in arms if name != BLIND},
+        "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
         "verdict": _verdict(eyes, table, pairs),
     }
 

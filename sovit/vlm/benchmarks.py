@@ -443,7 +443,7 @@ def _files(folder: Path, suffix: str, of: Benchmark) -> list[Path]:
     if folder.is_file():
         return [folder] if folder.suffix == suffix else []
     splits: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob(f"*{suffix}")):
+    for file in sorted([*folder.glob(f"*{suffix}"), *folder.glob(f"data/*{suffix}")]):  # data/: as the hub lays it out
         splits.setdefault(re.split(r"[-.]", file.name)[0], []).append(file)
     return splits[_of_split(splits, of, folder)] if splits else []
 

@@ -220,7 +220,8 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
 
     n, num_images, headline, chance; controls.<control>: unparsed (share of answers that cannot be read) and metrics, of
     each value, low, high: the 90 % bootstrap interval, drawn by image, so that the questions about one stay together
-    (None where there is one image); over.<control>: the headline number less that of a control, paired, likewise.
+    (None where there is one image, no width where all answers are right, or all wrong: n says how little that tells);
+    over.<control>: the headline number less that of a control, paired, likewise.
     """
     _, cluster = np.unique([item.image_id for item in items], return_inverse=True)
     scores = {
@@ -228,14 +229,14 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
         for control, said in answers.items()
     }
     drawn: dict[str, dict[str, list]] = {control: {} for control in scores}
-    for weights in image_weights(cluster):
+    for weights in track(image_weights(cluster), f"{benchmark.name}, intervals", math.ceil(DRAWS / num_drawn(cluster))):
         for control in scores:
             for name, numbers in benchmark.aggregate(scores[control], weights).items():
                 drawn[control].setdefault(name, []).extend(np.atleast_1d(numbers))
     num_images = int(cluster.max()) + 1
 
-    def told(value: Any, draws: list) -> dict:
-        low, high = spread(np.array(draws), num_images)
+    def told(value: Any, draws: list, least: float = 0.0) -> dict:
+        low, high = spread(np.array(draws), num_images, least)
         return {"value": float(value), "low": low, "high": high}
 
     values = {control: benchmark.aggregate(of, None) for control, of in scores.items()}
@@ -258,6 +259,7 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
             control: told(
                 values["image"][headline] - values[control][headline],
                 list(np.subtract(drawn["image"][headline], drawn[control][headline])),
+                least=-1.0,
             )
             for control in scores
             if control != "image" and "image" in scores
@@ -268,19 +270,26 @@ def scored(benchmark: Benchmark, items: Sequence[Item], answers: dict[str, list[
 def image_weights(cluster: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Iterable[np.ndarray]:
     """How often each item counts in a bootstrap sample of whole images, in parts of [R, n]; cluster [n]: image numbers."""
     rng, num = np.random.default_rng(seed), int(cluster.max()) + 1
-    part = max(1, min(draws, 2_000_000 // len(cluster)))
+    part = num_drawn(cluster)
     for start in range(0, draws, part):
         size = min(part, draws - start)
         picked = rng.integers(0, num, (size, num)) + num * np.arange(size)[:, None]
-        yield np.bincount(picked.ravel(), minlength=size * num).reshape(size, num)[:, cluster]
+        counts = np.bincount(picked.ravel(), minlength=size * num).reshape(size, num)
+        yield counts.astype(np.float64)[:, cluster]
 
 
-def spread(draws: np.ndarray, num_images: int) -> tuple[float | None, float | None]:
-    """The interval of draws, of which those are nan that drew nothing of a group."""
+def num_drawn(cluster: np.ndarray) -> int:
+    """Bootstrap samples at a time, R, so that memory stays within bounds: 214,354 questions of VQAv2 take 9."""
+    return max(1, 2_000_000 // len(cluster))
+
+
+def spread(draws: np.ndarray, num_images: int, least: float) -> tuple[float | None, float | None]:
+    """The interval of draws between `least` and 1; left out are those (nan) that drew no question of a group."""
     draws = draws[~np.isnan(draws)]
     if num_images < 2 or not len(draws):
         return None, None
-    return interval(draws, math.sqrt(num_images / (num_images - 1)), floor=None)
+    low, high = interval(draws, math.sqrt(num_images / (num_images - 1)), floor=None)
+    return max(low, least), min(high, 1.0)  # of few images it is stretched past what there is
 
 
 def scores_text(result: dict) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,6 +37,7 @@ CONTRACTIONS = {
 } | {"somebody'd": "somebodyd"}
 
 
+@lru_cache(1 << 16)  # of a set's millions of answers most are a few thousand words
 def normalise(text: str) -> str:
     """An answer as the EvalAI server of VQA, TextVQA and VizWiz compares it (mmf, pythia/tasks/processors.py).
 
@@ -134,25 +136,28 @@ def yes_or_no(text: str) -> tuple[str, bool]:
     return said, said == "no" or "yes" in re.findall(r"\w+", text.split(".")[0].lower())
 
 
-def yes_no_rates(said_yes: np.ndarray, is_yes: np.ndarray, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def yes_no_rates(
+    said_yes: np.ndarray, is_yes: np.ndarray, weights: np.ndarray | None = None, among: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """accuracy, precision, recall, f1 and yes_ratio of predictions, "yes" being the positive class.
 
-    said_yes [n] and is_yes [n] are boolean; weights [n] or [R, n] count each question so often (1 if not given), and the
-    values are scalars or [R]. A rate of nothing (no "yes" said) is 0, of no questions at all nan. `yes_ratio` is of what
-    was predicted: some harnesses give that of the right answers under this name, one half whatever the model does.
+    said_yes [n] and is_yes [n] are boolean; for weights and among see `total`, the values are scalars or [R]. A rate of
+    nothing (no "yes" said) is 0, of no questions at all nan. `yes_ratio` is of what was predicted: some harnesses give
+    that of the right answers under this name, one half whatever the model does.
     """
-    w = np.ones(len(said_yes)) if weights is None else np.asarray(weights, float)
-    total = w.sum(-1)
-    hit = (w * (said_yes & is_yes)).sum(-1)
-    said, there = (w * said_yes).sum(-1), (w * is_yes).sum(-1)
+
+    def count(which: np.ndarray) -> np.ndarray:
+        return total(which, weights, among)
+
+    num, hit, said, there = (count(which) for which in (said_yes | True, said_yes & is_yes, said_yes, is_yes))
     rates = {
-        "accuracy": share((w * (said_yes == is_yes)).sum(-1), total),
+        "accuracy": share(count(said_yes == is_yes), num),
         "precision": share(hit, said),
         "recall": share(hit, there),
         "f1": share(2 * hit, said + there),
-        "yes_ratio": share(said, total),
+        "yes_ratio": share(said, num),
     }
-    return {name: np.where(total > 0, rate, np.nan) for name, rate in rates.items()}
+    return {name: np.where(num > 0, rate, np.nan) for name, rate in rates.items()}
 
 
 def share(part: np.ndarray, whole: np.ndarray, of_nothing: float = 0.0) -> np.ndarray:
@@ -194,22 +199,26 @@ def _option_told(text: str, options: Sequence[str]) -> str | None:
 # means ---------------------------------------------------------------------------------------------------------------
 
 
-def mean(scores: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Mean of scores [n], each counted `weights` [n] or [R, n] times: a scalar or [R]; of none nan."""
-    w = np.ones(len(scores)) if weights is None else np.asarray(weights, float)
-    return share((w * scores).sum(-1), w.sum(-1), np.nan)
+def total(values: np.ndarray, weights: np.ndarray | None = None, among: np.ndarray | None = None) -> np.ndarray:
+    """Sum of values [n], each counted weights [n] or [R, n] times (once if not given): a scalar or [R].
+
+    among [n]: boolean, the ones that count at all.
+    """
+    values = np.asarray(values, float) if among is None else np.asarray(values, float) * among
+    return values.sum() if weights is None else np.asarray(weights, float) @ values
+
+
+def mean(scores: np.ndarray, weights: np.ndarray | None = None, among: np.ndarray | None = None) -> np.ndarray:
+    """Mean of scores [n], a scalar or [R] (see `total`); of none nan."""
+    return share(total(scores, weights, among), total(np.ones(len(scores)), weights, among), np.nan)
 
 
 def by_group(
     measure: Callable[..., np.ndarray], groups: Sequence[str], *columns: np.ndarray, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """`measure(*columns, weights)` over the rows of each group, in the order of the groups' names."""
-    names, found = np.asarray(groups), {}
-    for name in sorted(set(groups)):
-        rows = names == name
-        part = None if weights is None else np.asarray(weights, float)[..., rows]
-        found[name] = measure(*(column[rows] for column in columns), part)
-    return found
+    """`measure(*columns, weights, among)` among the rows of each group, in the order of the groups' names."""
+    names = np.asarray(groups)
+    return {str(name): measure(*columns, weights, names == name) for name in np.unique(names)}
 
 
 def macro(groups: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Encoders against the models around them: planted arms come out as planted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sovit import UserError, plot
+from sovit.vlm_report import BLIND, report_text, summarise
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+SETTING = dict(
+    language_model="l", projector="p", stages="s", layout="rows", template="short", data="stream", preset="cpu"
+)
+
+
+def encoder(run_id, width, seed, loss):
+    shape = dict(width=width, depth=2, mlp_dim=64, head_dim=8, patch_size=4, image_size=16, pool="none")
+    row = dict(schema=1, run_id=run_id, trunk_id=run_id.split("-")[0], status="ok", num_examples=1, init_seed=seed)
+    return row | shape | dict(objective="classification", val_loss=loss, val_error=loss / 3)
+
+
+def answer(eye, control, seed, loss, **more):
+    run_id = f"{control}{eye}{seed}".replace("-", "").replace(":", "") + "-9"
+    row = dict(schema=1, run_id=run_id, trunk_id=run_id[:-2], status="ok", num_examples=9, init_seed=seed)
+    row |= SETTING | dict(
+        kind="vlm", objective="vlm", control=control, encoder=eye, families=["marks"], num_image_tokens=16
+    )
+    metrics = {
+        "val_loss": loss + 0.1,
+        "val_error": 0.5,
+        "shuffled_loss": 3.0,
+        "shuffled_error": 0.8,
+        "val_unparsed": 0.0,
+    }
+    metrics |= {"val_loss/marks": loss, "val_error/marks": 0.4, "shuffled_loss/marks": 3.1, "val_loss/more": 0.7}
+    return row | metrics | {"val_error/more": 0.5, "shuffled_loss/more": 0.7} | more
+
+
+def ledger(tmp_path, good=(1.5, 1.51, 1.52), poor=(1.8, 1.79, 1.83), **more) -> Path:
+    rows = []
+    for seed in range(3):
+        rows += [encoder(f"a{seed}-1", 32, seed, 1.2 + 0.01 * seed), encoder(f"b{seed}-1", 96, seed, 1.3)]
+        rows += [answer(f"a{seed}-1", "none", seed, good[seed], **more), answer(f"b{seed}-1", "none", seed, poor[seed])]
+        rows += [answer(f"random:a{seed}-1", "random", seed, 2.5), answer("blind:16", "blind", seed, 2.7)]
+    path = tmp_path / "eyes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_planted_order_is_found(tmp_path):
+    found = summarise([ledger(tmp_path)])
+    assert list(found["arms"]) == ["32x2x64", "96x2x64", "32x2x64 untrained", BLIND] and found["seeds"] == [0, 1, 2]
+    assert found["verdict"] == {"best_classifier": "32x2x64", "against": {"96x2x64": "better"}, "answer": "yes"}
+    pair = found["pairs"]["32x2x64 / 96x2x64"]
+    assert pair["n"] == 3 and pair["low"] < pair["mean"] < pair["high"] < 0
+    assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
+    assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
+    assert found["sees"]["96x2x64"] == {"below_blind": 3, "below_shuffled": 3, "n": 3}
+    assert found["families"] == {"marks": True, "more": False}
+
+
+def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
+    assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["answer"] == "no"
+    noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]
+    assert noisy["answer"] == "not distinguishable"
+
+
+def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
+    found = summarise([ledger(tmp_path)])
+    text = report_text(found)
+    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye? **yes**" in text
+    figure = plot.vlm_vs_encoder(found)
+    left = figure.axes[0]
+    assert [list(points.get_offsets()[:, 1]) for points in left.collections] == [[1.5, 1.51, 1.52], [1.8, 1.79, 1.83]]
+    assert sorted(line.get_ydata()[0] for line in left.lines) == pytest.approx([2.5, 2.7])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda rows: rows[:6], "no finished row of a vision"),
+        (lambda rows: [r for r in rows if r["run_id"] != "a1-1"], "there is no row; name its ledger"),
+        (
+            lambda rows: [r for r in rows if not (r.get("control") == "blind" and r["init_seed"] == 1)],
+            "different seeds",
+        ),
+        (
+            lambda rows: [r | ({"projector": "q"} if r.get("control") == "blind" else {}) for r in rows],
+            "differ in projector",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, change, words):
+    path = ledger(tmp_path)
+    rows = sorted(map(json.loads, path.read_text().splitlines()), key=lambda r: r.get("kind") == "vlm")
+    path.write_text("".join(json.dumps(r) + "\n" for r in change(rows)))
+    with pytest.raises(UserError, match=words):
+        summarise([path])
+    with pytest.raises(UserError, match="'more' was not trained"):
+        summarise([ledger(tmp_path)], "more")
+
+
+def test_the_script_writes_its_files_twice_the_same(tmp_path):
+    path = ledger(tmp_path)
+    for out in ("one", "two"):
+        command = [
+            sys.executable,
+            str(ROOT / "analysis" / "vlm_vs_encoder.py"),
+            str(path),
+            "--out",
+            str(tmp_path / out),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    for name in ("eyes.json", "eyes/report.md", "eyes/vlm_vs_encoder.png", "eyes/vlm_vs_encoder.svg"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
