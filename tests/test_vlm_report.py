@@ -70,6 +70,38 @@ def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
     assert noisy["answer"] == "not distinguishable"
 
 
+def test_a_loss_of_another_objective_is_no_classifiers(tmp_path):
+    """A sigmoid loss of 0.2 nats is below any classifier's, and says nothing beside it."""
+    path = ledger(tmp_path)
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    for seed in range(3):
+        rows.append(encoder(f"c{seed}-1", 32, seed, 0.2) | {"objective": "siglip"})
+        rows.append(answer(f"c{seed}-1", "none", seed, 1.0 + 0.01 * seed))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise([path])
+    assert found["verdict"]["best_classifier"] == "32x2x64" and found["verdict"]["answer"] == "no"
+    assert found["verdict"]["against"] == {"96x2x64": "better", "32x2x64 siglip": "worse"}
+    assert "| 32x2x64 siglip |  |" in report_text(found)
+    left = plot.vlm_vs_encoder(found).axes[0]
+    assert len(left.collections) == 2 and len(left.lines) == 3
+
+
+def test_no_family_named_is_all_of_them_trained(tmp_path):
+    path = ledger(tmp_path)
+    path.write_text(path.read_text().replace('"families": ["marks"]', '"families": []'))
+    found = summarise([path])
+    assert found["families"] == {"marks": True, "more": True} and found["verdict"]["answer"] == "yes"
+    assert "| marks | more |" in report_text(found)
+
+
+def test_a_row_in_two_ledgers_is_one_measurement(tmp_path):
+    """Counted twice it would make three seeds six, and the interval narrower than it is."""
+    path = ledger(tmp_path)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(path.read_text())
+    assert summarise([path, copy]) == summarise([path])
+
+
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
     found = summarise([ledger(tmp_path)])
     text = report_text(found)
@@ -92,6 +124,10 @@ def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
         (
             lambda rows: [r | ({"projector": "q"} if r.get("control") == "blind" else {}) for r in rows],
             "differ in projector",
+        ),
+        (
+            lambda rows: [r | ({"schedule": "cosine"} if r.get("control") == "blind" else {}) for r in rows],
+            "differ in schedule",
         ),
     ],
 )
