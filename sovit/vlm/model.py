@@ -166,6 +166,14 @@ class VisionLanguageModel(nn.Module):
     def _logits(self, x: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
         """The vocabulary is far wider than the model: only the tokens that are wanted [B, T] go through its head."""
         config = self.lm.config
+        implementation = config.get_text_config()._attn_implementation
+        if implementation == "eager":  # it adds the mask to the scores: True would add one and hide nothing
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        elif implementation != "sdpa":
+            raise UserError(
+                f"{self.words.name} computes its attention by {implementation}, which is not known to keep packed"
+                ' documents apart; set "attn_implementation": "sdpa" or "eager" in its config.json'
+            )
         plain = not any(getattr(config, name, None) for name in SCALED_LOGITS)
         arguments = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
         if plain:
