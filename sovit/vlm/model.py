@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sovit import UserError
 from sovit.encoder import Encoder
 from sovit.vlm.language_model import LanguageModel
-from sovit.vlm.packing import NO_LABEL, Document, Packed, pack, visible
+from sovit.vlm.packing import NO_LABEL, Document, Packed, check_lengths, pack, visible
 from sovit.vlm.projectors import build as build_projector
 
 # before the image, between image or exchange and the question, between question and answer
@@ -181,6 +181,10 @@ class VisionLanguageModel(nn.Module):
         return self.lm(**arguments).logits[wanted]
 
     # answers -------------------------------------------------------------------------------------------------------------
+
+    def check_lengths(self, documents: Iterable[Document], max_length: int) -> None:
+        """Raise UserError where one is longer than a row: of `max_length`, or of what the language model reads."""
+        check_lengths([document.num_tokens for document in documents], min(max_length, self.words.context_length))
 
     def batch(self, documents: Sequence[Document], images: Tensor | None, max_length: int) -> VlmBatch:
         """Pack documents, of which number d shows image number d of `images` [n, 3, S, S]."""
