@@ -47,7 +47,8 @@ SETTING = (
 
 
 def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
-    """Arms, their means over seeds, and each pair of arms on the loss of the family `decisive`, by paired seeds.
+    """Arms, their means over seeds, and each pair of arms, by paired seeds: on the loss of the family `decisive`, which
+    decides, and beside it on that of all families trained.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
     UserError without rows of both kinds, for rows of different settings, and where arms have different seeds. A row that
@@ -78,10 +79,7 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
     order = sorted(arms, key=lambda name: (*_place(table[name]), name == BLIND))
     eyes = [name for name in order if table[name]["encoder_loss"] is not None]
-    pairs = {}
-    for a, b in itertools.combinations(order, 2):
-        logs = [math.log(x[f"val_loss/{decisive}"] / y[f"val_loss/{decisive}"]) for x, y in zip(arms[a], arms[b])]
-        pairs[f"{a} / {b}"] = paired(logs)
+    pairs = _pairs(order, arms, f"val_loss/{decisive}")
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
@@ -89,6 +87,7 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
         "families": {family: family in trained for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
+        "pairs_on_all": _pairs(order, arms, "val_loss"),
         "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
         "verdict": _verdict(eyes, table, pairs),
     }
@@ -130,6 +129,14 @@ def _means(rows: list[dict], encoders: dict[str, dict], families: list[str]) -> 
     return found
 
 
+def _pairs(order: list[str], arms: dict[str, list[dict]], metric: str) -> dict[str, dict]:
+    """The decision rule on each two arms, the better classifier first."""
+    found = {}
+    for a, b in itertools.combinations(order, 2):
+        found[f"{a} / {b}"] = paired([math.log(x[metric] / y[metric]) for x, y in zip(arms[a], arms[b], strict=True)])
+    return found
+
+
 def _sees(ours: list[dict], blind: list[dict], decisive: str) -> dict:
     """In how many seeds the loss is below the blind model's, and below its own with another image."""
     key = f"val_loss/{decisive}"
@@ -166,18 +173,22 @@ def report_text(found: dict) -> str:
         + " | ".join(f"{family}" for family in families)
         + f" | {decisive}, another's image"
         " | answers wrong | wrong, another's image | unparsed |",
-        "|---|---|" + "---|" * (len(families) + 4),
+        "|---|---|" + "---|" * (len(families) + 5),
     ]
     for name, arm in found["arms"].items():
         own = f"{arm['encoder_loss']:.3f}" if arm["encoder_objective"] == CLASSIFICATION else ""
         cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for family in families]
-        cells.append(_cell(arm[f"shuffled_loss/{decisive}"], "{:.3f}"))
+        cells += [_cell(arm[m], "{:.3f}") for m in ("val_loss", f"shuffled_loss/{decisive}")]
         cells += [_cell(arm[m], "{:.1%}") for m in ("val_error", "shuffled_error")]
         cells.append(_cell(arm["val_unparsed"], "{:.1%}") if "val_unparsed" in arm else "")
         lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
     lines.append("")
     for name, pair in found["pairs"].items():
-        lines.append(f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}")
+        on_all = found["pairs_on_all"][name]
+        lines.append(
+            f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}; on all that was trained: {_ratio(on_all)},"
+            f" {on_all['verdict']}"
+        )
     lines.append("")
     for name, sees in found["sees"].items():
         blind = (

@@ -1,6 +1,7 @@
 """Encoders against the models around them: planted arms come out as planted."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_the_planted_order_is_found(tmp_path):
     assert found["verdict"] == {"best_classifier": "32x2x64", "against": {"96x2x64": "better"}, "answer": "yes"}
     pair = found["pairs"]["32x2x64 / 96x2x64"]
     assert pair["n"] == 3 and pair["low"] < pair["mean"] < pair["high"] < 0
+    on_all = found["pairs_on_all"]["32x2x64 / 96x2x64"]  # each loss 0.1 above that on marks
+    logs = [math.log((a + 0.1) / (b + 0.1)) for a, b in zip((1.5, 1.51, 1.52), (1.8, 1.79, 1.83))]
+    assert on_all["mean"] == pytest.approx(sum(logs) / 3) and on_all["verdict"] == "better"
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
     assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
     assert found["sees"]["96x2x64"] == {"below_blind": 3, "below_shuffled": 3, "n": 3}
@@ -92,6 +96,7 @@ def test_no_family_named_is_all_of_them_trained(tmp_path):
     found = summarise([path])
     assert found["families"] == {"marks": True, "more": True} and found["verdict"]["answer"] == "yes"
     assert "| marks | more |" in report_text(found)
+    assert not plot.vlm_vs_encoder(found).axes[1].texts, "nothing was never trained"
 
 
 def test_a_row_in_two_ledgers_is_one_measurement(tmp_path):

@@ -45,10 +45,17 @@ def vlm_vs_encoder(found: dict) -> Figure:
                     place, value["mean"], value["sd"] or 0, fmt="o", ms=3, color=colours[name], elinewidth=0.8
                 )
     trained = sum(found["families"].values())
-    right.axvline(trained - 0.5, color=GREY, lw=0.6, ls=":")
-    right.text(
-        trained - 0.42, 0.97, "never trained", transform=right.get_xaxis_transform(), fontsize=6, va="top", color=GREY
-    )
+    if trained < len(families):
+        right.axvline(trained - 0.5, color=GREY, lw=0.6, ls=":")
+        right.text(
+            trained - 0.42,
+            0.97,
+            "never trained",
+            transform=right.get_xaxis_transform(),
+            fontsize=6,
+            va="top",
+            color=GREY,
+        )
     right.set_xticks(range(len(families)), [family.replace("_", "\n") for family in families], fontsize=5.5)
     right.set_yscale("log")
     right.set_ylabel("loss (nats a token)")
