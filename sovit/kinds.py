@@ -45,6 +45,8 @@ def failed_row(run: AnyRun, num_examples: int, error: str, **more) -> dict:
         "objective": "vlm",
         "control": run.control,
         **run.to_dict(),
+        "families": list(run.families),
+        "stages": "; ".join(stage.words for stage in run.stages),
         "num_examples": num_examples,
         "error": error,
         **dict.fromkeys(("train_flops", "spent_flops", "val_loss", "val_error", "seconds")),
