@@ -64,7 +64,7 @@ def _questions(options: Any) -> None:
 
     data, _, preset = options.source.partition(":")
     preset = preset or next(iter(PRESETS.get(data, ())), "")
-    image_size = options.image_size or PRESETS.get(data, {}).get(preset, (64, ""))[0]
+    image_size = PRESETS.get(data, {}).get(preset, (64, ""))[0] if options.image_size is None else options.image_size
     questions = open_questions(data, preset, image_size, data_seed=0)
     split = "val" if options.val else "train"
     asked = questions.ask(split, 0, options.count)

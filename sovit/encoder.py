@@ -212,7 +212,9 @@ def _tower(name: str, location: str, device: str) -> Encoder:
                 f"{name} lacks {len(missing)} of the tensors of a {TOWERS[kind]}, such as {missing[0]}; save it anew"
             )
         tower = tower.eval().to(device)
+        config = tower.config  # of a model of text and image, the image side's own
         record = transformers.AutoImageProcessor.from_pretrained(location, trust_remote_code=False).to_dict()
+        preprocess = _preprocess(name, record, config.image_size)
     except UserError:
         raise
     except Exception as error:  # transformers and the hub client raise a dozen unrelated kinds
@@ -220,9 +222,7 @@ def _tower(name: str, location: str, device: str) -> Encoder:
             f"{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and preprocessor_config.json"
         ) from error
-    cropped = bool(record.get("do_center_crop"))
-    size = dict(record["crop_size"] if cropped else record["size"])
-    image_size = size.get("height", config.image_size)
+    image_size = preprocess.image_size
     # DINOv2 resizes its positions to what comes; its published weights have those of 518 px and a processor of 224
     if image_size != config.image_size and not (kind.startswith("dinov2") and image_size % config.patch_size == 0):
         raise UserError(f"{name} reads {config.image_size} px, its processor makes {image_size}; mend the processor")
@@ -253,18 +253,33 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         depth=config.num_hidden_layers,
         grid=grid,
         num_prefix_tokens=prefix,
-        preprocess=Preprocess(
-            image_size=image_size,
-            mean=tuple(record["image_mean"]),
-            std=tuple(record["image_std"]),
-            resample=RESAMPLE.get(int(record["resample"]), "bicubic"),
-            crop="center" if cropped else "squash",
-            crop_pct=image_size / size_before_crop(record) if cropped else 1.0,
-        ),
+        preprocess=preprocess,
         hidden=hidden,
         final_norm=norm,
         pooled=pooled,
     )
+
+
+def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
+    """What an image processor does, in our words; image_size: of the tower, where the processor names no square."""
+    try:
+        cropped = bool(record.get("do_center_crop"))
+        size = dict(record["crop_size"] if cropped else record["size"]).get("height") or image_size
+        found = Preprocess(
+            image_size=size,
+            mean=tuple(record["image_mean"]),
+            std=tuple(record["image_std"]),
+            resample=RESAMPLE.get(int(record["resample"]), "bicubic"),
+            crop="center" if cropped else "squash",
+            crop_pct=size / size_before_crop(record) if cropped else 1.0,
+        )
+        if len(found.mean) != 3 or len(found.std) != 3 or not min(found.std) > 0:
+            raise ValueError(f"image_mean={found.mean}, image_std={found.std}")
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the preprocessor_config.json of {name} does not say how images are made ({error!r}); mend it"
+        ) from None
+    return found
 
 
 def size_before_crop(record: dict) -> int:

@@ -58,7 +58,7 @@ def export_encoder(
     if shape != run.shape:
         _check_size(shape)
         model = _resized(model, run, shape)
-    out = Path(out)
+    asked, out = out, Path(out).resolve()  # of a link what it leads to is replaced
     _check_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,15 @@ def export_encoder(
         measured = {"format": format, "run_id": run_id, **CHECKS[format](model, shape, staging)}
         _write_json(staging / MARK, {"sovit": __version__, **measured})
         staging.chmod(0o755)
-        shutil.rmtree(out, ignore_errors=True)
-        staging.rename(out)
+        if out.exists():  # aside first: a kill while it is deleted must not leave a part of it under its name
+            out.rename(earlier := staging.with_name(staging.name + ".old"))
+            staging.rename(out)
+            shutil.rmtree(earlier)
+        else:
+            staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return {"out": str(out), **measured}
+    return {"out": str(asked), **measured}
 
 
 def report_text(report: dict) -> str:
@@ -110,6 +114,8 @@ def _check_size(shape: Shape) -> None:
 
 def _check_replaceable(out: Path) -> None:
     """Only an empty folder or an earlier export of ours may be replaced."""
+    if out == Path.cwd():
+        raise UserError(f"{out} is the folder that you are in, which cannot be replaced; name another with --out")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())) or (out / MARK).exists():
         return
     try:

@@ -68,7 +68,7 @@ def card(run_id: str, run: Run, shape: Shape, runs_dir: Path | str, format: str)
         f"# {shape.label}, patch {shape.patch_size}, {shape.image_size} px",
         *_story(run_id, run, shape, chain),
         _table(run_id, run, shape, runs_dir, chain),
-        *filter(None, [NOTES.get(format, {}).get(shape.pool)]),
+        *filter(None, [_note(run, shape, format)]),
         f"```python\n{LOADING[format]}\n```",
     ]
     return front + "\n" + "\n\n".join(parts) + "\n"
@@ -95,6 +95,11 @@ def _story(run_id: str, run: Run, shape: Shape, chain: list[tuple[str, Run, Base
         f"A Vision Transformer trained by sovit on `{run.data}:{run.preset}`: {shape.num_params:,} parameters,"
         f" {shape.forward_flops:,} FLOPs an image (2 per multiply-add), run `{run_id}`."
     ]
+    if run.recipe.objective == "siglip":
+        lines += [
+            "It learned, without labels, to tell which caption is an image's own (SigLIP's sigmoid loss, arXiv 2303.15343);"
+            " the text tower that it learned with is no part of this folder."
+        ]
     if run.recipe.patch_sizes:
         sizes = ", ".join(map(str, run.recipe.patch_sizes))
         lines += [f"Its patch size was drawn by batch in training, from {sizes} pixels (FlexiViT)."]
@@ -114,6 +119,12 @@ def _story(run_id: str, run: Run, shape: Shape, chain: list[tuple[str, Run, Base
         if base.run is None:
             lines += [f"The weights of `{base.name}` have the SHA-256 `{base.sha256}`."]
     return lines
+
+
+def _note(run: Run, shape: Shape, format: str) -> str | None:
+    if shape.pool == "none" and run.recipe.objective == "siglip":
+        return "Nothing is pooled: in training a linear map of the mean of these tokens was compared with captions."
+    return NOTES.get(format, {}).get(shape.pool)
 
 
 def _table(run_id: str, run: Run, shape: Shape, runs_dir: Path | str, chain: list) -> str:
@@ -146,8 +157,9 @@ def _score(row: dict, run: Run, shape: Shape) -> str:
         return "no record of it"
     error = f", error {row['val_error']:.4f}" if row.get("val_error") is not None else ""
     blind = f" (looking at nothing: {row['zero_line']:.4f})" if row.get("zero_line") is not None else ""
+    told = ", of which caption of a batch is an image's own" if run.recipe.objective == "siglip" else ""
     where = f", before it was resized from {run.shape.image_size} px" if shape != run.shape else ""
-    return f"loss {row['val_loss']:.4f} nats{blind}{error} on `{run.data}:{run.preset}`{where}"
+    return f"loss {row['val_loss']:.4f} nats{blind}{error} on `{run.data}:{run.preset}`{told}{where}"
 
 
 def _licence(run: Run) -> str:

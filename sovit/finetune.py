@@ -63,13 +63,13 @@ def freeze(model: Any, trained: str) -> tuple[str, ...]:
 def begin(run: Run, base: Base, num_classes: int) -> Any:
     """The model that `run` starts from: the base's weights at the new size, and nothing but `run.trained` to train.
 
-    The base's task head goes on where the data are the base's; else it is drawn by init_seed, as from scratch. Where
-    images were normalised otherwise, the patch embedding takes that up, exactly. Raises UserError where the shape is not
-    the base's but for its sizes.
+    The base's task head goes on where the data and the objective are the base's; else it is drawn by init_seed, as from
+    scratch. Where images were normalised otherwise, the patch embedding takes that up, exactly. Raises UserError where the
+    shape is not the base's but for its sizes.
     """
     model = build(run.shape, num_classes, run.recipe.parametrisation, run.init_seed)
     weights = resize_state(base.weights, base.shape, run.shape, resize_method(base.run))
-    if base.run is None or (base.run.data, base.run.preset) != (run.data, run.preset):
+    if base.run is None or _task(base.run) != _task(run):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
     mean, std = ((value,) * 3 for value in NORMALISATION[run.data])
     if (mean, std) != (base.mean, base.std):
@@ -78,6 +78,10 @@ def begin(run: Run, base: Base, num_classes: int) -> Any:
     model.load_state_dict(model.state_dict() | weights)
     freeze(model, run.trained)
     return model
+
+
+def _task(run: Run) -> tuple[str, str, str]:
+    return run.data, run.preset, run.recipe.objective
 
 
 def stored_names(model: Any, base: Base) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ def fit(
     parameters: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     batch_at: Callable[[int], Any],
-    loss_fn: Callable[..., tuple[Tensor, Tensor | int]],
+    loss_fn: Callable[..., tuple[Tensor, int]],
     learning_rate_at: Callable[[int], float | list[float]],
     steps: range,
     *,
@@ -107,22 +107,24 @@ def _backward(loss_fn, parameters: list[Tensor], batch, pairwise: bool, rows: in
         p.grad = None
     if pairwise or rows >= len(batch[0]):
         total, count = loss_fn(batch, rows) if pairwise else loss_fn(batch)
-        loss = total / count
+        loss = total / (count or 1)  # a batch of which nothing is asked has no loss, and no gradient
         loss.backward()
         return loss.detach()
     sums, counts = [], []
-    for part in _parts(batch, rows):
+    for part in parts_of(batch, rows):
         total, count = loss_fn(part)
         total.backward()
         sums.append(total.detach())
         counts.append(count)
+    count = sum(counts) or 1
     for p in parameters:
         if p.grad is not None:
-            p.grad /= sum(counts)  # parts may differ in their number of terms: only the whole batch's makes a mean
-    return torch.stack(sums).sum() / sum(counts)
+            p.grad /= count  # parts may differ in their number of terms: only the whole batch's makes a mean
+    return torch.stack(sums).sum() / count
 
 
-def _parts(batch, rows: int) -> Iterator[Any]:
+def parts_of(batch, rows: int) -> Iterator[Any]:
+    """A batch in parts of at most `rows` rows."""
     for start in range(0, len(batch[0]), rows):
         columns = [None if t is None else t[start : start + rows] for t in batch]
         yield batch._make(columns) if hasattr(batch, "_make") else tuple(columns)

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from sovit import UserError
-from sovit.ledger import read_ledger
+from sovit.ledger import merge, read_ledger
 from sovit.paired import paired
 
 BLIND, UNTRAINED = "no eye", "untrained"
+CLASSIFICATION = "classification"
 METRICS = (
     "val_loss",
     "val_error",
@@ -22,16 +23,38 @@ METRICS = (
     "held_out_error",
     "val_unparsed",
 )
-SETTING = ("language_model", "projector", "stages", "families", "layout", "template", "num_examples", "data", "preset")
+SETTING = (
+    "language_model",
+    "language_model_sha256",
+    "projector",
+    "layer",
+    "norm",
+    "stages",
+    "families",
+    "layout",
+    "template",
+    "num_examples",
+    "batch_size",
+    "schedule",
+    "final_lr",
+    "cooldown",
+    "precision",
+    "data",
+    "preset",
+    "image_size",
+    "num_val",
+)
 
 
 def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
-    """Arms, their means over seeds, and each pair of arms on the loss of the family `decisive`, by paired seeds.
+    """Arms, their means over seeds, and each pair of arms, by paired seeds: on the loss of the family `decisive`, which
+    decides, and beside it on that of all families trained.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
-    UserError without rows of both kinds, for rows of different settings, and where arms have different seeds.
+    UserError without rows of both kinds, for rows of different settings, and where arms have different seeds. A row that
+    stands in several ledgers counts once.
     """
-    rows = [row for path in paths for row in read_ledger(path)]
+    rows = merge([row for path in paths for row in read_ledger(path)], ", ".join(map(str, paths)))
     encoders = {row["run_id"]: row for row in rows if row.get("kind") != "vlm"}
     answers = [row for row in rows if row.get("kind") == "vlm" and row["status"] == "ok"]
     if not answers:
@@ -42,33 +65,38 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
         found = {str(row.get(name)) for row in answers}
         if len(found) > 1:
             raise UserError(f"rows differ in {name} ({', '.join(sorted(found))}); compare one setting at a time")
-    if decisive not in answers[0]["families"]:
-        raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(answers[0]['families'])}")
+    families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
+    trained = answers[0]["families"] or families  # none named: all were trained
+    if decisive not in trained:
+        raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(trained)}")
     arms: dict[str, list[dict]] = {}
-    for row in sorted(answers, key=lambda row: row["init_seed"]):
+    for row in sorted(answers, key=lambda row: (row["init_seed"], row.get("data_seed", 0))):
         arms.setdefault(_arm(row, encoders), []).append(row)
-    seeds = {tuple(row["init_seed"] for row in ours) for ours in arms.values()}
+    seeds = {tuple((row["init_seed"], row.get("data_seed")) for row in ours) for ours in arms.values()}
     if len(seeds) > 1:
         raise UserError(f"arms have different seeds ({sorted(seeds)}); run the study to its end")
-    families = sorted({k.partition("/")[2] for row in answers for k in row if k.startswith("val_loss/")})
-    families.sort(key=lambda f: (f not in answers[0]["families"], f != decisive))
+    families.sort(key=lambda f: (f not in trained, f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
-    order = sorted(arms, key=lambda name: (table[name]["encoder_loss"] or math.inf, name == BLIND))
+    order = sorted(arms, key=lambda name: (*_place(table[name]), name == BLIND))
     eyes = [name for name in order if table[name]["encoder_loss"] is not None]
-    pairs = {}
-    for a, b in itertools.combinations(order, 2):
-        logs = [math.log(x[f"val_loss/{decisive}"] / y[f"val_loss/{decisive}"]) for x, y in zip(arms[a], arms[b])]
-        pairs[f"{a} / {b}"] = paired(logs)
+    pairs = _pairs(order, arms, f"val_loss/{decisive}")
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
-        "seeds": list(seeds.pop()),
-        "families": {family: family in answers[0]["families"] for family in families},
+        "seeds": [init_seed for init_seed, _ in seeds.pop()],
+        "families": {family: family in trained for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
+        "pairs_on_all": _pairs(order, arms, "val_loss"),
         "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
         "verdict": _verdict(eyes, table, pairs),
     }
+
+
+def _place(arm: dict) -> tuple[bool, float]:
+    """Classifiers first, by their loss: what another objective calls loss says nothing beside it."""
+    is_classifier = arm["encoder_objective"] == CLASSIFICATION
+    return not is_classifier, math.inf if arm["encoder_loss"] is None else arm["encoder_loss"]
 
 
 def _arm(row: dict, encoders: dict[str, dict]) -> str:
@@ -79,7 +107,7 @@ def _arm(row: dict, encoders: dict[str, dict]) -> str:
         raise UserError(f"{row['run_id']} reads the encoder {run_id}, of which there is no row; name its ledger, too")
     encoder = encoders[run_id]
     shape = f"{encoder['width']}x{encoder['depth']}x{encoder['mlp_dim']}"
-    if encoder["objective"] != "classification":
+    if encoder["objective"] != CLASSIFICATION:
         shape += f" {encoder['objective']}"
     return f"{shape} {UNTRAINED}" if row["control"] == "random" else shape
 
@@ -90,6 +118,7 @@ def _means(rows: list[dict], encoders: dict[str, dict], families: list[str]) -> 
     found: dict = {"n": len(rows), "run_ids": [row["run_id"] for row in rows]}
     found["encoder_loss"] = fmean(row["val_loss"] for row in eyes) if eyes else None
     found["encoder_error"] = fmean(row["val_error"] for row in eyes) if eyes else None
+    found["encoder_objective"] = eyes[0]["objective"] if eyes else None
     found["encoder_losses"] = [row["val_loss"] for row in eyes]
     found["image_tokens"] = rows[0]["num_image_tokens"]
     for name in columns:
@@ -97,6 +126,14 @@ def _means(rows: list[dict], encoders: dict[str, dict], families: list[str]) -> 
         if values:
             sd = stdev(values) if len(values) > 1 else None
             found[name] = {"mean": fmean(values), "sd": sd, "values": values}
+    return found
+
+
+def _pairs(order: list[str], arms: dict[str, list[dict]], metric: str) -> dict[str, dict]:
+    """The decision rule on each two arms, the better classifier first."""
+    found = {}
+    for a, b in itertools.combinations(order, 2):
+        found[f"{a} / {b}"] = paired([math.log(x[metric] / y[metric]) for x, y in zip(arms[a], arms[b], strict=True)])
     return found
 
 
@@ -113,11 +150,12 @@ def _sees(ours: list[dict], blind: list[dict], decisive: str) -> dict:
 def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
     """Does the best classifier make the best eye? Judged against each other trained encoder by the paired intervals.
 
-    `yes` if better than all, `no` if worse than one, else `not distinguishable`.
+    eyes: trained encoders, classifiers first. `yes` if better than all, `no` if worse than one, else `not distinguishable`.
     """
-    if len(eyes) < 2:
-        return {"best_classifier": eyes[0] if eyes else None, "answer": "not asked"}
-    first, *others = sorted(eyes, key=lambda name: table[name]["encoder_loss"])
+    classifiers = [name for name in eyes if table[name]["encoder_objective"] == CLASSIFICATION]
+    if not classifiers or len(eyes) < 2:
+        return {"best_classifier": classifiers[0] if classifiers else None, "answer": "not asked"}
+    first, *others = eyes
     verdicts = [pairs[f"{first} / {other}"]["verdict"] for other in others]
     answer = "no" if "worse" in verdicts else "yes" if set(verdicts) == {"better"} else "not distinguishable"
     return {"best_classifier": first, "against": dict(zip(others, verdicts)), "answer": answer}
@@ -131,20 +169,26 @@ def report_text(found: dict) -> str:
         f"`{setting['language_model']}` reads `{setting['data']}:{setting['preset']}` through `{setting['projector']}`"
         f" ({setting['stages']}); {len(found['seeds'])} paired seeds. Losses in nats a token of the answer, mean (s.d.).",
         "",
-        "| eye | its own loss | " + " | ".join(f"{family}" for family in families) + f" | {decisive}, another's image"
+        "| eye | its own loss as a classifier | "
+        + " | ".join(f"{family}" for family in families)
+        + f" | {decisive}, another's image"
         " | answers wrong | wrong, another's image | unparsed |",
-        "|---|---|" + "---|" * (len(families) + 4),
+        "|---|---|" + "---|" * (len(families) + 5),
     ]
     for name, arm in found["arms"].items():
-        own = "" if arm["encoder_loss"] is None else f"{arm['encoder_loss']:.3f}"
+        own = f"{arm['encoder_loss']:.3f}" if arm["encoder_objective"] == CLASSIFICATION else ""
         cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for family in families]
-        cells.append(_cell(arm[f"shuffled_loss/{decisive}"], "{:.3f}"))
+        cells += [_cell(arm[m], "{:.3f}") for m in ("val_loss", f"shuffled_loss/{decisive}")]
         cells += [_cell(arm[m], "{:.1%}") for m in ("val_error", "shuffled_error")]
         cells.append(_cell(arm["val_unparsed"], "{:.1%}") if "val_unparsed" in arm else "")
         lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
     lines.append("")
     for name, pair in found["pairs"].items():
-        lines.append(f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}")
+        on_all = found["pairs_on_all"][name]
+        lines.append(
+            f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}; on all that was trained: {_ratio(on_all)},"
+            f" {on_all['verdict']}"
+        )
     lines.append("")
     for name, sees in found["sees"].items():
         blind = (

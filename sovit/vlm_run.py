@@ -123,13 +123,24 @@ class VlmRun:
                     f"stage of {stage.num_examples} images is no multiple of the batch of {self.batch_size}, or under"
                     f" {5 * self.batch_size}"
                 )
-        if self.control == "blind" and not self.encoder[6:].isdecimal():
-            raise UserError(
-                f"encoder={self.encoder!r} does not say how many learned tokens it has; give such as blind:16"
-            )
+        if len(set(self.families)) < len(self.families):
+            raise UserError(f"families={list(self.families)} name one twice; remove the repeat")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1={self.beta1:g}, beta2={self.beta2:g} must be at least 0 and under 1")
+        if self.control == "blind":
+            self._check_blind()
         for name in ("init_seed", "data_seed"):
             if not 0 <= getattr(self, name) < 1 << 32:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
+
+    def _check_blind(self) -> None:
+        if not self.encoder[6:].isdecimal() or not int(self.encoder[6:]):
+            raise UserError(
+                f"encoder={self.encoder!r} does not say how many learned tokens it has; give such as blind:16"
+            )
+        for stage in self.stages:
+            if {stage.projector.mode, stage.language_model.mode} == {"frozen"}:
+                raise UserError(f"a stage trains {stage.words}, and {self.encoder} has no vision; leave the stage out")
 
     @property
     def control(self) -> str:

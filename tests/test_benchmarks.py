@@ -279,10 +279,33 @@ def test_rows_that_cannot_be_asked(tmp_path):
         given("vqa", [json.dumps({**rows_of("vqav2")[0], "image": "0.png", "answers": None})]),
         "row 0 of .* has no answer",
     )
+    for i, answers in enumerate(("red", ["red"])):  # of a text each letter would be an answer; of one none could score
+        line = json.dumps({**rows_of("textvqa")[0], "image": "0.png", "answers": answers})
+        check(BENCHMARKS["textvqa"], given(f"few{i}", [line]), "row 0 of .* as textvqa .*give those of ten annotators")
     two = given("two", [json.dumps(row)])
     (two / "rows.jsonl").rename(two / "train.jsonl")
     (two / "val.jsonl").write_text(json.dumps(row))
     check(of, two, "has the splits train, val; pope is scored on 'test'")
+
+
+@pytest.mark.parametrize(
+    ("name", "column"), [("vqav2", "answer_type"), ("pope", "category"), ("mmstar", "l2_category")]
+)
+def test_rows_without_a_group_are_a_group(tmp_path, name, column):
+    of, rows = BENCHMARKS[name], [row | {"image": "0.png"} for row in rows_of(name)]
+    rows[0] |= {column: None}
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    scores = [of.score("yes", item) for item in open_items(of, tmp_path)]
+    assert {s["group"] for s in scores} == {str(row[column]) for row in rows}
+    assert 0 <= of.aggregate(scores)[of.headline] <= 1
+
+
+def test_only_the_columns_asked_for_are_read(tmp_path):
+    """Another column may hold an image, which `datasets` would open wherever it lies, of whatever size."""
+    of = BENCHMARKS["pope"]
+    more = dataset_of(rows_of("pope")).add_column("mask", [{"bytes": b"no image", "path": None}] * NUM)
+    more.cast_column("mask", datasets.Image()).to_parquet(tmp_path / "test.parquet")
+    assert len(open_items(of, tmp_path / "test.parquet")) == NUM
 
 
 def test_a_set_names_no_file_outside_of_its_folder(tmp_path):

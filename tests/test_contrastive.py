@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
-from sovit.branches import load_branch
+from sovit.branches import load_branch, open_base
 from sovit.contrastive import (
     Pairs,
     build_pair,
@@ -25,6 +25,7 @@ from sovit.data import Batch, open_data
 from sovit.data.captions import open_captions
 from sovit.encoder import open_encoder
 from sovit.export import export_encoder
+from sovit.finetune import begin
 from sovit.ledger import update_ledger
 from sovit.loop import fit
 from sovit.measurements import measurements
@@ -324,6 +325,14 @@ def test_the_stored_branch_gives_its_metrics_back_and_its_encoder_alone(trained,
     assert torch.equal(control.module.pos_embed, pair()[0].pos_embed)
     report = export_encoder(RUN.run_id(LONG), runs_dir, tmp_path / "out", format="timm")
     assert report["timm_max_difference"] == 0 and "text" not in (tmp_path / "out" / "config.json").read_text()
+    export_encoder(RUN.run_id(LONG), runs_dir, tmp_path / "out", format="siglip")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        "which caption is an image's own (SigLIP's sigmoid loss",
+        "the mean of these tokens was compared with",
+    ):
+        assert said in card
+    assert "read out at every patch" not in card  # so are those that learned from labels
 
 
 def test_rows_are_measurements_and_do_not_mix_with_classification(trained, tmp_path):
@@ -335,6 +344,16 @@ def test_rows_are_measurements_and_do_not_mix_with_classification(trained, tmp_p
     update_ledger(tmp_path / "other.jsonl", other)
     with pytest.raises(UserError, match="mix objective=classification"):
         measurements([ledger, tmp_path / "other.jsonl"])
+
+
+def test_the_map_to_the_captions_is_no_task_head_of_a_fine_tuning(trained, tmp_path):
+    """On the same data a classifier's head goes on; this one has another number of outputs, or another meaning."""
+    base = open_base(RUN.run_id(SHORT), trained[0])
+    run = Run(SHAPE, Recipe(0.004, 32), (160,), base=base.name, init_seed=3)
+    model = begin(run, base, 16)
+    assert torch.equal(model.pos_embed, base.weights["pos_embed"])
+    assert torch.equal(model.head.weight, build(SHAPE, 16, "fan_in", 3).head.weight)
+    assert begin(run, base, EMBED_DIM).head.weight.ne(base.weights["head.weight"]).any()
 
 
 # bad input -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Encoder: the same tokens as the tower gives by itself, whoever made it; hooks on its blocks are the reference."""
 
+import json
+
 import pytest
 import torch
 
@@ -154,6 +156,36 @@ def test_a_transformers_tower(kind, tmp_path):
     record = encoder.preprocess
     assert (record.image_size, record.mean, record.std) == (28, tuple(MEAN), tuple(STD))
     assert (record.resample, record.crop, record.crop_pct) == ("bilinear", "squash", 1.0)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip"])
+def test_a_model_of_text_and_image_gives_its_image_side(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    configs = {"siglip": transformers.SiglipConfig, "clip": transformers.CLIPConfig}
+    words = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    both = transformers.AutoModel.from_config(configs[kind](text_config=words, vision_config=SMALL)).eval()
+    both.save_pretrained(tmp_path)
+    transformers.SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    encoder = open_encoder(f"hf:{tmp_path}")
+    assert (encoder.width, encoder.depth, encoder.grid, encoder.num_prefix_tokens) == (16, 3, 4, int(kind == "clip"))
+    with torch.no_grad():
+        expected = both.vision_model(IMAGES, output_hidden_states=True).hidden_states[-1][
+            :, encoder.num_prefix_tokens :
+        ]
+        assert torch.equal(encoder.tokens(IMAGES, norm=False), expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"resample": None}, {"image_mean": None}, {"image_mean": [0.5]}, {"image_std": [0.5, 0.5, 0]}]
+)
+def test_a_processor_that_says_nothing_is_one_line(wrong, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL)).save_pretrained(tmp_path)
+    transformers.SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(record | wrong))
+    with pytest.raises(UserError, match="preprocessor_config.json of hf:.* does not say how images are made.*mend it"):
+        open_encoder(f"hf:{tmp_path}")
 
 
 def test_a_processor_that_crops_is_recorded(tmp_path):

@@ -211,6 +211,13 @@ def test_to_tensor_is_what_timm_does(size, crop, crop_pct, resample):
     assert ours.shape == (3, 28, 28) and torch.equal(ours, transform(image))
 
 
+def test_a_long_strip_is_refused_before_it_grows():
+    strip = Image.new("RGB", (1, 400_000))
+    assert to_tensor(strip, Preprocess(224, (0,) * 3, (1,) * 3)).shape == (3, 224, 224)
+    with pytest.raises(UserError, match="an image of 1 x 400000 pixels is too long to be resized to 224 pixels"):
+        to_tensor(strip, Preprocess(224, (0,) * 3, (1,) * 3, crop="center"))
+
+
 # the file of answers
 
 
@@ -324,6 +331,8 @@ def test_the_command(command, tmp_path):
     assert len((beside / "pope-shuffled-likelihood-8.jsonl").read_text().splitlines()) == 9
     status, out, _ = command(*folder, "--control", "image")
     assert status == 0 and "blind" not in out
+    kept = {name: json.loads((beside / f"pope{name}-generate-12.json").read_text()) for name in ("", "-image")}
+    assert [sorted(kept[name]["controls"]) for name in kept] == [["blind", "image", "shuffled"], ["image"]]
 
 
 def test_bad_input_to_the_command_is_one_line(command, tmp_path):

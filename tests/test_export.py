@@ -75,6 +75,33 @@ def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder", "photos"]
 
 
+def test_a_link_is_followed_and_the_folder_one_is_in_is_refused(trained, tmp_path, monkeypatch):
+    run_id, runs_dir = trained
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "encoder").symlink_to("disk")
+    for _ in range(2):
+        assert export_encoder(run_id, runs_dir, tmp_path / "encoder")["out"] == str(tmp_path / "encoder")
+    assert (tmp_path / "encoder").is_symlink() and (tmp_path / "disk" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "encoder"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="is the folder that you are in"):
+        export_encoder(run_id, runs_dir, ".")
+
+
+def test_an_old_export_is_whole_until_the_new_one_stands_in_its_place(trained, tmp_path, monkeypatch):
+    run_id, runs_dir = trained
+    out = tmp_path / "encoder"
+    export_encoder(run_id, runs_dir, out)
+    names = {p.name for p in out.iterdir()}
+    deleted = []
+    monkeypatch.setattr(
+        "sovit.export.shutil.rmtree", lambda path, **_: deleted.append((path, {p.name for p in out.iterdir()}))
+    )
+    export_encoder(run_id, runs_dir, out)
+    assert deleted and all(path != out and found == names for path, found in deleted)
+
+
 def test_a_run_that_is_not_there_is_refused(trained, tmp_path):
     run_id, runs_dir = trained
     with pytest.raises(UserError, match=run_id):  # names one that is

@@ -5,6 +5,7 @@ import re
 import string
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from sovit.vlm.gguf import Gguf, undo_permutation  # noqa: E402
-from sovit.vlm.language_model import byte_tokenizer, open_language_model, smollm2_folder  # noqa: E402
+from sovit.vlm.language_model import byte_tokenizer, gguf_tokenizer, open_language_model, smollm2_folder  # noqa: E402
 
 
 def keeps_its_promises(lm):
@@ -212,6 +213,33 @@ def test_a_folder_and_a_name_that_are_not_there(tmp_path):
 
 
 # SmolLM2 ---------------------------------------------------------------------------------------------------------------
+
+
+TOKENIZER = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens": 3},
+        {"tokens": [1, 2, 3]},
+        {"tokens": ["a", "b", "a"]},
+        {"token_type": [1]},
+        {"merges": 7},
+        {"merges": ["a b c"]},
+        {"merges": ["b a"]},
+        {"merges": ["a c"]},
+    ],
+)
+def test_a_tokenizer_that_contradicts_itself(wrong):
+    def file(fields):
+        return SimpleNamespace(
+            path="x.gguf", metadata={f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+        )
+
+    assert gguf_tokenizer(file(TOKENIZER)).encode("ab") == [2]
+    with pytest.raises(UserError, match="x.gguf: its tokenizer contradicts itself; fetch it again"):
+        gguf_tokenizer(file(TOKENIZER | wrong))
 
 
 @pytest.fixture

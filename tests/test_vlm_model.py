@@ -120,6 +120,19 @@ def test_scores_are_the_log_probabilities_of_the_whole_text(model):
                 assert told[-1] == model.words.eos_token_id
 
 
+def test_documents_stay_apart_however_attention_is_computed():
+    """transformers' eager attention adds what mask it is given, which for True and False hides nothing."""
+    model = model_of()
+    images, answers = torch.rand(3, 3, 16, 16), [["yes", "no"]] * 3
+    expected = model.score(images, PROMPTS, answers)
+    model.lm.set_attn_implementation("eager")
+    for one, other in zip(model.score(images, PROMPTS, answers), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    model.lm.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match="flex_attention.*sdpa"):
+        model.score(images, PROMPTS, answers)
+
+
 def test_an_answer_is_wrong_exactly_where_greedy_generation_says_something_else(questions):
     """The error is told without generating; here it is held against generating, by a head that says yes or no, then ends."""
     model = model_of(seed=3)

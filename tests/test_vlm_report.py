@@ -1,6 +1,7 @@
 """Encoders against the models around them: planted arms come out as planted."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_the_planted_order_is_found(tmp_path):
     assert found["verdict"] == {"best_classifier": "32x2x64", "against": {"96x2x64": "better"}, "answer": "yes"}
     pair = found["pairs"]["32x2x64 / 96x2x64"]
     assert pair["n"] == 3 and pair["low"] < pair["mean"] < pair["high"] < 0
+    on_all = found["pairs_on_all"]["32x2x64 / 96x2x64"]  # each loss 0.1 above that on marks
+    logs = [math.log((a + 0.1) / (b + 0.1)) for a, b in zip((1.5, 1.51, 1.52), (1.8, 1.79, 1.83))]
+    assert on_all["mean"] == pytest.approx(sum(logs) / 3) and on_all["verdict"] == "better"
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
     assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
     assert found["sees"]["96x2x64"] == {"below_blind": 3, "below_shuffled": 3, "n": 3}
@@ -68,6 +72,39 @@ def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
     assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["answer"] == "no"
     noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]
     assert noisy["answer"] == "not distinguishable"
+
+
+def test_a_loss_of_another_objective_is_no_classifiers(tmp_path):
+    """A sigmoid loss of 0.2 nats is below any classifier's, and says nothing beside it."""
+    path = ledger(tmp_path)
+    rows = list(map(json.loads, path.read_text().splitlines()))
+    for seed in range(3):
+        rows.append(encoder(f"c{seed}-1", 32, seed, 0.2) | {"objective": "siglip"})
+        rows.append(answer(f"c{seed}-1", "none", seed, 1.0 + 0.01 * seed))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = summarise([path])
+    assert found["verdict"]["best_classifier"] == "32x2x64" and found["verdict"]["answer"] == "no"
+    assert found["verdict"]["against"] == {"96x2x64": "better", "32x2x64 siglip": "worse"}
+    assert "| 32x2x64 siglip |  |" in report_text(found)
+    left = plot.vlm_vs_encoder(found).axes[0]
+    assert len(left.collections) == 2 and len(left.lines) == 3
+
+
+def test_no_family_named_is_all_of_them_trained(tmp_path):
+    path = ledger(tmp_path)
+    path.write_text(path.read_text().replace('"families": ["marks"]', '"families": []'))
+    found = summarise([path])
+    assert found["families"] == {"marks": True, "more": True} and found["verdict"]["answer"] == "yes"
+    assert "| marks | more |" in report_text(found)
+    assert not plot.vlm_vs_encoder(found).axes[1].texts, "nothing was never trained"
+
+
+def test_a_row_in_two_ledgers_is_one_measurement(tmp_path):
+    """Counted twice it would make three seeds six, and the interval narrower than it is."""
+    path = ledger(tmp_path)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(path.read_text())
+    assert summarise([path, copy]) == summarise([path])
 
 
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
@@ -92,6 +129,10 @@ def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
         (
             lambda rows: [r | ({"projector": "q"} if r.get("control") == "blind" else {}) for r in rows],
             "differ in projector",
+        ),
+        (
+            lambda rows: [r | ({"schedule": "cosine"} if r.get("control") == "blind" else {}) for r in rows],
+            "differ in schedule",
         ),
     ],
 )

@@ -1,15 +1,17 @@
 """Training in stages: what is trained and what is not, resume, files, rows, the end of bad runs."""
 
 import dataclasses
+import errno
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from sovit import UserError
-from sovit.checkpoint import load_weights
-from sovit.ledger import INCIDENTAL
+from sovit.checkpoint import Checkpoints, load_weights
+from sovit.ledger import INCIDENTAL, CannotWrite
 from sovit.loop import Interrupted
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
@@ -20,7 +22,9 @@ from sovit.vlm_run import Part, Stage, VlmRun, preset_run
 pytest.importorskip("transformers")
 
 from sovit.vlm.evaluate import validate  # noqa: E402
-from sovit.vlm.train import VlmTrainer, build, open_vlm, train, trained_names  # noqa: E402
+from sovit.vlm.packing import NO_LABEL  # noqa: E402
+from sovit.vlm.questions import Question  # noqa: E402
+from sovit.vlm.train import VlmTrainer, build, check_validation, open_vlm, train, trained_names  # noqa: E402
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
 PROJECTOR = Stage(20, projector=Part("full", 0.01))
@@ -104,8 +108,6 @@ def test_what_is_reopened_is_what_was_measured(trained):
 
 @pytest.mark.parametrize("stop_at", [2, 5, 7])  # within the first stage, at its end, within the second
 def test_resume_gives_the_same_bits(trained, tmp_path, stop_at):
-    import shutil
-
     runs_dir = tmp_path
     for folder in trained[0].iterdir():
         if folder.name == trained[1].partition("-")[0]:
@@ -182,11 +184,74 @@ def test_a_frozen_language_model_in_half_precision_is_reopened_as_it_was_measure
     assert {k: row[k] for k in again} == again
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_val": 10**6}, "num_val=1000000 of stream:cpu is too much"),
+        ({"max_length": 120}, "max_length=120; raise it"),  # enough for what is trained, not for all families
+    ],
+)
+def test_what_validation_would_refuse_is_refused_before_training(trained, monkeypatch, change, words):
+    monkeypatch.setattr(VlmTrainer, "batch_at", lambda *_: pytest.fail("training began"))
+    with pytest.raises(UserError, match=words):
+        train(run_of(trained, **change), trained[0])
+
+
+def test_validation_without_a_question_of_what_is_trained_is_refused(trained):
+    class Tied:  # as image 1 of the stream is, whose most frequent colour has an equal
+        num_val = 1
+        ask = staticmethod(lambda split, start, count: [[Question("more", "a", "b", ())]])
+
+    run = run_of(trained, families=("most",), num_val=1)
+    with pytest.raises(UserError, match="no question of most about the first 1 validation"):
+        check_validation(run, build(run, trained[0]), Tied())
+
+
+def test_a_batch_of_which_nothing_is_asked_is_no_divergence(trained):
+    runs_dir, _ = trained
+    run = run_of(trained, families=("most",), batch_size=1)
+    trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    assert any((trainer.batch_at(step).labels == NO_LABEL).all() for step in range(20))
+    (row,) = train(run, runs_dir)
+    assert row["status"] == "ok"
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_taken_in_parts(trained, monkeypatch):
+    """From the counting of its FLOPs on, which is the first to try it; to the same loss."""
+    runs_dir, _ = trained
+    run = run_of(trained, Stage(100, projector=Part("full", 0.01)), batch_size=20, max_length=400)
+    (whole,) = train(run, runs_dir)
+    loss_fn = VlmTrainer.loss_fn
+
+    def small(self, batch):
+        if len(batch.ids) > 1:
+            raise torch.OutOfMemoryError("planted")
+        return loss_fn(self, batch)
+
+    monkeypatch.setattr(VlmTrainer, "loss_fn", small)
+    shutil.rmtree(runs_dir / run.trunk_id)
+    (row,) = train(run, runs_dir)
+    assert row["micro_batch"] == 1 and whole["micro_batch"] is None
+    assert row["train_flops"] == whole["train_flops"] and row["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
+
+
+def test_a_state_that_cannot_be_saved_for_once_ends_nothing(trained, monkeypatch, capsys):
+    def full(self, state):
+        raise CannotWrite("latest.pt", OSError(errno.ENOSPC, "No space left on device"))
+
+    monkeypatch.setattr(Checkpoints, "save_latest", full)
+    (row,) = train(run_of(trained, init_seed=5), trained[0], save_seconds=0.0)
+    assert row["status"] == "ok" and "training goes on" in capsys.readouterr().err
+
+
 def test_the_blind_model_trains_and_a_random_eye_is_told_apart(trained):
     runs_dir, run_id = trained
     (blind,) = train(run_of(("", "blind:4")), runs_dir)
     assert blind["control"] == "blind" and blind["num_image_tokens"] == 4 and blind["encoder_width"] is None
     assert blind["val_loss"] == pytest.approx(blind["shuffled_loss"], rel=1e-6)
+    pytest.importorskip("peft")
+    sighted = Stage(20, vision=Part("lora", 0.01))  # what is asked of the others, who have eyes
+    assert train(run_of(("", "blind:4"), sighted), runs_dir)[0]["vision_params"] == 0
     assert VlmRun(f"random:{run_id}", (Stage(40),)).control == "random"
 
 
@@ -241,6 +306,10 @@ def test_presets_train_what_the_systems_train():
         (lambda: VlmRun("a-1", ()), "at least one stage"),
         (lambda: VlmRun("a-1", (Stage(81),)), "no multiple of the batch"),
         (lambda: VlmRun("blind:x", (Stage(80),)), "blind:16"),
+        (lambda: VlmRun("blind:0", (Stage(80),)), "blind:16"),
+        (lambda: VlmRun("blind:4", (VISION,), batch_size=4), "has no vision"),
+        (lambda: VlmRun("a-1", (Stage(80),), families=("most", "most")), "remove the repeat"),
+        (lambda: VlmRun("a-1", (Stage(80),), beta2=1.0), "under 1"),
         (lambda: VlmRun("a-1", (Stage(80),), template="poem"), "choose one of chat"),
         (
             lambda: VlmRun.from_dict({"encoder": "a-1", "stages": [{"num_examples": 80, "eyes": 2}]}),

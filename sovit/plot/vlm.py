@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sovit.plot.style import GREY, OKABE_ITO, PAGE, legend_row, panels, styled
+from sovit.vlm_report import CLASSIFICATION
 
 CONTROLS = (GREY, "#b5b5b5")
 
 
 @styled
 def vlm_vs_encoder(found: dict) -> Figure:
-    """Left: loss on the deciding family against the encoder's own loss, a point a seed, controls as lines. Right: the loss
-    on each family, a point an arm (mean), each with its s.d.; `found` as of sovit.vlm_report.summarise."""
+    """Left: loss on the deciding family against a classifier's own loss, a point a seed, and as lines the eyes whose loss is
+    another's or none. Right: the loss on each family, a point an arm (mean), each with its s.d.; `found` as of
+    sovit.vlm_report.summarise."""
     figure, (left, right) = panels(
         1, 2, PAGE, 2.9, width_ratios=(1, 1.35), left=0.08, right=0.985, bottom=0.16, top=0.8
     )
     figure.subplots_adjust(wspace=0.24)
     key = f"val_loss/{found['decisive']}"
     eyes = [name for name, arm in found["arms"].items() if arm["encoder_loss"] is not None]
-    colours = dict(zip(eyes, OKABE_ITO))
-    colours |= dict(zip([name for name in found["arms"] if name not in eyes], CONTROLS))
+    classifiers = [name for name in eyes if found["arms"][name]["encoder_objective"] == CLASSIFICATION]
+    colours = dict(zip(eyes, cycle(OKABE_ITO)))
+    colours |= dict(zip([name for name in found["arms"] if name not in eyes], cycle(CONTROLS)))
     for name, arm in found["arms"].items():
-        if name in eyes:
+        if name in classifiers:
             left.scatter(arm["encoder_losses"], arm[key]["values"], s=22, color=colours[name], linewidths=0, zorder=3)
         else:
             left.axhline(arm[key]["mean"], color=colours[name], lw=1.2, ls="--", zorder=1)
-    left.set_xlabel("the encoder's own loss (nats)")
+    left.set_xlabel("the classifier's own loss (nats)")
     left.set_ylabel(f"loss on “{found['decisive']}” in words (nats a token)")
     families = list(found["families"])
     step = 0.7 / len(found["arms"])
@@ -40,15 +45,22 @@ def vlm_vs_encoder(found: dict) -> Figure:
                     place, value["mean"], value["sd"] or 0, fmt="o", ms=3, color=colours[name], elinewidth=0.8
                 )
     trained = sum(found["families"].values())
-    right.axvline(trained - 0.5, color=GREY, lw=0.6, ls=":")
-    right.text(
-        trained - 0.42, 0.97, "never trained", transform=right.get_xaxis_transform(), fontsize=6, va="top", color=GREY
-    )
+    if trained < len(families):
+        right.axvline(trained - 0.5, color=GREY, lw=0.6, ls=":")
+        right.text(
+            trained - 0.42,
+            0.97,
+            "never trained",
+            transform=right.get_xaxis_transform(),
+            fontsize=6,
+            va="top",
+            color=GREY,
+        )
     right.set_xticks(range(len(families)), [family.replace("_", "\n") for family in families], fontsize=5.5)
     right.set_yscale("log")
     right.set_ylabel("loss (nats a token)")
     handles = [
-        Line2D([], [], color=colour, marker="o", ms=4, ls="" if name in eyes else "--", label=name)
+        Line2D([], [], color=colour, marker="o", ms=4, ls="" if name in classifiers else "--", label=name)
         for name, colour in colours.items()
     ]
     legend_row(figure, handles, 0.08)

@@ -28,6 +28,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.bootstrap import LEVEL, interval
 from sovit.data.cache import content_key, say, track
+from sovit.data.decode import MAX_PIXELS
 from sovit.encoder import Preprocess
 from sovit.ledger import is_locked, locked, write_atomic
 from sovit.vlm.benchmarks import Benchmark, Item
@@ -56,7 +57,8 @@ def compare(
     answers = {c: evaluate(model, items, benchmark, c, route, batch_size, files[c], name=name) for c in controls}
     result = {"model": name, "route": route, **scored(benchmark, items, answers)}
     result["answers"] = {control: str(file) for control, file in files.items()}
-    write_atomic(folder / f"{benchmark.name}-{route}-{len(items)}.json", json.dumps(result, indent=1) + "\n")
+    part = "" if tuple(controls) == CONTROLS else "-" + "-".join(controls)  # which must not replace the whole
+    write_atomic(folder / f"{benchmark.name}{part}-{route}-{len(items)}.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -188,14 +190,22 @@ def donors(items: Sequence[Item]) -> list[int]:
 def _images(items: list[Item], preprocess: Preprocess | None) -> Tensor:
     if preprocess is None:
         return torch.zeros(len(items), 3, 1, 1)
-    return torch.stack([to_tensor(item.images[0].open(), preprocess) for item in items])
+    return torch.stack([_shown(item, preprocess) for item in items])
+
+
+def _shown(item: Item, preprocess: Preprocess) -> Tensor:
+    try:
+        return to_tensor(item.images[0].open(), preprocess)
+    except UserError as error:
+        raise UserError(f"question {item.id}: {error}") from None
 
 
 def to_tensor(image: Any, preprocess: Preprocess) -> Tensor:
     """A Pillow RGB image of any shape -> [3, S, S] in [0, 1], made square as the tower was shown its images.
 
     squash: both sides resized; center: the short side, and the middle cut out. Both leave crop_pct of the resized side.
-    Rounded to 8 bits and by the half pixel as torchvision does it, which timm's own transforms are made of.
+    Rounded to 8 bits and by the half pixel as torchvision does it, which timm's own transforms are made of. Raises
+    UserError for an image so long that its resized form has no room.
     """
     from PIL import Image
 
@@ -207,6 +217,10 @@ def to_tensor(image: Any, preprocess: Preprocess) -> Tensor:
         short = min(image.size)
         width, height = (larger if n == short else int(larger * n / short) for n in image.size)
     kind = Image.Resampling.BILINEAR if preprocess.resample == "bilinear" else Image.Resampling.BICUBIC
+    if width * height > MAX_PIXELS:  # a strip of 1 x 10^6 pixels grows on the way
+        raise UserError(
+            f"an image of {image.width} x {image.height} pixels is too long to be resized to {side} pixels; crop it"
+        )
     left, top = round((width - side) / 2), round((height - side) / 2)
     resized = image.resize((width, height), kind).crop((left, top, left + side, top + side))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255

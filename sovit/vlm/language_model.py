@@ -267,11 +267,18 @@ def gguf_tokenizer(file: Gguf) -> Any:
     have = {k.removeprefix("tokenizer.ggml."): v for k, v in file.metadata.items() if k.startswith("tokenizer.ggml.")}
     if (have.get("model"), have.get("pre")) != ("gpt2", "smollm"):
         raise UserError(f"{file.path}: tokenizers of kind {have.get('pre')!r} are not read here, only 'smollm'")
-    words, types = have.get("tokens", []), have.get("token_type", [])
-    merges = [tuple(merge.split(" ")) for merge in have.get("merges", [])]
+    contradiction = UserError(f"{file.path}: its tokenizer contradicts itself; fetch it again")
+    words, types, pairs = (have.get(key, []) for key in ("tokens", "token_type", "merges"))
+    if not all(isinstance(part, list) for part in (words, types, pairs)):
+        raise contradiction
+    if not all(isinstance(text, str) for text in words + pairs):
+        raise contradiction
+    merges = [tuple(merge.split(" ")) for merge in pairs]
     vocabulary = {word: i for i, word in enumerate(words)}
     if not words or len(vocabulary) < len(words) or len(types) != len(words) or any(len(m) != 2 for m in merges):
-        raise UserError(f"{file.path}: its tokenizer contradicts itself; fetch it again")
+        raise contradiction
+    if any(part not in vocabulary for a, b in merges for part in (a, b, a + b)):
+        raise contradiction
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [

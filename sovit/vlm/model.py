@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sovit import UserError
 from sovit.encoder import Encoder
 from sovit.vlm.language_model import LanguageModel
-from sovit.vlm.packing import NO_LABEL, Document, Packed, pack, visible
+from sovit.vlm.packing import NO_LABEL, Document, Packed, check_lengths, pack, visible
 from sovit.vlm.projectors import build as build_projector
 
 # before the image, between image or exchange and the question, between question and answer
@@ -166,6 +166,14 @@ class VisionLanguageModel(nn.Module):
     def _logits(self, x: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
         """The vocabulary is far wider than the model: only the tokens that are wanted [B, T] go through its head."""
         config = self.lm.config
+        implementation = config.get_text_config()._attn_implementation
+        if implementation == "eager":  # it adds the mask to the scores: True would add one and hide nothing
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        elif implementation != "sdpa":
+            raise UserError(
+                f"{self.words.name} computes its attention by {implementation}, which is not known to keep packed"
+                ' documents apart; set "attn_implementation": "sdpa" or "eager" in its config.json'
+            )
         plain = not any(getattr(config, name, None) for name in SCALED_LOGITS)
         arguments = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
         if plain:
@@ -173,6 +181,10 @@ class VisionLanguageModel(nn.Module):
         return self.lm(**arguments).logits[wanted]
 
     # answers -------------------------------------------------------------------------------------------------------------
+
+    def check_lengths(self, documents: Iterable[Document], max_length: int) -> None:
+        """Raise UserError where one is longer than a row: of `max_length`, or of what the language model reads."""
+        check_lengths([document.num_tokens for document in documents], min(max_length, self.words.context_length))
 
     def batch(self, documents: Sequence[Document], images: Tensor | None, max_length: int) -> VlmBatch:
         """Pack documents, of which number d shows image number d of `images` [n, 3, S, S]."""

@@ -67,14 +67,18 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack(documents: Sequence[Document], max_length: int, pad_id: int) -> Packed:
-    """Pack documents, of which number d shows image number d. Raises UserError where one is longer than a row."""
-    lengths = [document.num_tokens for document in documents]
+def check_lengths(lengths: Sequence[int], max_length: int) -> None:
     if max(lengths) > max_length:
         raise UserError(
             f"an image with its questions takes {max(lengths)} tokens, a row has max_length={max_length};"
             " raise it up to what the language model reads, ask fewer questions, or pool the image's tokens"
         )
+
+
+def pack(documents: Sequence[Document], max_length: int, pad_id: int) -> Packed:
+    """Pack documents, of which number d shows image number d. Raises UserError where one is longer than a row."""
+    lengths = [document.num_tokens for document in documents]
+    check_lengths(lengths, max_length)
     first_source = [0]  # of each document
     for document in documents:
         first_source.append(first_source[-1] + len(document.exchanges))

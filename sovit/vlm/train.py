@@ -25,14 +25,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from sovit import UserError
 from sovit.checkpoint import Checkpoints, Unusable, load_weights, save_weights
 from sovit.encoder import Encoder, open_encoder
-from sovit.ledger import SCHEMA, provenance, read_record, write_atomic, write_record
-from sovit.loop import Diverged, Interrupted, OutOfMemory, fit, is_out_of_memory, schedule
+from sovit.ledger import SCHEMA, CannotWrite, provenance, read_record, write_atomic, write_record
+from sovit.loop import (
+    Diverged,
+    Interrupted,
+    OutOfMemory,
+    fit,
+    is_out_of_memory,
+    parts_of,
+    schedule,
+    within_memory,
+)
 from sovit.train import SAVE_SECONDS, device_name, main, say
 from sovit.vlm.evaluate import validate
 from sovit.vlm.language_model import open_language_model
 from sovit.vlm.model import VisionLanguageModel, VlmBatch
 from sovit.vlm.packing import NO_LABEL
-from sovit.vlm.questions import open_questions
+from sovit.vlm.questions import Questions, open_questions
 from sovit.vlm_run import PARTS, Part, Stage, VlmRun
 
 MODULES = {"vision": "vision", "projector": "projector", "language_model": "lm"}  # part -> attribute of the model
@@ -76,8 +85,9 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     ).to(device)
     model.requires_grad_(False)
     for part in PARTS:
-        if any(stage.parts[part].mode == "lora" for stage in run.stages):
-            add_adapters(getattr(model, MODULES[part]), run)
+        module = getattr(model, MODULES[part])  # a blind model has no vision
+        if module is not None and any(stage.parts[part].mode == "lora" for stage in run.stages):
+            add_adapters(module, run)
     if in_half(run):
         model.lm.to(torch.bfloat16)
     return model
@@ -96,6 +106,10 @@ def add_adapters(module: Any, run: VlmRun) -> None:
         raise UserError("mode=lora needs peft; run: pip install 'sovit[vlm]'") from None
     head = [name for name, m in module.named_modules() if name.endswith("lm_head")]
     linear = [n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear) and n not in head]
+    if not linear:
+        raise UserError(
+            f"mode=lora: {type(module).__name__} has no linear layer to put an adapter beside; use mode=full"
+        )
     config = peft.LoraConfig(r=run.lora_rank, lora_alpha=run.lora_alpha, target_modules=linear)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.init_seed)
@@ -119,6 +133,20 @@ def trained_names(model: VisionLanguageModel, run: VlmRun) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in names]
 
 
+def check_validation(run: VlmRun, model: VisionLanguageModel, questions: Questions) -> None:
+    """Raise UserError where validation could not be had at the end of what may be hours: it asks of all families."""
+    if run.num_val > questions.num_val:
+        raise UserError(
+            f"num_val={run.num_val} of {run.data}:{run.preset} is too much; it has {questions.num_val} validation images"
+        )
+    asked = questions.ask("val", 0, run.num_val)
+    if not any(not run.families or q.family in run.families for image in asked for q in image):
+        raise UserError(
+            f"no question of {', '.join(run.families)} about the first {run.num_val} validation images; raise num_val"
+        )
+    model.check_lengths([model.document([(q.question, q.answer) for q in image]) for image in asked], run.max_length)
+
+
 class VlmTrainer:
     """A run in training: model, questions, position."""
 
@@ -130,6 +158,7 @@ class VlmTrainer:
         self.questions = open_questions(*place, families=run.families)
         self.all_questions = open_questions(*place) if run.families else self.questions
         self.model = build(run, runs_dir, device)
+        check_validation(run, self.model, self.all_questions)
         self.names = trained_names(self.model, run)
         self.parameters = dict(self.model.named_parameters())
         self.flops_per_image: dict[int, float] = {}  # stage -> what a step spends, of an image
@@ -166,7 +195,9 @@ class VlmTrainer:
             for name, value in state["model"].items():
                 self.parameters[name].data.copy_(value)
             self.step, self.seconds = state["step"], state["seconds"]
-            self.window, self.micro_batch = state["window"], state["micro_batch"]
+            window = state["window"]
+            self.window = None if window is None else window.to(self.device)
+            self.micro_batch = state["micro_batch"]
         try:
             for i, (stage, end) in enumerate(zip(run.stages, ends)):
                 start = end - stage.num_examples // run.batch_size
@@ -231,7 +262,11 @@ class VlmTrainer:
             )
 
             if time.monotonic() - self.saved_at > self.save_seconds:
-                self._save(optimizer)
+                try:
+                    self._save(optimizer)
+                except CannotWrite as error:  # there may be room the next time
+                    self.saved_at = time.monotonic()
+                    say(f"{error}; training goes on")
 
         try:
             fit(
@@ -270,13 +305,25 @@ class VlmTrainer:
         say(f"out of memory: {self.run.trunk_id} goes on with {micro_batch} rows at a time, the same batch a step")
 
     def _count(self, step: int) -> float:
-        """FLOPs of an image in the stage's steps, matrix products forward and backward, counted by torch on its first."""
-        with FlopCounterMode(display=False) as counter:
-            total, count = self.loss_fn(self.batch_at(step))
-            (total / count).backward()
+        """FLOPs of an image in the stage's steps, matrix products forward and backward, counted by torch on its first.
+
+        It is the first to see a whole batch, and so the first for which memory may not do.
+        """
+        batch = self.batch_at(step)
+
+        def attempt(rows: int) -> int:
+            with FlopCounterMode(display=False) as counter:
+                for part in parts_of(batch, rows):
+                    self.loss_fn(part)[0].backward()
+            return counter.get_total_flops()
+
+        rows = min(self.micro_batch or len(batch[0]), len(batch[0]))
+        flops, fitting = within_memory(attempt, rows)
+        if fitting < rows:
+            self._split(fitting)
         for p in self.parameters.values():
             p.grad = None
-        return counter.get_total_flops() / self.run.batch_size
+        return flops / self.run.batch_size
 
     # files ---------------------------------------------------------------------------------------------------------------
 
@@ -307,8 +354,12 @@ class VlmTrainer:
 
     def _log(self, loss: float) -> None:
         position = {"step": self.step, "examples": self.step * self.run.batch_size, "branch": self.run.num_examples}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({**position, "train_loss": loss, "seconds": round(self.seconds, 3)}) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps({**position, "train_loss": loss, "seconds": round(self.seconds, 3)}) + "\n")
+        except OSError as error:  # of the disk, and no failure of the run
+            raise CannotWrite(path, error) from error
 
     def _row(self) -> dict:
         """What of the row is known before training."""
