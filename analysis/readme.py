@@ -24,7 +24,7 @@ from sovit.growth import PAPER
 from sovit.ledger import read_ledger
 from sovit.shape import Shape
 from sovit.transfer_report import schedule_table, scratch_table, short_table
-from sovit.vlm_report import report_text
+from sovit.vlm_report import short_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -301,7 +301,7 @@ def flexivit() -> str:
 
 def eyes(study: str) -> str:
     """What the models around each encoder answer, and whether the better classifier is the better eye."""
-    return report_text(json.loads((RESULTS / f"{study}.json").read_text())).rstrip()
+    return short_text(json.loads((RESULTS / f"{study}.json").read_text())).rstrip()
 
 
 def vlm_answer() -> str:

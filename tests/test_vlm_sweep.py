@@ -216,7 +216,7 @@ def test_both_kinds_survive_their_json():
 def test_the_row_of_a_failure_says_what_was_asked_for():
     row = failed_row(BROKEN, BROKEN.num_examples, "why", date="now")
     assert (row["status"], row["error"], row["encoder"], row["val_loss"]) == ("failed", "why", EYE, None)
-    assert row["stages"] == "projector full 0.001: 5 images" and row["kind"] == "vlm"
+    assert {k: row[k] for k in BROKEN.columns} == BROKEN.columns
 
 
 # plan, status, tracking, laws ----------------------------------------------------------------------------------------
@@ -281,8 +281,7 @@ def test_tracking_shows_parts_stages_and_controls(swept):
     params = good["params"]
     assert params["encoder"] == EYE and params["language_model"] == "random:1x32" and params["layer"] == "-1"
     assert params["stages.0.projector.peak_lr"] == "0.01" and params["stages.1.language_model.mode"] == "full"
-    assert params["stages.1.num_examples"] == "50" and "stages.0.language_model.mode" not in params
-    assert "width" not in params and "encoder" not in encoder["params"]
+    assert "stages.0.language_model.mode" not in params and "width" not in params and "encoder" not in encoder["params"]
     row = swept.rows[GOOD.trunk_id]
     for metric in ("val_loss", "val_error", "shuffled_error", "val_unparsed"):
         assert good["metrics"].get(f"final/{metric}") == row[metric]
