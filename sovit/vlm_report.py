@@ -51,8 +51,8 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     decides, and beside it on that of all families trained.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
-    UserError without rows of both kinds, for rows of different settings, and where arms have no seed in common; seeds
-    that not all arms have are left out. A row that stands in several ledgers counts once.
+    UserError without rows of both kinds, for rows of different settings, and where two arms have no seed in common: a
+    pair is compared in those that it has. A row that stands in several ledgers counts once.
     """
     rows = merge([row for path in paths for row in read_ledger(path)], ", ".join(map(str, paths)))
     encoders = {row["run_id"]: row for row in rows if row.get("kind") != "vlm"}
@@ -74,10 +74,9 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
         arms.setdefault(_arm(row, encoders), []).append(row)
     if BLIND not in arms:
         raise UserError("no arm is blind, against which eyes are judged; train one with encoder=blind:16")
-    seeds = sorted(set.intersection(*({_seeds(row) for row in ours} for ours in arms.values())))
-    if not seeds:
-        raise UserError("the arms have no seed in common; run the study to its end")
-    arms = {name: [row for row in ours if _seeds(row) in seeds] for name, ours in arms.items()}
+    for (a, ours), (b, theirs) in itertools.combinations(arms.items(), 2):
+        if not _common(ours, theirs):
+            raise UserError(f"{a} and {b} have no seed in common; run the study to its end")
     families.sort(key=lambda f: (f not in trained, f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
     order = sorted(arms, key=lambda name: (*_place(table[name]), name == BLIND))
@@ -87,17 +86,23 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
-        "seeds": [init_seed for init_seed, _ in seeds],
+        "seeds": sorted({row["init_seed"] for row in answers}),
         "families": {family: family in trained for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
-        "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
+        "sees": {name: _sees(arms[name], arms[BLIND], decisive) for name in order if name != BLIND},
         "verdict": {name: _verdict(eyes, table, found) for name, found in pairs.items()},
     }
 
 
 def _seeds(row: dict) -> tuple[int, int]:
     return row["init_seed"], row.get("data_seed", 0)
+
+
+def _common(ours: list[dict], theirs: list[dict]) -> list[tuple[dict, dict]]:
+    """Rows of two arms side by side, of each seed that both have."""
+    by_seeds = {_seeds(row): row for row in theirs}
+    return [(row, by_seeds[_seeds(row)]) for row in ours if _seeds(row) in by_seeds]
 
 
 def _place(arm: dict) -> tuple[bool, float]:
@@ -122,7 +127,11 @@ def _arm(row: dict, encoders: dict[str, dict]) -> str:
 def _means(rows: list[dict], encoders: dict[str, dict], families: list[str]) -> dict:
     eyes = [encoders[row["encoder"]] for row in rows if row["control"] == "none"]
     columns = [*METRICS, *(f"{m}/{family}" for family in families for m in ("val_loss", "val_error", "shuffled_loss"))]
-    found: dict = {"n": len(rows), "run_ids": [row["run_id"] for row in rows]}
+    found: dict = {
+        "n": len(rows),
+        "seeds": [row["init_seed"] for row in rows],
+        "run_ids": [row["run_id"] for row in rows],
+    }
     found["encoder_loss"] = fmean(row["val_loss"] for row in eyes) if eyes else None
     found["encoder_error"] = fmean(row["val_error"] for row in eyes) if eyes else None
     found["encoder_objective"] = eyes[0]["objective"] if eyes else None
@@ -140,7 +149,7 @@ def _pairs(order: list[str], arms: dict[str, list[dict]], metric: str) -> dict[s
     """The decision rule on each two arms, the better classifier first."""
     found = {}
     for a, b in itertools.combinations(order, 2):
-        found[f"{a} / {b}"] = paired([math.log(x[metric] / y[metric]) for x, y in zip(arms[a], arms[b], strict=True)])
+        found[f"{a} / {b}"] = paired([math.log(x[metric] / y[metric]) for x, y in _common(arms[a], arms[b])])
     return found
 
 
@@ -148,8 +157,9 @@ def _sees(ours: list[dict], blind: list[dict], decisive: str) -> dict:
     """In how many seeds the loss is below the blind model's, and below its own with another image."""
     key = f"val_loss/{decisive}"
     return {
-        "below_blind": sum(a[key] < b[key] for a, b in zip(ours, blind)) if blind else None,
+        "below_blind": sum(a[key] < b[key] for a, b in _common(ours, blind)),
         "below_shuffled": sum(row[key] < row[f"shuffled_loss/{decisive}"] for row in ours),
+        "n_blind": len(_common(ours, blind)),
         "n": len(ours),
     }
 
@@ -185,7 +195,8 @@ def short_text(found: dict) -> str:
         losses = (f"val_loss/{decisive}", f"shuffled_loss/{decisive}", "val_loss")
         cells = [_cell(arm[m], "{:.3f}") for m in losses]
         cells += [_cell(arm[m], "{:.1%}") if m in arm else "" for m in ("val_error", "shuffled_error", "val_unparsed")]
-        lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
+        missing = f" (n = {arm['n']})" if arm["n"] < len(found["seeds"]) else ""
+        lines.append(f"| {name}{missing} | {own} | " + " | ".join(cells) + " |")
     lines += ["", *(_verdict_text(found, name) for name in found["verdict"])]
     return "\n".join(lines) + "\n"
 
@@ -227,5 +238,5 @@ def _ratio(pair: dict) -> str:
         return f"{math.expm1(log):+.1%}"
 
     if pair["low"] is None:
-        return percent(pair["mean"])
+        return f"{percent(pair['mean'])} (n = {pair['n']})"
     return f"{percent(pair['mean'])} (90 %: {percent(pair['low'])} to {percent(pair['high'])})"

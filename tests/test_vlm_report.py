@@ -68,7 +68,7 @@ def test_the_planted_order_is_found(tmp_path):
     assert on_all["mean"] == pytest.approx(sum(logs) / 3) and on_all["verdict"] == "better"
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
     assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
-    assert found["sees"]["96x2x64"] == {"below_blind": 3, "below_shuffled": 3, "n": 3}
+    assert found["sees"]["96x2x64"] == {"below_blind": 3, "n_blind": 3, "below_shuffled": 3, "n": 3}
     assert found["families"] == {"marks": True, "more": False}
 
 
@@ -113,15 +113,23 @@ def test_a_row_in_two_ledgers_is_one_measurement(tmp_path):
     assert summarise([path, copy]) == summarise([path])
 
 
-def test_a_seed_that_an_arm_lacks_is_left_out_of_all(tmp_path):
+def test_a_seed_that_an_arm_lacks_is_left_out_of_its_pairs_alone(tmp_path):
     path = ledger(tmp_path)
     rows = map(json.loads, path.read_text().splitlines())
     kept = [r for r in rows if not (r.get("control") == "blind" and r["init_seed"] == 1)]
     path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-    found = summarise([path])
-    assert found["seeds"] == [0, 2] and {arm["n"] for arm in found["arms"].values()} == {2}
-    assert found["arms"]["32x2x64"]["val_loss/marks"]["values"] == [1.5, 1.52]
-    assert found["verdict"]["all"]["answer"] == "not distinguishable"  # two seeds have no interval
+    (tmp_path / "whole").mkdir()
+    found, whole = summarise([path]), summarise([ledger(tmp_path / "whole")])
+    assert found["seeds"] == [0, 1, 2] and found["arms"][BLIND]["n"] == 2 and found["arms"]["32x2x64"]["n"] == 3
+    same, fewer = "32x2x64 / 96x2x64", f"32x2x64 / {BLIND}"
+    assert found["pairs"]["decisive"][same] == whole["pairs"]["decisive"][same]
+    logs = [math.log(1.5 / 2.7), math.log(1.52 / 2.7)]
+    pair = found["pairs"]["decisive"][fewer]
+    assert pair["n"] == 2 and pair["low"] is None and pair["mean"] == pytest.approx(sum(logs) / 2)
+    assert found["sees"]["32x2x64"] == {"below_blind": 2, "n_blind": 2, "below_shuffled": 3, "n": 3}
+    assert f"| {BLIND} (n = 2) |" in report_text(found)
+    lines = plot.vlm_vs_encoder(found).axes[1].lines
+    assert any(list(line.get_ydata()) == pytest.approx([1.5 / 2.7, 1.52 / 2.7]) for line in lines)
 
 
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):

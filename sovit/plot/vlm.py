@@ -44,7 +44,9 @@ def vlm_vs_encoder(found: dict) -> Figure:
     for i, (name, arm) in enumerate(found["arms"].items()):
         for x, family in enumerate(families):
             of_family = f"val_loss/{family}"
-            ratios = np.array(arm[of_family]["values"]) / blind[of_family]["values"]
+            without = dict(zip(blind["seeds"], blind[of_family]["values"]))
+            own = zip(arm["seeds"], arm[of_family]["values"])
+            ratios = np.array([value / without[seed] for seed, value in own if seed in without])
             place = x + (i - (len(found["arms"]) - 1) / 2) * step
             right.plot([place, place], [ratios.min(), ratios.max()], color=colours[name], lw=0.8)
             right.plot(place, ratios.mean(), "o", ms=3, color=colours[name])
