@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
+# tests that start workers, servers or a browser, and kill them: two files at a time would be more than two cores
+ALONE := tests/test_sweep.py tests/test_vlm_sweep.py tests/test_browser.py
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
@@ -13,7 +16,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

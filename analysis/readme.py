@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 from finetune_cost import table as savings_table
 from published_flops import table as flops_table
@@ -23,6 +24,7 @@ from sovit.growth import PAPER
 from sovit.ledger import read_ledger
 from sovit.shape import Shape
 from sovit.transfer_report import schedule_table, scratch_table, short_table
+from sovit.vlm_report import short_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -297,6 +299,58 @@ def flexivit() -> str:
     return sizes_table(json.loads((RESULTS / "flexivit.json").read_text()))
 
 
+def eyes(study: str) -> str:
+    """What the models around each encoder answer, and whether the better classifier is the better eye."""
+    return short_text(json.loads((RESULTS / f"{study}.json").read_text())).rstrip()
+
+
+def vlm_answer() -> str:
+    return "```\n" + (RESULTS / "vlm_answer.txt").read_text().strip("\n") + "\n```"
+
+
+def contrastive() -> str:
+    """What learning from captions comes to: one line an arm, means over seeds."""
+    arms: dict[str, list[dict]] = {}
+    for row in read_ledger(RESULTS / "contrastive.jsonl"):
+        arms.setdefault(f"{row['width']}x{row['depth']}x{row['mlp_dim']}", []).append(row)
+    lines = [
+        "| shape (n) | loss | retrieval error in a batch | zero-shot error, colour | kind | marks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in arms.items():
+        tasks = [f"val_zero_shot_error/{task}" for task in ("colour", "kind", "answer")]
+        errors = " | ".join(f"{fmean(row[column] for row in rows):.1%}" for column in ("val_error", *tasks))
+        loss = f"{fmean(row['val_loss'] for row in rows):.3f} ({stdev(row['val_loss'] for row in rows):.3f})"
+        lines.append(f"| {name} ({len(rows)}) | {loss} | {errors} |")
+    tasks = ("colour", "kind", "answer")
+    majority = " | ".join(f"{row[f'zero_shot_majority/{task}']:.1%}" for task in tasks)
+    lines.append(f"| *knowing nothing* | {row['zero_line']:.3f} |  | {majority} |")
+    return "\n".join(lines)
+
+
+def vlm_parity() -> str:
+    rows = json.loads((RESULTS / "vlm_parity.json").read_text())["rows"]
+    lines = ["| projector | counterpart in transformers | cases | largest difference |", "|---|---|---|---|"]
+    lines += [
+        f"| `{r['projector']}` | {r['system']}: `{r['oracle']}` | {r['num_cases']} | {r['max_difference']:g} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def vlm_systems() -> str:
+    rows = json.loads((RESULTS / "vlm_systems.json").read_text())["rows"]
+    lines = [
+        "| system | vision | projector | language model | total | counted elsewhere |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        parts = f"{r['vision']:,} | {r['projector']:,} ({r['projector'] / r['total']:.2%}) | {r['language_model']:,}"
+        other = "nowhere" if r["reference"] is None else f"{r['reference']:,}, {r['reference_by']}"
+        lines.append(f"| {r['title']} | {parts} | {r['total']:,} | {other} |")
+    return "\n".join(lines)
+
+
 def demo() -> str:
     return "```\n" + (RESULTS / "demo.txt").read_text().strip("\n") + "\n```"
 
@@ -327,6 +381,12 @@ BLOCKS = {
     "split": split,
     "flexivit": flexivit,
     "finetune cost": finetune_cost,
+    "vlm": lambda: eyes("vlm_transfer"),
+    "vlm small": lambda: eyes("vlm_small"),
+    "vlm answer": vlm_answer,
+    "contrastive": contrastive,
+    "vlm parity": vlm_parity,
+    "vlm systems": vlm_systems,
     "demo": demo,
 }
 

@@ -44,7 +44,7 @@ def failed_row(run: AnyRun, num_examples: int, error: str, **more) -> dict:
         "status": "failed",
         "objective": "vlm",
         "control": run.control,
-        **run.to_dict(),
+        **run.columns,
         "num_examples": num_examples,
         "error": error,
         **dict.fromkeys(("train_flops", "spent_flops", "val_loss", "val_error", "seconds")),

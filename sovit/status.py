@@ -301,16 +301,16 @@ def _problem(row: dict) -> dict:
 
 
 def _best(rows: list[dict], metric: str) -> list[dict]:
-    """The best row of each training budget (within 3 %), the largest first; of how many shapes it is the best."""
+    """The best row of each objective and training budget (within 3 %), the largest first; of how many shapes it is that."""
     import numpy as np
 
     from sovit.measurements import levels
 
     usable = [r for r in rows if r["status"] == "ok" and r.get(metric) is not None and r.get("train_flops")]
     out = []
-    for kind in (True, False):  # losses of pixels and of words are not compared
-        ours = [r for r in usable if is_vlm(r) == kind]
-        group, centres = levels(np.array([r["train_flops"] for r in ours])) if ours else ((), np.empty(0))
+    for objective in dict.fromkeys(r.get("objective") for r in usable):  # whose losses cannot be compared
+        ours = [r for r in usable if r.get("objective") == objective]
+        group, centres = levels(np.array([r["train_flops"] for r in ours]))
         for g, centre in enumerate(centres.tolist()):
             here = [r for r, own in zip(ours, group) if own == g]
             best = min(here, key=lambda r: r[metric])

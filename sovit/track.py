@@ -189,7 +189,7 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
         tags["excluded"] = reasons.get(row["run_id"])
         tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}" if failed else None
         tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
-        for column, value in (row | _stage_params(row) if vlm else defaults | row).items():
+        for column, value in (row if vlm else defaults | row).items():
             if column in PARAMS or column.startswith(STAGES):
                 params[column] = value
             elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
@@ -203,18 +203,6 @@ def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict
         metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
         found.append(dict(name=name, row=row, params=_texts(params), metrics=metrics, tags=_texts(tags)))
     return _told_apart(found)
-
-
-def _stage_params(row: dict) -> dict:
-    """The stages of a vision-language model, flat: stages.0.num_examples, and mode, rate ... of each part not frozen."""
-    flat: dict = {"stages": None}
-    for i, stage in enumerate(row.get("stages") or ()):
-        for name, value in stage.items():
-            if not isinstance(value, dict):
-                flat[f"{STAGES}{i}.{name}"] = value
-            elif value.get("mode") != "frozen":
-                flat |= {f"{STAGES}{i}.{name}.{key}": of_part for key, of_part in value.items()}
-    return flat
 
 
 def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:

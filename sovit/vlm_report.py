@@ -51,8 +51,8 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     decides, and beside it on that of all families trained.
 
     An arm is an encoder's shape (and objective, where it is not classification), the untrained one, or no eye. Raises
-    UserError without rows of both kinds, for rows of different settings, and where arms have different seeds. A row that
-    stands in several ledgers counts once.
+    UserError without rows of both kinds, for rows of different settings, and where arms have no seed in common; seeds
+    that not all arms have are left out. A row that stands in several ledgers counts once.
     """
     rows = merge([row for path in paths for row in read_ledger(path)], ", ".join(map(str, paths)))
     encoders = {row["run_id"]: row for row in rows if row.get("kind") != "vlm"}
@@ -70,27 +70,34 @@ def summarise(paths: Sequence[Path], decisive: str = "marks") -> dict:
     if decisive not in trained:
         raise UserError(f"{decisive!r} was not trained; choose one of {', '.join(trained)}")
     arms: dict[str, list[dict]] = {}
-    for row in sorted(answers, key=lambda row: (row["init_seed"], row.get("data_seed", 0))):
+    for row in sorted(answers, key=_seeds):
         arms.setdefault(_arm(row, encoders), []).append(row)
-    seeds = {tuple((row["init_seed"], row.get("data_seed")) for row in ours) for ours in arms.values()}
-    if len(seeds) > 1:
-        raise UserError(f"arms have different seeds ({sorted(seeds)}); run the study to its end")
+    if BLIND not in arms:
+        raise UserError("no arm is blind, against which eyes are judged; train one with encoder=blind:16")
+    seeds = sorted(set.intersection(*({_seeds(row) for row in ours} for ours in arms.values())))
+    if not seeds:
+        raise UserError("the arms have no seed in common; run the study to its end")
+    arms = {name: [row for row in ours if _seeds(row) in seeds] for name, ours in arms.items()}
     families.sort(key=lambda f: (f not in trained, f != decisive))
     table = {name: _means(ours, encoders, families) for name, ours in arms.items()}
     order = sorted(arms, key=lambda name: (*_place(table[name]), name == BLIND))
     eyes = [name for name in order if table[name]["encoder_loss"] is not None]
-    pairs = _pairs(order, arms, f"val_loss/{decisive}")
+    columns = {"decisive": f"val_loss/{decisive}", "all": "val_loss"}
+    pairs = {name: _pairs(order, arms, column) for name, column in columns.items()}
     return {
         "decisive": decisive,
         "setting": {name: answers[0].get(name) for name in SETTING},
-        "seeds": [init_seed for init_seed, _ in seeds.pop()],
+        "seeds": [init_seed for init_seed, _ in seeds],
         "families": {family: family in trained for family in families},
         "arms": {name: table[name] for name in order},
         "pairs": pairs,
-        "pairs_on_all": _pairs(order, arms, "val_loss"),
         "sees": {name: _sees(arms[name], arms.get(BLIND, []), decisive) for name in order if name != BLIND},
-        "verdict": _verdict(eyes, table, pairs),
+        "verdict": {name: _verdict(eyes, table, found) for name, found in pairs.items()},
     }
+
+
+def _seeds(row: dict) -> tuple[int, int]:
+    return row["init_seed"], row.get("data_seed", 0)
 
 
 def _place(arm: dict) -> tuple[bool, float]:
@@ -161,34 +168,37 @@ def _verdict(eyes: list[str], table: dict, pairs: dict) -> dict:
     return {"best_classifier": first, "against": dict(zip(others, verdicts)), "answer": answer}
 
 
-def report_text(found: dict) -> str:
-    """The tables and verdicts of `summarise`, as markdown."""
+def short_text(found: dict) -> str:
+    """What was asked of whom, a line an arm, and the verdict; as markdown."""
     decisive, setting = found["decisive"], found["setting"]
-    families = [family for family, trained in found["families"].items() if trained]
+    trained = f"{sum(found['families'].values())} of {len(found['families'])} families of questions trained"
     lines = [
-        f"`{setting['language_model']}` reads `{setting['data']}:{setting['preset']}` through `{setting['projector']}`"
-        f" ({setting['stages']}); {len(found['seeds'])} paired seeds. Losses in nats a token of the answer, mean (s.d.).",
+        f"`{setting['language_model']}` ({setting['stages']}), {trained}, {len(found['seeds'])} paired seeds;"
+        " nats a token, mean (s.d.).",
         "",
-        "| eye | its own loss as a classifier | "
-        + " | ".join(f"{family}" for family in families)
-        + f" | {decisive}, another's image"
-        " | answers wrong | wrong, another's image | unparsed |",
-        "|---|---|" + "---|" * (len(families) + 5),
+        f"| eye | own loss as classifier | {decisive} | {decisive}, another's image | all questions | wrong"
+        " | wrong, another's image | unparsed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, arm in found["arms"].items():
         own = f"{arm['encoder_loss']:.3f}" if arm["encoder_objective"] == CLASSIFICATION else ""
-        cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for family in families]
-        cells += [_cell(arm[m], "{:.3f}") for m in ("val_loss", f"shuffled_loss/{decisive}")]
-        cells += [_cell(arm[m], "{:.1%}") for m in ("val_error", "shuffled_error")]
-        cells.append(_cell(arm["val_unparsed"], "{:.1%}") if "val_unparsed" in arm else "")
+        losses = (f"val_loss/{decisive}", f"shuffled_loss/{decisive}", "val_loss")
+        cells = [_cell(arm[m], "{:.3f}") for m in losses]
+        cells += [_cell(arm[m], "{:.1%}") if m in arm else "" for m in ("val_error", "shuffled_error", "val_unparsed")]
         lines.append(f"| {name} | {own} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for name, pair in found["pairs"].items():
-        on_all = found["pairs_on_all"][name]
-        lines.append(
-            f"- {name} on {decisive}: {_ratio(pair)}, {pair['verdict']}; on all that was trained: {_ratio(on_all)},"
-            f" {on_all['verdict']}"
-        )
+    lines += ["", *(_verdict_text(found, name) for name in found["verdict"])]
+    return "\n".join(lines) + "\n"
+
+
+def report_text(found: dict) -> str:
+    """`short_text`, each pair of arms, who sees, and the loss on each family."""
+    lines = [short_text(found), "| family | " + " | ".join(found["arms"]) + " |", "|---|" + "---|" * len(found["arms"])]
+    for family, trained in found["families"].items():
+        cells = [_cell(arm[f"val_loss/{family}"], "{:.3f}") for arm in found["arms"].values()]
+        lines.append(f"| {family}{'' if trained else ' (not trained)'} | " + " | ".join(cells) + " |")
+    for name, title in (("decisive", found["decisive"]), ("all", "all questions that were trained")):
+        lines += ["", f"Ratios of losses on {title}:", ""]
+        lines += [f"- {pair}: {_ratio(p)}, {p['verdict']}" for pair, p in found["pairs"][name].items()]
     lines.append("")
     for name, sees in found["sees"].items():
         blind = (
@@ -197,9 +207,14 @@ def report_text(found: dict) -> str:
             else f" below the blind model in {sees['below_blind']} of {sees['n']} seeds,"
         )
         lines.append(f"- {name}:{blind} below itself with another's image in {sees['below_shuffled']} of {sees['n']}")
-    verdict = found["verdict"]
-    lines += ["", f"Is the best classifier, {verdict['best_classifier']}, the best eye? **{verdict['answer']}**."]
     return "\n".join(lines) + "\n"
+
+
+def _verdict_text(found: dict, name: str) -> str:
+    verdict, on = found["verdict"][name], found["decisive"] if name == "decisive" else "all questions"
+    first = verdict["best_classifier"]
+    told = [f"{_ratio(found['pairs'][name][f'{first} / {other}'])} to {other}" for other in verdict.get("against", ())]
+    return f"Is the best classifier, {first}, the best eye, by {on}? **{verdict['answer']}** ({'; '.join(told)})."
 
 
 def _cell(value: dict, form: str) -> str:

@@ -188,6 +188,19 @@ class VlmRun:
     def to_dict(self) -> dict:
         return {"kind": "vlm", **dataclasses.asdict(self)}
 
+    @property
+    def columns(self) -> dict:
+        """What a row says of the run, flat: `stages` in words, and stages.0.num_examples, stages.0.projector.peak_lr ... of
+        each part that is not frozen, under the names that overrides have."""
+        flat = {name: value for name, value in self.to_dict().items() if name != "stages"}
+        flat |= {"families": list(self.families), "stages": "; ".join(stage.words for stage in self.stages)}
+        for i, stage in enumerate(self.stages):
+            flat[f"stages.{i}.num_examples"] = stage.num_examples
+            for name, part in stage.parts.items():
+                if part.mode != "frozen":
+                    flat |= {f"stages.{i}.{name}.{key}": value for key, value in dataclasses.asdict(part).items()}
+        return flat
+
     @classmethod
     def from_dict(cls, d: dict) -> VlmRun:
         """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""

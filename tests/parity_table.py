@@ -1,6 +1,6 @@
-"""Each projector beside its counterpart in transformers, on the same random weights; run by hand it writes the table.
+"""Each projector and each system beside its counterpart in transformers; run by hand it writes the two tables.
 
-    python tests/parity_table.py    ->  results/vlm_parity.json
+    python tests/parity_table.py    ->  results/vlm_parity.json, results/vlm_systems.json
 
 nanoVLM is no package: its projector is written here once more, from what it does, with an index for every element.
 """
@@ -16,6 +16,7 @@ from torch import nn
 from sovit.vlm.projectors import build, load_released
 
 TABLE = Path(__file__).resolve().parent.parent / "results" / "vlm_parity.json"
+SYSTEMS_TABLE = TABLE.with_name("vlm_systems.json")
 BATCH = 2
 
 
@@ -208,9 +209,23 @@ def table():
     return rows
 
 
+def systems_row(found):
+    """Of what `sovit vlm show SYSTEM --json` prints: parameters by part, and the independent count of the whole."""
+    reference = found["reference"] or {"total": None, "by": None}
+    encoder_by = found["encoder_counted_by"]
+    return dict(
+        system=found["system"], title=found["title"], **found["num_params"], encoder_counted_by=encoder_by,
+        reference=reference["total"], reference_by=reference["by"],
+    )  # fmt: skip
+
+
 if __name__ == "__main__":
+    from sovit.vlm import show
+
     rows = table()
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
     TABLE.write_text(json.dumps(dict(versions=versions, rows=rows), indent=2) + "\n")
     for r in rows:
         print(f"{r['projector']:21} {r['system']:17} {r['num_cases']} cases  {r['max_difference']:.1e}  {r['oracle']}")
+    systems = [systems_row(show.describe(row["system"])) for row in show.compare()]
+    SYSTEMS_TABLE.write_text(json.dumps(dict(versions=versions, rows=systems), indent=1) + "\n")

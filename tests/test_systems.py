@@ -4,6 +4,7 @@ import json
 from functools import cache
 
 import pytest
+from parity_table import SYSTEMS_TABLE, systems_row
 
 from sovit import UserError
 from sovit.cli import main
@@ -34,6 +35,13 @@ MILLIONS = {
         4.48,
     ),  # there without the biases of q, k and v, which the release has
 }
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_the_committed_table_is_what_is_counted(name):
+    rows = {row["system"]: row for row in json.loads(SYSTEMS_TABLE.read_text())["rows"]}
+    assert rows[name] == systems_row(described(name)) and set(rows) == set(SYSTEMS)
+    assert all(row["reference"] in (None, row["total"]) for row in rows.values())
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

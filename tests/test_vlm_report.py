@@ -56,10 +56,14 @@ def ledger(tmp_path, good=(1.5, 1.51, 1.52), poor=(1.8, 1.79, 1.83), **more) -> 
 def test_the_planted_order_is_found(tmp_path):
     found = summarise([ledger(tmp_path)])
     assert list(found["arms"]) == ["32x2x64", "96x2x64", "32x2x64 untrained", BLIND] and found["seeds"] == [0, 1, 2]
-    assert found["verdict"] == {"best_classifier": "32x2x64", "against": {"96x2x64": "better"}, "answer": "yes"}
-    pair = found["pairs"]["32x2x64 / 96x2x64"]
+    assert found["verdict"]["decisive"] == {
+        "best_classifier": "32x2x64",
+        "against": {"96x2x64": "better"},
+        "answer": "yes",
+    }
+    pair = found["pairs"]["decisive"]["32x2x64 / 96x2x64"]
     assert pair["n"] == 3 and pair["low"] < pair["mean"] < pair["high"] < 0
-    on_all = found["pairs_on_all"]["32x2x64 / 96x2x64"]  # each loss 0.1 above that on marks
+    on_all = found["pairs"]["all"]["32x2x64 / 96x2x64"]  # each loss 0.1 above that on marks
     logs = [math.log((a + 0.1) / (b + 0.1)) for a, b in zip((1.5, 1.51, 1.52), (1.8, 1.79, 1.83))]
     assert on_all["mean"] == pytest.approx(sum(logs) / 3) and on_all["verdict"] == "better"
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
@@ -69,8 +73,8 @@ def test_the_planted_order_is_found(tmp_path):
 
 
 def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
-    assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["answer"] == "no"
-    noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]
+    assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["decisive"]["answer"] == "no"
+    noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]["decisive"]
     assert noisy["answer"] == "not distinguishable"
 
 
@@ -83,8 +87,10 @@ def test_a_loss_of_another_objective_is_no_classifiers(tmp_path):
         rows.append(answer(f"c{seed}-1", "none", seed, 1.0 + 0.01 * seed))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = summarise([path])
-    assert found["verdict"]["best_classifier"] == "32x2x64" and found["verdict"]["answer"] == "no"
-    assert found["verdict"]["against"] == {"96x2x64": "better", "32x2x64 siglip": "worse"}
+    assert (
+        found["verdict"]["decisive"]["best_classifier"] == "32x2x64" and found["verdict"]["decisive"]["answer"] == "no"
+    )
+    assert found["verdict"]["decisive"]["against"] == {"96x2x64": "better", "32x2x64 siglip": "worse"}
     assert "| 32x2x64 siglip |  |" in report_text(found)
     left = plot.vlm_vs_encoder(found).axes[0]
     assert len(left.collections) == 2 and len(left.lines) == 3
@@ -94,8 +100,8 @@ def test_no_family_named_is_all_of_them_trained(tmp_path):
     path = ledger(tmp_path)
     path.write_text(path.read_text().replace('"families": ["marks"]', '"families": []'))
     found = summarise([path])
-    assert found["families"] == {"marks": True, "more": True} and found["verdict"]["answer"] == "yes"
-    assert "| marks | more |" in report_text(found)
+    assert found["families"] == {"marks": True, "more": True} and found["verdict"]["decisive"]["answer"] == "yes"
+    assert "2 of 2 families" in report_text(found)
     assert not plot.vlm_vs_encoder(found).axes[1].texts, "nothing was never trained"
 
 
@@ -107,10 +113,21 @@ def test_a_row_in_two_ledgers_is_one_measurement(tmp_path):
     assert summarise([path, copy]) == summarise([path])
 
 
+def test_a_seed_that_an_arm_lacks_is_left_out_of_all(tmp_path):
+    path = ledger(tmp_path)
+    rows = map(json.loads, path.read_text().splitlines())
+    kept = [r for r in rows if not (r.get("control") == "blind" and r["init_seed"] == 1)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    found = summarise([path])
+    assert found["seeds"] == [0, 2] and {arm["n"] for arm in found["arms"].values()} == {2}
+    assert found["arms"]["32x2x64"]["val_loss/marks"]["values"] == [1.5, 1.52]
+    assert found["verdict"]["all"]["answer"] == "not distinguishable"  # two seeds have no interval
+
+
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
     found = summarise([ledger(tmp_path)])
     text = report_text(found)
-    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye? **yes**" in text
+    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye, by marks? **yes** (-16" in text
     figure = plot.vlm_vs_encoder(found)
     left = figure.axes[0]
     assert [list(points.get_offsets()[:, 1]) for points in left.collections] == [[1.5, 1.51, 1.52], [1.8, 1.79, 1.83]]
@@ -123,8 +140,8 @@ def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
         (lambda rows: rows[:6], "no finished row of a vision"),
         (lambda rows: [r for r in rows if r["run_id"] != "a1-1"], "there is no row; name its ledger"),
         (
-            lambda rows: [r for r in rows if not (r.get("control") == "blind" and r["init_seed"] == 1)],
-            "different seeds",
+            lambda rows: [r | ({"init_seed": r["init_seed"] + 9} if r.get("control") == "blind" else {}) for r in rows],
+            "no seed in common",
         ),
         (
             lambda rows: [r | ({"projector": "q"} if r.get("control") == "blind" else {}) for r in rows],

@@ -369,7 +369,6 @@ class VlmTrainer:
             f"{p}_params": sum(t.numel() for t in m.parameters()) if m is not None else 0 for p, m in parts.items()
         }
         trained = sum(self.parameters[name].numel() for name in self.names)
-        plain = {name: value for name, value in run.to_dict().items() if name != "stages"}
         last = {f"{part}_mode": run.stages[-1].parts[part].mode for part in PARTS}
         return {
             "schema": SCHEMA,
@@ -377,10 +376,8 @@ class VlmTrainer:
             "trunk_id": run.trunk_id,
             "objective": "vlm",
             "control": run.control,
-            **plain,
-            "families": list(run.families),
+            **run.columns,
             **last,
-            "stages": "; ".join(stage.words for stage in run.stages),
             "num_examples": run.num_examples,
             "num_image_tokens": model.num_image_tokens,
             "peak_lr": max(stage.projector.peak_lr for stage in run.stages),
