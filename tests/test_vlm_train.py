@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.checkpoint import Checkpoints, load_weights
+from sovit.branches import load_branch
+from sovit.checkpoint import Checkpoints, load_weights, save_weights
 from sovit.ledger import INCIDENTAL, CannotWrite
 from sovit.loop import Interrupted
 from sovit.run import Recipe, Run
@@ -242,6 +243,29 @@ def test_a_state_that_cannot_be_saved_for_once_ends_nothing(trained, monkeypatch
     monkeypatch.setattr(Checkpoints, "save_latest", full)
     (row,) = train(run_of(trained, init_seed=5), trained[0], save_seconds=0.0)
     assert row["status"] == "ok" and "training goes on" in capsys.readouterr().err
+
+
+def test_a_part_that_has_changed_since_is_refused(trained, tmp_path):
+    """The file holds the projector alone: before another eye it would answer anything."""
+    import shutil
+
+    runs_dir, run_id = trained
+    (row,) = train(run_of(trained), runs_dir)
+    for folder in (run_id.partition("-")[0], row["trunk_id"]):
+        shutil.copytree(runs_dir / folder, tmp_path / folder)
+    assert open_vlm(row["run_id"], tmp_path) is not None
+    path = tmp_path / run_id.partition("-")[0] / f"{run_id}.safetensors"
+    model, _ = load_branch(run_id, tmp_path)
+    with torch.no_grad():
+        model.norm.bias += 0.1
+    save_weights(model, path, run_id)
+    with pytest.raises(UserError, match="trained with another encoder"):
+        open_vlm(row["run_id"], tmp_path)
+
+
+def test_an_encoder_of_another_size_is_refused_with_the_size(trained):
+    with pytest.raises(UserError, match="reads 16 px.*have 32; set image_size=16"):
+        build(run_of(trained, image_size=32), trained[0])
 
 
 def test_the_blind_model_trains_and_a_random_eye_is_told_apart(trained):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
-from sovit.checkpoint import Checkpoints, Unusable, load_weights, save_weights
+from sovit.checkpoint import Checkpoints, Unusable, load_weights, save_weights, weights_digest
 from sovit.encoder import Encoder, open_encoder
 from sovit.ledger import SCHEMA, CannotWrite, provenance, read_record, write_atomic, write_record
 from sovit.loop import (
@@ -80,6 +80,11 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
         encoder = int(run.encoder.partition(":")[2])
     else:
         encoder = open_encoder(run.encoder, runs_dir, device)
+        size = encoder.preprocess.image_size
+        if run.base and size != run.image_size:  # sovit's own reads what is drawn for it, and nothing resampled
+            raise UserError(
+                f"{run.encoder} reads {size} px, the questions' images have {run.image_size}; set image_size={size}"
+            )
     model = VisionLanguageModel(
         encoder, language_model, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
     ).to(device)
@@ -91,6 +96,15 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     if in_half(run):
         model.lm.to(torch.bfloat16)
     return model
+
+
+def parts_digests(model: VisionLanguageModel) -> dict[str, str]:
+    """What identifies the weights that a run begins with, and that its file does not hold where they stay frozen."""
+    found = {"language_model_sha256": model.words.sha256}
+    if model.encoder is not None:
+        weights = {k: v for k, v in model.encoder.module.state_dict().items() if "lora_" not in k}
+        found["encoder_sha256"] = weights_digest(weights)
+    return found
 
 
 def in_half(run: VlmRun) -> bool:
@@ -159,6 +173,7 @@ class VlmTrainer:
         self.all_questions = open_questions(*place) if run.families else self.questions
         self.model = build(run, runs_dir, device)
         check_validation(run, self.model, self.all_questions)
+        self.parts = parts_digests(self.model)  # as they are before anything is trained
         self.names = trained_names(self.model, run)
         self.parameters = dict(self.model.named_parameters())
         self.flops_per_image: dict[int, float] = {}  # stage -> what a step spends, of an image
@@ -204,7 +219,8 @@ class VlmTrainer:
                 # a state saved at a stage's very end goes on with the next one, which has an optimiser of its own
                 resumed = state["optimizer"] if state is not None and start < self.step < end else None
                 self._train_stage(i, stage, range(start, end), resumed)
-            save_weights(self.model, self.folder / f"{run.run_ids[0]}.safetensors", run.run_ids[0], self.names)
+            path = self.folder / f"{run.run_ids[0]}.safetensors"
+            save_weights(self.model, path, run.run_ids[0], self.names, **self.parts)
             self.model.float()  # validation computes in float32, whatever training did
             metrics = validate(self.model, self.all_questions, run.num_val, run.max_length, run.families)
             if not math.isfinite(metrics["val_loss"]):
@@ -383,7 +399,7 @@ class VlmTrainer:
             "peak_lr": max(stage.projector.peak_lr for stage in run.stages),
             **sizes,
             "trained_params": trained,
-            "language_model_sha256": model.words.sha256,
+            **self.parts,
             "encoder_width": model.encoder.width if model.encoder else None,
             "encoder_depth": model.encoder.depth if model.encoder else None,
         }
@@ -408,11 +424,16 @@ def open_vlm(run_id: str, runs_dir: Path | str = "runs", device: str = "cpu") ->
     run = read_run(run_id, runs_dir)
     path = Path(runs_dir) / run.trunk_id / f"{run_id}.safetensors"
     try:
-        weights, _ = load_weights(path)
+        weights, said = load_weights(path)
     except Unusable as error:
         raise UserError(f"the weights of {run_id} cannot be read ({error}); train it again") from None
     model = build(run, runs_dir, device)
     names = trained_names(model, run)
+    for part, sha256 in parts_digests(model).items():
+        if said.get(part) not in (None, sha256):  # older files do not say
+            raise UserError(
+                f"{run_id} was trained with another {part.removesuffix('_sha256')} than is here now; train it again"
+            )
     if set(weights) != set(names):
         raise UserError(f"{path} holds other parameters than {run_id} trains; train it again")
     parameters = dict(model.named_parameters())
