@@ -396,3 +396,11 @@ def test_captions_fit_any_pooling(tmp_path):
     run = Run(SHAPE.replace(pool="map"), RECIPE, (160,))
     (row,) = train(run, tmp_path)
     assert row["status"] == "ok" and row["pool"] == "map"
+
+
+def test_fine_tuning_to_labels_draws_its_task_head_anew(trained):
+    base = open_base(RUN.run_id(LONG), trained[0])
+    model = begin(Run(SHAPE, Recipe(0.004), (160,), base=base.name), base, 16)
+    assert model.head.weight.shape == (16, 16)
+    assert torch.equal(model.pos_embed, base.weights["pos_embed"])
+    assert base.train_flops == RUN.train_flops(LONG)
