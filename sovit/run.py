@@ -181,7 +181,7 @@ class Run:
         shape = self.shape.replace(patch_size=patch_size)
         if self.base:
             return shape.step_flops(num_classes, self.trained)
-        return 3 * (shape.forward_flops + self.task_flops(num_classes))
+        return 3 * (shape.forward_flops + task_flops(shape, self.recipe, self.data, num_classes))
 
     def task_flops(self, num_classes: int = 0) -> int:
         """Forward FLOPs of an image beside the encoder: of its task head, or of its pairs and its caption."""

@@ -29,7 +29,7 @@ def status(folder, name="s", **more):
     return study_status(name, Path(folder) / "runs", **more)
 
 
-def status_when(condition, folder, name="s", seconds=60):
+def status_when(condition, folder, name="s", seconds=240):
     """The first status of which `condition` holds, once the study is there."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
