@@ -17,7 +17,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.checkpoint import load_weights, weights_digest
 from sovit.data import NORMALISATION
-from sovit.data.hub import seen_share
+from sovit.data.hub.images import seen_share
 from sovit.ledger import record_path, record_row
 from sovit.model import build
 from sovit.run import Run

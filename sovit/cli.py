@@ -199,7 +199,9 @@ def build_parser() -> argparse.ArgumentParser:
         "export", help="a trained run as a folder for timm, transformers or nanoVLM, or a law's best shape as a config"
     )
     p.add_argument("source", metavar="RUN_ID|LAW.json")
-    p.add_argument("--format", default="timm", help="timm (default), siglip, vit, nanovlm or sovit, which says any shape")
+    p.add_argument(
+        "--format", default="timm", help="timm (default), siglip, vit, nanovlm or sovit, which says any shape"
+    )
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
     p.add_argument("--image-size", type=_pixels, help="resize the trained weights to read images of this side")
@@ -595,7 +597,7 @@ def captions(labels, source) -> list[str]:
 
 
 def _assets(options) -> None:
-    from sovit import assets
+    from sovit.data import assets
 
     if options.action == "list":
         for row in assets.listing():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sovit.branches import Base, base_of
-from sovit.data import NORMALISATION, hub, icons
+from sovit.data import NORMALISATION
+from sovit.data.hub.images import seen_share
+from sovit.data.icons import icons
 from sovit.flexi import resize_method
 from sovit.ledger import record_path, record_row
 from sovit.run import Run
@@ -131,7 +133,7 @@ def _table(run_id: str, run: Run, shape: Shape, runs_dir: Path | str, chain: lis
     examples = int(run_id.rpartition("-")[2])
     row = record_row(record_path(runs_dir, run.trunk_id, run_id)) or {}
     mean, std = NORMALISATION[run.data]
-    crop_pct = hub.seen_share(run.preset) if run.data == "hub" else 1.0
+    crop_pct = seen_share(run.preset) if run.data == "hub" else 1.0
     rows = {
         "shape": f"width {shape.width}, depth {shape.depth}, MLP dim {shape.mlp_dim}, {shape.num_heads} heads of"
         f" {shape.head_dim}, patch {shape.patch_size} px, image {shape.image_size} px, pool {shape.pool}"

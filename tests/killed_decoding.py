@@ -6,11 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
-from sovit.data import store
-from sovit.data.splits import Location
+from sovit.data.hub import pixel_cache
+from sovit.data.hub.splits import Location
 
 folder, streamed, size, left = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), int(sys.argv[4])
-write = store.write_atomic
+write = pixel_cache.write_atomic
 
 
 def write_and_die(path, text):
@@ -21,6 +21,6 @@ def write_and_die(path, text):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-store.write_atomic = write_and_die
-store.BLOCK, store.SAVE_SECONDS = 8, 0.0
-store.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)
+pixel_cache.write_atomic = write_and_die
+pixel_cache.BLOCK, pixel_cache.SAVE_SECONDS = 8, 0.0
+pixel_cache.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from sovit import UserError, assets
+from sovit import UserError
+from sovit.data import assets
 
 CONTENT = b"a small package\n"
 
@@ -169,5 +170,5 @@ def test_every_client_has_a_pin_and_a_remedy():
 
 
 def test_import_needs_only_the_standard_library():
-    code = "import sys; import sovit.assets; print(sorted({'torch', 'numpy', 'datasets'} & sys.modules.keys()))"
+    code = "import sys; import sovit.data.assets; print(sorted({'torch', 'numpy', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

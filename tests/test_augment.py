@@ -6,8 +6,9 @@ import torch
 from photographs import crop, write_folder
 from PIL import Image
 
-from sovit.data import augment, open_data
-from sovit.data.augment import affine_crop, box_affine, crop_boxes, resized_crop
+from sovit.data import open_data
+from sovit.data.hub import augment
+from sovit.data.hub.augment import affine_crop, box_affine, crop_boxes, resized_crop
 
 pytest.importorskip("datasets")
 transforms = pytest.importorskip("torchvision.transforms")

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.data import icon_copies, icon_labels, icons, open_data
+from sovit.data import open_data
 from sovit.data.captions import encode, open_captions, text_of
-from sovit.data.icon_text import STYLES
-from sovit.data.icon_views import NAMES, Views
-from sovit.data.stream import VAL_SEED
+from sovit.data.icons import icons, labels, near_copies
+from sovit.data.icons.text import STYLES
+from sovit.data.icons.views import NAMES, Views
+from sovit.data.stream.world import VAL_SEED
 from tests.icon_package import small_package, write_package
 
 TOPIC = {"cells": "colour", "glyphs": "kind", "answers": "answer"}
@@ -34,8 +35,8 @@ def icon_captions(tmp_path_factory, monkeypatch):
         write_package(folder / "iconify.tgz", small_package())
     monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
     monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)
-    monkeypatch.setattr(icon_copies, "MIN_OVERLAP", 0.97)
+    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)
+    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)
     monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
 
     def opened(preset):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from sovit import UserError
 from sovit.data import baselines, open_data
-from sovit.data.stream import NUM_ANSWERS, VAL_SEED, Scene
+from sovit.data.stream.scene import Scene
+from sovit.data.stream.world import NUM_ANSWERS, VAL_SEED
 from sovit.evaluate import cells
 
 SIZES = (16, 32, 48, 64)

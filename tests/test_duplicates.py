@@ -8,7 +8,7 @@ import pytest
 from photographs import crop
 from PIL import Image, ImageEnhance
 
-from sovit.data.duplicates import difference_hash, near_duplicates, within
+from sovit.data.image_hash import difference_hash, near_duplicates, within
 
 
 def recompressed(image: Image.Image) -> Image.Image:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from sovit import UserError
-from sovit.data import decode, open_data
+from sovit.data import open_data
+from sovit.data.hub import decode
 
 datasets = pytest.importorskip("datasets")
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from sovit.data import icon_copies
-from sovit.data.icon_copies import MIN_OVERLAP, best_overlap, copies_folder, shrunk
+from sovit.data.icons import near_copies
+from sovit.data.icons.near_copies import MIN_OVERLAP, best_overlap, copies_folder, shrunk
 
 
 def drawings(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
@@ -58,5 +58,5 @@ def test_planted_copies_are_found_and_counted_by_family(tmp_path, monkeypatch):
     info = json.loads((found / "info.json").read_text())
     assert info["num_val"] == 50 and info["copies_in_val"] == 10 <= info["near_duplicates_in_val"] < 50
     assert info["copies_by_families"] == {"new <- old": 5, "new <- other": 5}
-    monkeypatch.setattr(icon_copies, "find", None)  # the second time it is looked up
+    monkeypatch.setattr(near_copies, "find", None)  # the second time it is looked up
     assert copies_folder(folder) == found

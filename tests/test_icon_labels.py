@@ -8,7 +8,7 @@ import pytest
 from icon_package import CONCEPTS, small_package
 
 from sovit import UserError
-from sovit.data.icon_labels import (
+from sovit.data.icons.labels import (
     NARROW,
     VAL_SHARE,
     WIDE,
@@ -120,5 +120,5 @@ def test_split_is_by_family_and_independent_of_the_order():
 
 
 def test_import_needs_only_the_standard_library():
-    code = "import sys; import sovit.data.icon_labels; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
+    code = "import sys; import sovit.data.icons.labels; print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from sovit.data.icon_text import ATTRIBUTES, describe, text_folder
+from sovit.data.icons.text import ATTRIBUTES, describe, text_folder
 
 # enough names of each set to tell a mark of style from a word of a name
 BACKGROUND = [f"weights:thing{i}-{style}" for i in range(9) for style in ("bold", "light", "round")]

@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform
 
-from sovit.data import icon_views
-from sovit.data.icon_views import COLOURS, CONTRAST, LUMA, NAMES, TEXTURE, Views, draw, render, tables
+from sovit.data.icons.views import COLOURS, CONTRAST, LUMA, NAMES, NOISE_SIZE, TEXTURE, Views, draw, render, tables
 
 PLAIN = Views(colour=False)
 
@@ -162,7 +161,7 @@ def test_a_gpu_draws_the_same():
 
 def test_tables_are_noise_and_clouds():
     shared = tables(100, "cpu")
-    assert len(shared.noise) == icon_views.NOISE_SIZE + 100
+    assert len(shared.noise) == NOISE_SIZE + 100
     assert abs(shared.noise.mean()) < 0.005 and abs(shared.noise.std() - 1) < 0.005
     texture = shared.texture[0, 0]
     assert texture.abs().max() <= 1 and texture.std() > 0.3

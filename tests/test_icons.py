@@ -12,8 +12,9 @@ import torch
 from icon_package import CONCEPTS, small_package, write_package
 
 from sovit import UserError
-from sovit.data import NORMALISATION, PRESETS, icon_copies, icon_labels, icons, open_data
-from sovit.data.icon_views import COLOURS, NAMES, TEXTURE, Views
+from sovit.data import NORMALISATION, PRESETS, open_data
+from sovit.data.icons import icons, labels, near_copies
+from sovit.data.icons.views import COLOURS, NAMES, TEXTURE, Views
 from sovit.evaluate import cells
 
 
@@ -31,8 +32,8 @@ def cache(package, tmp_path_factory, monkeypatch, request):
     folder = package.parent / "cache"
     monkeypatch.setenv("SOVIT_ICONIFY", str(package))
     monkeypatch.setenv("SOVIT_CACHE", str(folder))
-    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
-    monkeypatch.setattr(icon_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
+    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
+    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
     return folder
 
 
@@ -70,7 +71,7 @@ def test_choice_of_the_pinned_package_is_frozen(pinned, num_classes, frozen):
     chosen, classes = icons.choose(pinned, num_classes)
     digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
     assert len(classes) == num_classes
-    assert (icon_labels.rules(num_classes).recipe, len(chosen), digest[:12]) == frozen
+    assert (labels.rules(num_classes).recipe, len(chosen), digest[:12]) == frozen
 
 
 # samples
@@ -201,8 +202,8 @@ def test_views_leave_copies_out_of_validation(cache, monkeypatch, tmp_path):
 
 
 def test_validation_of_copies_alone_is_refused(cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(icon_copies, "MIN_OVERLAP", 0.5)
-    monkeypatch.setattr(icon_copies, "RECIPE", 99)
+    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.5)
+    monkeypatch.setattr(near_copies, "RECIPE", 99)
     with pytest.raises(UserError, match=r"all \d+ validation drawings are nearly training drawings; choose a preset"):
         mosaic(preset="mosaic-views")
 
@@ -288,7 +289,7 @@ def test_cache_is_reused(cache):
 
 
 def build(number: int) -> str:
-    icon_labels.VAL_FAMILY_SHARE = 1.0
+    labels.VAL_FAMILY_SHARE = 1.0
     return str(icons.masks_folder(40, 10))
 
 

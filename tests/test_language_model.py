@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sovit import UserError, assets
+from sovit import UserError
+from sovit.data import assets
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

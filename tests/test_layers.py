@@ -85,7 +85,7 @@ def own_units(path, **more):
 
 @functools.cache
 def known(name):
-    return (ROOT / "sovit" / f"{name}.py").exists() or (ROOT / "sovit" / name).is_dir()
+    return (ROOT / "sovit" / f"{name.replace(chr(46), chr(47))}.py").exists() or (ROOT / "sovit" / name).is_dir()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -137,7 +137,7 @@ LIGHT = {
     "ledger": {"torch", "scipy", "optuna"},
     "predict": {"torch", "scipy", "optuna"},
     "law": {"torch", "optuna", "matplotlib"},
-    "assets": {"torch", "scipy", "optuna"},
+    "data.assets": {"torch", "scipy", "optuna"},
     "cli": {"torch", "scipy", "optuna", "matplotlib", "mlflow"},
     "sweep": {"torch", "scipy", "timm", "mlflow", "matplotlib", "datasets", "sqlalchemy"},
 }

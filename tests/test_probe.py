@@ -13,7 +13,8 @@ from PIL import Image
 
 from sovit import UserError, launch, probe, sweep
 from sovit.cli import main
-from sovit.data import icon_labels, open_data
+from sovit.data import open_data
+from sovit.data.icons import labels
 from sovit.encoder import open_encoder
 from sovit.fewshot import column, is_probed
 from sovit.ledger import read_ledger, read_record, record_path, update_ledger
@@ -147,7 +148,7 @@ def test_a_repeated_drawing_is_no_second_example(tmp_path, monkeypatch):
     write_package(tmp_path / "iconify.tgz", small_package())
     monkeypatch.setenv("SOVIT_ICONIFY", str(tmp_path / "iconify.tgz"))
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)
+    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)
     monkeypatch.setattr(probe, "POOL", 8192)
     source = open_data("icons", "single40", 16, 4, 0)
     per_class = np.bincount(source._classes[source._train_icons], minlength=40)

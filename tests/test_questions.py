@@ -11,9 +11,10 @@ from icon_package import CONCEPTS, FAMILIES, icon_set, small_package, write_pack
 
 from sovit import UserError
 from sovit.cli import main
-from sovit.data import icon_copies, icon_labels, icons
-from sovit.data.icon_views import NAMES, Views
-from sovit.data.stream import PRESETS, VAL_SEED, Stream
+from sovit.data.icons import icons, labels, near_copies
+from sovit.data.icons.views import NAMES, Views
+from sovit.data.stream.scene import Stream
+from sovit.data.stream.world import PRESETS, VAL_SEED
 from sovit.vlm.questions import KINDS, Question, Questions, blind_accuracy, open_questions, salt
 from sovit.vlm.questions_icons import Picture, arrangements
 from sovit.vlm.questions_stream import StreamPictures
@@ -202,8 +203,8 @@ def package(tmp_path_factory, monkeypatch):
         write_package(folder / "iconify.tgz", sets)
     monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
     monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(icon_labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
-    monkeypatch.setattr(icon_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
+    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
+    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
     monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
     monkeypatch.setitem(icons.PRESETS, "colour40", icons.Preset(40, 1, 0.1, views=Views()))
 

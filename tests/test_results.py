@@ -72,7 +72,9 @@ def test_rows_of_vision_language_models_agree_with_themselves(path):
         if row["control"] == "blind":
             assert row["val_loss/marks"] > 16 / 17 * 2.7672 - 0.02  # the end behind 16 letters is sure
             assert row["val_loss"] == pytest.approx(row["shuffled_loss"], rel=1e-4)
-        trained = row["projector_params"] + (row["language_model_params"] if row["language_model_mode"] == "full" else 0)
+        trained = row["projector_params"] + (
+            row["language_model_params"] if row["language_model_mode"] == "full" else 0
+        )
         assert row["trained_params"] == trained
 
 

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from sovit import UserError
-from sovit.data import open_data, store
+from sovit.data import open_data
+from sovit.data.hub import pixel_cache
 
 datasets = pytest.importorskip("datasets")
 
@@ -68,8 +69,8 @@ def cache(tmp_path_factory):
 def decoded_rows(monkeypatch):
     """How many images were decoded, counted in the place where it is done."""
     count = []
-    decode = store.decode
-    monkeypatch.setattr(store, "decode", lambda row, size: count.append(1) or decode(row, size))
+    decode = pixel_cache.decode
+    monkeypatch.setattr(pixel_cache, "decode", lambda row, size: count.append(1) or decode(row, size))
     return count
 
 
@@ -186,7 +187,7 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = [p for p in (tmp_path / "hub").iterdir() if p.is_dir() and not p.name.startswith(".arrow")]
-    kept = store._progress(folder)["num_rows"]
+    kept = pixel_cache._progress(folder)["num_rows"]
     assert 60 < kept < 100 and not (folder / "info.json").exists()
     with open(folder / "images.npy", "ab") as file:
         file.write(b"half a row that nobody counted")
@@ -202,16 +203,26 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "owner, name, error, message",
     [
-        (store.Part, "take", ConnectionError("gone"), r"cannot be read after \d+ images \(gone\); they are kept: run"),
-        (store.Growing, "append", OSError(errno.ENOSPC, "full"), r"the disk of .* is full after \d+ images; free some"),
+        (
+            pixel_cache.Part,
+            "take",
+            ConnectionError("gone"),
+            r"cannot be read after \d+ images \(gone\); they are kept: run",
+        ),
+        (
+            pixel_cache.Growing,
+            "append",
+            OSError(errno.ENOSPC, "full"),
+            r"the disk of .* is full after \d+ images; free some",
+        ),
     ],
     ids=["network", "disk"],
 )
 def test_what_breaks_off_is_gone_on_with(parquet, tmp_path, monkeypatch, owner, name, error, message):
     preset, wanted = f"{parquet}?stream=all", images_of(opened(f"{parquet}?stream=all"))
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(store, "BLOCK", 16)
-    monkeypatch.setattr(store, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(pixel_cache, "BLOCK", 16)
+    monkeypatch.setattr(pixel_cache, "SAVE_SECONDS", 0.0)
     left, work = [7], getattr(owner, name)
 
     def fail_once(self, *arguments):
@@ -299,8 +310,8 @@ def test_bad_options(parquet):
 ASK = """
 import json, math, sys
 from sovit import UserError
-from sovit.data.splits import Location
-from sovit.data.store import decoded, read_table
+from sovit.data.hub.splits import Location
+from sovit.data.hub.pixel_cache import decoded, read_table
 for name, limit, streamed in (("team/colours", 20, True), ("gated/imagenet", 20, True), ("gated/imagenet", math.inf, False)):
     try:
         location = Location(name, None, name, streamed=streamed)

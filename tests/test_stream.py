@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from sovit import UserError
 from sovit.data import PRESETS as ALL_PRESETS
 from sovit.data import SOURCES, open_data
-from sovit.data.stream import CHUNK, CYCLE, NUM_ANSWERS, POINTING_CYCLE, PRESETS, VAL_SEED, hash_uniform, open_source
+from sovit.data.stream.stream import open_source
+from sovit.data.stream.world import CHUNK, CYCLE, NUM_ANSWERS, POINTING_CYCLE, PRESETS, VAL_SEED, hash_uniform
 
 NATIVE = {name: (world.image_size, world.cell) for name, world in PRESETS.items()}
 

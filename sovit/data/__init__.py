@@ -39,7 +39,11 @@ class Source(Protocol):
         """Validation samples start .. start + count - 1, start + count <= num_val."""
 
 
-SOURCES = {"stream": "sovit.data.stream", "icons": "sovit.data.icons", "hub": "sovit.data.hub"}  # each has open_source
+SOURCES = {  # each has open_source
+    "stream": "sovit.data.stream.stream",
+    "icons": "sovit.data.icons.icons",
+    "hub": "sovit.data.hub.images",
+}
 
 # source -> preset -> (native image size in pixels, what it is); hub's presets are names, folders and files of the user's
 PRESETS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit.assets import cache_dir, writable
+from sovit.data.assets import cache_dir, writable
 from sovit.ledger import locked
 
 

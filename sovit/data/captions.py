@@ -19,10 +19,11 @@ from torch import Tensor
 from sovit import UserError
 from sovit.data import Source
 from sovit.data.cache import content_key
-from sovit.data.icon_text import STYLES
-from sovit.data.icon_views import NAMES
-from sovit.data.icons import Icons
-from sovit.data.stream import NUM_ANSWERS, VAL_SEED, Stream, hash_uniform
+from sovit.data.icons.icons import Icons
+from sovit.data.icons.text import STYLES
+from sovit.data.icons.views import NAMES
+from sovit.data.stream.scene import Stream
+from sovit.data.stream.world import NUM_ANSWERS, VAL_SEED, hash_uniform
 from sovit.text import NUM_WORDS
 
 RECIPE = 1  # part of the captions' key: raise it when anything here changes what is told
@@ -110,7 +111,7 @@ class IconCaptions:
 
     "outline calendar check". Where colours are drawn anew, "... in red on white", or "... in red", or no colour, each in a
     third of the images. A mosaic is told drawing by drawing, row by row. Words of the vocabulary are the concepts, what
-    icon_text tells apart, and what the names of MIN_ICONS training icons have.
+    sovit.data.icons.text tells apart, and what the names of MIN_ICONS training icons have.
     """
 
     num_words = NUM_WORDS["icons"]

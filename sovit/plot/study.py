@@ -171,7 +171,9 @@ def contact_sheet(images, captions, path: Path | str, *, title: str = "", column
     rows = -(-len(images) // columns)
     cell = PAGE / columns
     fits = max(8, round(cell * 15))  # characters a line
-    wrapped = ["\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits] for c in captions]
+    wrapped = [
+        "\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits] for c in captions
+    ]
     text = 0.13 * max((w.count("\n") + 1 if w else 0 for w in wrapped), default=0) + 0.08
     height = rows * (cell * 0.94 + text) + 0.3
     figure = Figure(figsize=(PAGE, height))

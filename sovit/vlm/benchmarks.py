@@ -24,8 +24,8 @@ import numpy as np
 
 from sovit import UserError
 from sovit.data.cache import track
-from sovit.data.decode import MAX_PIXELS, to_rgb
-from sovit.data.splits import Location, remedy
+from sovit.data.hub.decode import MAX_PIXELS, to_rgb
+from sovit.data.hub.splits import Location, remedy
 from sovit.vlm import metrics
 
 SUBSET_KEY = 0x56514153554253  # the permutation of a set's rows depends on their number and this alone

@@ -28,7 +28,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.bootstrap import LEVEL, interval
 from sovit.data.cache import content_key, say, track
-from sovit.data.decode import MAX_PIXELS
+from sovit.data.hub.decode import MAX_PIXELS
 from sovit.encoder import Preprocess
 from sovit.ledger import is_locked, locked, write_atomic
 from sovit.vlm.benchmarks import Benchmark, Item

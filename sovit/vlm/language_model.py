@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sovit import UserError, assets
+from sovit import UserError
+from sovit.data import assets
 from sovit.data.cache import build_once, content_key
 from sovit.vlm.gguf import Gguf, llama_config, llama_state
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sovit import UserError
 from sovit.data import NORMALISATION
-from sovit.data.stream import VAL_SEED, hash_uniform
+from sovit.data.stream.world import VAL_SEED, hash_uniform
 
 KINDS = ("reading", "naming", "attribute", "counting", "relation", "two_hops")
 NUM_REFERENCE = 1024  # images that tell how common an answer is

@@ -1,6 +1,6 @@
 """Questions about icons: one, or two by two, each of a concept that its name says.
 
-What is true of an icon is what its name says (sovit.data.icon_text). What a name does not say is not asked: no question
+What is true of an icon is what its name says (sovit.data.icons.text). What a name does not say is not asked: no question
 takes the absence of a word for the absence of a thing, and an icon that says to be filled and outlined is asked neither.
 Training and validation show drawings of disjoint families of sets, so a right answer is never one about a drawing that
 training has shown.
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sovit.data import icons
-from sovit.data.icon_text import ATTRIBUTES
-from sovit.data.icon_views import NAMES
-from sovit.data.stream import VAL_SEED
+from sovit.data.icons import icons
+from sovit.data.icons.text import ATTRIBUTES
+from sovit.data.icons.views import NAMES
+from sovit.data.stream.world import VAL_SEED
 from sovit.vlm.questions import Family
 
 PLACES = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}  # (row, column)

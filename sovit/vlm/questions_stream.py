@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sovit import UserError
-from sovit.data.stream import NUM_ANSWERS, PRESETS, VAL_SEED, Detail, Stream
+from sovit.data.stream.scene import Stream
+from sovit.data.stream.world import NUM_ANSWERS, PRESETS, VAL_SEED, Detail
 from sovit.vlm.questions import Family
 
 LETTERS = tuple(chr(ord("A") + i) for i in range(NUM_ANSWERS))

@@ -17,7 +17,7 @@ is read on from where it was):
 These choose among what is decoded:
 
     flip=0            no mirrored training images: digits, text, left and right
-    crop=0.05         random crops of at least that share of the area (sovit.data.augment), cut on the device
+    crop=0.05         random crops of at least that share of the area (sovit.data.hub.augment), cut on the device
     classes=100       the classes with the most training images; a fixed chance decides among equals
     per_class=100     so many training images of each class
     num_train=5000    so many training images
@@ -49,10 +49,10 @@ import torch
 
 from sovit import UserError
 from sovit.data import Batch
-from sovit.data.augment import crop_boxes, resized_crop
 from sovit.data.cache import content_key, prior_cross_entropy
-from sovit.data.splits import NUM_VAL, Location
-from sovit.data.store import Table, decoded, fixed_random, read_table
+from sovit.data.hub.augment import crop_boxes, resized_crop
+from sovit.data.hub.pixel_cache import Table, decoded, fixed_random, read_table
+from sovit.data.hub.splits import NUM_VAL, Location
 
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sovit.data.stream import hash_uniform
+from sovit.data.stream.world import hash_uniform
 
 RECIPE = 1  # part of a data set's key: raise it when anything here changes what is drawn
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit.data.cache import build_once, content_key, say
-from sovit.data.duplicates import near_duplicates
+from sovit.data.image_hash import near_duplicates
 
 RECIPE = 2  # part of the key of what is found: raise it when anything here changes that
 MAX_DISTANCE = (

@@ -1,6 +1,6 @@
 """Which icons become which classes: concepts from names, licences, and the families of the validation set.
 
-Tables and pure functions of the data of icon sets; sovit.data.icons renders what is chosen here. There are two sets of
+Tables and pure functions of the data of icon sets; sovit.data.icons.icons renders what is chosen here. There are two sets of
 rules, NARROW and WIDE (see Rules); whatever changes a choice needs a higher `recipe` of the rules that make it.
 """
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from sovit import UserError
-from sovit.data.stream import COLUMNS, NUM_ANSWERS, Detail, Scene, Stream, World, hash_uniform, tiled, zipf
+from sovit.data.stream.scene import Scene, Stream
+from sovit.data.stream.world import COLUMNS, NUM_ANSWERS, Detail, World, hash_uniform, tiled, zipf
 
 COARSE = 4  # pixels a side of a cell at which all but its texture shows
 PLAIN, WAVES = (1.0, 1.0, 1.0, 1.0), ((1.0, 1.0, -1.0, -1.0), (1.0, -1.0, 1.0, -1.0))  # quarters of a coarse pixel

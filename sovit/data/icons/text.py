@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit.data.cache import build_once, content_key
-from sovit.data.icon_labels import word_set
+from sovit.data.icons.labels import word_set
 
 RECIPE = 1  # part of the table's key: raise it when anything here changes what is told of an icon
 

@@ -1,7 +1,7 @@
 """Images decoded once: rows of a set -> square uint8 pixels in a folder that only grows, so that a kill loses little.
 
 Files of a folder: images.npy [I, S, S, 3] uint8, labels.npy [I] int64, is_val.npy [I] bool, hashes.npy [I] uint64 (see
-sovit.data.duplicates), progress.json (how far it has come) and at the end info.json (what is in it).
+sovit.data.image_hash), progress.json (how far it has come) and at the end info.json (what is in it).
 
 A set that is streamed may be read up to a number of training images now and further another day: its folder grows, and
 holds for any number the same images as if it had been read so far at once.
@@ -25,11 +25,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sovit import UserError
-from sovit.assets import cache_dir, writable
+from sovit.data.assets import cache_dir, writable
 from sovit.data.cache import content_key, say, track
-from sovit.data.decode import decode
-from sovit.data.duplicates import difference_hash, within
-from sovit.data.splits import (
+from sovit.data.hub.decode import decode
+from sovit.data.hub.splits import (
     NUM_VAL,
     Location,
     Part,
@@ -40,6 +39,7 @@ from sovit.data.splits import (
     open_splits,
     parts_of,
 )
+from sovit.data.image_hash import difference_hash, within
 from sovit.ledger import locked, write_atomic
 
 RECIPE = 2  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it

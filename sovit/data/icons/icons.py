@@ -6,9 +6,9 @@ memory-mapped cache with a table of who drew what under which licence (ATTRIBUTI
 An icon's label is the one concept word in its name (`calendar-off-outline` -> calendar). Training and validation icons
 come from disjoint families of sets, never from one family, because families repeat a design in many weights.
 
-Presets with `views` draw pose, colours and background anew for every sample (sovit.data.icon_views), and validate on no
-drawing that training shows under another name (sovit.data.icon_copies). What an image shows is told in words by
-`Icons.facts` and `Icons.text` (sovit.data.icon_text).
+Presets with `views` draw pose, colours and background anew for every sample (sovit.data.icons.views), and validate on no
+drawing that training shows under another name (sovit.data.icons.near_copies). What an image shows is told in words by
+`Icons.facts` and `Icons.text` (sovit.data.icons.text).
 
 These are drawings, not photographs, and families copy each other's ideas: a loss here says nothing of natural images.
 """
@@ -29,13 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sovit import UserError, assets
-from sovit.data import Batch, icon_views
+from sovit import UserError
+from sovit.data import Batch, assets
 from sovit.data.cache import build_once, content_key, prior_cross_entropy, say, track
-from sovit.data.icon_copies import copies_folder
-from sovit.data.icon_labels import Icon, choose, read_set, rules, split_families
-from sovit.data.icon_text import text_folder
-from sovit.data.icon_views import NAMES, Views
+from sovit.data.icons import views as icon_views
+from sovit.data.icons.labels import Icon, choose, read_set, rules, split_families
+from sovit.data.icons.near_copies import copies_folder
+from sovit.data.icons.text import text_folder
+from sovit.data.icons.views import NAMES, Views
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Icons:
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     def text(self, icon: int) -> dict:
-        """What the name of an icon says: set, name, caption, concept, split and attributes; see icon_text.describe."""
+        """What the name of an icon says: set, name, caption, concept, split and attributes; see text.describe."""
         return json.loads(self._text()[icon])
 
     def texts(self) -> list[dict]:

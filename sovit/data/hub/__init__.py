@@ -1,0 +1,1 @@
+"""Folders, parquet files, archives and hub sets of images."""
