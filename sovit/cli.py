@@ -341,7 +341,7 @@ def _status(options) -> None:
         watch(*place, options.watch)
         return
     status = study_status(*place)
-    print(json.dumps(status, indent=2) if options.json else status_text(status))
+    print(json.dumps(status.to_dict(), indent=2) if options.json else status_text(status))
 
 
 def _predict(options) -> None:
