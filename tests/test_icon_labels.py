@@ -1,5 +1,6 @@
 """Which icons become which classes, on hand-written sets: no rendering, no files."""
 
+import hashlib
 import subprocess
 import sys
 from collections import Counter
@@ -71,6 +72,14 @@ def test_tables_of_words_do_not_contradict_each_other():
         assert not concepts & set(by.same), "a word is counted as one that is itself counted as another"
         assert not concepts & (by.never | by.brands), "a word is counted as one that is never a label"
         assert not set(by.same) & (by.never | by.brands), "a word that is counted as another cannot be forbidden"
+
+
+@pytest.mark.parametrize("by, frozen", [(NARROW, "3c56206ecaca"), (WIDE, "0606a460fbb6")], ids=["narrow", "wide"])
+def test_word_lists_are_those_of_the_committed_results(by, frozen):
+    """Where a list has to change, the recipe of its rules must too."""
+    words = sorted(by.same.items()), sorted(by.phrases.items()), sorted(by.never), sorted(by.brands)
+    everything = repr((by.recipe, by.num_words, *words, by.min_train, by.min_val))
+    assert hashlib.sha256(everything.encode()).hexdigest()[:12] == frozen
 
 
 def test_a_wide_choice_has_every_class_on_both_sides_of_the_split():

@@ -12,8 +12,8 @@ import torch
 from icon_package import CONCEPTS, small_package, write_package
 
 from sovit import UserError
-from sovit.data import NORMALISATION, PRESETS, open_data
-from sovit.data.icons import icons, labels, near_copies
+from sovit.data import NORMALISATION, PRESETS, assets, open_data
+from sovit.data.icons import icons, labels, near_copies, render
 from sovit.data.icons.views import COLOURS, NAMES, TEXTURE, Views
 from sovit.evaluate import cells
 
@@ -41,10 +41,10 @@ def cache(package, tmp_path_factory, monkeypatch, request):
 def pinned():
     """All icons of the pinned package that may be drawn."""
     try:
-        package = icons.assets.path("iconify")
+        package = assets.path("iconify")
     except UserError as error:
         pytest.skip(str(error))
-    return icons.read_icons(package)
+    return render.read_icons(package)
 
 
 def mosaic(seed=0, image_size=32, patch_size=4, preset="mosaic") -> icons.Icons:
@@ -68,7 +68,7 @@ def same(a, b) -> bool:
 )
 def test_choice_of_the_pinned_package_is_frozen(pinned, num_classes, frozen):
     """Cached masks and committed results rest on it. Where a choice has to change, the recipe of its rules must too."""
-    chosen, classes = icons.choose(pinned, num_classes)
+    chosen, classes = labels.choose(pinned, num_classes)
     digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
     assert len(classes) == num_classes
     assert (labels.rules(num_classes).recipe, len(chosen), digest[:12]) == frozen
@@ -266,7 +266,7 @@ def test_a_larger_image_is_the_same_drawing_with_more_detail(cache, preset):
 
 
 def test_training_and_validation_families_are_disjoint_and_credited(cache):
-    folder = icons.masks_folder(40, 16)
+    folder = render.masks_folder(40, 16)
     rows = [line.split("\t") for line in (folder / "ATTRIBUTION.tsv").read_text().splitlines()]
     assert rows[0] == ["title", "concept", "licence", "author", "family", "split"]
     families = {split: {row[4] for row in rows[1:] if row[5] == split} for split in ("train", "val")}
@@ -281,16 +281,16 @@ def test_training_and_validation_families_are_disjoint_and_credited(cache):
 
 
 def test_cache_is_reused(cache):
-    folder = icons.masks_folder(40, 16)
+    folder = render.masks_folder(40, 16)
     before = (folder / "masks.npy").stat().st_mtime_ns
     mosaic()
     assert mosaic(seed=1).content_key == folder.name != mosaic(image_size=64).content_key
-    assert icons.masks_folder(40, 16) == folder and (folder / "masks.npy").stat().st_mtime_ns == before
+    assert render.masks_folder(40, 16) == folder and (folder / "masks.npy").stat().st_mtime_ns == before
 
 
 def build(number: int) -> str:
     labels.VAL_FAMILY_SHARE = 1.0
-    return str(icons.masks_folder(40, 10))
+    return str(render.masks_folder(40, 10))
 
 
 def test_concurrent_builds_make_one_cache(cache, monkeypatch, tmp_path):
@@ -309,7 +309,7 @@ def test_rendered_masks_do_not_need_the_package(cache, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="run: sovit assets fetch iconify"):
         mosaic()
     assert [p for p in (tmp_path / "icons").iterdir() if p.suffix != ".lock"] == []
-    monkeypatch.setattr(icons.assets, "path", lambda name: cache.parent / "iconify.tgz")
+    monkeypatch.setattr(assets, "path", lambda name: cache.parent / "iconify.tgz")
     first = mosaic().val(0, 4)
     monkeypatch.undo()
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
@@ -319,10 +319,10 @@ def test_rendered_masks_do_not_need_the_package(cache, monkeypatch, tmp_path):
 def test_cache_key_is_frozen(monkeypatch):
     """Masks that were rendered by an earlier version are found again, unless rules or the pinned package changed."""
     monkeypatch.delenv("SOVIT_ICONIFY", raising=False)
-    monkeypatch.setattr(icons, "build_once", lambda kind, key, build: f"{kind}/{key}")
-    assert icons.masks_folder(40, 16) == "icons/80d501b4a1b68b84"
-    assert icons.masks_folder(200, 32) == "icons/68e83d42993ae8c4"
-    assert icons.masks_folder(1000, 32) == "icons/b5603f01d89fd650"
+    monkeypatch.setattr(render, "build_once", lambda kind, key, build: f"{kind}/{key}")
+    assert render.masks_folder(40, 16) == "icons/80d501b4a1b68b84"
+    assert render.masks_folder(200, 32) == "icons/68e83d42993ae8c4"
+    assert render.masks_folder(1000, 32) == "icons/b5603f01d89fd650"
 
 
 @pytest.mark.parametrize("preset", PRESETS["icons"])

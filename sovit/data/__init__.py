@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from sovit import UserError
@@ -69,6 +70,12 @@ PRESETS = {
 
 # mean and standard deviation, the same for every channel: a source shows an image in [0, 1] as (x - mean) / std
 NORMALISATION = {"stream": (0.4, 0.5), "icons": (0.4, 0.5), "hub": (0.5, 0.5)}
+
+
+def pieces(start: int, count: int, size: int) -> Iterator[tuple[int, slice]]:
+    """Cut samples start .. start + count - 1 into chunks of `size`: the number of each, and which of its samples."""
+    for chunk in range(start // size, -(-(start + count) // size)):
+        yield chunk, slice(max(0, start - chunk * size), min(size, start + count - chunk * size))
 
 
 def open_data(data: str, preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Source:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sovit import UserError
 from sovit.data.assets import cache_dir, writable
 from sovit.ledger import locked
 
@@ -70,3 +71,8 @@ def prior_cross_entropy(train_labels: np.ndarray, val_labels: np.ndarray, num_cl
     prior = np.bincount(train_labels, minlength=num_classes) + 1.0
     val = np.bincount(val_labels, minlength=num_classes)
     return float(-(val / val.sum() * np.log(prior / prior.sum())).sum())
+
+
+def check_val(num_val: int, start: int, count: int) -> None:
+    if start < 0 or start + count > num_val:
+        raise UserError(f"validation images {start} .. {start + count - 1} do not exist; num_val={num_val}")

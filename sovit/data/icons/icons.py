@@ -15,26 +15,20 @@ These are drawings, not photographs, and families copy each other's ideas: a los
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-import re
-import tarfile
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from sovit import UserError
-from sovit.data import Batch, assets
-from sovit.data.cache import build_once, content_key, prior_cross_entropy, say, track
+from sovit.data import Batch, assets, pieces
+from sovit.data.cache import check_val, content_key, prior_cross_entropy
 from sovit.data.icons import views as icon_views
-from sovit.data.icons.labels import Icon, choose, read_set, rules, split_families
 from sovit.data.icons.near_copies import copies_folder
+from sovit.data.icons.render import masks_folder, masks_key
 from sovit.data.icons.text import text_folder
 from sovit.data.icons.views import NAMES, Views
 
@@ -81,12 +75,7 @@ RESIDENT = 8 << 30  # bytes of masks that are kept on an accelerator; more stay 
 STAMPED = {
     "ink": NAMES.index("white"),
     "background": NAMES.index("black"),
-    "rotation": 0.0,
-    "size": 1.0,
-    "stretch": 1.0,
-    "x": 0.0,
-    "y": 0.0,
-    "mirrored": False,
+    **{"rotation": 0.0, "size": 1.0, "stretch": 1.0, "x": 0.0, "y": 0.0, "mirrored": False},
 }
 
 
@@ -130,14 +119,13 @@ class Icons:
             self.content_key = content_key(recipe=icon_views.RECIPE, preset=asdict(preset), **found)
             if device != "cpu" and self._masks.nbytes <= RESIDENT:
                 self._resident = torch.from_numpy(self._masks[:]).to(device)
-        # every validation icon comes up equally often, in a fixed order
+        # each comes up equally often, in a fixed order
         self._val_icons = np.random.Generator(np.random.Philox(key=VAL_KEY)).permutation(val_icons)
         self.num_val = preset.num_val if preset.grid > 1 else min(preset.num_val, len(val_icons))
         self.zero_line = prior_cross_entropy(
             self._classes[self._train_icons], self._classes[self._val_icons], self.num_classes
         )
         self._chunks: dict[tuple[bool, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._lines: list[str] | None = None
 
     def train(self, start: int, count: int) -> Batch:
         """Samples start .. start + count - 1: images [B, 3, H, W], labels [B] or [B, N]. Icons are drawn uniformly."""
@@ -145,7 +133,7 @@ class Icons:
 
     def val(self, start: int, count: int) -> Batch:
         """Validation images start .. start + count - 1, made of validation icons; the same for every data_seed."""
-        self._check_val(start, count)
+        check_val(self.num_val, start, count)
         return self._batch(True, start, count)
 
     # what the images show, in words ------------------------------------------------------------------------------------
@@ -157,30 +145,28 @@ class Icons:
         in icon_views.draw: rotation in degrees, size, stretch, x and y in tiles, mirrored.
         """
         if val:
-            self._check_val(start, count)
+            check_val(self.num_val, start, count)
         parts = []
-        for chunk in range(start // CHUNK, (start + count - 1) // CHUNK + 1):
+        for chunk, rows in pieces(start, count, CHUNK):
             if self.preset.views:
                 drawn = {k: v.cpu().numpy() for k, v in self._drawn(self.preset.views, val, chunk).items()}
             else:
                 drawn = {"icon": self._stamped(val, chunk)[0].reshape(CHUNK, -1)}
             whole = STAMPED | drawn | {"label": self._classes[drawn["icon"]]}
-            rows = slice(max(0, start - chunk * CHUNK), start + count - chunk * CHUNK)
             parts.append({k: np.broadcast_to(whole[k], drawn["icon"].shape)[rows] for k in ("icon", "label", *STAMPED)})
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
     def text(self, icon: int) -> dict:
         """What the name of an icon says: set, name, caption, concept, split and attributes; see text.describe."""
-        return json.loads(self._text()[icon])
+        return json.loads(self._lines[icon])
 
     def texts(self) -> list[dict]:
         """`text` of all icons, in the order of their numbers."""
-        return [json.loads(line) for line in self._text()]
+        return [json.loads(line) for line in self._lines]
 
-    def _text(self) -> list[str]:
-        if self._lines is None:
-            self._lines = (text_folder(self.folder) / "icons.jsonl").read_text(encoding="utf-8").splitlines()
-        return self._lines
+    @cached_property
+    def _lines(self) -> list[str]:
+        return (text_folder(self.folder) / "icons.jsonl").read_text(encoding="utf-8").splitlines()
 
     def notes(self) -> list[str]:
         """Lines for whoever looks at the data: how far validation drawings are new."""
@@ -193,21 +179,14 @@ class Icons:
 
     # drawing -----------------------------------------------------------------------------------------------------------
 
-    def _check_val(self, start: int, count: int) -> None:
-        if start < 0 or start + count > self.num_val:
-            raise UserError(f"validation images {start} .. {start + count - 1} do not exist; num_val={self.num_val}")
-
     def _batch(self, is_val: bool, start: int, count: int) -> Batch:
         images, labels = [], []
-        while count > 0:
-            chunk, offset = divmod(start, CHUNK)
+        for chunk, rows in pieces(start, count, CHUNK):
             pixels, classes = self._chunk(is_val, chunk)
-            stop = min(CHUNK, offset + count)
-            images.append(pixels[offset:stop])
-            labels.append(classes[offset:stop])
-            start, count = start + stop - offset, count - (stop - offset)
-        pixels = torch.cat(images).to(self.device)  # [B, 1 or 3, H, W]
-        return Batch(pixels.repeat(1, 3 // pixels.shape[1], 1, 1), torch.cat(labels).to(self.device), None)
+            images.append(pixels[rows])
+            labels.append(classes[rows])
+        shown = torch.cat(images).to(self.device)  # [B, 1 or 3, H, W]
+        return Batch(shown.repeat(1, 3 // shown.shape[1], 1, 1), torch.cat(labels).to(self.device), None)
 
     def _chunk(self, is_val: bool, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [256, 1 or 3, H, W] float32 and labels [256] or [256, N] int64 of a chunk; the last of each is kept."""
@@ -304,31 +283,6 @@ def masks_size(preset: str, image_size: int) -> int:
     return (FINER if PRESETS[preset].views and tile <= FINEST else 1) * tile
 
 
-def masks_folder(num_classes: int, size: int) -> Path:
-    """The cache folder of `num_classes` classes at `size` pixels, rendered if it is not there yet.
-
-    masks.npy [I or more, size, size] uint8 (rows left out stand empty at the end), classes.npy [I] int64,
-    is_val.npy [I] bool, ATTRIBUTION.tsv (I rows), info.json.
-    Raises UserError where the asset or resvg is missing, or where fewer classes or families than needed are found.
-    """
-    # the package is needed to render only: rendered masks can be carried to a machine that does not have it
-    return build_once(
-        "icons",
-        masks_key(num_classes, size),
-        lambda folder: render_all(assets.path("iconify"), num_classes, size, folder),
-    )
-
-
-def masks_key(num_classes: int, size: int) -> str:
-    asset = assets.get("iconify")
-    if os.environ.get(asset.env):  # a file of the user's own is told apart by size and date, the pinned one by its hash
-        stat = assets.path("iconify").stat()
-        source = f"{stat.st_size} {stat.st_mtime_ns}"
-    else:
-        source = asset.sha256
-    return content_key(recipe=rules(num_classes).recipe, num_classes=num_classes, size=size, source=source)
-
-
 def licences(preset: str, image_size: int) -> dict[str, list[str]]:
     """Licence -> icon sets whose drawings a preset shows, sorted; {} where its masks are not in the cache."""
     preset = preset or "mosaic"
@@ -344,94 +298,3 @@ def licences(preset: str, image_size: int) -> dict[str, list[str]]:
         title, _, licence, *_ = line.split("\t")
         sets.setdefault(licence, set()).add(title.partition(":")[0])
     return {licence: sorted(sets[licence]) for licence in sorted(sets)}
-
-
-def render_all(tarball: Path, num_classes: int, size: int, folder: Path) -> None:
-    """Choose, label, split and render the icons of `tarball` into `folder` (see masks_folder); say what was done."""
-    render = renderer()
-    everything = read_icons(tarball)
-    val_families = split_families(Counter(icon.family for icon in everything))
-    icons, classes = choose(everything, num_classes)
-    say(f"icons: rendering {len(icons):,} drawings of {len(classes)} classes at {size} px, once")
-    # written through a memory map: a thousand classes at 224 px do not fit into memory. Training icons come first
-    icons = sorted(icons, key=lambda icon: icon.family in val_families)
-    masks = np.lib.format.open_memmap(folder / "masks.npy", mode="w+", dtype=np.uint8, shape=(len(icons), size, size))
-    kept: list[Icon] = []
-    train_digests, left_out = set(), Counter(broken=0, blank=0, copied=0)
-    for icon in track(icons, f"rendering at {size} px", total=len(icons)):
-        try:
-            mask = render(icon.box, icon.body, size)  # [S, S]
-        except ValueError:  # what resvg raises for a drawing that it cannot read
-            left_out["broken"] += 1
-            continue
-        if mask.min() == mask.max():  # an animation that starts from nothing
-            left_out["blank"] += 1
-            continue
-        digest = hashlib.sha256(mask.tobytes()).digest()
-        if icon.family not in val_families:
-            train_digests.add(digest)
-        elif digest in train_digests:  # sets borrow from each other: validation must not hold what training showed
-            left_out["copied"] += 1
-            continue
-        masks[len(kept)] = mask
-        kept.append(icon)
-    masks.flush()
-    number = {concept: i for i, concept in enumerate(classes)}
-    is_val = np.array([icon.family in val_families for icon in kept])
-    np.save(folder / "classes.npy", np.array([number[icon.concept] for icon in kept], dtype=np.int64))
-    np.save(folder / "is_val.npy", is_val)
-    columns = ("title", "concept", "licence", "author", "family")
-    with open(folder / "ATTRIBUTION.tsv", "w", encoding="utf-8") as stream:
-        print("\t".join(columns), "split", sep="\t", file=stream)
-        for icon, val in zip(kept, is_val, strict=True):
-            print(*(getattr(icon, c) for c in columns), "val" if val else "train", sep="\t", file=stream)
-    info = {
-        "classes": classes,
-        "size": size,
-        "num_train": int((~is_val).sum()),
-        "num_val": int(is_val.sum()),
-        **left_out,
-        "val_families": sorted(val_families),
-        "licences": dict(Counter(icon.licence for icon in kept).most_common()),
-        "per_class": dict(Counter(icon.concept for icon in kept).most_common()),
-    }
-    (folder / "info.json").write_text(json.dumps(info, indent=1))
-    say(
-        f"icons: kept {info['num_train']:,} training and {info['num_val']:,} validation drawings; left out"
-        f" {left_out['broken']} broken, {left_out['blank']} blank,"
-        f" {left_out['copied']} validation drawings that training holds too"
-    )
-
-
-def read_icons(tarball: Path) -> list[Icon]:
-    """Every single-colour icon of a permissive, non-logo set in the package; the concept is filled in by `choose`."""
-    icons = []
-    try:
-        # a stream of members, read one by one in memory: no path from the archive touches the disk
-        with tarfile.open(tarball, "r|gz") as archive:
-            for member in archive:
-                file = archive.extractfile(member)  # None for what is not a plain file
-                if file is not None and re.fullmatch(r"package/json/[\w-]+\.json", member.name):
-                    icons += read_set(json.load(file))
-    except (tarfile.TarError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{tarball} is not an @iconify/json package ({error}); run: sovit assets fetch iconify"
-        ) from None
-    return icons
-
-
-def renderer() -> Callable[[str, str, int], np.ndarray]:
-    """A function (viewBox, body, size) -> ink [size, size] uint8, 255 where black. Raises UserError without resvg."""
-    try:
-        import resvg_py
-    except ImportError:
-        raise UserError("data='icons' needs resvg_py to render; run: pip install 'sovit[icons]'") from None
-    from PIL import Image
-
-    def render(box: str, body: str, size: int) -> np.ndarray:
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" viewBox="{box}">{body}</svg>'
-        # on white, so that white strokes inside a black shape are not ink; system fonts would differ between machines
-        png = resvg_py.svg_to_bytes(svg_string=svg, background="white", skip_system_fonts=True)
-        return 255 - np.asarray(Image.open(io.BytesIO(bytes(png))).convert("L"))  # [S, S]
-
-    return render

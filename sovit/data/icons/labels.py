@@ -1,312 +1,67 @@
 """Which icons become which classes: concepts from names, licences, and the families of the validation set.
 
-Tables and pure functions of the data of icon sets; sovit.data.icons.icons renders what is chosen here. There are two sets of
-rules, NARROW and WIDE (see Rules); whatever changes a choice needs a higher `recipe` of the rules that make it.
+Pure functions of the data of icon sets and of the word lists in labels.toml; sovit.data.icons.render draws what is chosen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sovit import UserError
 
 VAL_SHARE, VAL_FAMILY_SHARE = 0.15, 0.25  # validation's share of the icons; one family's share of validation
+STYLE_PATTERN = re.compile(r"\d+(px|x\d+)?|[vx]\d+")  # 24, 24px, 2x2, v2
+BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the defaults of the iconify format
 
 
 def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-LICENCES = word_set("MIT Apache-2.0 ISC CC0-1.0 OFL-1.1 BSD-2-Clause BSD-3-Clause Unlicense CC-BY-3.0 CC-BY-4.0")
-
-# Words that say how an icon is drawn, not what it shows
-STYLE = word_set(
-    """outline outlined outlines filled fill solid line linear bold light thin regular duotone twotone two tone broken
-    rounded round sharp alt alternate variant baseline glyph icon icons color mono small large medium big mini micro
-    tiny s m l xs xl xxl sm lg md px o v stroke curved"""
-)
-STYLE_PATTERN = re.compile(r"\d+(px|x\d+)?|[vx]\d+")  # 24, 24px, 2x2, v2
-
-# Words that lose against another concept: `calendar-plus` is a calendar
-MODIFIERS = word_set(
-    """circle square arrow arrows off on up down left right plus minus add remove check checkmark x cross close slash
-    alert warning info question help text one two three double multiple simple dots bar number letter open top bottom
-    center start end horizontal vertical forward back backward in out box dashed stop play pause edit search lock unlock
-    share settings download upload refresh sync heart star sparkle sparkles badge cancel delete done
-    dollar error exclamation"""
-)
-# Concept -> other words for it: two classes of one drawing would be noise in the labels
-SYNONYMS = {
-    "home": "house",
-    "file": "document doc files documents",
-    "folder": "folders",
-    "image": "photo picture images photos",
-    "chat": "message comment messages comments",
-    "phone": "mobile smartphone cellphone telephone",
-    "user": "person users people",
-    "pin": "location marker",
-    "mail": "envelope email",
-    "microphone": "mic",
-    "search": "magnifier magnify",
-    "settings": "cog gear",
-    "trash": "bin",
-    "plus": "add",
-}
+def spellings(table: Mapping[str, str]) -> dict[str, str]:
+    """Value -> other words for it, turned round: each word -> its value."""
+    return {word: value for value, words in table.items() for word in words.split()}
 
 
-def spellings(synonyms: dict[str, str]) -> dict[str, str]:
-    return {word: concept for concept, others in synonyms.items() for word in others.split()}
-
-
-# Never a label: frames around other drawings, words without a drawing of their own, and trademarks
-NOT_A_CLASS = word_set(
-    "circle square triangle hexagon rectangle text forward back reply in out on off at x logo brand symbol"
-)
-BRANDS = word_set(
-    """android apple behance bing bitbucket bitcoin blogger chrome codepen css3 delicious deviantart digg discord
-    docker dribbble dropbox ebay edge ethereum evernote facebook figma firefox flickr foursquare github gitlab google
-    html5 instagram javascript jsfiddle kickstarter lastfm linkedin linux mastercard messenger microsoft
-    netflix npm opera paypal pinterest python qq quora react reddit safari shopify skype slack snapchat soundcloud
-    spotify stackoverflow steam stripe stumbleupon telegram tencent threads tiktok trello tumblr twitch twitter ubuntu
-    viber vimeo vine visa vk vue wechat weibo whatsapp wikipedia windows wordpress xbox xing yahoo yelp youtube
-    amazon amex angular aws azure bluesky bootstrap baidu alipay airbnb adobe airpods chromecast
-    drupal gameboy laravel mastodon nextjs nodejs notion patreon playstation slideshare unsplash vuejs"""
-)
-# What a thousand classes need besides, found by looking at sheets of them and at drawings that several words share.
-# Words of one drawing, or of one kind of thing
-WIDE_SYNONYMS = {
-    "airplane": "plane",
-    "arrow": "arrows",
-    "award": "badge",
-    "bathtub": "bath",
-    "bell": "notification notifications",
-    "bicycle": "bike cycling",
-    "binoculars": "binocular",
-    "bolt": "lightning flash zap thunderbolt",
-    "book": "books",
-    "bookmark": "bookmarks",
-    "box": "boxes",
-    "bubble": "bubbles",
-    "building": "buildings",
-    "burger": "hamburger",
-    "calendar": "calender",
-    "camcorder": "videocam",
-    "canoe": "kayak kayaking",
-    "car": "automobile",
-    "card": "creditcard",
-    "certificate": "license diploma",
-    "chart": "graph analytics poll",
-    "chat": "conversation sms feedback",
-    "check": "checkmark success",
-    "checklist": "task tasks",
-    "cherry": "cherries",
-    "chip": "cpu microchip",
-    "clipboard": "paste",
-    "clock": "time",
-    "close": "times cancel multiply xmark",
-    "cloud": "clouds cloudy",
-    "collapse": "minimize",
-    "column": "columns",
-    "contacts": "contact",
-    "copy": "duplicate clone",
-    "crosshair": "crosshairs",
-    "cube": "cubes",
-    "diamond": "diamonds gem",
-    "divide": "division",
-    "donut": "doughnut",
-    "drop": "droplet droplets",
-    "dumbbell": "barbell",
-    "equal": "equals",
-    "expand": "maximize fullscreen",
-    "eye": "eyes",
-    "eyedropper": "dropper pipette",
-    "factory": "industry",
-    "fan": "pinwheel",
-    "fire": "flame burn",
-    "footprints": "footsteps",
-    "fridge": "refrigerator",
-    "gauge": "tachometer speedometer",
-    "gift": "gifts",
-    "glasses": "eyeglasses",
-    "globe": "earth world web",
-    "hand": "hands",
-    "heading": "header",
-    "headphones": "headphone",
-    "heart": "hearts",
-    "hierarchy": "organization sitemap",
-    "home": "houses",
-    "infinity": "infinite",
-    "info": "information",
-    "layers": "layer",
-    "lightbulb": "bulb",
-    "link": "chain",
-    "lock": "padlock locked",
-    "mask": "masks",
-    "medal": "medals",
-    "menu": "bars",
-    "minus": "subtract",
-    "money": "cash banknote",
-    "monitor": "desktop",
-    "more": "ellipsis",
-    "motorcycle": "motorbike",
-    "mountain": "mountains",
-    "notebook": "notepad",
-    "number": "numbers",
-    "paperclip": "attachment attach",
-    "percent": "percentage",
-    "phone": "call",
-    "pill": "pills capsule",
-    "pin": "thumbtack pushpin",
-    "plant": "seedling sprout",
-    "printer": "print",
-    "qrcode": "qr",
-    "question": "help",
-    "quote": "quotes",
-    "recycle": "recycling",
-    "refresh": "reload sync",
-    "restaurant": "cutlery utensils",
-    "ring": "rings",
-    "robot": "bot",
-    "rss": "feed",
-    "run": "running",
-    "sad": "frown",
-    "sailboat": "sailing",
-    "save": "floppy",
-    "scissors": "cut scissor",
-    "search": "zoom loupe",
-    "server": "servers",
-    "settings": "setting cogs gears",
-    "shirt": "tshirt",
-    "shrink": "compress contract",
-    "shuffle": "random",
-    "skateboard": "skateboarding",
-    "slider": "sliders",
-    "smile": "happy smiley",
-    "snowboarding": "snowboard",
-    "sofa": "couch",
-    "sparkle": "sparkles flare",
-    "spinner": "loader loading",
-    "star": "stars",
-    "store": "shop storefront",
-    "storm": "thunderstorm",
-    "subtitles": "subtitle captions",
-    "subway": "metro",
-    "suitcase": "luggage",
-    "sun": "sunny",
-    "table": "th",
-    "tag": "tags",
-    "target": "bullseye",
-    "tent": "camping campground",
-    "thermometer": "temperature",
-    "ticket": "tickets",
-    "tie": "necktie",
-    "tools": "tool",
-    "tooth": "teeth",
-    "tree": "trees",
-    "tv": "television",
-    "user": "account profile",
-    "virus": "coronavirus",
-    "volume": "sound",
-    "walk": "walking",
-    "warning": "alert danger exclamation error caution",
-    "watch": "smartwatch",
-    "wave": "waves",
-    "wheelchair": "accessible",
-    "woman": "women",
-}
-# Words that many different drawings share, words of two meanings, and letters
-WIDE_NOT_A_CLASS = word_set(
-    """a b c d e f g h i j k l m n p q r s t u w y z left right up down next previous direction directions data sign view
-    style open letter report select format shape form transfer option options application apps app background
-    support category block balance scale seal bar steps clear favorite remove delete cross computer screen display
-    loop button component content control currency bill details device explore erase function analysis collection
-    event fort functions horizontal idea input join level pc process progress segment strategy system tablets topic
-    update item mode nut bat ram club fork crane object page paper reset rule service shift space start state status
-    template theme trigger type variable work go end external subject global hours discover project enterprise
-    community disabled clockwise one two three four five six mp pod id office token policy plan post hot cool fold
-    rock product prompt order size media applications anticlockwise unknown abstract sip"""
-)
-WIDE_BRANDS = word_set(
-    """claude gemini intercom iphone java meta pacman php pocket retweet sketch swift typescript unity fedora flutter
-    kubernetes odnoklassniki ruby vscode svelte redhat jenkins joomla firebase eclipse ember hive graphql grunt framer
-    openai periscope centos bilibili atlassian angellist algolia blackberry cloudflare copilot cpanel disqus flipboard
-    gulp imdb ios jira jquery js magento meetup modx opencart openid pagelines perplexity picasa polymer sass pokeball
-    chatgpt grok deepseek anthropic gmail mix pix debian freebsd gatsby gitter goodreads houzz invision ipad imac
-    facetime kotlin lego mongodb netlify optimize salesforce scribd codesandbox contao connectdevelop discourse dyalog
-    etsy maxcdn skyatlas waze yandex yuan zhihu"""
-)
-# Names that mean something else than their words
-WIDE_PHRASES = {
-    "paper-plane": "send",
-    "light-bulb": "lightbulb",
-    "thumbs-up": "like",
-    "thumb-up": "like",
-    "thumbs-down": "dislike",
-    "thumb-down": "dislike",
-    "ice-cream": "icecream",
-    "qr-code": "qrcode",
-    "finger-print": "fingerprint",
-    "full-screen": "expand",
-    "x-mark": "close",
-    "speech-bubble": "chat",
-}
+WORDS = tomllib.loads(Path(__file__).with_name("labels.toml").read_text(encoding="utf-8"))
+LICENCES, STYLE, MODIFIERS = (word_set(WORDS[name]) for name in ("licences", "style", "modifiers"))
+KIN = spellings(WORDS["copies"])  # family -> the family that it redraws, continues or copies
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How names become classes. `recipe` is part of the cache key of what is rendered by these rules.
-
-    The `num_words` most drawn words compete for a label (or as many as there are classes, where that is more); a class
-    has at least `min_train` training and `min_val` validation icons, drawings that turn out to be copies among them.
-    """
+    """How names become classes. `recipe` is part of the cache key of what is rendered by these rules; see labels.toml."""
 
     recipe: int
     num_words: int
+    min_train: int
+    min_val: int
     same: Mapping[str, str]  # word -> the word that it is counted as
     phrases: Mapping[str, str]  # part of a name -> the word that it is read as
     never: frozenset[str]
     brands: frozenset[str]
-    min_train: int
-    min_val: int
 
 
-NARROW = Rules(1, 200, spellings(SYNONYMS), {}, NOT_A_CLASS, BRANDS, min_train=0, min_val=0)
-WIDE = Rules(
-    recipe=2,
-    num_words=1500,
-    same=spellings(SYNONYMS) | spellings(WIDE_SYNONYMS),
-    phrases=WIDE_PHRASES,
-    never=NOT_A_CLASS | WIDE_NOT_A_CLASS,
-    brands=BRANDS | WIDE_BRANDS,
-    min_train=8,
-    min_val=2,
-)
+def _rules(*tables: dict) -> Rules:
+    """The numbers of the last table, with the words of all of them."""
+    numbers = {name: tables[-1][name] for name in ("recipe", "num_words", "min_train", "min_val")}
+    same = {word: concept for table in tables for word, concept in spellings(table["same"]).items()}
+    never, brands = (frozenset().union(*(word_set(table[name]) for table in tables)) for name in ("never", "brands"))
+    return Rules(**numbers, same=same, phrases=tables[-1]["phrases"], never=never, brands=brands)
+
+
+NARROW, WIDE = _rules(WORDS["narrow"]), _rules(WORDS["narrow"], WORDS["wide"])
 
 
 def rules(num_classes: int) -> Rules:
     """Up to 200 classes keep the rules, and the icons, that committed results were measured with."""
     return NARROW if num_classes <= NARROW.num_words else WIDE
-
-
-BOX = {"left": 0, "top": 0, "width": 16, "height": 16}  # the defaults of the iconify format
-
-# Family -> other families that redraw, continue or copy it (found by comparing their pixels)
-COPIES = {
-    "material": "ic mdi zmdi line",
-    "fa": "fa6 fa7",
-    "boxicons": "bx bxs",
-    "uil": "uim uis uit",
-    "feather": "lucide",
-    "ion": "famicons",
-    "streamline": "guidance",
-    "solar": "reicon",
-    "icons8": "la",
-}
-KIN = {other: family for family, others in COPIES.items() for other in others.split()}
 
 
 @dataclass(frozen=True)

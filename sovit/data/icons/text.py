@@ -1,7 +1,8 @@
 """What the names of icons say, as text: captions and attributes, for questions about images of them.
 
 `streamline:interface-cloud-arrow-up-solid` shows an "interface cloud arrow up", filled, that points up. All of it
-follows from names alone. What a name does not say is not said: an icon without a style word may well be filled.
+follows from names alone, by the words of labels.toml. What a name does not say is not said: an icon without a style word
+may well be filled.
 """
 
 from __future__ import annotations
@@ -15,64 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from sovit.data.cache import build_once, content_key
-from sovit.data.icons.labels import word_set
+from sovit.data.icons.labels import WORDS, spellings, word_set
 
 RECIPE = 1  # part of the table's key: raise it when anything here changes what is told of an icon
 
-# attribute -> value -> the words of a name that say so
-STYLES = {
-    "filled": "filled fill solid",
-    "outline": "outline outlined outlines line linear stroke",
-    "light": "light thin",
-    "bold": "bold",
-    "duotone": "duotone twotone duo bulk",
-    "rounded": "rounded round",
-    "sharp": "sharp",
-    "broken": "broken",
-}
-STATES = {
-    "off": "off slash disabled",
-    "plus": "plus add",
-    "check": "check checkmark checked tick done",
-    "minus": "minus subtract",
-    "cross": "cross x xmark close cancel times",
-    "alert": "alert warning exclamation error",
-    "lock": "lock locked",
-}
-ENCLOSURES = {
-    "circle": "circle circled",
-    "square": "square squared",
-    "hexagon": "hexagon",
-    "octagon": "octagon",
-    "triangle": "triangle",
-    "rectangle": "rectangle",
-    "diamond": "diamond",
-}
-DIRECTIONS = {"left": "left", "right": "right", "up": "up", "down": "down"}
-ATTRIBUTES = {"style": STYLES, "state": STATES, "enclosure": ENCLOSURES, "direction": DIRECTIONS}
-VALUE = {kind: {w: value for value, ws in table.items() for w in ws.split()} for kind, table in ATTRIBUTES.items()}
+ATTRIBUTES: dict[str, dict[str, str]] = WORDS["attributes"]  # attribute -> value -> the words of a name that say so
+STYLES = ATTRIBUTES["style"]
+VALUE = {kind: spellings(table) for kind, table in ATTRIBUTES.items()}
 
-ALWAYS_STYLE = word_set("outline outlined outlines filled duotone twotone")  # no icon is of one of these
-STYLE_SHARE = 0.02  # of a set's names that begin or end with a style word or a number: the set means its drawing by it
-NO_CAPTION = word_set("icon icons glyph baseline alt alternate variant regular mono color px xs sm md lg xl xxl")
-SIZE = re.compile(r"\d+(px)?")
-COUNTED = word_set("number numbers numeric digit dice counter level figure heading h looks filter step count")
-
-# An icon whose name has one of these words is another one, or none, in a mirror
-HANDED = word_set(
-    """left right next previous prev forward forwards backward backwards back rewind undo redo reply return enter exit
-    in out login logout signin signout import export send skip step seek arrow arrows chevron chevrons caret angle
-    corner turn rotate clockwise counterclockwise anticlockwise refresh reload sync sort order align indent outdent
-    east west northeast northwest southeast southwest
-    letter letters number numbers numeric digit text font heading header bold italic underline strikethrough paragraph
-    pilcrow quote language translate translation type typography abc alphabet spellcheck case superscript subscript
-    dollar euro yen pound won rupee ruble peso lira bitcoin currency cent percent question help hash hashtag slash
-    backslash divide function sigma sum pi alpha beta omega integral math greater less equal
-    hd sd hdr open ltr rtl 4k 8k gif pdf json css html markdown md sql api vip sos dns gps nfc csv svg png jpg xml zip mp3
-    mp4 ppt doc xls txt ai atm cc cd dvd id ssd hdd am pm th fahrenheit celsius copyright registered trademark copyleft
-    bluetooth usb rss terminal code script ad ads new sale parking hospital mars venus leo virgo libra scorpio
-    sagittarius capricorn aquarius pisces aries taurus cancer ampersand at regex binary calculator"""
+ALWAYS_STYLE, NO_CAPTION, COUNTED, HANDED = (
+    word_set(WORDS["told"][name]) for name in ("always_style", "no_caption", "counted", "handed")
 )
+STYLE_SHARE = 0.02  # of a set's names that begin or end with a style word or a number: the set means its drawing by it
+SIZE = re.compile(r"\d+(px)?")
 
 
 def same_in_a_mirror(caption: list[str]) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sovit import UserError
-from sovit.data import Batch
+from sovit.data import Batch, pieces
 from sovit.data.stream.world import (
     CHUNK,
     COLOURS,
@@ -119,13 +119,10 @@ class Stream:
 
     def _samples(self, seed: int, start: int, count: int) -> Batch:
         parts = []
-        while count:
-            chunk, offset = divmod(start, CHUNK)
+        for chunk, rows in pieces(start, count, CHUNK):
             if self._chunks.get(seed, (None,))[0] != chunk:
                 self._chunks[seed] = (chunk, self._draw_chunk(seed, chunk))
-            taken = min(count, CHUNK - offset)
-            parts.append(Batch(*(t[offset : offset + taken] for t in self._chunks[seed][1])))
-            start, count = start + taken, count - taken
+            parts.append(Batch(*(t[rows] for t in self._chunks[seed][1])))
         return parts[0] if len(parts) == 1 else Batch(*(torch.cat(column) for column in zip(*parts)))
 
     def _draw_chunk(self, seed: int, chunk: int) -> Batch:
