@@ -23,13 +23,13 @@ from sovit.track import curve, describe
 def export(tracker, ledger: Path, runs: Path) -> int:
     """Write every row through `tracker`, the module wandb or trackio, whose init, log and finish agree; how many."""
     rows = describe(ledger.stem, read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv"))
-    for wanted in rows:
-        row = wanted["row"]
-        config = {name: row.get(name, text) for name, text in wanted["params"].items()} | wanted["tags"]
-        tracker.init(project=ledger.stem, name=wanted["name"], group=wanted["tags"]["shape"], config=config)
+    for shown in rows:
+        row = shown.row
+        config = {name: row.get(name, text) for name, text in shown.params.items()} | shown.tags
+        tracker.init(project=ledger.stem, name=shown.name, group=shown.tags["shape"], config=config)
         for examples, _, values in curve(row, runs / row["trunk_id"] / "metrics.jsonl"):
             tracker.log(values, step=examples)
-        tracker.log(wanted["metrics"], step=row["num_examples"])
+        tracker.log(shown.metrics, step=row["num_examples"])
         tracker.finish()
     return len(rows)
 

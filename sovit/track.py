@@ -9,6 +9,9 @@ One experiment a study, one flat run a row of its ledger: a shape at a budget wi
                   an image seen; the training FLOPs, and their log10, stand at the same steps, for the x-axis
     tags          where the row comes from; `shape` and `budget` to group and to filter by
 
+To compare runs in MLflow, select them on the experiment's page and press Compare: it opens parallel coordinates, scatter
+plots and a table of differences.
+
 The store can be deleted: it is made again. A second fill adds only what is new, and the next fill completes one that was
 killed. A row that changed (a failed run that was tried again) gets a new run; a row that left the ledger loses its own.
 """
@@ -26,6 +29,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -35,15 +40,15 @@ from sovit import UserError
 from sovit.ledger import designed_ledger, is_number, locked, read_exclusions, read_ledger
 from sovit.measurements import levels
 from sovit.run import Recipe
-from sovit.shape import DIMENSIONS, Shape
+from sovit.shape import Shape
+from sovit.status import row_label
 
 LEDGER = "sovit.ledger"  # tag of an experiment: the ledger that it shows, as seen from the store's folder, so that a
 # repository may be moved as a whole
-LAYOUT = 1  # of what is written for a row; another number makes the next fill look at every run again
+LAYOUT = 2  # of what is written for a row; another number makes the next fill write every run again
 RUN_ID, FILLED = "run_id", "sovit.filled"  # tags: the row that a run shows; what it was filled from, written last
 STATED = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")  # the rest of a shape only where
 # it is not the default
-SHAPE_AND_RECIPE = (*(f.name for f in dataclasses.fields(Shape)), *(f.name for f in dataclasses.fields(Recipe)))
 BASE = ("base", "trained", "base_image_size", "base_patch_size", "base_examples")  # of a fine-tuning
 # of a vision-language model; what its stages train stands in params of their own, under the names that overrides have
 READER = (
@@ -51,8 +56,10 @@ READER = (
     *("num_image_tokens", "final_lr", "lora_rank", "lora_alpha", "num_val", "encoder_width", "encoder_depth"),
 )
 STAGES = "stages."
-CHOSEN = (*dict.fromkeys((*SHAPE_AND_RECIPE, *READER)),)
-PARAMS = (*CHOSEN, "init_seed", "data_seed", "data", "preset", "num_classes", "objective", *BASE)
+PARAMS = (
+    *dict.fromkeys((*(f.name for kind in (Shape, Recipe) for f in dataclasses.fields(kind)), *READER)),
+    *("init_seed", "data_seed", "data", "preset", "num_classes", "objective", *BASE),
+)
 GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its like are final, their parts are skills
     "final": ("zero_line", "shuffled_loss", "shuffled_error"),
     "skill": (),
@@ -60,34 +67,19 @@ GROUPS = {  # of metrics, in the order that MLflow offers them; val_loss and its
     "size": ("num_params", "trained_params", "stored_bytes", "head_params", "num_heads", "forward_flops", "head_flops"),
     "parts": ("vision_params", "projector_params", "language_model_params"),
     "compute": (
-        *(
-            "compute",
-            "train_flops",
-            "spent_flops",
-            "base_train_flops",
-            "num_examples",
-            "trunk_examples",
-            "cooldown_examples",
-        ),
-        *("seconds", "spent_seconds"),
+        *("compute", "train_flops", "spent_flops", "base_train_flops", "num_examples", "trunk_examples"),
+        *("cooldown_examples", "seconds", "spent_seconds"),
     ),
 }
 GROUP_OF = {column: group for group, columns in GROUPS.items() for column in columns}
 CURVE = LOSS, FLOPS, LOG_FLOPS = ("train/loss", "compute/train_flops", "compute/log10_train_flops")
-PRIMARY = "final/val_loss"
-LAW = "shape, compute and loss"  # the section of charts that a saved view opens with
 EXPLAINED = """One run is one row of the ledger {ledger}: a shape trained up to one budget with one seed. `train/loss` is
 its own curve, cooldown included, over images seen; `compute/train_flops` and its log10 stand at the same steps, for the
-x-axis. Group by the tag `shape` or `budget` to average seeds; `tags.budget = "1e12"` keeps one budget. MLflow shows 100
-runs until more are loaded."""
+x-axis. Group by the tag `shape` or `budget` to average seeds; `tags.budget = "1e12"` keeps one budget. Select runs and
+press Compare for parallel coordinates. MLflow shows 100 runs until more are loaded."""
 
 
-def fill(
-    study: str,
-    results: Path = Path("results"),
-    runs: Path = Path("runs"),
-    store: Path | None = None,
-) -> dict:
+def fill(study: str, results: Path = Path("results"), runs: Path = Path("runs"), store: Path | None = None) -> dict:
     """Make the store agree with a study's ledger. Returns what was done, as plain data.
 
     `study`: a name, whose ledger is RESULTS/<name>.jsonl, or else the one that RUNS/<name>.design.json names; or the
@@ -106,29 +98,24 @@ def fill(
     done = dict.fromkeys(("runs_added", "runs_updated", "runs_removed", "points_added"), 0)
     with locked(beside(store, ".lock")):
         client = open_store(store)
-        described = describe(name, rows, reasons)
-        experiment = _experiment(client, name, ledger, store, views(described))
+        experiment = _experiment(client, name, ledger, store)
         present = _runs(client, experiment)
-        for i, wanted in enumerate(described):
-            metrics_file = runs / wanted["row"]["trunk_id"] / "metrics.jsonl"
-            mark = _mark(wanted, metrics_file)
-            run = present.pop(wanted["row"]["run_id"], None)
+        for i, shown in enumerate(describe(name, rows, reasons), 1):
+            along = curve(shown.row, runs / shown.row["trunk_id"] / "metrics.jsonl")
+            run, mark = present.pop(shown.row["run_id"], None), _mark(shown, along)
             if run and run.data.tags[FILLED] == mark:
                 continue
-            if run and _contradicts(run, wanted):
+            if run:  # what MLflow holds of a run cannot be changed: it is made anew
                 client.delete_run(run.info.run_id)
-                run, done["runs_removed"] = None, done["runs_removed"] + 1
             done["runs_updated" if run else "runs_added"] += 1
-            done["points_added"] += _write(client, experiment, run, wanted, curve(wanted["row"], metrics_file), mark)
-            _progress(f"{i + 1}/{len(rows)} runs")
+            done["points_added"] += _write(client, experiment, shown, along, mark)
+            _progress(f"{i}/{len(rows)} runs")
         _progress("")
         for run in present.values():
             client.delete_run(run.info.run_id)
-            done["runs_removed"] += 1
-    return {
-        **dict(study=name, ledger=str(ledger), store=str(store), experiment_id=experiment, rows=len(rows)),
-        **dict(**done, seconds=round(time.monotonic() - started, 2)),
-    }
+        done["runs_removed"] = len(present)
+    place = dict(study=name, ledger=str(ledger), store=str(store), experiment_id=experiment, rows=len(rows))
+    return place | done | dict(seconds=round(time.monotonic() - started, 2))
 
 
 def fill_text(done: dict) -> str:
@@ -169,40 +156,50 @@ def beside(store: Path, suffix: str) -> Path:
 # a row as MLflow shows it ---------------------------------------------------------------------------------------------
 
 
-def describe(study: str, rows: list[dict], reasons: dict[str, str]) -> list[dict]:
-    """Each row as {name, row, params, metrics, tags}: params and tags are text, metrics finite numbers.
+@dataclass(frozen=True)
+class ShownRow:
+    """A row of a ledger as a run: params and tags are text, metrics finite numbers."""
+
+    name: str
+    row: dict
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+
+
+def describe(study: str, rows: Sequence[dict], reasons: dict[str, str]) -> list[ShownRow]:
+    """Show each row as a run. reasons: run_id -> why the row is excluded.
 
     A column that is not known here becomes a metric where it holds a number, in the group of its own name where it has
     one (probe/error) and else in other/; anything else becomes a tag. A missing value (null) is left out.
     """
     said = {column for row in rows for column in row}
     defaults = {f.name: f.default for f in dataclasses.fields(Shape) if f.name in said - set(STATED)}
-    budgets = _budgets(rows)
-    found = []
-    for row, budget in zip(rows, budgets):
-        vlm = row.get("kind") == "vlm"
-        failed = row["status"] != "ok"
-        params: dict = {column: None for column in PARAMS}  # which gives them their order
-        metrics: dict = {}
-        tags: dict = {"status": row["status"], "shape": _shape_label(row), "budget": budget, "study": study}
-        tags |= {column: row.get(column) for column in ("data", "preset")}  # params too: to filter by one or the other
-        tags["excluded"] = reasons.get(row["run_id"])
-        tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}" if failed else None
-        tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
-        for column, value in (row if vlm else defaults | row).items():
-            if column in PARAMS or column.startswith(STAGES):
-                params[column] = value
-            elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
-                metrics[_free(_grouped(column), metrics)] = float(value)
-            elif not is_number(value) and column not in tags:
-                tags[_free(column, tags)] = value
-        upto = budget or f"{int(row['num_examples'])} images"
-        how = f" {row['trained']} {row.get('image_size')} px" if row.get("base") else ""
-        name = f"{tags['shape']}{how} @{upto} s{row.get('init_seed', 0)}"
-        order = [*GROUPS, *sorted({metric.partition("/")[0] for metric in metrics} - set(GROUPS))]
-        metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
-        found.append(dict(name=name, row=row, params=_texts(params), metrics=metrics, tags=_texts(tags)))
-    return _told_apart(found)
+    return _told_apart([_shown(study, row, defaults, b, reasons) for row, b in zip(rows, _budgets(rows))])
+
+
+def _shown(study: str, row: dict, defaults: dict, budget: str | None, reasons: dict[str, str]) -> ShownRow:
+    params: dict = {column: None for column in PARAMS}  # which gives them their order
+    metrics: dict[str, float] = {}
+    tags: dict = {"status": row["status"], "shape": row_label(row), "budget": budget, "study": study}
+    tags |= {column: row.get(column) for column in ("data", "preset")}  # params too: to filter by one or the other
+    tags["excluded"] = reasons.get(row["run_id"])
+    if row["status"] != "ok":
+        tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}"
+    tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
+    for column, value in (row if row.get("kind") == "vlm" else defaults | row).items():
+        if column in PARAMS or column.startswith(STAGES):
+            params[column] = value
+        elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
+            metrics[_free(_grouped(column), metrics)] = float(value)
+        elif not is_number(value) and column not in tags:
+            tags[_free(column, tags)] = value
+    how = f" {row['trained']} {row.get('image_size')} px" if row.get("base") else ""
+    upto = budget or f"{int(row['num_examples'])} images"
+    name = f"{tags['shape']}{how} @{upto} s{row.get('init_seed', 0)}"
+    order = [*GROUPS, *sorted({metric.partition("/")[0] for metric in metrics} - set(GROUPS))]
+    metrics = dict(sorted(metrics.items(), key=lambda item: order.index(item[0].partition("/")[0])))
+    return ShownRow(name, row, _texts(params), metrics, _texts(tags))
 
 
 def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:
@@ -253,13 +250,7 @@ def _number(row: dict, column: str) -> float | None:
     return row[column] if is_number(row.get(column)) else None
 
 
-def _shape_label(row: dict) -> str:
-    if row.get("kind") == "vlm":
-        return f"{row.get('encoder')} {row.get('language_model')}"
-    return "x".join(str(row.get(dimension, "?")) for dimension in ("width", "depth", "mlp_dim"))
-
-
-def _budgets(rows: list[dict]) -> list[str | None]:
+def _budgets(rows: Sequence[dict]) -> list[str | None]:
     """The training FLOPs of each row to two digits, the same for rows that whole batches alone keep apart: 3.2e11."""
     known = [row for row in rows if (_number(row, "train_flops") or 0) > 0]
     if not known:
@@ -274,92 +265,19 @@ def _short(number: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _told_apart(found: list[dict]) -> list[dict]:
-    """Names that several rows have say in what else these rows differ."""
-    by_name: dict[str, list[dict]] = {}
-    for wanted in found:
-        by_name.setdefault(wanted["name"], []).append(wanted)
-    for name, group in by_name.items():
-        differing = varying(group) if len(group) > 1 else []
-        for wanted in group:
-            wanted["name"] = " ".join([name, *(f"{p} {wanted['params'].get(p, '-')}" for p in differing)])
-    return found
-
-
-def varying(described: list[dict]) -> list[str]:
-    """The params that are not the same in all rows."""
-    stages = sorted({p for wanted in described for p in wanted["params"] if p.startswith(STAGES)})
-    return [p for p in (*PARAMS, *stages) if len({wanted["params"].get(p) for wanted in described}) > 1]
-
-
-# the charts that the UI opens with -------------------------------------------------------------------------------------
-
-
-def views(described: list[dict]) -> dict[str, dict]:
-    """Saved views of MLflow's runs page, key -> {name, state}: every budget, and the largest alone, where valleys show."""
-    chosen = _axes(described)
-    flops = {wanted["tags"].get("budget"): _number(wanted["row"], "train_flops") or 0 for wanted in described}
-    largest = max(flops, key=lambda budget: flops[budget])
-    found = {"sovit": dict(name="every budget", state=_view_state(chosen, [LOG_FLOPS, PRIMARY], ""))}
-    if largest and len(flops) > 1:
-        only = f'tags.budget = "{largest}"'
-        found["sovit-largest"] = dict(name=f"{largest} training FLOPs", state=_view_state(chosen, [PRIMARY], only))
-    return found
-
-
-def _axes(described: list[dict]) -> list[str]:
-    """The dimensions that vary, and of the rest of shape and recipe what does not follow from these."""
-
-    def num_points(params: list[str]) -> int:
-        return len({tuple(wanted["params"].get(p) for p in params) for wanted in described})
-
-    varied = [p for p in varying(described) if p in CHOSEN or p.startswith(STAGES)]
-    axes = [p for p in varied if p in DIMENSIONS]
-    for param in varied:
-        if num_points([*axes, param]) > num_points(axes):
-            axes.append(param)
-    return axes
-
-
-def _view_state(chosen: list[str], metrics: list[str], search: str) -> dict:
-    """MLflow's own JSON of a view: charts of the law first, then a section a group of metrics."""
-
-    def axis(kind: str, key: str) -> dict:
-        return {"type": kind, "key": key}
-
-    def scatter(x: dict) -> dict:
-        return {"type": "SCATTER", "xaxis": x, "yaxis": axis("METRIC", PRIMARY)}
-
-    charts: list[dict] = [
-        {"type": "PARALLEL", "selectedParams": chosen[:6], "selectedMetrics": metrics, "showAllRuns": True},
-        {
-            **{"type": "LINE", "metricKey": LOSS, "selectedMetricKeys": [LOSS], "yAxisKey": "metric", "range": {}},
-            **{"useGlobalXaxisKey": False, "xAxisKey": "metric", "selectedXAxisMetricKey": LOG_FLOPS},
-            # smoothing, which MLflow does by itself, would hide where a cooldown begins
-            **{"useGlobalLineSmoothing": False, "lineSmoothness": 0},
-        },
-        *(scatter(axis("METRIC", metric)) for metric in metrics if metric != PRIMARY),
-        *(scatter(axis("PARAM", param)) for param in chosen),
-    ]
-    fixed = {"metricSectionId": LAW, "deleted": False, "isGenerated": False}
-    sections = {LAW: True, "final": True, "train": True}
-    return {
-        "compareRunCharts": [{"uuid": f"sovit-{i}", **fixed, **chart} for i, chart in enumerate(charts)],
-        "compareRunSections": [
-            {"uuid": name, "name": name, "display": shown, "isReordered": True, "deleted": False, "isGenerated": False}
-            for name, shown in sections.items()
-        ],
-        "isAccordionReordered": True,
-        "runsHiddenMode": "SHOW_ALL",
-        "selectedColumns": [
-            *(f"params.`{p}`" for p in chosen),
-            *(f"metrics.`{m}`" for m in (FLOPS, PRIMARY, "final/val_error")),
-            "tags.`status`",
-        ],
-        "searchFilter": search,
-        "orderByKey": f"metrics.`{PRIMARY}`",
-        "orderByAsc": True,
+def _told_apart(found: list[ShownRow]) -> list[ShownRow]:
+    """Names that several rows have say in which params these rows differ."""
+    by_name: dict[str, list[ShownRow]] = {}
+    for shown in found:
+        by_name.setdefault(shown.name, []).append(shown)
+    names = [*PARAMS, *sorted({p for shown in found for p in shown.params if p.startswith(STAGES)})]
+    differing = {
+        name: [p for p in names if len({shown.params.get(p) for shown in group}) > 1] for name, group in by_name.items()
     }
+    return [
+        dataclasses.replace(s, name=" ".join([s.name, *(f"{p} {s.params.get(p, '-')}" for p in differing[s.name])]))
+        for s in found
+    ]
 
 
 # the store ------------------------------------------------------------------------------------------------------------
@@ -373,56 +291,44 @@ def open_store(store: Path):
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with open(store, "rb") as file:  # what is no database at all, MLflow would try for minutes to open
-            if file.read(16) not in (b"", b"SQLite format 3\0"):
-                raise OSError("not an SQLite file")
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise _no_store(store, error) from None
-    try:
+        if store.exists():
+            with open(store, "rb") as file:  # what is no database at all, MLflow would try for minutes to open
+                if file.read(16) not in (b"", b"SQLite format 3\0"):
+                    raise OSError("not an SQLite file")
         client = MlflowClient(store_uri(store))
         client.search_experiments(max_results=1)
     except Exception as error:  # SQLAlchemy, sqlite3 and MLflow raise many kinds
-        raise _no_store(store, error) from None
+        raise UserError(
+            f"{store} cannot be used as a store ({str(error).splitlines()[0]}); give another store, or delete it: it is"
+            " made again from the ledger"
+        ) from None
     return client
-
-
-def _no_store(store: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{store} cannot be used as a store ({str(error).splitlines()[0]}); give another --store, or delete it: it is made"
-        " again from the ledger"
-    )
 
 
 def store_uri(store: Path) -> str:
     return f"sqlite:///{store.resolve()}"
 
 
-def _experiment(client, name: str, ledger: Path, store: Path, saved_views: dict[str, dict]) -> str:
+def _experiment(client, name: str, ledger: Path, store: Path) -> str:
     experiment = client.get_experiment_by_name(name)
     folder, own = store.resolve().parent, ledger.resolve()
     theirs = Path(os.path.normpath(folder / experiment.tags.get(LEDGER, own))) if experiment else own
     if theirs != own:
         raise UserError(
-            f"{store} shows {theirs} under the name {name!r}, and would lose its runs to {own}; give another --store, or"
+            f"{store} shows {theirs} under the name {name!r}, and would lose its runs to {own}; give another store, or"
             f" delete {store} if that ledger has moved: it is made again from the ledgers"
         )
     if experiment is None:
-        artifacts = store.parent.resolve() / "mlartifacts" / name
+        artifacts = folder / "mlartifacts" / name
         experiment = client.get_experiment(client.create_experiment(name, artifact_location=artifacts.as_uri()))
     elif experiment.lifecycle_stage != "active":
         client.restore_experiment(experiment.experiment_id)
     note = "\n\n".join(filter(None, [_question(name), EXPLAINED.format(ledger=ledger)]))
     tags = {LEDGER: os.path.relpath(own, folder)}
     tags |= {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
-    tags = {key: value for key, value in tags.items() if key not in experiment.tags}  # a user may have rewritten them
-    for key, view in saved_views.items():
-        key, state = f"mlflow.sharedViewState.{key}", json.dumps(view["state"])
-        if json.loads(experiment.tags.get(key, "{}")).get("state") != state:
-            tags[key] = json.dumps({"name": view["name"], "createdAt": int(1000 * time.time()), "state": state})
     for key, value in tags.items():
-        client.set_experiment_tag(experiment.experiment_id, key, value)
+        if key not in experiment.tags:  # a user may have rewritten it
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return experiment.experiment_id
 
 
@@ -445,49 +351,30 @@ def _runs(client, experiment: str) -> dict:
             return found
 
 
-def _mark(wanted: dict, metrics_file: Path) -> str:
+def _mark(shown: ShownRow, along: list[tuple]) -> str:
     """Changes when anything that a run is filled from does."""
-    stat = metrics_file.stat() if metrics_file.exists() else None
-    source = [LAYOUT, wanted, stat and [stat.st_size, stat.st_mtime_ns]]
+    source = [LAYOUT, dataclasses.asdict(shown), along]
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _contradicts(run, wanted: dict) -> bool:
-    """A param that is written cannot be changed, a metric only by a second point: such a run is made anew."""
-    data = run.data
-    return (
-        any(data.params.get(k, v) != v for k, v in wanted["params"].items())
-        or any(data.metrics.get(k, v) != v for k, v in wanted["metrics"].items())
-        or any(data.tags.get(k) != wanted["tags"].get(k) for k in ("status", "excluded") if "status" in data.tags)
-    )
-
-
-def _write(client, experiment: str, run, wanted: dict, along: list[tuple], mark: str) -> int:
-    """Write what a run lacks, its mark last; return the number of points. `run`: None for a row that has none."""
+def _write(client, experiment: str, shown: ShownRow, along: list[tuple], mark: str) -> int:
+    """Write a row as a new run, its mark last; return the number of points."""
     from mlflow.entities import Metric, Param, RunTag
 
-    row = wanted["row"]
+    row = shown.row
     end = _milliseconds(row.get("date"))
     start = end - int(1000 * (_number(row, "seconds") or 0))
-    have = set()
-    if run is None:
-        first = {RUN_ID: row["run_id"], FILLED: "not yet"}
-        run = client.create_run(experiment, start_time=start, tags=first, run_name=wanted["name"])
-    else:
-        have = {(m.key, m.step) for key in CURVE for m in client.get_metric_history(run.info.run_id, key)}
-    tags = {"mlflow.runName": wanted["name"], **wanted["tags"]}
-    points = [Metric(k, v, end, 0) for k, v in wanted["metrics"].items() if k not in run.data.metrics]
+    tags = {RUN_ID: row["run_id"], FILLED: "not yet"}
+    run_id = client.create_run(experiment, start_time=start, tags=tags, run_name=shown.name).info.run_id
+    points = [Metric(key, value, end, 0) for key, value in shown.metrics.items()]
     for examples, seconds, values in along:
         at = end if seconds is None else start + int(1000 * seconds)
-        points += [Metric(k, v, at, examples) for k, v in values.items() if (k, examples) not in have]
-    client.log_batch(  # which sends no more than MLflow takes at once, 1000 points or 100 params
-        run.info.run_id,
-        points,
-        [Param(k, v) for k, v in wanted["params"].items() if k not in run.data.params],
-        [RunTag(k, v) for k, v in tags.items() if run.data.tags.get(k) != v],
-    )
-    client.set_terminated(run.info.run_id, "FINISHED" if row["status"] == "ok" else "FAILED", end_time=end)
-    client.set_tag(run.info.run_id, FILLED, mark)
+        points += [Metric(key, value, at, examples) for key, value in values.items()]
+    params = [Param(key, value) for key, value in shown.params.items()]
+    # which sends no more than MLflow takes at once, 1000 points or 100 params
+    client.log_batch(run_id, points, params, [RunTag(key, value) for key, value in shown.tags.items()])
+    client.set_terminated(run_id, "FINISHED" if row["status"] == "ok" else "FAILED", end_time=end)
+    client.set_tag(run_id, FILLED, mark)
     return len(points)
 
 

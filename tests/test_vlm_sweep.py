@@ -276,18 +276,18 @@ def test_status_of_a_model_in_training(tmp_path):
 
 
 def test_tracking_shows_parts_stages_and_controls(swept):
-    shown = {w["row"]["trunk_id"]: w for w in describe("s", list(swept.rows.values()), {})}
+    shown = {w.row["trunk_id"]: w for w in describe("s", list(swept.rows.values()), {})}
     good, encoder = shown[GOOD.trunk_id], shown[ENCODER.trunk_id]
-    params = good["params"]
+    params = good.params
     assert params["encoder"] == EYE and params["language_model"] == "random:1x32" and params["layer"] == "-1"
     assert params["stages.0.projector.peak_lr"] == "0.01" and params["stages.1.language_model.mode"] == "full"
-    assert "stages.0.language_model.mode" not in params and "width" not in params and "encoder" not in encoder["params"]
+    assert "stages.0.language_model.mode" not in params and "width" not in params and "encoder" not in encoder.params
     row = swept.rows[GOOD.trunk_id]
     for metric in ("val_loss", "val_error", "shuffled_error", "val_unparsed"):
-        assert good["metrics"].get(f"final/{metric}") == row[metric]
-    assert good["metrics"]["skill/val_error/colours_row"] == row["val_error/colours_row"]
-    assert good["metrics"]["skill/shuffled_error/colours_row"] == row["shuffled_error/colours_row"]
-    assert good["tags"]["kind"] == "vlm" and good["tags"]["control"] == "none"
+        assert good.metrics.get(f"final/{metric}") == row[metric]
+    assert good.metrics["skill/val_error/colours_row"] == row["val_error/colours_row"]
+    assert good.metrics["skill/shuffled_error/colours_row"] == row["shuffled_error/colours_row"]
+    assert good.tags["kind"] == "vlm" and good.tags["control"] == "none"
     points = curve(row, swept.folder / "runs" / GOOD.trunk_id / "metrics.jsonl")
     assert [examples for examples, _, _ in points] == [50, 100, 150, 200]
     assert points[-1][2]["compute/train_flops"] == row["train_flops"] and "train/loss" in points[0][2]
