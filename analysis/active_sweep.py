@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from sovit import UserError, contest
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 
 SEEDS = {
     "next_run": 12,
@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
-        "--out", type=Path, default=None, help="default results/active_sweep.jsonl (or active_scalebench)"
+        "--out", type=Path, default=None, help=f"default {OUTPUTS}/active_sweep.jsonl (or active_scalebench)"
     )
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="episodes of other strategies")
     parser.add_argument("--scalebench", type=Path, help="the folder benchmark/dataset of PlanarG/active-sl")
     options = parser.parse_args(argv)
     public = options.scalebench is not None
-    out = options.out or Path("results/active_scalebench.jsonl" if public else "results/active_sweep.jsonl")
+    out = options.out or OUTPUTS / ("active_scalebench.jsonl" if public else "active_sweep.jsonl")
     try:
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} is too few; give 1 or more")

@@ -20,13 +20,14 @@ import sys
 from pathlib import Path
 
 from sovit import UserError, coverage
+from sovit.ledger import OUTPUTS
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each (default 1)")
     parser.add_argument("--quick", action="store_true", help="20 sets a condition")
-    parser.add_argument("--out", type=Path, default=Path("results/coverage.jsonl"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "coverage.jsonl")
     parser.add_argument("--json", action="store_true", help="print the lines as one JSON list")
     options = parser.parse_args(argv)
     conditions = coverage.CONDITIONS

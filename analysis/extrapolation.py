@@ -24,7 +24,7 @@ import numpy as np
 
 from sovit import UserError, law, public
 from sovit.law import LAWS
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.measurements import measurements
 from sovit.report import FORMS, FORMS_WITHOUT_LINE, choose_headline
 
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
     parser.add_argument("--public", type=Path, metavar="FOLDER", help="published sweeps, see sovit.public")
     parser.add_argument("--json", action="store_true", help="print what is written instead of tables")
-    parser.add_argument("--out", type=Path, default=Path("results/extrapolation.json"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "extrapolation.json")
     options = parser.parse_args(argv)
 
     def say(line: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit import UserError
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.pareto import read_profiles
 from sovit.savings import PAPER, closed_forms, savings, savings_text
 from sovit.shape import VARIANTS, Shape
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path, nargs="?", default=Path("results/finetune_cost.jsonl"), metavar="ROWS.jsonl")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/finetune_cost"), help="(default results/finetune_cost)"
+        "--out", type=Path, default=OUTPUTS / "finetune_cost", help=f"(default {OUTPUTS}/finetune_cost)"
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.flexi_cost import sizes_text, summarise_sizes
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 
 NAME = "flexivit"
 
@@ -25,7 +25,7 @@ NAME = "flexivit"
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ledgers", type=Path, nargs="*", default=[Path(f"results/{NAME}.jsonl")], metavar="LEDGER")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default results)")
+    parser.add_argument("--out", type=Path, default=OUTPUTS, help=f"folder (default {OUTPUTS})")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     options = parser.parse_args(argv)
     try:

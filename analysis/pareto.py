@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.law import read_law
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.pareto import pareto, read_profiles
 
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("law", type=Path, metavar="LAW.json")
     parser.add_argument("profiles", type=Path, metavar="PROFILES.jsonl")
     parser.add_argument("--train-flops", type=float, metavar="X", help="default: the largest budget that was run")
-    parser.add_argument("--out", type=Path, default=Path("results/hardware"), help="folder (default results/hardware)")
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "hardware", help=f"folder (default {OUTPUTS}/hardware)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(argv)
     try:

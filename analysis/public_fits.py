@@ -25,7 +25,7 @@ from sovit import UserError, law, public
 from sovit.fitter import Groups, loss_of, polish, solve
 from sovit.forms import nnls
 from sovit.law import LAWS
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 
 HUBER_DELTA = 1e-3  # of the Gemstones authors, on log loss
 # file, terms, the authors' exponents, their E, as their repository prints them
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--json", action="store_true", help="print what is written instead of tables")
-    parser.add_argument("--out", type=Path, default=Path("results/public_fits.json"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "public_fits.json")
     options = parser.parse_args(argv)
     try:
         found = public_fits(options.folder, say=lambda line: print(line, file=sys.stderr, flush=True))

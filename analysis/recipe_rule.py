@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.measurements import levels, measurements
 from sovit.run import learning_rate
 from sovit.shape import Shape
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
     parser.add_argument("--metric", default="val_loss")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default results)")
+    parser.add_argument("--out", type=Path, default=OUTPUTS, help=f"folder (default {OUTPUTS})")
     options = parser.parse_args(argv)
     try:
         rule = recipe_rule(options.ledgers, options.metric)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit import UserError
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.transfer_report import report_text, summarise
 
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--train-flops", type=float, nargs="*", default=(), metavar="X", help="budgets to split")
     parser.add_argument("--bootstrap", type=int, default=400, help="draws of each law (default 400)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default results)")
+    parser.add_argument("--out", type=Path, default=OUTPUTS, help=f"folder (default {OUTPUTS})")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     options = parser.parse_args(argv)
     name = options.ledgers[0].stem

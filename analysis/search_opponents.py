@@ -33,7 +33,7 @@ import numpy as np
 
 from sovit import UserError, planted
 from sovit.contest import LARGEST, NOISE_SD, STAR_COST, TARGETS, TRUTHS, VALUES, World
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.search import black_box
 
 TOTALS = (0.03, 0.12, 0.28, 1.0, 3.0, 10.0, 30.0)  # stars
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=20, help="episodes of a truth and strategy (default 20)")
     parser.add_argument("--gp-seeds", type=int, default=3, help="of the Gaussian process, which is slow (default 3)")
-    parser.add_argument("--out", type=Path, default=Path("results/search_opponents.jsonl"))
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "search_opponents.jsonl")
     options = parser.parse_args(argv)
     try:
         if min(options.workers, options.seeds) < 1 or options.gp_seeds < 0:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit import UserError
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.vlm_report import report_text, summarise
 
 NAME = "vlm_transfer"
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ledgers", type=Path, nargs="*", default=[Path(f"results/{NAME}.jsonl")], metavar="LEDGER")
     parser.add_argument("--family", default="marks", help="of questions, whose loss decides (default marks)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder (default results)")
+    parser.add_argument("--out", type=Path, default=OUTPUTS, help=f"folder (default {OUTPUTS})")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     options = parser.parse_args(argv)
     name = options.ledgers[0].stem

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from sovit import UserError, __version__, cli_vlm
+from sovit.ledger import OUTPUTS, PUBLISHED
 
+FOUND = f"where the ledger is kept (default: as launched, else {OUTPUTS}, else {PUBLISHED})"
 RULES = {  # of `sovit predict`: the fields of sovit.integers.Rules
     "head_dim": "head dim; width is a multiple of it (default: as run)",
     "width_multiple": "width a multiple of N as well, such as 128",
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="JSON lines, or CSV with the same columns")
     p.add_argument("--metric", default="val_loss")
     p.add_argument("--form", help="a law form (default: chosen by extrapolation, and said)")
-    p.add_argument("--out", type=Path, help="folder (default: the ledger's name with _law)")
+    p.add_argument("--out", type=Path, help=f"folder (default: {OUTPUTS}/<ledger's name>_law)")
     p.add_argument("--bootstrap", type=int, default=1000, help="draws of each interval (default 1000)")
     p.add_argument(
         "--coverage", type=int, default=0, metavar="N", help="simulate N data sets: how often would the intervals hold?"
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("report", help="the law of ledgers as one HTML file, figures and tables in it")
     p.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER", help="JSON lines, or CSV with the same columns")
-    p.add_argument("--out", type=Path, metavar="FILE.html", help="default: the ledger's name with _report.html")
+    p.add_argument("--out", type=Path, metavar="FILE.html", help=f"default: {OUTPUTS}/<ledger's name>_report.html")
     p.add_argument("--metric", default="val_loss")
     p.add_argument("--form", help="a law form (default: the fitted law's, or chosen by extrapolation)")
     p.add_argument("--law", type=Path, metavar="DIR", help="a folder that sovit fit wrote of these rows")
@@ -106,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("status", help="what of a study is done, running, waiting, failed, and the best so far")
     p.add_argument("study", metavar="STUDY", help="its name, which its ledger and its store bear")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    p.add_argument("--results", type=Path, help="where the ledger is kept (default: as launched, else results)")
+    p.add_argument("--results", type=Path, help=FOUND)
     p.add_argument(
         "--watch", nargs="?", type=float, const=2.0, metavar="SECONDS", help="draw anew (every 2 s) while it runs"
     )
@@ -154,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-sizes", type=int, nargs="+", help="1 = latency (default 1 32; with --trained 2)")
     p.add_argument("--repeats", type=int, default=9, help="rounds in which all take turns (default 9)")
     p.add_argument(
-        "--out", type=Path, help="(default results/hardware.jsonl; with --trained results/finetune_cost.jsonl)"
+        "--out", type=Path, help=f"(default {OUTPUTS}/hardware.jsonl; with --trained {OUTPUTS}/finetune_cost.jsonl)"
     )
     p.add_argument("--again", action="store_true", help="measure what the file holds already, too")
     p.add_argument("--json", action="store_true")
@@ -169,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--data", required=True, metavar="SOURCE:PRESET", help="such as icons:single40 or hub:FOLDER")
     p.add_argument("--study", metavar="NAME", help="probe every branch of a study instead, into its ledger")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--results", type=Path, default=OUTPUTS, help=f"where the ledger is kept (default {OUTPUTS})")
     p.add_argument("--device", default="cpu")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_probe)
@@ -188,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--peak-lr", type=float, help="peak learning rate (default: the base's; of a part twice that)")
     p.add_argument("--batch-size", type=int, help="images a step (default: as the base)")
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    p.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)")
+    p.add_argument("--results", type=Path, default=OUTPUTS, help=f"where the ledger is kept (default {OUTPUTS})")
     p.add_argument("--name", default="finetune", help="name of the ledger (default finetune)")
     p.add_argument("--device", default="cpu")
     p.add_argument("--dry-run", action="store_true", help="say what it costs; train nothing")
@@ -217,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         p = commands.add_parser(name, help=what)
         p.add_argument("study", metavar="STUDY", help="a study's name, or the path of a ledger")
-        p.add_argument("--results", type=Path, default=Path("results"), help="where ledgers are kept (default results)")
+        p.add_argument("--results", type=Path, help=FOUND)
         p.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
         p.add_argument("--store", type=Path, help="the SQLite file, made again if deleted (default RUNS/mlflow.db)")
         if name == "track":
@@ -236,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--image-size", type=_pixels)
     p.add_argument("--patch-size", type=_pixels, default=4)
-    p.add_argument("--out", type=Path, help="PNG of the contact sheet (default SOURCE-PRESET.png)")
+    p.add_argument("--out", type=Path, help=f"PNG of the contact sheet (default {OUTPUTS}/SOURCE-PRESET.png)")
     p.set_defaults(run=_data)
 
     cli_vlm.add_commands(commands)
@@ -419,15 +421,21 @@ def _trade(options) -> None:
 
 
 def _rows_of(law: Path):
-    """The measurements that a law was fitted to, where its ledgers still stand beside its folder as it says; else None."""
+    """The measurements that a law was fitted to, where its ledgers stand as it says beside its folder or among the
+    published ones; else None."""
     from sovit.measurements import measurements
 
     try:
         made_of = json.loads((law.parent / "inputs.json").read_text())
-        data = measurements([law.parent.parent / name for name in made_of["ledgers"]], made_of["metric"])
+        names, metric = made_of["ledgers"], made_of["metric"]
+        for folder in (law.parent.parent, PUBLISHED):
+            if all((folder / name).is_file() for name in names):
+                data = measurements([folder / name for name in names], metric)
+                if data.identity == made_of:
+                    return data
     except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
-    return data if data.identity == made_of else None
+        pass
+    return None
 
 
 def _profile(options) -> None:
@@ -452,11 +460,11 @@ def _profile(options) -> None:
         on_progress=lambda line: print(f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr),
     )
     if options.trained is None:
-        out = options.out or Path("results/hardware.jsonl")
+        out = options.out or OUTPUTS / "hardware.jsonl"
         rows = profile(shapes, batch_sizes=options.batch_sizes or (1, 32), out=out, **common)
         text = profile_text(rows)
     else:
-        out, parts = options.out or Path("results/finetune_cost.jsonl"), [*options.trained]
+        out, parts = options.out or OUTPUTS / "finetune_cost.jsonl", [*options.trained]
         parts += ["full"] * ("full" not in parts)  # what the others are compared with
         rows = finetune_cost(shapes, trained=parts, batch_sizes=options.batch_sizes or (2,), out=out, **common)
         text = savings_text(savings(rows))
@@ -577,7 +585,7 @@ def _data(options) -> None:
 
         for line in getattr(source, "notes", list)():  # what a source has to say of itself
             print(line)
-        out = options.out or Path(f"{data}-{Path(preset).name}.png")
+        out = options.out or OUTPUTS / f"{data}-{Path(preset).name}.png"
         batch = source.train(0, 24)
         mean, std = NORMALISATION[data]
         images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]

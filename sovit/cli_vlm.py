@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sovit import UserError
+from sovit.ledger import OUTPUTS
 
 
 def add_commands(commands: Any) -> None:
@@ -118,7 +119,7 @@ def _add_train(actions: Any) -> None:
         help="any field of the run, such as stages.0.projector.peak_lr=0.002",
     )
     command.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    command.add_argument("--results", type=Path, default=Path("results"), help="where the ledger is kept")
+    command.add_argument("--results", type=Path, default=OUTPUTS, help=f"where the ledger is kept (default {OUTPUTS})")
     command.add_argument("--name", default="vlm", help="name of the ledger (default vlm)")
     command.add_argument("--device", default="cpu")
     command.add_argument("--json", action="store_true")

@@ -33,7 +33,7 @@ from sovit import UserError
 from sovit.data import Batch
 from sovit.finetune import freeze
 from sovit.hardware import DTYPES, conditions, peak_bytes, random_batch, save_rows, seconds_of, spread
-from sovit.ledger import provenance
+from sovit.ledger import OUTPUTS, provenance
 from sovit.loop import OutOfMemory, fit, is_out_of_memory
 from sovit.model import build, parameter_groups
 from sovit.pareto import read_profiles
@@ -55,7 +55,7 @@ def finetune_cost(
     batch_sizes: Sequence[int] = (2,),
     num_classes: int = 1000,
     repeats: int = 5,
-    out: Path = Path("results/finetune_cost.jsonl"),
+    out: Path = OUTPUTS / "finetune_cost.jsonl",
     again: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:

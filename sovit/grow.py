@@ -3,7 +3,7 @@
     exit_status = main(__doc__, Question("active_stream", pilot, VALUES, BUDGETS, recipe, ...), argv)
 
 The pilot and the rows decide everything: the picks of a round are a function (`active.choose`) of the rows of what was
-asked for before. `results/<name>_rounds.json` keeps each round with its predictions, written before its runs are
+asked for before. `<name>_rounds.json` beside the ledger keeps each round with its predictions, written before its runs are
 launched; without it the rounds are worked out again from the ledger. So a kill at any moment loses no measurement, repeats
 none and changes no pick.
 """

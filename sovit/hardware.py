@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from sovit import UserError
 from sovit.law import read_law
-from sovit.ledger import dump_row, locked, provenance, write_atomic
+from sovit.ledger import OUTPUTS, dump_row, locked, provenance, write_atomic
 from sovit.loop import is_out_of_memory
 from sovit.model import build, parameter_groups
 from sovit.pareto import read_profiles
@@ -57,7 +57,7 @@ def profile(
     batch_sizes: Sequence[int] = (1, 32),
     num_classes: int = 1000,
     repeats: int = 9,
-    out: Path = Path("results/hardware.jsonl"),
+    out: Path = OUTPUTS / "hardware.jsonl",
     again: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:

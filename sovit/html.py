@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from sovit import UserError
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.measurements import Measurements, measurements
 from sovit.report import INPUTS, fit_ledgers, law_folder
 
@@ -68,14 +68,18 @@ def write_page(
 ) -> str:
     """Write the report of `ledgers` as one HTML file and say in a line where it is and which law it shows.
 
-    The law in the ledger's `_law` folder is shown where it was made of these very rows, this metric and this form, else
-    one is fitted for the page alone: only `sovit fit` writes laws. `law` names a folder that must match. out: None = the
-    first ledger's name with _report.html. Raises UserError as `fit_ledgers` does, and for a `law` that does not match.
+    The law that `sovit fit` wrote, or the one in the `_law` folder beside the ledger, is shown where it was made of these
+    very rows, this metric and this form, else one is fitted for the page alone: only `sovit fit` writes laws. `law` names a
+    folder that must match. out: None = the first ledger's name with _report.html, in OUTPUTS. Raises UserError as
+    `fit_ledgers` does, and for a `law` that does not match.
     """
     data = measurements(ledgers, metric, skip_bad=skip_bad)
-    folder = Path(law) if law is not None else law_folder(data.paths)
-    path = Path(out) if out is not None else Path(data.paths[0]).with_name(f"{Path(data.paths[0]).stem}_report.html")
-    reason = mismatch(folder, data, form)
+    path = Path(out) if out is not None else OUTPUTS / f"{Path(data.paths[0]).stem}_report.html"
+    own = law_folder(data.paths)
+    folders = [Path(law)] if law is not None else [own, Path(data.paths[0]).with_name(own.name)]
+    reasons = {folder: mismatch(folder, data, form) for folder in folders}
+    folder = min(folders, key=lambda folder: reasons[folder] != "")  # the first that matches
+    reason = reasons[folder]
     if reason and law is not None:
         raise UserError(f"{reason}; renew it with sovit fit, or leave out --law")
     if not reason:

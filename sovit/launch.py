@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.kinds import AnyRun, num_images, on_base, vlm_runs
-from sovit.ledger import is_locked, locked, write_atomic
+from sovit.ledger import OUTPUTS, is_locked, locked, write_atomic
 from sovit.run import Run, keys, override
 from sovit.stop import stop_on_signal, this_command
 from sovit.sweep import MAX_ATTEMPTS, Sweep, is_waiting, open_storage, open_study, reconcile
@@ -257,9 +257,7 @@ def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--name", default=name, help="name of the study, its ledger and its store")
     parser.add_argument("--storage", help="Optuna storage (default: a journal file beside the runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
-    parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="where the ledger is kept (default results)"
-    )
+    parser.add_argument("--results", type=Path, default=OUTPUTS, help=f"where the ledger is kept (default {OUTPUTS})")
     parser.add_argument("--device", default="cpu")
     return parser
 

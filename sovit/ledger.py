@@ -1,8 +1,8 @@
 """Record files and ledgers: one flat JSON object a measurement, written atomically, merged without loss or repeat.
 
-A worker writes `runs/<trunk_id>/records/<run_id>.json`; `results/<study>.jsonl` is the sorted, idempotent merge of those
-files and the only thing that analyses read. A missing number is null, never 0. `results/exclusions.csv` (run_id, reason)
-is the only place where a row is left out.
+A worker writes `runs/<trunk_id>/records/<run_id>.json`; `<study>.jsonl` is the sorted, idempotent merge of those files and
+the only thing that analyses read. A missing number is null, never 0. `exclusions.csv` (run_id, reason) beside it is the only
+place where a row is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from pathlib import Path
 from sovit import UserError
 from sovit.run import Run
 from sovit.text import EMBED_DIM, pair_flops
+
+OUTPUTS = Path("runs/results")  # where commands write ledgers, laws and figures unless told otherwise; git ignores it
+PUBLISHED = Path("results")  # what this repository publishes: no command writes there unless it is told to
 
 SCHEMA = 1
 STATUSES = ("ok", "diverged", "failed")
@@ -217,6 +220,27 @@ def designed_ledger(design: dict) -> Path:
     """The ledger that runs/<study>.design.json names, from where that study was launched. Raises KeyError, TypeError."""
     folder, ledger = Path(design["folder"]), Path(design["ledger"])
     return ledger if folder == Path.cwd() else folder / ledger
+
+
+def study_ledger(study: str, results: Path | None = None, runs: Path = Path("runs")) -> Path:
+    """Find the ledger of a study, to be read.
+
+    Args:
+        study: its name, or the path of a ledger.
+        results: the folder of the ledger; None = as launched by RUNS/<study>.design.json, else OUTPUTS, else PUBLISHED.
+        runs: where trunks are kept.
+    Returns the path, of a file that may be absent.
+    """
+    if Path(study).suffix in (".jsonl", ".csv"):
+        return Path(study)
+    if results is not None:
+        return results / f"{study}.jsonl"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no design, or a damaged one
+        launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text()))
+        if launched.exists():
+            return launched
+    own, published = OUTPUTS / f"{study}.jsonl", PUBLISHED / f"{study}.jsonl"
+    return published if published.exists() and not own.exists() else own
 
 
 def record_path(runs_dir: Path | str, trunk_id: str, run_id: str) -> Path:

@@ -20,7 +20,7 @@ from sovit.diagnose import inside, optimum_of
 from sovit.frontier import frontier, ladder
 from sovit.implied import implied_compute
 from sovit.law import LAWS
-from sovit.ledger import write_atomic
+from sovit.ledger import OUTPUTS, write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
 from sovit.sensitivity import extrapolation_cuts, sensitivity
 from sovit.target import TOKENS
@@ -62,7 +62,7 @@ def fit_ledgers(
     inputs.json and figures.
 
     form         the headline law; None = the one that extrapolates best among those that rank whole shapes
-    out          folder of all this; None = `<stem of the first ledger>_law` beside it
+    out          folder of all this; None = `<stem of the first ledger>_law` in OUTPUTS
     bootstrap    draws of each interval, at least MIN_DRAWS; 0 = none
     coverage     data sets simulated from the headline law, to see how often its intervals hold it; 0 = none
     train_flops  budget of the recommendation; None = 3.16 x the largest budget run
@@ -156,7 +156,7 @@ def fit_ledgers(
 
 def law_folder(paths: Sequence[Path | str]) -> Path:
     """Where the law of these ledgers is kept unless another folder is named."""
-    return Path(paths[0]).with_name(Path(paths[0]).stem + "_law")
+    return OUTPUTS / f"{Path(paths[0]).stem}_law"
 
 
 def choose_headline(fits: dict, form: str | None) -> tuple[str, str]:

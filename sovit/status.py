@@ -25,7 +25,18 @@ from pathlib import Path
 from sovit import UserError
 from sovit.fewshot import lacks_probe
 from sovit.kinds import AnyRun, run_from_dict
-from sovit.ledger import ANSWERED, designed_ledger, is_locked, is_number, is_vlm, read_ledger, record_path
+from sovit.ledger import (
+    ANSWERED,
+    OUTPUTS,
+    PUBLISHED,
+    designed_ledger,
+    is_locked,
+    is_number,
+    is_vlm,
+    read_ledger,
+    record_path,
+    study_ledger,
+)
 from sovit.plan import clock
 from sovit.run import Run
 from sovit.tables import text_table
@@ -239,7 +250,7 @@ def _read_study(name: str, runs_dir: Path, results_dir: Path | None) -> _Study:
     design = _design(name, runs_dir, results_dir)
     rows = _ledger_rows(design.ledger)
     if not design.known and not design.runs and not rows:
-        raise UserError(_unknown(name, runs_dir, design.ledger.parent))
+        raise UserError(_unknown(name, runs_dir, [design.ledger.parent] if results_dir else [OUTPUTS, PUBLISHED]))
     for trunk, run in design.runs.items():
         for run_id in run.run_ids:
             row = _read_json(record_path(runs_dir, trunk, run_id))
@@ -253,7 +264,7 @@ def _read_study(name: str, runs_dir: Path, results_dir: Path | None) -> _Study:
 
 def _design(name: str, runs_dir: Path, results_dir: Path | None) -> Design:
     path = runs_dir / f"{name}.design.json"
-    ledger = Path(results_dir or "results") / f"{name}.jsonl"
+    ledger = study_ledger(name, results_dir, runs_dir)
     written = _read_json(path)
     if written is None and path.exists():
         raise UserError(f"{path} is damaged; delete it: the next launch writes it again")
@@ -291,12 +302,12 @@ def _ledger_rows(path: Path) -> dict[str, dict]:
     return {row["run_id"]: row for row in read_ledger(path)} if path.exists() and path.stat().st_size else {}
 
 
-def _unknown(name: str, runs_dir: Path, results_dir: Path) -> str:
-    known = {p.stem for p in results_dir.glob("*.jsonl")}
+def _unknown(name: str, runs_dir: Path, results_dirs: list[Path]) -> str:
+    known = {p.stem for folder in results_dirs for p in folder.glob("*.jsonl")}
     known |= {p.name.removesuffix(".design.json") for p in runs_dir.glob("*.design.json")}
     known |= {str(c["study"]) for c in map(_read_json, runs_dir.glob("*/config.json")) if c and c.get("study")}
     there = f"there are {', '.join(sorted(known))}" if known else "there is none; launch one first"
-    return f"no study {name!r} in {runs_dir} or {results_dir}; {there}"
+    return f"no study {name!r} in {' or '.join(map(str, [runs_dir, *results_dirs]))}; {there}"
 
 
 def _answered(row: dict | None) -> bool:

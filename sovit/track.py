@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger import designed_ledger, is_number, locked, read_exclusions, read_ledger
+from sovit.ledger import is_number, locked, read_exclusions, read_ledger, study_ledger
 from sovit.measurements import levels
 from sovit.run import Recipe
 from sovit.shape import Shape
@@ -79,15 +79,14 @@ x-axis. Group by the tag `shape` or `budget` to average seeds; `tags.budget = "1
 press Compare for parallel coordinates. MLflow shows 100 runs until more are loaded."""
 
 
-def fill(study: str, results: Path = Path("results"), runs: Path = Path("runs"), store: Path | None = None) -> dict:
+def fill(study: str, results: Path | None = None, runs: Path = Path("runs"), store: Path | None = None) -> dict:
     """Make the store agree with a study's ledger. Returns what was done, as plain data.
 
-    `study`: a name, whose ledger is RESULTS/<name>.jsonl, or else the one that RUNS/<name>.design.json names; or the
-    path of a ledger. Curves are read from RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db
-    unless said otherwise.
+    `study`: a name, whose ledger `ledger.study_ledger` finds, or the path of a ledger. Curves are read from
+    RUNS/<trunk_id>/metrics.jsonl where there is one. The store is RUNS/mlflow.db unless said otherwise.
     Raises UserError for a ledger or a store that cannot be read, and for a store that shows another ledger of that name.
     """
-    ledger = ledger_path(study, results, runs)
+    ledger = study_ledger(study, results, runs)
     rows, reasons = read_ledger(ledger), read_exclusions(ledger.parent / "exclusions.csv")
     for row in rows:
         if not is_number(row["num_examples"]) or row["num_examples"] < 1:
@@ -129,19 +128,6 @@ def fill_text(done: dict) -> str:
 def _progress(line: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def ledger_path(study: str, results: Path, runs: Path) -> Path:
-    """The ledger of a study, said by name or by path: where there is none in RESULTS, the one it was launched with."""
-    path = Path(study)
-    if path.suffix in (".jsonl", ".csv"):
-        return path
-    path = results / f"{study}.jsonl"
-    if not path.exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no design, or a damaged one
-            launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text()))
-            return launched if launched.exists() else path
-    return path
 
 
 def store_path(store: Path | None, runs: Path) -> Path:

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 from sovit import UserError
-from sovit.track import beside, fill, fill_text, ledger_path, store_path, store_uri
+from sovit.ledger import study_ledger
+from sovit.track import beside, fill, fill_text, store_path, store_uri
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def serve(study: str, results: Path, runs: Path, store: Path | None = None, port: int | None = None) -> int:
+def serve(study: str, results: Path | None, runs: Path, store: Path | None = None, port: int | None = None) -> int:
     """Fill the store, start the servers, say where they are, and refill as the ledger grows, until Ctrl-C or SIGTERM.
 
     Returns 0, or 1 where a server ended by itself. Raises UserError for bad input and for a port that cannot be had.
@@ -27,7 +28,7 @@ def serve(study: str, results: Path, runs: Path, store: Path | None = None, port
     if port is not None and not 0 < port < 65535:
         raise UserError(f"invalid port {port}; use 1 to 65534")
     port = _free_port(range(5000, 5100) if port is None else range(port, port + 1))
-    store, ledger = store_path(store, runs), ledger_path(study, results, runs)
+    store, ledger = store_path(store, runs), study_ledger(study, results, runs)
     seen = ledger.stat().st_mtime_ns if ledger.exists() else 0  # before the fill, which takes its time
     done = fill(study, results, runs, store)
     where = ["--backend-store-uri", store_uri(store), "--host", HOST, "--port", str(port), "--workers", "1"]

@@ -1,6 +1,6 @@
 """What does one trunk that serves several patch sizes cost against a trunk for each?
 
-    python studies/flexivit.py --workers 2          then  python analysis/flexivit.py results/flexivit.jsonl
+    python studies/flexivit.py --workers 2          then  python analysis/flexivit.py runs/results/flexivit.jsonl
 
 48 x 2 x 192 at 32 px (`stream:detail`), trained on patches of 8 px, on patches of 4 px, and on both, drawn by batch
 (FlexiViT, arXiv 2212.08013); three paired seeds, each cooled down at 12,000 and 24,000 images, patches of 8 px also at

@@ -1,7 +1,7 @@
 """Does a shape law hold on real drawings? A star on mosaics of human-drawn icons (40 classes, a label a patch).
 
     sovit assets fetch iconify          once: 104 MB, checked against its hash
-    python studies/icons_star.py --workers 2          then  sovit fit results/icons_star.jsonl
+    python studies/icons_star.py --workers 2          then  sovit fit runs/results/icons_star.jsonl
 
 Every shape's loss has one drop, when the patches of an icon are first put together; budgets before it bend any smooth
 law, so the budgets start where the small shapes are past it. They end at 1.8e12 because there the small shapes have seen

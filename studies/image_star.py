@@ -1,7 +1,7 @@
 """Which shape for my own images? A star on any classification set that Hugging Face `datasets` can open.
 
     python studies/image_star.py preset=path/to/folder --name my_images --workers 2
-    sovit fit results/my_images.jsonl
+    sovit fit runs/results/my_images.jsonl
 
 `preset` is a folder with one sub-folder of images a class, parquet files, or a hub name such as uoft-cs/cifar10. Images
 are decoded once, at `shape.image_size` pixels. The recipe is the stream's: check the learning rate first, by running

@@ -2,7 +2,7 @@
 
     python studies/imagenet_star.py --dry-run          shapes, FLOPs and GPU-hours; needs neither the images nor a GPU
     hf auth login                                      once, after accepting the terms of ILSVRC/imagenet-1k
-    python studies/imagenet_star.py --device cuda      then  sovit fit results/imagenet_star.jsonl
+    python studies/imagenet_star.py --device cuda      then  sovit fit runs/results/imagenet_star.jsonl
 
 Images are streamed and decoded once, at 256 pixels: 254 GB under SOVIT_CACHE, on a disk that is read as fast as the GPU
 trains (the smallest shape takes tens of thousands of images a second, 0.2 MB each). Your own copy, a folder with train/

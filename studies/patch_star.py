@@ -1,6 +1,6 @@
 """Smaller patches, a larger image, or more width? A star over width, MLP dim, patch and image size on detailed scenes.
 
-    python studies/patch_star.py --workers 2         then  sovit fit results/patch_star.jsonl
+    python studies/patch_star.py --workers 2         then  sovit fit runs/results/patch_star.jsonl
     sovit predict results/patch_star_law/law.json --train-flops 1e12 --by patch_size
 
 Centre 48 x 2 x 192 in patches of 8 on images of 32 pixels, arms of each dimension, corners, and pairs of patch and image

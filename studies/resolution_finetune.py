@@ -1,7 +1,7 @@
 """Does fine-tuning the attention alone carry a ViT to a higher resolution, and is pre-training at a low one worth it?
 
     python studies/resolution_finetune.py --workers 2          then
-    python analysis/resolution_finetune.py results/resolution_finetune.jsonl
+    python analysis/resolution_finetune.py runs/results/resolution_finetune.jsonl
 
 Three shapes that differ in their MLP alone, so that attention is a half, a third (MLP ratio 4, as in arXiv 2203.09795) and
 a fifth of a block's weights; three paired seeds. Each is trained at 32 px on `stream:detail`, whose scenes show more at a

@@ -2,7 +2,7 @@
 
     sovit assets fetch iconify          once: 104 MB, checked against its hash
     python studies/resolution_icons.py --workers 2          then
-    python analysis/resolution_finetune.py results/resolution_icons.jsonl
+    python analysis/resolution_finetune.py runs/results/resolution_icons.jsonl
 
 Three shapes of studies/icons_star.py that differ in their MLP alone, so that attention is a third (MLP ratio 4), a fifth and
 a half of a block's weights, trained at 32 px to 1.8e12 FLOPs, when icons are known; three paired seeds. Each goes to 48 and

@@ -1,6 +1,6 @@
 """How large should a ViT of usual proportions be on the stream? IsoFLOP curves of one proportion at two budgets.
 
-    python studies/stream_isoflop.py --workers 2          then  sovit fit results/stream_isoflop.jsonl
+    python studies/stream_isoflop.py --workers 2          then  sovit fit runs/results/stream_isoflop.jsonl
 
 Five sizes with width : depth : MLP as 32 : 2 : 128, each cooled down at the same training FLOPs: the N-D (Chinchilla)
 side of the question, for comparison with the shape law.

@@ -1,6 +1,6 @@
 """How does the best ViT shape move with compute on the stream? A star in width, depth and MLP dim, with corners.
 
-    python studies/stream_star.py --workers 2          then  sovit fit results/stream_star.jsonl
+    python studies/stream_star.py --workers 2          then  sovit fit runs/results/stream_star.jsonl
 
 Centre 32 x 2 x 256 and 13 shapes off it in one dimension, 4 off-axis corners, 3 seeds at two shapes; each trunk cooled
 down at four budgets, 3.2e10 to 1e12 training FLOPs. Learning rate by the rule of studies/recipe_search.py.

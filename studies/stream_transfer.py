@@ -2,7 +2,7 @@
 
     sovit assets fetch iconify          once: 104 MB, checked against its hash
     python studies/stream_transfer.py --workers 2          then
-    sovit fit results/stream_transfer.jsonl --metric val_error_10shot/icons:single40
+    sovit fit runs/results/stream_transfer.jsonl --metric val_error_10shot/icons:single40
 
 The star of studies/stream_star.py, trunk by trunk: what that study left in runs/ is only probed. Every branch is frozen,
 the mean of its patch tokens is its feature, and a linear probe learns 40 kinds of icon from 10 examples of each.

@@ -3,7 +3,7 @@
     python studies/validate_prediction.py results/stream_star_law/law.json --train-flops 3.2e12 --workers 2
     python studies/validate_prediction.py LAW.json --against OTHER_LAW.json --train-flops 3.2e12 --name two_laws
 
-Writes the prediction down (results/<name>_prediction.json) before anything is trained, then trains both shapes with
+Writes the prediction down (RESULTS/<name>_prediction.json) before anything is trained, then trains both shapes with
 three paired seeds, and states the verdict by the rule in sovit/validate.py. The seeds are not among those of the star.
 
 Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. Expected: the recommended shape a few per
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from sovit import UserError, launch
-from sovit.ledger import read_ledger
+from sovit.ledger import OUTPUTS, read_ledger
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
 from sovit.validate import make_prediction, runs_of, validation_report, verdict_text, write_prediction
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, metavar="LAW.json", help="the second arm is this law's choice instead")
     parser.add_argument("--name", default="validate_prediction")
     parser.add_argument("--data", default="stream:cpu", help="source:preset that the law was fitted on")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=OUTPUTS)
     options, rest = parser.parse_known_args(argv)
     data, _, preset = options.data.partition(":")
     try:

@@ -25,7 +25,8 @@ from sovit.words.phrases import few
 
 def report_of(rows, folder, **options):
     options = dict(bootstrap=100, figures=False, refits=False) | options
-    return Path(fit_ledgers([planted.write_ledger(folder / "planted.jsonl", rows)], **options)["report"]).read_text()
+    ledger = planted.write_ledger(folder / "planted.jsonl", rows)
+    return Path(fit_ledgers([ledger], out=folder / "planted_law", **options)["report"]).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_rows_without_shapes_give_a_law_of_size_and_no_recommendation(tmp_path):
         {k: row[k] for k in ("run_id", "trunk_id", "status", "num_examples", "num_params", "forward_flops", "val_loss")}
         for row in planted.planted_rows(seeds=1)
     ]
-    summary = fit_ledgers([planted.write_ledger(tmp_path / "a.jsonl", rows)], bootstrap=100)
+    summary = fit_ledgers([planted.write_ledger(tmp_path / "a.jsonl", rows)], bootstrap=100, out=tmp_path)
     text = Path(summary["report"]).read_text()
     assert summary["form"] == "chinchilla" and summary["recommendation"] is None
     assert "No shape is recommended" in text and "`joint` was not fitted" in text
@@ -175,7 +176,7 @@ def test_rows_without_shapes_give_a_law_of_size_and_no_recommendation(tmp_path):
 
 def test_rows_at_one_budget_have_a_report_that_says_what_it_cannot(tmp_path):
     path = planted.write_ledger(tmp_path / "a.jsonl", planted.planted_rows(budgets=(1e11,)))
-    summary = fit_ledgers([path], form="joint", bootstrap=0, refits=False)
+    summary = fit_ledgers([path], form="joint", bootstrap=0, refits=False, out=tmp_path)
     text = Path(summary["report"]).read_text()
     assert "No extrapolation test was possible: the rows span a factor" in text
     assert "extrapolation.png" not in summary["figures"] and "Width: unidentified" in text

@@ -19,8 +19,8 @@ from planted_study import lines, plant, planted_row, planted_runs, write_metrics
 
 from sovit import UserError
 from sovit.cli import main
-from sovit.ledger import read_ledger
-from sovit.track import CURVE, describe, fill, ledger_path, open_store
+from sovit.ledger import read_ledger, study_ledger
+from sovit.track import CURVE, describe, fill, open_store
 from sovit.ui import serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
@@ -242,21 +242,25 @@ def test_two_ledgers_of_one_name_do_not_share_a_store_and_a_repository_may_be_mo
     assert (done["runs_added"], done["runs_removed"]) == (0, 0)
 
 
-def test_a_study_launched_elsewhere_is_found_through_its_design(tmp_path, study, monkeypatch):
+def test_a_ledger_is_found_as_launched_else_among_own_else_published_ones(tmp_path, study, monkeypatch):
     results, runs, rows = study
     design = runs / "planted.design.json"
     design.write_text(json.dumps({"ledger": "own/planted.jsonl", "folder": str(tmp_path)}))
     own = tmp_path / "own" / "planted.jsonl"
     own.parent.mkdir()
-    assert ledger_path("planted", results, runs) == results / "planted.jsonl"
-    (results / "planted.jsonl").rename(own)
-    done = fill("planted", results, runs)
+    assert study_ledger("planted", results, runs) == results / "planted.jsonl"
+    shutil.copy(results / "planted.jsonl", own)
+    done = fill("planted", None, runs)
     assert (done["ledger"], done["runs_added"]) == (str(own), len(rows))
     monkeypatch.chdir(tmp_path)
-    assert ledger_path("planted", results, runs) == Path("own/planted.jsonl")
+    assert study_ledger("planted", None, runs) == Path("own/planted.jsonl")
     for text in ("{}", "[]", "torn {"):
         design.write_text(text)
-        assert ledger_path("planted", results, runs) == results / "planted.jsonl"
+        assert study_ledger("planted", None, runs) == Path("results/planted.jsonl")  # published
+    Path("runs/results").mkdir(parents=True, exist_ok=True)
+    shutil.copy(own, "runs/results")
+    assert study_ledger("planted", None, runs) == Path("runs/results/planted.jsonl")
+    assert study_ledger("own/planted.jsonl", results, runs) == Path("own/planted.jsonl")
 
 
 # again, later, killed, at once -----------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_tokens_in_the_data_term_are_found_where_they_are_and_the_optimum_is_exa
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     path = write_ledger(root / "tokens.jsonl", planted.planted_rows())
-    fit_ledgers([path], bootstrap=100, form="joint")
+    fit_ledgers([path], bootstrap=100, form="joint", out=root / "tokens_law")
     return root / "tokens_law"
 
 
