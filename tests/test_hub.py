@@ -145,6 +145,42 @@ def test_folder_with_train_and_test(cache, tmp_path):
     assert (source.info["num_train"], source.num_val) == (15, 9)
 
 
+def save_photos(folder, count: int, first: int = 0, colour=COLOURS["red"]) -> None:
+    folder.mkdir(parents=True)
+    for i in range(first, first + count):
+        photo(colour, i).save(folder / f"{i}.png")
+
+
+def test_the_first_level_is_the_class_whatever_its_words(cache, tmp_path):
+    save_photos(tmp_path / "test flight" / "2024", 6)
+    save_photos(tmp_path / "train" / "val", 5, 6)
+    save_photos(tmp_path / ".trash", 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "train" / "notes.txt").write_text("no image")
+    source = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert list(source.class_names) == ["test flight", "train"] and source.info["broken"] == 0
+    assert source.info["splits"] == ["train", "10% of train, held out"]
+    assert np.bincount(source._labels).tolist() == [6, 5]
+
+
+def test_a_first_level_of_split_names_in_any_case(cache, tmp_path):
+    for split, count in (("Train", 5), ("VALID", 2), ("Test", 3)):
+        for k, name in enumerate("abc"):
+            save_photos(tmp_path / split / name, count, 10 * k)
+    save_photos(tmp_path / "VALID" / "d", 2)  # no class of training
+    source = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert source.info["splits"] == ["train", "valid"] and list(source.class_names) == ["a", "b", "c"]
+    assert (source.num_train, source.num_val, source.info["unlabelled"]) == (15, 6, 2)
+
+
+def test_a_folder_with_a_table_of_labels(cache, tmp_path):
+    save_photos(tmp_path / "pictures", 12)
+    table = "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(12))
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,label\n" + table)
+    source = open_data("hub", str(tmp_path / "pictures"), 8, 4, 0)
+    assert list(source.class_names) == ["a", "b"] and source.num_train + source.num_val == 12
+
+
 def test_links(cache, folder, tmp_path):
     for name, colour in COLOURS.items():
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -291,9 +327,9 @@ def test_cache_is_reused_until_the_folder_changes(cache, tmp_path):
     before = set(cache.glob("*")) if cache.exists() else set()
     first = open_data("hub", str(tmp_path), 8, 4, 0)
     (made,) = [p for p in set(cache.glob("*")) - before if p.is_dir()]
-    stamp = (made / "images.npy").stat().st_mtime_ns
+    stamp = (made / "images.raw").stat().st_mtime_ns
     open_data("hub", str(tmp_path), 8, 4, 5)
-    assert (made / "images.npy").stat().st_mtime_ns == stamp
+    assert (made / "images.raw").stat().st_mtime_ns == stamp
     assert first.content_key == made.name == open_data("hub", f"{tmp_path}?flip=0", 8, 4, 0).content_key
     photo(COLOURS["red"], 9).save(tmp_path / "red" / "9.png")
     second = open_data("hub", str(tmp_path), 8, 4, 0)
@@ -352,7 +388,7 @@ def test_sets_without_images_or_classes(cache, tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(3):
         photo(COLOURS["red"], i).save(tmp_path / "flat" / f"{i}.png")
-    check(str(tmp_path / "flat"), "has no label column|fewer than two classes")
+    check(str(tmp_path / "flat"), "has no classes in .*; sort the images into a folder for each class")
     assert [p for p in cache.iterdir() if p.name.startswith(".") and p.suffix != ".lock"] == []
 
 

@@ -189,7 +189,7 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     (folder,) = [p for p in (tmp_path / "hub").iterdir() if p.is_dir() and not p.name.startswith(".arrow")]
     kept = pixel_cache._progress(folder)["num_rows"]
     assert 60 < kept < 100 and not (folder / "info.json").exists()
-    with open(folder / "images.npy", "ab") as file:
+    with open(folder / "images.raw", "ab") as file:
         file.write(b"half a row that nobody counted")
     source = opened(preset)
     assert len(decoded_rows) == 138 - kept
@@ -210,8 +210,8 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
             r"cannot be read after \d+ images \(gone\); they are kept: run",
         ),
         (
-            pixel_cache.Growing,
-            "append",
+            pixel_cache,
+            "_append",
             OSError(errno.ENOSPC, "full"),
             r"the disk of .* is full after \d+ images; free some",
         ),
@@ -225,11 +225,11 @@ def test_what_breaks_off_is_gone_on_with(parquet, tmp_path, monkeypatch, owner, 
     monkeypatch.setattr(pixel_cache, "SAVE_SECONDS", 0.0)
     left, work = [7], getattr(owner, name)
 
-    def fail_once(self, *arguments):
+    def fail_once(*arguments):
         left[0] -= 1
         if left[0] == 0:
             raise error
-        return work(self, *arguments)
+        return work(*arguments)
 
     monkeypatch.setattr(owner, name, fail_once)
     check(preset, message)

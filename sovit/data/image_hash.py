@@ -2,7 +2,7 @@
 
 Two images whose hashes differ in a few bits are the same picture in most cases: brighter, recompressed or resized. The
 hash sees no finer detail than 8 x 8 cells, so on drawings or digits of few strokes it also joins different images that
-look alike: a count is of suspects, an upper bound of what a person would call copies.The package imagehash, whose
+look alike: a count is of suspects, an upper bound of what a person would call copies. The package imagehash, whose
 cells have no tolerance (FLAT), finds 1,906 suspects among the 7,316 validation icons of 40 classes where this finds 3,397:
 other icons would be left out of validation.
 """

@@ -1,29 +1,28 @@
-"""What Hugging Face `datasets` makes of a preset: its splits, its columns of images and labels, and the classes."""
+"""What is in the files of a preset: splits that `datasets` opens, their columns of images and labels, and the classes.
+
+A local folder of images follows the rules of torchvision's ImageFolder: the folders of its first level are its classes.
+Where all of them are called like splits (train, val, test, ... in any case), each holds the classes of that split. A folder
+with a table beside the images (metadata.csv, .jsonl or .parquet) is read by `datasets`, by the rules of its own.
+"""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from sovit import UserError
+from sovit.data.hub.rows import Part, class_names
 
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first one that has labels
 NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more, the first ones of a stream
-NUM_FETCHED = 16  # files of a streamed folder that are asked for at the same time
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILES, "imagefolder")}  # of `datasets`
+KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILES, "images")}
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,16 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """An opened set: its splits are datasets.Dataset, or IterableDataset where streamed.
+class Opened:
+    """A set whose rows can be read. `parts`: in this order. `classes`: the names, None where they are found on the way.
 
-    `vals`: name and split of what may serve as validation, the best first, all with the label column.
+    `columns`: those of images and labels. `splits`: the names of training and validation, None where it has none.
     """
 
-    train: Any
-    train_name: str
-    vals: tuple[tuple[str, Any], ...]
-    image_column: str
-    label_column: str
+    parts: tuple[Part, ...]
+    classes: list[str] | None
+    columns: tuple[str, str]
+    splits: tuple[str, str | None]
     revision: str | None
 
 
@@ -84,16 +82,12 @@ def fingerprint(path: Path) -> Iterator[tuple[str, int, int]]:
                 yield os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns
 
 
-def num_dead_links(path: Path | None) -> int:
-    """Image links below `path` that lead nowhere: `datasets` passes them over, so that decoding does not see them."""
-    files = fingerprint(path) if path else ()
-    return sum(size < 0 and Path(name).suffix.lower() in IMAGE_FILES for name, size, _ in files)
-
-
-def open_splits(location: Location, scratch: str, revision: str | None = None) -> Splits:
+def open_set(location: Location, scratch: str, revision: str | None, limit: float) -> Opened:
     """Open a set with `datasets`, which keeps what it makes of local files in the folder `scratch`.
 
-    `revision`: the commit of a hub's set that an earlier, unfinished decoding has read from.
+    `revision`: the commit of a hub's set that an earlier, unfinished decoding has read from. `limit`: training images to
+    read of a streamed set. Validation comes first there, so that the folder can grow; without a validation split the
+    part has is_val=None, and images are held out as they come.
     Raises UserError for whatever does not open, and for a set without images or labels.
     """
     splits, revision = _load(location, scratch, revision)
@@ -101,10 +95,22 @@ def open_splits(location: Location, scratch: str, revision: str | None = None) -
     train = splits[train_name]
     if train.features is None:
         raise UserError(f"preset={location.preset!r} does not say its columns when streamed; leave ?stream out")
-    image_column, label_column = find_image_column(location, train), find_label_column(location, train)
-    names = [name for name in VAL_SPLITS if name in splits and name != train_name]
-    vals = tuple((name, splits[name]) for name in names if label_column in splits[name].column_names)
-    return Splits(train, train_name, vals, image_column, label_column, revision)
+    columns = find_image_column(location, train), find_label_column(location, train)
+    if not location.streamed and len(set(train[columns[1]])) < 2:
+        raise UserError(
+            f"preset={location.preset!r} has fewer than two classes in column {columns[1]!r};"
+            " sort the images into a folder for each class, or name another column with ?label=COLUMN"
+        )
+    classes = class_names(train, columns[1])
+    num_val = NUM_VAL if location.streamed else math.inf
+    for name in VAL_SPLITS:
+        if name not in splits or name == train_name or columns[1] not in splits[name].column_names:
+            continue
+        if Part(splits[name], columns, True, num_val).any_label():  # the labels of test splits are often kept back
+            parts = Part(splits[name], columns, True, num_val), Part(train, columns, False, limit)
+            return Opened(parts if location.streamed else parts[::-1], classes, columns, (train_name, name), revision)
+    part = Part(train, columns, None if location.streamed else False, limit)
+    return Opened((part,), classes, columns, (train_name, None), revision)
 
 
 def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict, str | None]:
@@ -120,11 +126,12 @@ def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict,
 
                 revision = HfApi().dataset_info(location.name, revision=revision).sha
             opened = datasets.load_dataset(location.name, location.config, revision=revision, **streaming)
+        elif (kind := file_kind(location)) == "images":
+            return image_folder(location), None
         else:
             # what `datasets` makes of a folder's names is cached below scratch: the folder may change, its path not
-            kind, where = file_kind(location), str(location.path)
-            files = {"data_files": where} if location.path.is_file() else {"data_dir": where}
-            opened = datasets.load_dataset(kind, cache_dir=scratch, **files, **streaming)
+            where = {"data_files" if location.path.is_file() else "data_dir": str(location.path)}
+            opened = datasets.load_dataset(kind, cache_dir=scratch, **where, **streaming)
     except UserError:
         raise
     except Exception as error:  # the hub client, the builders and pyarrow raise a dozen unrelated kinds
@@ -133,6 +140,63 @@ def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict,
     if location.path is None and not location.streamed:
         revision = revision or hub_revision(next(iter(opened.values())))
     return dict(opened), revision
+
+
+def file_kind(location: Location) -> str:
+    """`images`, or the builder of `datasets` that reads what lies there: by the first file that is of a known kind."""
+    path = location.path
+    assert path is not None
+    if path.is_file():
+        kind = KINDS.get(path.suffix)
+        if kind in (None, "images"):
+            raise UserError(
+                f"preset={location.preset!r} is a file of no known kind; give a folder, a .parquet or a .tar file"
+            )
+        return kind
+    for _, _, files in os.walk(path):
+        if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", name) for name in files):
+            return "imagefolder"
+        for name in files:
+            if Path(name).suffix.lower() in KINDS:
+                return KINDS[Path(name).suffix.lower()]
+    raise UserError(
+        f"preset={location.preset!r} holds no images and no parquet files, nor .tar; give a folder that does"
+    )
+
+
+def image_folder(location: Location) -> dict:
+    """Split name -> datasets.Dataset of the files and classes of a folder (see the module)."""
+    root = location.path
+    assert root is not None
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    if not folders or not folders.keys() <= {*TRAIN_SPLITS, *VAL_SPLITS}:
+        folders = {"train": root}
+    return {name: _class_folders(location, path) for name, path in sorted(folders.items())}
+
+
+def _class_folders(location: Location, root: Path):
+    import datasets
+    from torchvision.datasets.folder import make_dataset
+
+    def is_image(file: str) -> bool:
+        return os.path.basename(file)[0] != "." and os.path.splitext(file)[1].lower() in IMAGE_FILES
+
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    number = {name: i for i, name in enumerate(names)}
+    rows = make_dataset(str(root), number, is_valid_file=is_image, allow_empty=True) if names else []
+    used = {i: k for k, i in enumerate(sorted({i for _, i in rows}))}  # a folder without images is no class
+    if not used:
+        raise UserError(
+            f"preset={location.preset!r} has no classes in {root}; sort the images into a folder for each class"
+        )
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[names[i] for i in used])}
+    columns = {
+        "image": [{"bytes": None, "path": file} for file, _ in rows],
+        "label": [used[i] for _, i in rows],
+    }
+    split = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    split.info.builder_name = "imagefolder"
+    return split
 
 
 def remedy(location: Location, error: BaseException) -> str:
@@ -155,26 +219,6 @@ def hub_revision(split) -> str | None:
     files = " ".join(file["filename"] for file in split.cache_files)
     found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files)
     return found[1] if found else None
-
-
-def file_kind(location: Location) -> str:
-    """`imagefolder`, `parquet` or `webdataset`, by the file, or the first that is one of them. Raises UserError."""
-    path = location.path
-    assert path is not None
-    if path.is_file():
-        kind = KINDS.get(path.suffix)
-        if kind in (None, "imagefolder"):
-            raise UserError(
-                f"preset={location.preset!r} is a file of no known kind; give a folder, a .parquet or a .tar file"
-            )
-        return kind
-    for _, _, files in os.walk(path):
-        for name in files:
-            if Path(name).suffix.lower() in KINDS:
-                return KINDS[Path(name).suffix.lower()]
-    raise UserError(
-        f"preset={location.preset!r} holds no images and no parquet files, nor .tar; give a folder that does"
-    )
 
 
 def find_image_column(location: Location, split) -> str:
@@ -212,136 +256,3 @@ def find_label_column(location: Location, split) -> str:
         f"preset={location.preset!r} has no label column among {', '.join(columns)};"
         " sort the images into a folder for each class, or name the column with ?label=COLUMN"
     )
-
-
-def class_names(split, column: str) -> list[str] | None:
-    """The names of a column of type ClassLabel; None for columns of other types."""
-    from datasets import ClassLabel
-
-    feature = split.features[column]
-    return list(feature.names) if isinstance(feature, ClassLabel) else None
-
-
-def number_labels(location: Location, split, column: str) -> tuple[list[str], np.ndarray]:
-    """Class names and a number for each row, -1 where it has no label. Names and numbers are sorted where untyped."""
-    classes = class_names(split, column)
-    if classes is None:
-        values = {value for value in split[column] if value is not None}
-        for value in values:
-            check_label(location, column, value)
-        classes = [str(value) for value in sorted(values)]
-    labels = apply_numbers(split, column, classes)
-    if len(np.unique(labels[labels >= 0])) < 2:
-        raise UserError(
-            f"preset={location.preset!r} has fewer than two classes in column {column!r};"
-            " sort the images into a folder for each class, or name another column with ?label=COLUMN"
-        )
-    return classes, labels
-
-
-def check_label(location: Location, column: str, value) -> None:
-    if not isinstance(value, str | int):
-        raise UserError(
-            f"label={column!r} of {location.preset!r} holds neither names nor numbers; choose another column"
-        )
-
-
-def apply_numbers(split, column: str, classes: list[str]) -> np.ndarray:
-    """The class number of each row, [rows]; -1 for a missing label or one that is not among `classes`."""
-    number = {name: i for i, name in enumerate(classes)}
-    names = class_names(split, column)
-    if names is not None:
-        return np.array([number.get(names[v], -1) if v is not None and v >= 0 else -1 for v in split[column]], np.int64)
-    return np.array([-1 if v is None else number.get(str(v), -1) for v in split[column]], np.int64)
-
-
-# rows -----------------------------------------------------------------------------------------------------------------
-
-
-class Part:
-    """The rows of one split, from a position on: `take(count)` gives (file, label) pairs, [] at the end.
-
-    `file` is a dict of bytes or path; `position` is a JSON value to go on from. Only rows that `datasets` made of a folder
-    of images may name a file: what stands in a parquet file could name any file of this machine.
-    """
-
-    def __init__(self, split, splits: Splits, labels: np.ndarray | None, is_val: bool | None, limit: float):
-        from datasets import Image
-
-        self.image_column, self.label_column = splits.image_column, splits.label_column
-        if labels is None:
-            split = split.decode(False)  # of a hub's stream `datasets` decodes by itself, and one broken file ends it
-        columns = [self.image_column] if labels is not None else [self.image_column, self.label_column]
-        self.split = split.select_columns(columns).cast_column(self.image_column, Image(decode=False))
-        self.names = class_names(split, self.label_column)
-        self.of_folder = split.info.builder_name == "imagefolder"
-        self.labels, self.is_val, self.limit = labels, is_val, limit
-        self.rows: Iterator | None = None
-        self.position: Any = None
-
-    def take(self, count: int) -> list[tuple[dict | None, Any]]:
-        if self.labels is not None:  # a Dataset, whose labels have been numbered beforehand
-            start = self.position or 0
-            files = self.split[start : start + count][self.image_column]
-            self.position = start + len(files)
-            return list(zip(self._files(files), self.labels[start : self.position].tolist(), strict=True))
-        rows = self._next(count)
-        files = self._files([row[self.image_column] for row in rows])
-        return [(file, self._label(row[self.label_column])) for file, row in zip(files, rows, strict=True)]
-
-    def any_label(self) -> bool:
-        """Whether the first row of a stream has a label."""
-        return any(self._label(row[self.label_column]) is not None for row in self._next(1))
-
-    def _next(self, count: int) -> list[dict]:
-        if self.rows is None:
-            if self.position is not None:
-                self.split.load_state_dict(self.position)
-            self.rows = iter(self.split)
-        rows = list(itertools.islice(self.rows, count))
-        self.position = copy.deepcopy(self.split.state_dict())
-        return rows
-
-    def _files(self, files: list[dict | None]) -> list[dict | None]:
-        if not self.of_folder:
-            return [file and {**file, "path": None} for file in files]
-        with ThreadPoolExecutor(NUM_FETCHED) as pool:  # of a stream each file is a request of its own
-            return list(pool.map(fetched, files))
-
-    def _label(self, value):
-        if self.names is None or value is None:
-            return value
-        return self.names[value] if value >= 0 else None
-
-
-def fetched(file: dict | None) -> dict | None:
-    """A file that lies elsewhere (hf://, https://) with its bytes, others as they are. Raises what the network does."""
-    if file is None or file["bytes"] is not None or "://" not in (file["path"] or ""):
-        return file
-    from datasets.utils.file_utils import xopen
-
-    with xopen(file["path"], "rb") as stream:
-        return {"bytes": stream.read(), "path": None}
-
-
-def parts_of(location: Location, splits: Splits, limit: float) -> tuple[list[Part], list[str] | None, str | None]:
-    """What to read in which order, the class names (None: found on the way), the name of the validation split.
-
-    Of a streamed set validation comes first, so that the folder can grow; without a validation split the part has
-    is_val=None, and images are held out as they come.
-    """
-    column = splits.label_column
-    if not location.streamed:
-        classes, labels = number_labels(location, splits.train, column)
-        train = Part(splits.train, splits, labels, False, math.inf)
-        for name, split in splits.vals:
-            val_labels = apply_numbers(split, column, classes)
-            if (val_labels >= 0).any():  # the labels of test splits are often kept back, as -1
-                return [train, Part(split, splits, val_labels, True, math.inf)], classes, name
-        return [train], classes, None
-    names = class_names(splits.train, column)
-    for name, split in splits.vals:
-        if Part(split, splits, None, True, NUM_VAL).any_label():
-            val = Part(split, splits, None, True, NUM_VAL)
-            return [val, Part(splits.train, splits, None, False, limit)], names, name
-    return [Part(splits.train, splits, None, None, limit)], names, None
