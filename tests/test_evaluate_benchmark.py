@@ -4,16 +4,14 @@ import json
 import multiprocessing
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_benchmarks import COLOURS, png, rows_of, save
+from test_benchmarks import COLOURS, png
 
 from sovit import UserError
-from sovit.cli import main
 from sovit.encoder import Preprocess
 from sovit.vlm import evaluate_benchmark
 from sovit.vlm.benchmarks import BENCHMARKS, Item, Picture
@@ -291,61 +289,6 @@ def test_kill_9_repeats_and_loses_nothing(tmp_path):
     model = Oracle(YES)
     said = evaluate(model, items, POPE, batch_size=50, out=out, preprocess=SQUARE)
     assert len(model.asked) == 400 - there and said == [item.answers[0] for item in items]
-
-
-# the command
-
-
-class Trained(Oracle):
-    """As `open_vlm` gives it: with an encoder that says how images become its square."""
-
-    encoder = SimpleNamespace(preprocess=SQUARE)
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """`sovit vlm eval` with these arguments -> (exit status, standard output, standard error)."""
-    monkeypatch.setattr("sovit.vlm.train.open_vlm", lambda *given: Trained(YES), raising=False)
-    save(rows_of("pope"), POPE, tmp_path / "pope", "jsonl")
-
-    def run(*arguments: str):
-        status = main(["vlm", "eval", "0123456789-640", "--runs", str(tmp_path / "runs"), *arguments])
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
-    return run
-
-
-def test_the_command(command, tmp_path):
-    folder = ["--benchmark", "pope", "--folder", str(tmp_path / "pope")]
-    status, out, err = command(*folder)
-    assert status == 0 and out.startswith("pope: 12 questions, 6 images, 90% intervals by image; guessing scores 0.50")
-    assert "accuracy over shuffled: " in out and "pope, blind" in err
-    status, out, _ = command(*folder, "--json", "--limit", "8", "--route", "likelihood", "--batch-size", "3")
-    result = json.loads(out)
-    assert status == 0 and (result["model"], result["n"], result["route"]) == ("0123456789-640", 8, "likelihood")
-    assert result["controls"]["image"]["metrics"]["accuracy"]["value"] == 1
-    assert sorted(result["answers"]) == ["blind", "image", "shuffled"]
-    beside = tmp_path / "runs" / "0123456789" / "benchmarks" / "0123456789-640"
-    assert json.loads((beside / "pope-likelihood-8.json").read_text()) == result
-    assert len((beside / "pope-shuffled-likelihood-8.jsonl").read_text().splitlines()) == 9
-    status, out, _ = command(*folder, "--control", "image")
-    assert status == 0 and "blind" not in out
-    kept = {name: json.loads((beside / f"pope{name}-generate-12.json").read_text()) for name in ("", "-image")}
-    assert [sorted(kept[name]["controls"]) for name in kept] == [["blind", "image", "shuffled"], ["image"]]
-
-
-def test_bad_input_to_the_command_is_one_line(command, tmp_path):
-    for arguments, message in (
-        (["--benchmark", "popo"], "benchmark 'popo' is not known; choose of vqav2, textvqa, pope, mmstar"),
-        (["--benchmark", "pope", "--folder", str(tmp_path)], "holds no set"),
-        (["--benchmark", "mmstar", "--folder", str(tmp_path / "pope")], "lacks index, l2_category of the columns"),
-        (["--benchmark", "pope", "--folder", str(tmp_path / "pope"), "--limit", "99"], "limit=99 is more than the 12"),
-    ):
-        status, out, err = command(*arguments)
-        assert (
-            status == 2 and out == "" and message in err.splitlines()[-1] and err.splitlines()[-1].startswith("sovit: ")
-        )
 
 
 # bad input
