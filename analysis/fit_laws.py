@@ -2,7 +2,7 @@
 
 import sys
 
-from sovit.cli import main
+from sovit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["fit", *sys.argv[1:]]))

@@ -141,6 +141,24 @@ def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | N
     return _beside(at, at.shape({n: x[i] for n, x in table.items()}, rules.head_dim), best)
 
 
+def other_rules(fit: Fit, best: Recommendation, fits: Mapping[str, Fit]) -> dict:
+    """Answers of other rules at the budget of a recommendation.
+
+    Args:
+        fit: the law that gave `best`.
+        fits: form -> law of the same rows; `sovit` and `chinchilla` are used where they stand.
+
+    Returns:
+        {paper_rule, size_rule}, each only where the laws can say it.
+    """
+    found, budget = {}, best.train_flops
+    if set(SIZES) & set(fit.model["dims"]):
+        found["paper_rule"] = paper_rule(fit, budget, fits.get("sovit"), best)
+    if "chinchilla" in fits:
+        found["size_rule"] = size_rule(fit, budget, fits["chinchilla"], best)
+    return found
+
+
 def nearest(at: Target, sizes: Mapping, rules: Rules) -> Shape:
     """The nearest whole shape by the rules' multiples, each size by itself; patch and image size as run."""
     values = {n: step * max(1, round(sizes.get(n, at.fixed(n)) / step)) for n, step in rules.steps.items()}

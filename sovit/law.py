@@ -13,7 +13,7 @@ the module docstrings of `fitter` (estimator), `bootstrap` (intervals) and `allo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -371,3 +371,9 @@ def read_law(path: Path | str) -> Fit:
         raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a law.json (not text); make one with sovit fit") from None
+
+
+def read_siblings(path: Path, forms: Sequence[str]) -> dict[str, Fit]:
+    """Read the laws of other `forms` that `sovit fit` kept of the same rows, as far as they stand beside `path`."""
+    folder = path.parent if path.parent.name == "forms" else path.parent / "forms"
+    return {form: read_law(folder / f"{form}.json") for form in forms if (folder / f"{form}.json").is_file()}

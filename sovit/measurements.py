@@ -19,7 +19,7 @@ import numpy as np
 from sovit import UserError
 from sovit.fewshot import about, is_spread, noise_of, probe_of
 from sovit.forms import LAWS
-from sovit.ledger import is_number, is_vlm, merge, read_exclusions, read_rows
+from sovit.ledger import PUBLISHED, is_number, is_vlm, merge, read_exclusions, read_rows
 from sovit.shape import DIMENSIONS, Shape
 
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
@@ -376,3 +376,26 @@ def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ends = np.flatnonzero(np.diff(group[order])) + 1
     centres = np.array([np.exp(logs[np.sort(part)].mean()) for part in np.split(order, ends)])
     return group, centres
+
+
+def rows_of_law(path: Path) -> Measurements | None:
+    """Read the measurements that a law was fitted to.
+
+    Args:
+        path: law.json of `sovit fit`, which names its ledgers in inputs.json beside it.
+
+    Returns:
+        The measurements, of ledgers beside the folder of the law or among the published ones. None where both are gone
+        or hold other rows now.
+    """
+    try:
+        made_of = json.loads((path.parent / "inputs.json").read_text())
+        for folder in (path.parent.parent, PUBLISHED):
+            ledgers = [folder / name for name in made_of["ledgers"]]
+            if all(ledger.is_file() for ledger in ledgers):
+                data = measurements(ledgers, made_of["metric"])
+                if data.identity == made_of:
+                    return data
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        pass
+    return None

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sovit import UserError
-from sovit.data import NORMALISATION, Source, open_data
+from sovit.data import NORMALISATION, Source, named_data, open_data
 from sovit.data.cache import say, track
 from sovit.encoder import Encoder, Preprocess, open_encoder
 from sovit.fewshot import (
@@ -70,7 +70,7 @@ def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu")
     Raises UserError for a source that cannot be opened or read in patches of `patch_size`, that has no single label an
     image, or too few examples of a class.
     """
-    data, _, preset = name.partition(":")
+    data, preset, _ = named_data(name)
     try:
         source = open_data(data, preset, image_size, patch_size, PROBE_SEED, device)
     except UserError as error:
@@ -119,7 +119,7 @@ def features(encoder: Encoder, data: ProbeData, show: bool = False) -> tuple[np.
 
     show: with a progress bar.
     """
-    mean, std = NORMALISATION[data.name.partition(":")[0]]
+    mean, std = NORMALISATION[named_data(data.name).data]
 
     def bar(items: Iterable, what: str, total: int) -> Iterable:
         return track(items, f"{encoder.name}: {what}", total) if show else items

@@ -209,7 +209,7 @@ def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendat
     budget = recommendation.train_flops if recommendation else None
     return dict(
         cuts=extrapolation_cuts(data, fits) if refits else [],
-        rules=_rules(fits, headline, recommendation),
+        rules=growth.other_rules(fit, recommendation, fits) if recommendation else {},
         **_trades(fit, recommendation),
         frontier=_frontier(fit) if recommendation else [],
         closed_form=growth.closed_form(fit, recommendation.train_flops) if recommendation else {},
@@ -219,19 +219,6 @@ def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendat
         sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
         checklist=checklist(data, fits, headline, why, refused),
     )
-
-
-def _rules(fits: dict, headline: str, recommendation) -> dict:
-    """Other rules at the budget of the recommendation: `growth.paper_rule` and `growth.size_rule`; {} without one."""
-    if recommendation is None:
-        return {}
-    fit, budget = fits[headline], recommendation.train_flops
-    found = {}
-    if {"width", "depth", "mlp_dim"} & set(fit.model["dims"]):
-        found["paper_rule"] = growth.paper_rule(fit, budget, fits.get("sovit"), recommendation)
-    if "chinchilla" in fits:
-        found["size_rule"] = growth.size_rule(fit, budget, fits["chinchilla"], recommendation)
-    return found
 
 
 def _trades(fit, recommendation) -> dict:

@@ -116,6 +116,18 @@ class Shape:
     def train_flops_per_image(self, num_classes: int = 0) -> int:
         return 3 * (self.forward_flops + self.head_flops(num_classes))
 
+    def counts(self, num_classes: int = 0) -> dict[str, int]:
+        """Count what the shape costs, by name; a linear task head of `num_classes` apart (0: none)."""
+        return {
+            "num_heads": self.num_heads,
+            "num_tokens": self.num_tokens,
+            "num_params": self.num_params,
+            "head_params": self.head_params(num_classes) if num_classes else 0,
+            "forward_flops": self.forward_flops,
+            "head_flops": self.head_flops(num_classes),
+            "train_flops_per_image": self.train_flops_per_image(num_classes),
+        }
+
     def step_flops(self, num_classes: int = 0, trained: str = "full") -> int:
         """FLOPs that a training step really computes for one image where only a part is `trained` (see TRAINED).
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sovit import UserError
 from sovit.branches import Base, open_base
-from sovit.data import Source, open_data
+from sovit.data import Source, named_data, open_data
 from sovit.evaluate import validate
 from sovit.finetune import begin
 from sovit.ledger import locked, update_ledger
@@ -86,7 +86,7 @@ def tuning(
         batches = max(5, round((base.num_examples or 0) / 5 / settled.batch_size))
         budgets = (batches * settled.batch_size,)
     settled = replace(settled, warmup_examples=min(start.warmup_examples, min(budgets) // 10))
-    source, _, preset = (data or f"{before.data}:{before.preset}" if before else data).partition(":")
+    source, preset, _ = named_data(data or f"{before.data}:{before.preset}" if before else data)
     sizes = {"image_size": image_size, "patch_size": patch_size}
     return Run(
         shape=base.shape.replace(**{name: size for name, size in sizes.items() if size is not None}),

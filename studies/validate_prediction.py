@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from sovit import UserError, launch
+from sovit.data import named_data
 from sovit.ledger import OUTPUTS, read_ledger
 from sovit.run import Recipe, Run, learning_rate
 from sovit.shape import Shape
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="stream:cpu", help="source:preset that the law was fitted on")
     parser.add_argument("--results", type=Path, default=OUTPUTS)
     options, rest = parser.parse_known_args(argv)
-    data, _, preset = options.data.partition(":")
+    data, preset, _ = named_data(options.data)
     try:
         path = options.results / f"{options.name}_prediction.json"
         arguments, against = (options.law, options.train_flops, SEEDS), options.against

@@ -41,7 +41,7 @@ def main(rounds: int) -> None:
     for turn in range(rounds + 1):
         with tempfile.TemporaryDirectory() as folder:
             calls = {"python": ["-c", "pass"]}
-            calls |= {c: ["-m", "sovit.cli", *c.format(out=f"{folder}/{i}").split()] for i, c in enumerate(COMMANDS)}
+            calls |= {c: ["-m", "sovit", *c.format(out=f"{folder}/{i}").split()] for i, c in enumerate(COMMANDS)}
             for command, arguments in calls.items():
                 took = seconds(arguments)
                 if turn:

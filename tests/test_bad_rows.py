@@ -8,7 +8,7 @@ import planted_ledger as planted
 import pytest
 
 from sovit import UserError, law
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.ledger import read_ledger, read_rows
 from sovit.measurements import measurements
 from sovit.report import fit_ledgers

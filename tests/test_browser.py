@@ -44,7 +44,7 @@ class Ui:
         sweep = Sweep(self.name, self.design, self.runs, self.results / "planted.jsonl")
         with sweep.lock():  # makes the journal from the ledger, as for a store that was deleted
             reconcile(sweep, open_study(self.name, open_storage(sweep.storage), self.design), "browser")
-        command = [sys.executable, "-m", "sovit.cli", "ui", self.name, "--results", str(self.results)]
+        command = [sys.executable, "-m", "sovit", "ui", self.name, "--results", str(self.results)]
         # a suite in the background of a shell is deaf to Ctrl-C, and so would this be
         hears = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(

@@ -7,7 +7,7 @@ import sys
 import pytest
 from bench_start import COMMANDS, ROOT
 
-from sovit.cli import main
+from sovit.cli.main import main
 
 PAPER = "--width 1152 --depth 27 --mlp-dim 4304 --head-dim 72 --patch-size 14 --image-size 224 --pool map --json"
 
@@ -33,7 +33,7 @@ HEAVY = {"torch", "timm", "scipy", "optuna", "mlflow", "matplotlib", "datasets",
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[0])
 def test_a_command_that_must_start_at_once_imports_nothing_heavy(command, tmp_path):
     code = (
-        "import json, sys\nfrom sovit.cli import main\n"
+        "import json, sys\nfrom sovit.cli.main import main\n"
         "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as exit:\n    status = exit.code\n"
         "print(json.dumps([status, sorted(sys.modules)]))"
     )

@@ -8,7 +8,7 @@ import torch
 
 from sovit import UserError
 from sovit.branches import load_branch
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.encoder import open_encoder
 from sovit.export import config_of, export_encoder, write_config
 from sovit.export_config import FORMATS

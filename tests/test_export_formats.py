@@ -9,7 +9,7 @@ from torch import nn
 
 from sovit import UserError
 from sovit.branches import load_branch
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.encoder import open_encoder, timm_encoder
 from sovit.export import MAX_IMAGE_SIZE, MAX_PATCHES, export_encoder
 from sovit.export_check import NANOVLM_TOLERANCE, TOLERANCE

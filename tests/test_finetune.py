@@ -10,9 +10,10 @@ import torch
 from test_shape import random_shape
 from torch.utils.flop_counter import FlopCounterMode
 
-from sovit import UserError, cli
+from sovit import UserError
 from sovit.branches import base_of, load_branch, open_base
 from sovit.checkpoint import load_weights
+from sovit.cli.main import main
 from sovit.data import NORMALISATION, open_data
 from sovit.evaluate import validate
 from sovit.finetune import begin, freeze, stored_names
@@ -275,10 +276,10 @@ def test_the_command_says_the_cost_trains_and_merges(trained, tmp_path, capsys):
     folder, rows = trained
     asked = ["finetune", rows[-1]["run_id"], "--image-size", "64", "--examples", "80", "--runs", str(folder)]
     asked += ["--results", str(tmp_path), "--json"]
-    assert cli.main([*asked, "--dry-run"]) == 0
+    assert main([*asked, "--dry-run"]) == 0
     cost = json.loads(capsys.readouterr().out)["cost"]
     assert not list(tmp_path.iterdir())
-    assert cli.main(asked) == 0
+    assert main(asked) == 0
     found = json.loads(capsys.readouterr().out)
     (row,) = found["rows"]
     assert found["cost"] == cost and row["train_flops"] == cost["train_flops"]
@@ -316,7 +317,7 @@ def test_the_rate_does_not_grow_along_a_chain(trained):
 def test_bad_input_to_the_command_is_one_line(trained, tmp_path, capsys, more, message):
     folder, rows = trained
     asked = ["finetune", rows[-1]["run_id"], "--image-size", "64", "--examples", "80", "--runs", str(folder)]
-    assert cli.main([*asked, "--results", str(tmp_path), *more]) == 2
+    assert main([*asked, "--results", str(tmp_path), *more]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())

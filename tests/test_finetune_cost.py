@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError, finetune_cost
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.finetune import freeze
 from sovit.model import build
 from sovit.pareto import read_profiles, shape_of

@@ -243,7 +243,7 @@ def bad_ledgers(rows):
 
 @pytest.mark.parametrize("name", [case[0] for case in bad_ledgers(planted.planted_rows(seeds=1))])
 def test_bad_input_is_one_line_and_status_2(name, rows, tmp_path, capsys):
-    from sovit.cli import main
+    from sovit.cli.main import main
 
     body, message = next((body, message) for n, body, message in bad_ledgers(rows) if n == name)
     path = tmp_path / "bad.jsonl"
@@ -269,7 +269,7 @@ def test_bad_input_is_one_line_and_status_2(name, rows, tmp_path, capsys):
     ],
 )
 def test_bad_options_are_one_line_and_status_2(option, message, ledger, capsys):
-    from sovit.cli import main
+    from sovit.cli.main import main
 
     assert main(["fit", str(ledger), "--bootstrap", "0", *option]) == 2
     err = capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 from sovit import UserError, growth, law, plot
 from sovit.allocate import Geometry
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.frontier import frontier, ladder
 from sovit.growth import closed_form, paper_rule, sigma_of, size_rule
 from sovit.implied import implied_compute

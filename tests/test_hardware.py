@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.hardware import profile, shapes_for
 from sovit.law import read_law
 from sovit.pareto import DECADES, front, loss_of_images, pareto, read_profiles, shape_of

@@ -12,7 +12,7 @@ import planted_ledger as planted
 import pytest
 
 from sovit import UserError
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.html import mismatch, page_of, render, write_page
 from sovit.measurements import measurements
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
 from sovit.branches import load_branch
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.encoder import open_encoder
 from sovit.export import export_encoder
 from sovit.ledger import read_record

@@ -12,7 +12,7 @@ from icon_package import small_package, write_package
 from PIL import Image
 
 from sovit import UserError, launch, probe, sweep
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.data import open_data
 from sovit.data.icons import labels
 from sovit.encoder import open_encoder

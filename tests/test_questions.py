@@ -10,7 +10,7 @@ import torch
 from icon_package import CONCEPTS, FAMILIES, icon_set, small_package, write_package
 
 from sovit import UserError
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.data.icons import icons, labels, near_copies
 from sovit.data.icons.views import NAMES, Views
 from sovit.data.stream.scene import Stream

@@ -309,7 +309,7 @@ def test_the_checklist_answers_from_the_rows_and_says_what_they_lack(text, folde
 
 
 def test_predict_names_the_metric(folder, capsys):
-    from sovit.cli import main
+    from sovit.cli.main import main
 
     assert main(["predict", str(folder / "law.json"), "--train-flops", "3e12"]) == 0
     assert "predicted val_loss 1." in capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 from fake_sweep import SHAPE, runs
 
 from sovit import UserError, sweep
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.ledger import locked, new_row, record_path, write_atomic, write_record
 from sovit.run import Recipe, Run
 from sovit.shape import Shape

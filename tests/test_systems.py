@@ -7,7 +7,7 @@ import pytest
 from parity_table import SYSTEMS_TABLE, systems_row
 
 from sovit import UserError
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.shape import TIMM_SHAPES
 from sovit.vlm import show
 from sovit.vlm.projectors import PROJECTORS

@@ -18,7 +18,7 @@ from planted_ledger import write_ledger
 from planted_study import lines, plant, planted_row, planted_runs, write_metrics
 
 from sovit import UserError
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.ledger import read_ledger, study_ledger
 from sovit.track import CURVE, describe, fill, open_store
 from sovit.ui import serve
@@ -425,7 +425,7 @@ def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, na
 def test_servers_answer_refill_and_end_with_a_polite_kill(study):
     results, runs, rows = study
     write_ledger(results / "planted.jsonl", rows[:-1])
-    command = [sys.executable, "-m", "sovit.cli", "ui", "planted", "--results", str(results), "--runs", str(runs)]
+    command = [sys.executable, "-m", "sovit", "ui", "planted", "--results", str(results), "--runs", str(runs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said = list(iter(process.stdout.readline, "they answer in some seconds; Ctrl-C stops\n"))

@@ -9,7 +9,8 @@ import planted_tokens as planted
 import pytest
 from planted_ledger import write_ledger
 
-from sovit import UserError, cli, law, plot
+from sovit import UserError, law, plot
+from sovit.cli.main import main
 from sovit.integers import Rules
 from sovit.law import Fit
 from sovit.measurements import measurements
@@ -282,11 +283,11 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
 
 def test_the_command_answers_in_words_and_json_and_draws(folder, tmp_path, capsys):
     arguments = ["predict", str(folder / "law.json"), "--train-flops", "3e12", "--by", "patch_size"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "smaller patches against more width" in said and "patch size 4 is better than" in said
     assert (tmp_path / "trade_patch_size.png").is_file() and (tmp_path / "trade_patch_size.svg").is_file()
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert trade_text(found) + "\n" == said
     assert [row["value"] for row in found["values"]] == [2, 4, 8]
@@ -304,7 +305,7 @@ def test_the_command_answers_in_words_and_json_and_draws(folder, tmp_path, capsy
     ],
 )
 def test_bad_questions_get_one_line(folder, capsys, arguments, message):
-    assert cli.main(["predict", str(folder / "law.json"), *arguments]) == 2
+    assert main(["predict", str(folder / "law.json"), *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from sovit.cli import main
+from sovit.cli.main import main
 from sovit.run import Recipe, Run
 from sovit.shape import Shape
 from sovit.train import train

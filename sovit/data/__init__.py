@@ -78,6 +78,22 @@ def pieces(start: int, count: int, size: int) -> Iterator[tuple[int, slice]]:
         yield chunk, slice(max(0, start - chunk * size), min(size, start + count - chunk * size))
 
 
+class NamedData(NamedTuple):
+    """What SOURCE:PRESET names; image_size: the preset's own, in pixels a side."""
+
+    data: str
+    preset: str
+    image_size: int
+
+
+def named_data(name: str) -> NamedData:
+    """Read SOURCE[:PRESET]; without a preset the first of the source, "" where it has none of its own."""
+    data, _, preset = name.partition(":")
+    known = PRESETS.get(data, {})
+    preset = preset or next(iter(known), "")
+    return NamedData(data, preset, known.get(preset, (64, ""))[0])
+
+
 def open_data(data: str, preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Source:
     """Open source `data` (a key of SOURCES) with a preset of its own, drawn at `image_size` pixels.
 

@@ -1,0 +1,179 @@
+"""`sovit fit`, `report` and `predict`: from ledgers to a law, from a law to a shape."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from sovit import UserError
+from sovit.cli.common import Flat, Whole, given, show
+
+
+@Flat
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the ledgers a law is of."""
+
+    metric: str = "val_loss"
+    """Column to fit."""
+    form: str | None = None
+    """A law form (default: chosen by extrapolation)."""
+    skip_bad: bool = False
+    """Leave bad rows out, each with its reason, and go on."""
+
+
+@Flat
+@dataclass(frozen=True)
+class FitOptions(Rows):
+    """How to fit."""
+
+    out: Path | None = None
+    """Folder to write (default: runs/results/<ledger's name>_law)."""
+    bootstrap: Whole = 1000
+    """Draws of each interval."""
+    coverage: Whole = 0
+    """Simulate so many data sets: how often would the intervals hold?"""
+    train_flops: float | None = None
+    """Budget of the recommendation (default: beyond the largest run)."""
+
+
+def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: bool = False) -> None:
+    """Fit shape laws to ledgers: law.json, report.md and figures.
+
+    Args:
+        ledgers: JSON lines, or CSV with the same columns
+        json: print the law and the recommendation as JSON
+    """
+    from sovit.report import fit_ledgers
+
+    show(fit_ledgers(ledgers, **vars(options)), lambda summary: summary["text"], json)
+
+
+def report(ledgers: list[Path], /, *, out: Path | None = None, law: Path | None = None, rows: Rows = Rows()) -> None:
+    """Write the law of ledgers as one HTML file, figures and tables in it.
+
+    Args:
+        ledgers: JSON lines, or CSV with the same columns
+        out: HTML file (default: runs/results/<ledger's name>_report.html)
+        law: a folder that sovit fit wrote of these rows
+    """
+    from sovit.html import write_page
+
+    print(write_page(ledgers, law=law, out=out, **vars(rows)))
+
+
+@Flat
+@dataclass(frozen=True)
+class RuleOptions:
+    """What can be built: the fields of sovit.integers.Rules."""
+
+    head_dim: Whole | None = None
+    """Width of one head; width is a multiple of it (default: as run)."""
+    width_multiple: Whole | None = None
+    """Width is a multiple of this as well, such as 128."""
+    depth_multiple: Whole | None = None
+    """Depth is a multiple of this."""
+    mlp_multiple: Whole | None = None
+    """MLP dim is a multiple of this, such as 128 (default 8)."""
+    max_params: float | None = None
+    """At most so many encoder parameters."""
+    max_forward_flops: float | None = None
+    """At most so many forward FLOPs an image, task head apart."""
+
+
+@Flat
+@dataclass(frozen=True)
+class Ladder:
+    """Budgets of a frontier."""
+
+    frontier: bool = False
+    """A table of best shapes over a ladder of budgets instead."""
+    first: Annotated[float | None, Parameter(name="--from")] = None
+    """Its first budget (default: the least run)."""
+    last: Annotated[float | None, Parameter(name="--to")] = None
+    """Its last (default: 100 x the largest run)."""
+    points: Whole | None = None
+    """How many budgets (default 9)."""
+
+
+@Flat
+@dataclass(frozen=True)
+class Question:
+    """What to ask of a law."""
+
+    train_flops: float | None = None
+    """Budget: 3 x forward FLOPs x images, head included."""
+    by: str | None = None
+    """patch_size or image_size: the best shape with each value run, and what to spend on."""
+    out: Path | None = None
+    """Folder for the figure of --frontier or --by."""
+
+
+def predict(
+    law: Path,
+    /,
+    *,
+    question: Question = Question(),
+    rules: RuleOptions = RuleOptions(),
+    ladder: Ladder = Ladder(),
+    json: bool = False,
+) -> None:
+    """Name the best shape for a budget, its interval, and the shapes as good as it.
+
+    Args:
+        law: law.json of sovit fit
+    """
+    from sovit import growth
+    from sovit.law import read_law, read_siblings
+    from sovit.predict import best_shape
+    from sovit.predict_words import recommendation_text, trade_text
+    from sovit.trade import trade
+
+    if ladder.frontier:
+        return _frontier(law, question, rules, ladder, json)
+    for flag, value in (("from", ladder.first), ("to", ladder.last), ("points", ladder.points)):
+        if value is not None:
+            raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
+    if question.train_flops is None:
+        raise UserError("name a budget with --train-flops, or ask for a --frontier")
+    if question.by is not None:
+        found = trade(read_law(law), question.train_flops, question.by, **given(rules))
+        _save(question.out, f"trade_{question.by}", lambda plot, rows: plot.trade(found, rows), law)
+        return show(found, trade_text, json)
+    if question.out is not None:
+        raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
+    fit = read_law(law)
+    best = best_shape(fit, question.train_flops, **given(rules))
+    beside = {"paper_rule": None, "size_rule": None, "closed_form": growth.closed_form(fit, best.train_flops)}
+    beside |= growth.other_rules(fit, best, read_siblings(law, ("sovit", "chinchilla")))
+    show(best.to_dict() | beside, lambda _: recommendation_text(best, beside), json)
+
+
+def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
+    from sovit.frontier import frontier, ladder
+    from sovit.law import read_law
+    from sovit.predict_words import frontier_text
+
+    if question.by is not None:
+        raise UserError("--by asks at one budget; leave out --frontier, or --by")
+    if question.train_flops is not None:
+        raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
+    fit = read_law(law)
+    budgets = ladder(fit, ends.first, ends.last, 9 if ends.points is None else ends.points)
+    rows = frontier(fit, budgets, **given(rules))
+    metric = fit.data.get("metric", "loss")
+    _save(question.out, "frontier", lambda plot, measured: plot.frontier(fit, rows, measured), law)
+    body = dict(law=str(law), form=fit.form, metric=metric, level=fit.level, rows=rows)
+    show(body, lambda _: frontier_text(rows, metric, fit.level), as_json)
+
+
+def _save(out: Path | None, name: str, figure: Callable[[Any, Any], Any], law: Path) -> None:
+    """Write figure(sovit.plot, rows of the law) as `name` into `out`, where that is given."""
+    if out is None:
+        return
+    from sovit import plot
+    from sovit.measurements import rows_of_law
+
+    plot.save(figure(plot, rows_of_law(law)), out / name)

@@ -1,0 +1,75 @@
+"""`sovit demo`, `status`, `track` and `ui`: launch a small study, look at any."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from sovit import UserError
+from sovit.cli.common import Folders, Whole, show
+
+
+def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
+    """Run the whole pipeline, small: study, law, prediction, validation, export.
+
+    Args:
+        workers: worker processes, one thread each
+        out: folder for everything that it makes
+    """
+    from sovit.demo import demo as run
+
+    if workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
+    return run(out, workers)
+
+
+def status(
+    study: str,
+    /,
+    *,
+    folders: Folders = Folders(),
+    watch: Annotated[list[float] | None, Parameter(consume_multiple=(0, 1))] = None,
+    json: bool = False,
+) -> None:
+    """Tell what of a study is done, running, waiting, failed, and the best so far.
+
+    Args:
+        study: its name, which its ledger and its store bear
+        watch: draw anew while it runs, every so many seconds (2 where none is said)
+    """
+    from sovit import status as library
+
+    if watch is None:
+        found = library.study_status(study, folders.runs, folders.results)
+        return show(found.to_dict() if json else found, library.status_text, json)
+    if json:
+        raise UserError("--watch draws on a terminal; leave out --json")
+    (seconds,) = watch or [2.0]
+    if not seconds > 0:
+        raise UserError(f"--watch {seconds:g} must be above 0 seconds")
+    library.watch(study, folders.runs, folders.results, seconds)
+
+
+def track(study: str, /, *, folders: Folders = Folders(), store: Path | None = None, json: bool = False) -> None:
+    """Fill MLflow's store with a study, from its ledger and its training curves.
+
+    Args:
+        study: a study's name, or the path of a ledger
+        store: the SQLite file, made again if deleted (default RUNS/mlflow.db)
+    """
+    from sovit.track import fill, fill_text
+
+    show(fill(study, folders.results, folders.runs, store), fill_text, json)
+
+
+def ui(study: str, /, *, folders: Folders = Folders(), store: Path | None = None, port: Whole | None = None) -> int:
+    """Open a study in MLflow and, where there is one, its queue in Optuna's dashboard.
+
+    Args:
+        study: a study's name, or the path of a ledger
+        store: the SQLite file, made again if deleted (default RUNS/mlflow.db)
+        port: MLflow's; the dashboard takes the next (default 5000, or the next that is free)
+    """
+    from sovit.ui import serve
+
+    return serve(study, folders.results, folders.runs, store, port)

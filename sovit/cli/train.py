@@ -1,0 +1,267 @@
+"""`sovit count`, `profile`, `probe`, `finetune` and `export`: one shape, one encoder."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from sovit import UserError
+from sovit.cli.common import Flat, Geometry, Pixels, Place, Whole, given, show
+
+
+@Flat
+@dataclass(frozen=True)
+class Sizes(Geometry):
+    """What to override of named shapes, or to say without a name."""
+
+    width: Whole | None = None
+    """Embedding dim."""
+    depth: Whole | None = None
+    """Blocks."""
+    mlp_dim: Whole | None = None
+    """Hidden dim of the MLP."""
+    num_registers: Whole | None = None
+    """Register tokens."""
+
+
+def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bool = False) -> None:
+    """Count parameters and FLOPs of one shape, or of several as a table.
+
+    Args:
+        shapes: such as B/16, So400m/14@378 or vit_base_patch16_224
+        num_classes: count a linear task head of so many classes, apart
+    """
+    from sovit.shape import Shape, named_shape
+    from sovit.tables import text_table
+
+    if num_classes < 0:
+        raise UserError(f"--num-classes {num_classes} is negative; give 0 for no head")
+    fields = given(sizes)
+    if shapes:
+        named = {name: named_shape(name, **fields) for name in shapes}
+    else:
+        for name in ("width", "depth", "mlp_dim"):
+            if name not in fields:
+                raise UserError(f"name a shape, such as B/16, or give --{name.replace('_', '-')}")
+        shape = Shape(**fields)
+        named = {shape.label: shape}
+    counts = {name: shape.counts(num_classes) for name, shape in named.items()}
+    whole = {name: shape.to_dict() | counts[name] for name, shape in named.items()}
+    if json:
+        return show(whole if len(whole) > 1 else next(iter(whole.values())), str, True)
+    rows = ("width", "depth", "mlp_dim", "patch_size", "image_size", "pool", *next(iter(counts.values())))
+    cells = [[row, *(c[row] if row == "pool" else f"{c[row]:,}" for c in whole.values())] for row in rows]
+    print(text_table(["", *whole], cells, left=[""]))
+    print("\nFLOPs: matrix products of one image's forward pass, 2 per multiply-add; training is 3 x that.")
+
+
+@Flat
+@dataclass(frozen=True)
+class ProfileShapes(Geometry):
+    """Which shapes to profile beside those named."""
+
+    grid: tuple[str, ...] = ()
+    """Such as width=16,32 depth=1,2 mlp_dim=64."""
+    law: Path | None = None
+    """A law.json: patch, image, pool, head dim and classes are its own."""
+    train_flops: float | None = None
+    """With --law: also its best shape for this budget, and the usual."""
+
+
+@Flat
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How to measure."""
+
+    device: str = "cpu"
+    """Such as cpu or cuda."""
+    dtype: str = "float32"
+    """float32, or bfloat16 by autocast."""
+    num_classes: Whole | None = None
+    """Classes of the task head (default: the law's, else 1000)."""
+    repeats: Whole = 9
+    """Rounds in which all take turns."""
+    again: bool = False
+    """Measure what the file holds already, too."""
+    batch_sizes: tuple[Whole, ...] = ()
+    """1 is latency (default 1 32; with --trained 2)."""
+    out: Path | None = None
+    """File of profiles (default runs/results/hardware.jsonl; with --trained runs/results/finetune_cost.jsonl)."""
+
+
+def profile(
+    *shapes: str,
+    beside: ProfileShapes = ProfileShapes(),
+    options: ProfileOptions = ProfileOptions(),
+    threads: Whole = 1,
+    trained: tuple[str, ...] = (),
+    json: bool = False,
+) -> None:
+    """Measure seconds and memory of shapes on this device, forward and training.
+
+    Args:
+        shapes: such as B/16, a timm name, or 32x2x256[xHEAD_DIM]
+        threads: of a CPU
+        trained: steps of fine-tuning instead, side by side: of attention, mlp, head, full
+    """
+    import torch
+
+    from sovit.finetune_cost import finetune_cost
+    from sovit.hardware import profile as measure
+    from sovit.hardware import profile_text, shapes_for
+    from sovit.savings import savings, savings_text
+
+    if threads < 1:
+        raise UserError(f"--threads {threads} must be at least 1")
+    torch.set_num_threads(threads)
+    which = given(beside)
+    found, num_classes = shapes_for(shapes, which.pop("grid"), which.pop("law", None), **which)
+    live = sys.stderr.isatty()
+    said = {name: value for name, value in given(options).items() if value != ()}
+    said["num_classes"] = options.num_classes or num_classes or 1000
+    said["on_progress"] = lambda line: print(
+        f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr
+    )
+    if trained:  # "full" is what the others are compared with
+        rows = finetune_cost(found, trained=[*trained, *["full"] * ("full" not in trained)], **said)
+    else:
+        rows = measure(found, **said)
+    if live:
+        print("\r\033[K", end="", file=sys.stderr)
+    show(rows, lambda rows: savings_text(savings(rows)) if trained else profile_text(rows), json)
+
+
+def probe(*encoders: str, data: str, study: str | None = None, place: Place = Place(), json: bool = False) -> None:
+    """Measure the few-shot error of encoders on labelled images, by a linear probe: SoViT's metric.
+
+    Args:
+        encoders: RUN_ID, random:RUN_ID, timm:NAME, hf:NAME or pixels:SIZE
+        data: SOURCE:PRESET, such as icons:single40 or hub:FOLDER
+        study: probe every branch of this study instead, into its ledger
+    """
+    from sovit.fewshot import column
+    from sovit.probe import compare, comparison_text, probe_ledger
+    from sovit.train import check_device
+
+    if bool(study) == bool(encoders):
+        raise UserError("name encoders to probe, or one --study (not both)")
+    check_device(place.device)
+    if encoders:
+        return show(compare(encoders, data, place.runs, place.device), comparison_text, json)
+    ledger = place.results / f"{study}.jsonl"
+    text = (
+        f"{ledger}: {{probed}} branches probed on {data}, {{probed_before}} were before,"
+        f" {{without_weights}} have no weights in {place.runs}\n"
+        f"next: sovit fit {ledger} --metric {column(10, data)}"
+    )
+    show(probe_ledger(ledger, place.runs, data, place.device), text.format_map, json)
+
+
+@Flat
+@dataclass(frozen=True)
+class TuneOptions:
+    """What to change, and how long to train."""
+
+    image_size: Pixels | None = None
+    """Pixels a side (default: as the base)."""
+    patch_size: Pixels | None = None
+    """Pixels a side (default: as the base)."""
+    data: str | None = None
+    """SOURCE:PRESET to train on (default: as the base)."""
+    peak_lr: float | None = None
+    """Peak learning rate (default: the base's; of a part twice that)."""
+    batch_size: Whole | None = None
+    """Images a step (default: as the base)."""
+    trained: Annotated[str, Parameter(name="--train")] = "attention"
+    """attention, full, mlp or head."""
+    budgets: Annotated[tuple[Whole, ...], Parameter(name="--examples")] = ()
+    """Images to train on, a branch at each (default: a fifth of the base's)."""
+
+
+def finetune(
+    base: str,
+    /,
+    *,
+    options: TuneOptions = TuneOptions(),
+    place: Place = Place(),
+    name: str = "finetune",
+    dry_run: bool = False,
+    json: bool = False,
+) -> int:
+    """Move a trained run or a timm model to another resolution or patch size, its attention alone.
+
+    Args:
+        base: RUN_ID or timm:NAME, where the weights start
+        name: name of the ledger
+        dry_run: say what it costs; train nothing
+    """
+    from sovit.loop import OutOfMemory
+    from sovit.tuning import fine_tune, result_text
+
+    ledger = place.results / f"{name}.jsonl"
+    try:
+        result = fine_tune(base, place.runs, ledger, place.device, dry_run, **given(options))
+    except OutOfMemory as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    show(result, result_text, json)
+    return int(any(row["status"] != "ok" for row in result["rows"]))
+
+
+@Flat
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to write."""
+
+    format: str = "timm"
+    """timm, siglip, vit, nanovlm, or sovit, which says any shape."""
+    runs: Path = Path("runs")
+    """Folder of trunks."""
+    image_size: Pixels | None = None
+    """Resize the trained weights to read images of this side."""
+    patch_size: Pixels | None = None
+    """Resize the trained weights to patches of this side."""
+    config_only: bool = False
+    """The source is a law: write the config of its best shape."""
+    train_flops: float | None = None
+    """Budget of --config-only."""
+
+
+def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(), json: bool = False) -> int:
+    """Write a trained run as a folder for timm, transformers or nanoVLM, or a law's best shape as a config.
+
+    Args:
+        source: RUN_ID, or a law.json with --config-only
+        out: folder to write
+        json: what the reload measured, as JSON
+    """
+    from sovit.export import export_encoder, report_text
+
+    if options.config_only:
+        return _export_config(Path(source), out, options)
+    sizes = options.image_size, options.patch_size
+    try:
+        report = export_encoder(source, options.runs, out, *sizes, options.format)
+    except RuntimeError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    show(report, report_text, json)
+    return 0
+
+
+def _export_config(law: Path, out: Path, options: ExportOptions) -> int:
+    from sovit.export import write_config
+    from sovit.law import read_law
+    from sovit.predict import best_shape
+    from sovit.shape import Shape
+
+    if options.train_flops is None:
+        raise UserError("--config-only needs --train-flops, the budget that the shape is for")
+    for flag, size in (("--image-size", options.image_size), ("--patch-size", options.patch_size)):
+        if size is not None:
+            raise UserError(f"{flag} resizes a trained run, a law's best shape has its own; leave {flag} out")
+    shape = Shape(**best_shape(read_law(law), options.train_flops).shape)
+    print(f"{write_config(shape, options.format, out)}: {shape.label}, {shape.num_params:,} parameters")
+    return 0

@@ -1,0 +1,207 @@
+"""`sovit vlm ...`: the vision-language side."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from sovit import UserError
+from sovit.cli.common import Flat, Pixels, Place, Whole
+from sovit.cli.common import show as show_result
+
+vlm = App(name="vlm", help="Vision-language models: what systems are made of, train, ask.")
+
+
+@vlm.command
+def show(system: str = "", /, *, json: bool = False) -> None:
+    """Tell what released systems are made of and weigh, from their configs alone.
+
+    Args:
+        system: one in full, such as llava-1.5-7b (default: a table of all)
+    """
+    from sovit.vlm.show import compare, compare_text, describe, describe_text
+
+    if system:
+        show_result(describe(system), describe_text, json)
+    else:
+        show_result(compare(), compare_text, json)
+
+
+@vlm.command
+def questions(
+    source: str,
+    /,
+    *,
+    count: Whole = 6,
+    image_size: Pixels | None = None,
+    val: bool = False,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Show questions about images of a data set, with answers, and what is had of them without looking.
+
+    Args:
+        source: DATA:PRESET, such as stream:cpu or icons:mosaic
+        count: images
+        image_size: pixels a side (default: the preset's own)
+        val: of validation images
+        out: PNG, a sheet of the images with their questions
+    """
+    from sovit.data import named_data
+    from sovit.tables import text_table
+    from sovit.vlm.questions import blind_accuracy, open_questions
+
+    data, preset, size = named_data(source)
+    size = size if image_size is None else image_size
+    opened = open_questions(data, preset, size, data_seed=0)
+    split = "val" if val else "train"
+    asked = opened.ask(split, 0, count)
+    blind = {name: {"kind": opened.kinds[name], **b._asdict()} for name, b in blind_accuracy(opened).items()}
+    if out:
+        captions = ["\n".join(f"{q.question} {q.answer}" for q in image) for image in asked]
+        _sheet(opened.images(split, 0, count), captions, out, f"{data}:{preset}, {size} px, {split}", 3, 32)
+    rows = [[{"family": q.family, "question": q.question, "answer": q.answer} for q in image] for image in asked]
+    found = {"data": data, "preset": preset, "image_size": size, "split": split, "images": rows, "blind": blind}
+    if json:
+        return show_result(found, str, True)
+    for number, image in enumerate(asked):
+        print(f"image {number}", *(f"  {q.question} {q.answer}" for q in image), sep="\n")
+    print("\nhad without looking, from the text alone (constant: of the best single answer)")
+    scores = ("accuracy", "word_accuracy", "constant", "nats")
+    header = ["family", "kind", "accuracy", "of words", "constant", "nats", "questions"]
+    cells = [[name, b["kind"], *(f"{b[s]:.3f}" for s in scores), f"{b['num_val']:,}"] for name, b in blind.items()]
+    print(text_table(header, cells, left=("family", "kind")))
+    if out:
+        print(out)
+
+
+def _sheet(images: Any, captions: list[str], out: Path, title: str, columns: int, lines: int) -> None:
+    """Write images [B, 3, H, W] with captions as one PNG."""
+    from sovit.plot import contact_sheet
+
+    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
+    contact_sheet(pixels, captions, out, title=title, columns=columns, lines=lines)
+
+
+@Flat
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train, on what."""
+
+    preset: str = "projector"
+    """How: projector (alone), llava15 or nanovlm."""
+    examples: Whole = 900
+    """Images in all."""
+    batch_size: Whole = 2
+    """Images a step."""
+    language_model: str = "smollm2"
+    """smollm2, random:2x64, hf:NAME or hf:FOLDER."""
+    data: str = "stream:cpu"
+    """SOURCE:PRESET to ask about."""
+    seed: Whole = 0
+    """Seed of weights; data takes 100 more."""
+    set: tuple[str, ...] = ()
+    """KEY=VALUE of any field of the run, such as stages.0.projector.peak_lr=0.002."""
+
+
+@vlm.command
+def train(
+    encoder: str,
+    /,
+    *,
+    options: TrainOptions = TrainOptions(),
+    place: Place = Place(),
+    name: str = "vlm",
+    json: bool = False,
+) -> int:
+    """Put a trained encoder before a language model, and train the two together.
+
+    Args:
+        encoder: RUN_ID, random:RUN_ID, timm:NAME, hf:NAME, or blind:16
+        name: name of the ledger
+    """
+    from sovit.data import named_data
+    from sovit.ledger import update_ledger
+    from sovit.loop import OutOfMemory
+    from sovit.run import override
+    from sovit.train import train_here
+    from sovit.vlm.train import train as train_vlm
+    from sovit.vlm_run import preset_run
+
+    more = named_data(options.data)._asdict() | {"init_seed": options.seed, "data_seed": 100 + options.seed}
+    more["language_model"] = options.language_model
+    run = preset_run(options.preset, encoder, options.examples, options.batch_size, **more)
+    run = override(run, options.set).replace(study=name)
+    try:
+        (row,) = train_here(run, place.runs, place.device, train_vlm)
+    except OutOfMemory as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 1
+    ledger = place.results / f"{name}.jsonl"
+    update_ledger(ledger, [row | {"study": name}])
+    show_result(row, lambda row: _trained_text(row, ledger), json)
+    return int(row["status"] != "ok")
+
+
+def _trained_text(row: dict, ledger: Path) -> str:
+    first = f"{row['run_id']} {row['status']}, in {ledger}"
+    if row["status"] != "ok":
+        return first
+    return (
+        f"{first}\nloss {row['val_loss']:.3f} nats a token, wrong {row['val_error']:.1%}"
+        f" (90 %: {row['val_error_low']:.1%} to {row['val_error_high']:.1%})\n"
+        f"with another's image {row['shuffled_loss']:.3f}, wrong {row['shuffled_error']:.1%}\n"
+        f"next: sovit vlm ask {row['run_id']}"
+    )
+
+
+@Flat
+@dataclass(frozen=True)
+class AskOptions:
+    """What to ask about which image."""
+
+    questions: Annotated[tuple[str, ...], Parameter(name="--question")] = ()
+    """One or several (default: its data's own, with the right answers)."""
+    image: Path | None = None
+    """An image file."""
+    val: Whole | None = None
+    """Validation image of this number of its data (default 0)."""
+    max_new_tokens: Whole = 32
+    """At most so many."""
+
+
+@vlm.command
+def ask(
+    run_id: str,
+    /,
+    *,
+    options: AskOptions = AskOptions(),
+    out: Path | None = None,
+    runs: Path = Path("runs"),
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Ask a trained vision-language model about an image.
+
+    Args:
+        run_id: a row of a ledger whose trunk is in runs
+        out: PNG, the image with questions and answers
+        runs: folder of trunks
+        device: such as cpu or cuda
+    """
+    from sovit.train import check_device
+    from sovit.vlm.ask import answers_text
+    from sovit.vlm.ask import ask as ask_model
+
+    check_device(device)
+    if options.image is not None and options.val is not None:
+        raise UserError("--image and --val both name an image; give one")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    asked = vars(options) | {"val": options.val or 0}
+    found, image = ask_model(run_id, **asked, runs_dir=runs, device=device)
+    if out is not None:
+        _sheet(image[None], [answers_text(found)], out, found["image"], 1, 52)
+    show_result(found, answers_text, json)
