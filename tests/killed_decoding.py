@@ -6,11 +6,11 @@ import signal
 import sys
 from pathlib import Path
 
-from sovit.data.hub import pixel_cache
+from sovit.data.hub import decoding
 from sovit.data.hub.splits import Location
 
 folder, streamed, size, left = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), int(sys.argv[4])
-write = pixel_cache.write_atomic
+write = decoding.write_atomic
 
 
 def write_and_die(path, text):
@@ -21,6 +21,6 @@ def write_and_die(path, text):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-pixel_cache.write_atomic = write_and_die
-pixel_cache.BLOCK, pixel_cache.SAVE_SECONDS = 8, 0.0
-pixel_cache.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)
+decoding.write_atomic = write_and_die
+decoding.BLOCK, decoding.SAVE_SECONDS = 8, 0.0
+decoding.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from sovit import UserError
 from sovit.data import open_data
-from sovit.data.hub import pixel_cache
+from sovit.data.hub import decoding
 
 datasets = pytest.importorskip("datasets")
 
@@ -69,8 +69,8 @@ def cache(tmp_path_factory):
 def decoded_rows(monkeypatch):
     """How many images were decoded, counted in the place where it is done."""
     count = []
-    decode = pixel_cache.decode
-    monkeypatch.setattr(pixel_cache, "decode", lambda row, size: count.append(1) or decode(row, size))
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda row, size: count.append(1) or decode(row, size))
     return count
 
 
@@ -187,7 +187,7 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (folder,) = [p for p in (tmp_path / "hub").iterdir() if p.is_dir() and not p.name.startswith(".arrow")]
-    kept = pixel_cache._progress(folder)["num_rows"]
+    kept = decoding.progress(folder)["num_rows"]
     assert 60 < kept < 100 and not (folder / "info.json").exists()
     with open(folder / "images.raw", "ab") as file:
         file.write(b"half a row that nobody counted")
@@ -204,13 +204,13 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
     "owner, name, error, message",
     [
         (
-            pixel_cache.Part,
+            decoding.Part,
             "take",
             ConnectionError("gone"),
             r"cannot be read after \d+ images \(gone\); they are kept: run",
         ),
         (
-            pixel_cache,
+            decoding,
             "_append",
             OSError(errno.ENOSPC, "full"),
             r"the disk of .* is full after \d+ images; free some",
@@ -221,8 +221,8 @@ def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypa
 def test_what_breaks_off_is_gone_on_with(parquet, tmp_path, monkeypatch, owner, name, error, message):
     preset, wanted = f"{parquet}?stream=all", images_of(opened(f"{parquet}?stream=all"))
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(pixel_cache, "BLOCK", 16)
-    monkeypatch.setattr(pixel_cache, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(decoding, "BLOCK", 16)
+    monkeypatch.setattr(decoding, "SAVE_SECONDS", 0.0)
     left, work = [7], getattr(owner, name)
 
     def fail_once(*arguments):
@@ -311,7 +311,8 @@ ASK = """
 import json, math, sys
 from sovit import UserError
 from sovit.data.hub.splits import Location
-from sovit.data.hub.pixel_cache import decoded, read_table
+from sovit.data.hub.decoding import decoded
+from sovit.data.hub.pixel_cache import read_table
 for name, limit, streamed in (("team/colours", 20, True), ("gated/imagenet", 20, True), ("gated/imagenet", math.inf, False)):
     try:
         location = Location(name, None, name, streamed=streamed)

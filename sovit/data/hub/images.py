@@ -48,10 +48,11 @@ import numpy as np
 import torch
 
 from sovit import UserError
-from sovit.data import Batch
-from sovit.data.cache import content_key, prior_cross_entropy
+from sovit.data import Batch, pieces
+from sovit.data.cache import check_val, content_key, prior_cross_entropy
 from sovit.data.hub.augment import crop_boxes, resized_crop
-from sovit.data.hub.pixel_cache import Table, decoded, fixed_random, read_table
+from sovit.data.hub.decoding import decoded
+from sovit.data.hub.pixel_cache import Table, fixed_random, read_table
 from sovit.data.hub.splits import NUM_VAL, Location
 
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
@@ -60,7 +61,7 @@ CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 OPTIONS = {
     "label": ("COLUMN", r".+", None),
     "flip": ("0 or 1", r"[01]", None),
-    "crop": ("SHARE", r"[\d.e-]+", (1e-9, 1)),
+    "crop": ("SHARE", r"\d*\.?\d+(e-?\d+)?|\d+\.", (1e-9, 1)),
     "cache_size": ("PIXELS", r"\d+", (1, 100_000)),
     "stream": ("NUMBER or all", r"\d+|all", (1, math.inf)),
     "num_train": ("NUMBER", r"\d+", (1, math.inf)),
@@ -112,25 +113,19 @@ class Hub:
 
     def train(self, start: int, count: int) -> Batch:
         """Samples start .. start + count - 1 of endless epochs: images [B, 3, H, W], labels [B]."""
-        rows, flips, first, left = [], [], start, count
-        size = len(self._train_rows)
-        while left > 0:
-            epoch, offset = divmod(start, size)
+        parts = []
+        for epoch, part in pieces(start, count, len(self._train_rows)):
             order, mirrored = self._epoch_order(epoch)
-            stop = min(size, offset + left)
-            rows.append(order[offset:stop])
-            flips.append(mirrored[offset:stop])
-            start, left = start + stop - offset, left - (stop - offset)
-        side = self._images.shape[1]
-        boxes = None
+            parts.append((order[part], mirrored[part]))
+        rows, flips = (np.concatenate(column) for column in zip(*parts))
+        boxes, side = None, self._images.shape[1]
         if self.view.crop is not None:
-            boxes = crop_boxes(self.data_seed, first, count, side, self.view.crop)
-        return self._batch(np.concatenate(rows), np.concatenate(flips), boxes)
+            boxes = crop_boxes(self.data_seed, start, count, side, self.view.crop)
+        return self._batch(rows, flips, boxes)
 
     def val(self, start: int, count: int) -> Batch:
         """Validation images start .. start + count - 1, never mirrored; the same for every data_seed."""
-        if start < 0 or start + count > self.num_val:
-            raise UserError(f"validation images {start} .. {start + count - 1} do not exist; num_val={self.num_val}")
+        check_val(self.num_val, start, count)
         boxes, side = None, self._images.shape[1]
         if self.view.crop is not None:
             middle = round(CENTRE * side)
@@ -192,18 +187,19 @@ def locate(preset: str) -> tuple[Location, View]:
     if not base:
         raise UserError("data='hub' needs a preset; name a folder of images, or a hub name such as uoft-cs/cifar10")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    for name, value in options.items() or ([("", query)] if query else []):
+    if query and not options:
+        options = {query: ""}
+    for name, value in options.items():
         what, pattern, span = OPTIONS.get(name, ("", None, None))
         if pattern is None or not re.fullmatch(pattern, value):
             known = ", ".join(f"?{name}={what}" for name, (what, _, _) in OPTIONS.items())
-            given = f"{name}={value}" if name else query
+            given = f"{name}={value}" if value else name
             raise UserError(f"preset={preset!r} has an unknown option; the options are {known}; given: {given}")
-        if span and not in_span(value, span):
+        if span and value != "all" and not span[0] <= float(value) <= span[1]:
             most = f" and at most {span[1]:,}" if span[1] < math.inf else ""
             raise UserError(f"preset={preset!r}: {name}={value} must be at least {span[0]}{most}")
-    numbers = {
-        name: int(options[name]) for name in ("cache_size", "num_train", "per_class", "classes") if name in options
-    }
+    counts = ("cache_size", "num_train", "per_class", "classes")
+    numbers = {name: int(options[name]) for name in counts if name in options}
     if "per_class" in numbers and "num_train" in numbers:
         raise UserError(f"preset={preset!r} gives per_class and num_train; give one of them")
     view = View(
@@ -226,13 +222,6 @@ def seen_share(preset: str) -> float:
     """Side of what a validation image shows, as a share of the decoded square: below 1 beside random crops."""
     _, question, options = preset.rpartition("?")
     return CENTRE if question and re.search(r"(^|&)crop=", options) else 1.0
-
-
-def in_span(value: str, span: tuple[float, float]) -> bool:
-    try:
-        return value == "all" or span[0] <= float(value) <= span[1]
-    except ValueError:
-        return False
 
 
 def choose(table: Table, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:

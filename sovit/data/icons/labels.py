@@ -51,7 +51,8 @@ class Rules:
 def _rules(*tables: dict) -> Rules:
     """The numbers of the last table, with the words of all of them."""
     numbers = {name: tables[-1][name] for name in ("recipe", "num_words", "min_train", "min_val")}
-    same = {word: concept for table in tables for word, concept in spellings(table["same"]).items()}
+    pairs = [line.split(": ") for table in tables for line in table["same"]]  # a concept may be in several tables
+    same = {word: concept for concept, words in pairs for word in words.split()}
     never, brands = (frozenset().union(*(word_set(table[name]) for table in tables)) for name in ("never", "brands"))
     return Rules(**numbers, same=same, phrases=tables[-1]["phrases"], never=never, brands=brands)
 
