@@ -20,11 +20,6 @@ def vlm_runs(runs: Sequence[AnyRun]) -> list[VlmRun]:
     return [run for run in runs if isinstance(run, VlmRun)]
 
 
-def num_images(run: AnyRun) -> int:
-    """Images trained on for all branches together."""
-    return run.total_examples if isinstance(run, Run) else run.num_examples
-
-
 def on_base(run: AnyRun, run_id: str) -> AnyRun:
     """The run as it is on another branch: fine-tuned from it, or with it, trained or not, for an encoder."""
     if isinstance(run, Run):

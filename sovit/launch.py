@@ -11,18 +11,31 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from sovit import UserError
-from sovit.kinds import AnyRun, num_images, on_base, vlm_runs
-from sovit.ledger import OUTPUTS, is_locked, locked, write_atomic
+from sovit.kinds import AnyRun, on_base, vlm_runs
+from sovit.ledger import OUTPUTS, locked, write_atomic
 from sovit.run import Run, keys, override
+from sovit.status import status_text, study_status
 from sovit.stop import stop_on_signal, this_command
-from sovit.sweep import MAX_ATTEMPTS, Sweep, is_waiting, open_storage, open_study, reconcile
+from sovit.sweep import (
+    CANNOT_WRITE,
+    MAX_ATTEMPTS,
+    NOTHING_WAITS,
+    STOPPED,
+    Snapshot,
+    Sweep,
+    look,
+    open_storage,
+    open_study,
+)
 from sovit.vlm_run import VlmRun
 
 POLL_SECONDS = 0.5
+DRAW_SECONDS = 2.0  # between two drawings of the status
 STOP_SECONDS = 60.0  # that workers have to save what they are at
 
 
@@ -39,8 +52,30 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
         pass  # a folder that cannot be written is found now, not after the training
     with sweep.lock():
         study = open_study(sweep.name, storage, list(sweep.runs.values()), sweep.metric)
-        token = hashlib.sha256(f"{os.getpid()} {time.time_ns()}".encode()).hexdigest()[:8]
-        reconcile(sweep, study, token)
+    token = hashlib.sha256(f"{os.getpid()} {time.time_ns()}".encode()).hexdigest()[:8]
+    look_again = partial(look, sweep, study, token)
+    plan_path = _write_plan(sweep, device, token)
+    command = [*(worker_command or (sys.executable, "-m", "sovit.sweep")), str(plan_path)]
+    alive = locked(plan_path)  # what says that this launch is
+    crew = Crew(command, sweep.runs_dir / f"{sweep.name}.log")
+    with crew.log, alive, stop_on_signal(second_interrupt=signal.default_int_handler) as should_stop:
+        try:
+            _attend(sweep, crew, workers, look_again, should_stop)
+        except KeyboardInterrupt:  # a second Ctrl-C
+            crew.kill()
+        finally:
+            crew.end()
+            plan_path.unlink(missing_ok=True)
+            rows = sweep.collect()
+        now = look_again()  # what ended last is told so
+        if should_stop() and now.num_pending:
+            done = f"{len(now.done)} of {len(sweep.runs)} trunks done"
+            raise KeyboardInterrupt(f"{sweep.name}: stopped with {done}; go on with: {this_command()}")
+    return rows
+
+
+def _write_plan(sweep: Sweep, device: str, token: str) -> Path:
+    """Write what the workers of this launch read, and the design, which stays for `sovit status`."""
     plan = {
         "name": sweep.name,
         "storage": sweep.storage,
@@ -55,84 +90,88 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
     design = plan | {"command": sys.orig_argv, "folder": os.getcwd()}
-    write_atomic(sweep.runs_dir / f"{sweep.name}.design.json", json.dumps(design))  # stays, for `sovit status`
-    command = list(worker_command) or [sys.executable, "-m", "sovit.sweep"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
-    log = open(sweep.runs_dir / f"{sweep.name}.log", "a")
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, str(plan_path)], env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
-
-    def waits() -> bool:
-        with sweep.lock():
-            reconcile(sweep, study, token)
-            return is_waiting(study)
-
-    processes: list[subprocess.Popen] = []
-    alive = locked(plan_path)  # what says that this launch is
-    with alive, stop_on_signal(second_interrupt=signal.default_int_handler) as should_stop:
-        try:
-            _attend(sweep, workers, processes, start, waits, should_stop)
-        except KeyboardInterrupt:  # a second Ctrl-C
-            for process in processes:
-                process.kill()
-        finally:
-            _end(processes)
-            log.close()
-            plan_path.unlink(missing_ok=True)
-            rows = sweep.collect()
-        waits()  # what ended last is told so
-        if should_stop() and (left := sweep.pending()):
-            done = f"{len(sweep.runs) - len(left)} of {len(sweep.runs)} trunks done"
-            raise KeyboardInterrupt(f"{sweep.name}: stopped with {done}; go on with: {this_command()}")
-    return rows
+    write_atomic(sweep.runs_dir / f"{sweep.name}.design.json", json.dumps(design))
+    return plan_path
 
 
-def _attend(sweep: Sweep, workers: int, processes: list[subprocess.Popen], start, waits, should_stop) -> None:
-    """Start workers, replace those that were killed, and show how things stand, until all is done or should stop.
+def _attend(
+    sweep: Sweep, crew: Crew, workers: int, look_again: Callable[[], Snapshot], should_stop: Callable[[], bool]
+) -> None:
+    """Start workers, replace those that died, and show how things stand, until all is done or should stop.
 
-    A worker that left of its own accord, asked to or because it cannot write, is not replaced.
+    A worker that left of its own accord, asked to or because it cannot write, is not replaced; nor is one that died where
+    deaths were seen MAX_ATTEMPTS times in a row without a trial taken up or a trunk done: they cannot work here.
     """
-    pending = len(sweep.pending())
-    processes += [start() for _ in range(min(workers, pending))]
-    restarts, willing = MAX_ATTEMPTS * pending, True
-    with _display(sweep) as show:
+    before = now = look_again()
+    for _ in range(min(workers, now.num_pending)):
+        crew.start()
+    willing, in_vain = True, 0
+    with _display(sweep, now) as show:
         while not should_stop():
-            if not processes and not sweep.in_training():
-                if not (willing and restarts and waits()):
+            if not crew.processes and not now.in_training:
+                if not (willing and in_vain < MAX_ATTEMPTS and now.is_waiting):
                     break
-                restarts -= 1  # who trained it for another launch has died: do it again
-                processes.append(start())
+                crew.start()  # who trained it for another launch has died: do it again
             time.sleep(POLL_SECONDS)
-            for process in [p for p in processes if p.poll() is not None]:
-                processes.remove(process)
-                willing = willing and process.returncode <= 0
-                if process.returncode < 0 and restarts and sweep.pending() and not should_stop():
-                    restarts -= 1
-                    processes.append(start())
-            show(len(processes))
+            ended, now = crew.take_ended(), look_again()
+            dead = [process for process in ended if process.returncode not in (NOTHING_WAITS, CANNOT_WRITE, STOPPED)]
+            willing = willing and all(process in dead or process.returncode == NOTHING_WAITS for process in ended)
+            if dead:
+                got_on = now.num_abandoned > before.num_abandoned or len(now.done) > len(before.done)
+                in_vain, before = 0 if got_on else in_vain + 1, now
+            replaced = in_vain < MAX_ATTEMPTS and now.num_pending > 0 and not should_stop()
+            for _ in dead if replaced else ():
+                crew.start()
+            show(now, [f"{sweep.name}: {_death(process, replaced)}; see {crew.log.name}" for process in dead])
+        show(look_again(), [])
 
 
-def _end(processes: list[subprocess.Popen]) -> None:
-    """Ask the workers to save and leave; kill those that have not within STOP_SECONDS, or at a second Ctrl-C."""
-    until = time.monotonic() + STOP_SECONDS
-    processes = [process for process in processes if process.poll() is None]
-    try:
-        for process in processes:
-            process.terminate()
-        if processes:
-            print(f"\nstopping: waiting for {len(processes)} workers to save (Ctrl-C: leave at once)", file=sys.stderr)
-        for process in processes:
-            process.wait(max(0.0, until - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        pass
-    if killed := sum(process.poll() is None for process in processes):
-        print(f"{killed} workers did not save in time and were killed; their last save stands", file=sys.stderr)
-    for process in processes:
-        process.kill()
-        process.wait()
+def _death(process: subprocess.Popen, replaced: bool) -> str:
+    code = process.returncode
+    how = f"exit status {code}" if code > 0 else f"signal {-code} ({signal.strsignal(-code)})"
+    return f"worker {process.pid} died with {how} and is {'replaced' if replaced else 'not replaced'}"
+
+
+class Crew:
+    """The worker processes of one launch."""
+
+    def __init__(self, command: Sequence[str], log: Path):
+        self.command, self.log = list(command), open(log, "a")
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self) -> None:
+        quiet, log = subprocess.DEVNULL, self.log
+        self.processes.append(subprocess.Popen(self.command, env=self.environment, stdin=quiet, stdout=log, stderr=log))
+
+    def take_ended(self) -> list[subprocess.Popen]:
+        """Those that ended since the last call, which leave the crew."""
+        ended = [process for process in self.processes if process.poll() is not None]
+        self.processes = [process for process in self.processes if process not in ended]
+        return ended
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    def end(self) -> None:
+        """Ask the workers to save and leave; kill those that have not within STOP_SECONDS, or at a second Ctrl-C."""
+        until = time.monotonic() + STOP_SECONDS
+        living = [process for process in self.processes if process.poll() is None]
+        try:
+            for process in living:
+                process.terminate()
+            if living:
+                print(f"\nstopping: waiting for {len(living)} workers to save (Ctrl-C: leave at once)", file=sys.stderr)
+            for process in living:
+                process.wait(max(0.0, until - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass
+        if killed := sum(process.poll() is None for process in living):
+            print(f"{killed} workers did not save in time and were killed; their last save stands", file=sys.stderr)
+        self.kill()
+        for process in living:
+            process.wait()
 
 
 def _python_path() -> str:
@@ -141,97 +180,41 @@ def _python_path() -> str:
 
 
 @contextlib.contextmanager
-def _display(sweep: Sweep):
-    """A live table of workers on a terminal; elsewhere a line for each trunk that ends."""
+def _display(sweep: Sweep, before: Snapshot) -> Iterator[Callable[[Snapshot, Sequence[str]], None]]:
+    """A line for each trunk that ends and for what else is to be said; on a terminal, `sovit status` below them."""
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
 
-    from sovit.progress import progress_text
-
     console = Console(stderr=True)
-    done = {r.trunk_id for r in sweep.runs.values() if sweep.is_done(r)}
-    meter = Meter(sweep, done)
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    said, drawn = set(before.done), 0.0
 
-    def show(workers: int) -> None:
-        for trunk, run in sweep.runs.items():
-            if trunk not in done and sweep.is_done(run):
-                done.add(trunk)
-                sweep.collect()
-                last = sweep.last(run)
-                value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
-                loss = f"{name} {value:.4f}" if value is not None else last["status"]
-                cost = f"{last['train_flops']:.2e} FLOPs" if last["train_flops"] else f"{last['num_examples']:,} images"
-                rate = f" lr {run.recipe.peak_lr:g}" if isinstance(run, Run) else ""
-                console.print(
-                    f"[{len(done)}/{len(sweep.runs)}] {trunk} {run.label} seed {run.init_seed}{rate}:"
-                    f" {loss} at {cost}, {last['seconds'] or 0:.0f} s",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        if live:
-            under_way = {}
-            for trunk in sweep.runs:
-                path = sweep.runs_dir / trunk / "progress.json"
-                if trunk not in done and is_locked(sweep.runs_dir / trunk / "lock") and path.exists():
-                    under_way[trunk] = json.loads(path.read_text())
-            head = f"{sweep.name}: {len(done)}/{len(sweep.runs)} trunks, {meter.text(done, under_way, workers)}"
-            live.update(Text("\n".join([head, *("  " + progress_text(p) for p in under_way.values())])))
+    def show(now: Snapshot, lines: Sequence[str]) -> None:
+        nonlocal drawn
+        ended = [trunk for trunk in now.done if trunk not in said]
+        if ended:
+            sweep.collect()
+        for trunk in ended:
+            said.add(trunk)
+            lines = [*lines, f"[{len(said)}/{len(sweep.runs)}] {_result(sweep, trunk, now.done[trunk])}"]
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if live and time.monotonic() - drawn > DRAW_SECONDS:
+            drawn = time.monotonic()
+            live.update(Text(status_text(study_status(sweep.name, sweep.runs_dir))))
 
-    if live:
-        with live:
-            yield show
-    else:
+    with live or contextlib.nullcontext():
         yield show
-    show(0)
 
 
-class Meter:
-    """How far a sweep is and how long it has to go, for its display.
-
-    The share is of training FLOPs; where the study has vision-language models, whose FLOPs nobody knows beforehand, of
-    images. There the time left is told from the latest pace of each kind of run, and not before each that is left has one.
-    """
-
-    def __init__(self, sweep: Sweep, done: set[str]):
-        self.runs, self.started, self.before = sweep.runs, time.monotonic(), set(done)
-        self.unit = "images" if vlm_runs(list(sweep.runs.values())) else "FLOPs"
-        self.size = {trunk: float(self._size(run)) for trunk, run in self.runs.items()}
-        self.pace: dict[str, float] = {}  # language model, "" for an encoder -> images or FLOPs a second of one worker
-
-    def _size(self, run: AnyRun) -> int:
-        return run.total_flops if self.unit == "FLOPs" and isinstance(run, Run) else num_images(run)
-
-    def text(self, done: set[str], under_way: dict[str, dict], workers: int) -> str:
-        share = {trunk: 1.0 for trunk in done} | {trunk: p["share"] for trunk, p in under_way.items()}
-        total, spent = sum(self.size.values()), sum(self.size[t] * s for t, s in share.items())
-        left = self._seconds_left(share, spent, under_way, workers)
-        of = f"{total:.2e}" if self.unit == "FLOPs" else f"{total:,.0f}"
-        clock = "estimating" if left is None else f"{left / 60:.0f} min left"
-        return f"{spent / total:.0%} of {of} {self.unit}, {workers} workers, {clock}"
-
-    def _seconds_left(self, share: dict, spent: float, under_way: dict[str, dict], workers: int) -> float | None:
-        if self.unit == "FLOPs":
-            gained = spent - sum(self.size[t] for t in self.before)
-            return (
-                (time.monotonic() - self.started) * (sum(self.size.values()) - spent) / gained if gained > 0 else None
-            )
-        for trunk, progress in under_way.items():
-            run = self.runs[trunk]
-            self.pace[_reader(run)] = progress["flops_per_second" if isinstance(run, Run) else "images_per_second"]
-        left = 0.0
-        for trunk, run in self.runs.items():
-            if share.get(trunk, 0.0) < 1:
-                if not self.pace.get(_reader(run)):
-                    return None
-                size = run.total_flops if isinstance(run, Run) else run.num_examples
-                left += (1 - share.get(trunk, 0.0)) * size / self.pace[_reader(run)]
-        return left / max(1, workers)
-
-
-def _reader(run: AnyRun) -> str:
-    return run.language_model if isinstance(run, VlmRun) else ""
+def _result(sweep: Sweep, trunk: str, last: dict) -> str:
+    run = sweep.runs[trunk]
+    value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
+    loss = f"{name} {value:.4f}" if value is not None else last["status"]
+    cost = f"{last['train_flops']:.2e} FLOPs" if last["train_flops"] else f"{last['num_examples']:,} images"
+    rate = f" lr {run.recipe.peak_lr:g}" if isinstance(run, Run) else ""
+    return f"{trunk} {run.label} seed {run.init_seed}{rate}: {loss} at {cost}, {last['seconds'] or 0:.0f} s"
 
 
 # the command line of a study file ------------------------------------------------------------------------------------

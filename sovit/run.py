@@ -8,6 +8,7 @@ a default, once used, never changes. A test pins golden ids.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -125,7 +126,7 @@ class Run:
             what = "a base" if self.base else "patch_sizes"
             raise UserError(f"objective=siglip trains from scratch at one patch size; leave {what} out")
 
-    @property
+    @functools.cached_property
     def trunk_id(self) -> str:
         identity = {
             "shape": _non_default(self.shape),

@@ -9,6 +9,8 @@ killed worker by itself:
   to what has all its records, and enqueues every trunk that is neither done, waiting nor running;
 - a worker asks for a trial only under that lock and only if one is waiting: on an empty queue, Optuna's samplers would
   make up a point that nobody asked for;
+- a worker tells its trial without that lock: what `reconcile` read as RUNNING may be told when it comes to tell it;
+- the launcher knows of the queue what one `Snapshot` says, and looks nowhere else;
 - a run whose base is another run of the study (a fine-tuning; a vision-language model on that encoder) is enqueued when
   that one is done, or has been given up.
 """
@@ -22,6 +24,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +54,9 @@ from sovit.stop import stop_on_signal
 from sovit.vlm_run import VlmRun
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
-STOPPED = 130  # exit status of a worker that was asked to leave
+# Exit statuses of a worker that left of its own accord. Any other, Python's 1 of a traceback among them, is a death.
+NOTHING_WAITS, CANNOT_WRITE, STOPPED = 0, os.EX_IOERR, 130
+LOOK_SECONDS = 0.01  # that a look at a lock may hold it at most
 WAIT_SECONDS = 0.2  # between two looks at the lock of a trunk that another study trains
 BLOCKED_SECONDS = 1.0  # between two looks at a queue in which all that is left waits for its base
 
@@ -161,6 +166,7 @@ class Sweep:
                 raise UserError(
                     f"the metric {metric} of study {name!r} needs probe={needed}, its runs have {run.probe or 'none'}"
                 )
+        self._done: dict[str, dict] = {}  # trunk_id -> row of its largest budget; what is done stays done
         self.in_ledger = {}
         if self.ledger.exists() and self.ledger.stat().st_size:
             self.in_ledger = {row["run_id"]: row for row in read_ledger(self.ledger) if row["status"] in ANSWERED}
@@ -183,18 +189,19 @@ class Sweep:
                     " give another design another name with --name"
                 )
 
-    def in_training(self) -> list[AnyRun]:
-        """What is not done and held by a living process, of this launch or another."""
-        return [run for run in self.pending() if is_locked(self.runs_dir / run.trunk_id / "lock")]
-
     def last(self, run: AnyRun) -> dict:
         """The row of the largest budget of a run that is done."""
-        row = self.rows(run)[-1]
-        assert row is not None
-        return row
+        if not self.is_done(run):
+            raise ValueError(f"run={run.trunk_id} is not done")
+        return self._done[run.trunk_id]
 
     def is_done(self, run: AnyRun) -> bool:
-        return all(row and not lacks_probe(run, row) for row in self.rows(run))
+        trunk = run.trunk_id
+        if trunk not in self._done:
+            rows = self.rows(run)
+            if all(row and not lacks_probe(run, row) for row in rows):
+                self._done[trunk] = rows[-1] or {}
+        return trunk in self._done
 
     def restore_records(self) -> None:
         """What stands in the ledger but is still to be probed gets its record back: it is probed, not trained again.
@@ -246,41 +253,93 @@ class Sweep:
 
 def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
     """Make the queue agree with the records; return how many runs wait for their base. Call it under `sweep.lock()`."""
-    waiting_or_running, answered = set(), set()
+    attended, answered, given_up = _read_trials(sweep, study, launch)
+    num_blocked = 0
+    for trunk, run in sweep.runs.items():
+        if trunk in attended:
+            continue
+        if sweep.is_done(run):
+            value = sweep.last(run).get(sweep.metric)
+            if trunk not in answered and value is not None:  # the store was deleted: rebuild it
+                of = {"value": value, "user_attrs": _attributes(run, launch)}
+                study.add_trial(optuna.create_trial(params=params(run), distributions=distributions(run), **of))
+        elif trunk not in given_up:
+            base = run.base.rpartition("-")[0]
+            if base in sweep.runs and base not in given_up and not sweep.is_done(sweep.runs[base]):
+                num_blocked += 1
+            else:
+                study.enqueue_trial(params(run), user_attrs=_attributes(run, launch))
+    return num_blocked
+
+
+def _read_trials(sweep: Sweep, study: optuna.Study, launch: str) -> tuple[set[str], set[str], set[str]]:
+    """Tell FAIL to the trials of workers that died; return trunks that wait or run, are answered, and are given up."""
+    attended, answered = set(), set()
     attempts: dict[str, int] = {}
     for trial in study.get_trials(deepcopy=False):
         trunk = trial.user_attrs.get("trunk_id", "")
         run = sweep.runs.get(trunk)
-        if trial.state == TrialState.RUNNING and not is_locked(sweep.runs_dir / str(trunk) / "lock"):
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state in (TrialState.RUNNING, TrialState.WAITING):
-            waiting_or_running.add(trunk)
+        died = trial.state == TrialState.RUNNING and not is_locked(sweep.runs_dir / str(trunk) / "lock")
+        if died and not _tell(study, trial.number, state=TrialState.FAIL):
+            attended.add(trunk)  # its worker told it since it was read; the next look says how it ended
+            continue
+        if not died and trial.state in (TrialState.RUNNING, TrialState.WAITING):
+            attended.add(trunk)
         if trial.state == TrialState.COMPLETE and run and trial.user_attrs.get("run_ids") == list(run.run_ids):
             answered.add(trunk)
         if trial.user_attrs.get("launch") == launch and trial.state in (TrialState.RUNNING, TrialState.FAIL):
             attempts[trunk] = attempts.get(trunk, 0) + (MAX_ATTEMPTS if "error" in trial.user_attrs else 1)
-    num_blocked = 0
-    for trunk, run in sweep.runs.items():
-        attributes = {"trunk_id": trunk, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
-        attributes |= parts(run)
-        if sweep.is_done(run):
-            value = sweep.last(run).get(sweep.metric)
-            if trunk not in answered | waiting_or_running and value is not None:  # the store was deleted: rebuild it
-                study.add_trial(
-                    optuna.create_trial(
-                        value=value, params=params(run), distributions=distributions(run), user_attrs=attributes
-                    )
-                )
-        elif trunk not in waiting_or_running and attempts.get(trunk, 0) < MAX_ATTEMPTS:
-            base = sweep.runs.get(run.base.rpartition("-")[0])
-            given_up = (
-                base and base.trunk_id not in waiting_or_running and attempts.get(base.trunk_id, 0) >= MAX_ATTEMPTS
-            )
-            if base and not given_up and not sweep.is_done(base):
-                num_blocked += 1
-            else:
-                study.enqueue_trial(params(run), user_attrs=attributes)
-    return num_blocked
+    return attended, answered, {t for t, n in attempts.items() if n >= MAX_ATTEMPTS and t not in attended}
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial | int, value: float | None = None, **how) -> bool:
+    """Tell a trial, and return whether it was still to be told: a worker and a reconciler may both be about to."""
+    try:
+        study.tell(trial, value, **how)
+    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # told before Optuna's look at it, or after
+        if _state(study, trial) == TrialState.RUNNING:
+            raise
+        return False
+    return True
+
+
+def _state(study: optuna.Study, trial: optuna.Trial | int) -> TrialState:
+    number = trial if isinstance(trial, int) else trial.number
+    return next(found.state for found in study.get_trials(deepcopy=False) if found.number == number)
+
+
+def _attributes(run: AnyRun, launch: str) -> dict:
+    """What a trial says of its run: enough for a worker to train it."""
+    found = {"trunk_id": run.trunk_id, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
+    return found | parts(run)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """How the queue stands at one moment.
+
+    done: trunk_id -> the row of its largest budget. num_pending: trunks that are not done. in_training: those of them that
+    a living process holds, of this launch or another. is_waiting: whether a worker would find something to do.
+    num_abandoned: trials whose worker left without a result: it died, or was stopped.
+    """
+
+    done: dict[str, dict]
+    num_pending: int
+    in_training: tuple[str, ...]
+    is_waiting: bool
+    num_abandoned: int
+
+
+def look(sweep: Sweep, study: optuna.Study, launch: str) -> Snapshot:
+    """Make the queue agree with the records, and say how it stands."""
+    with sweep.lock():
+        reconcile(sweep, study, launch)
+        trials = study.get_trials(deepcopy=False)
+        done = {trunk: sweep.last(run) for trunk, run in sweep.runs.items() if sweep.is_done(run)}
+        pending = [trunk for trunk in sweep.runs if trunk not in done]
+        held = tuple(trunk for trunk in pending if is_locked(sweep.runs_dir / trunk / "lock"))
+    num_abandoned = sum(trial.state == TrialState.FAIL and "error" not in trial.user_attrs for trial in trials)
+    return Snapshot(done, len(pending), held, is_waiting(study), num_abandoned)
 
 
 def is_waiting(study: optuna.Study) -> bool:
@@ -320,7 +379,8 @@ def distributions(run: AnyRun) -> dict:
 
 
 def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int:
-    """Pull trials until none waits (exit status 0), a stop is asked for (130) or nothing can be written (1).
+    """Pull trials until none waits, and return the exit status: NOTHING_WAITS, STOPPED where it was asked to leave, or
+    CANNOT_WRITE.
 
     One process, one thread; `train` is that of the run's kind where none is given.
     """
@@ -329,19 +389,13 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
             return _work(json.loads(Path(plan_path).read_text()), train, should_stop)
         except (CannotWrite, OSError) as error:  # no run's failure: a full disk would fail all that waits, too
             print(f"sovit: {error}", file=sys.stderr)
-            return 1
+            return CANNOT_WRITE
 
 
 def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Callable[[], bool]) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep = Sweep(
-        plan["name"],
-        [run_from_dict(d) for d in plan["runs"]],
-        Path(plan["runs_dir"]),
-        Path(plan["ledger"]),
-        plan["storage"],
-        plan["metric"],
-    )
+    runs = [run_from_dict(d) for d in plan["runs"]]
+    sweep = Sweep(plan["name"], runs, Path(plan["runs_dir"]), Path(plan["ledger"]), plan["storage"], plan["metric"])
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
 
     def go_on() -> bool:  # without its launcher a worker ends the trunk it is on, and stops
@@ -352,7 +406,7 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
             num_blocked = reconcile(sweep, study, plan["launch"])
             waits = is_waiting(study)
             if not waits and not num_blocked:
-                return 0
+                return NOTHING_WAITS
             if waits:
                 trial = study.ask()
                 run = run_from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
@@ -361,26 +415,41 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
         if not waits:  # someone trains what is waited for; should he die, it is enqueued again
             time.sleep(BLOCKED_SECONDS)
             continue
-        while not ours:  # another study trains this trunk: wait for it, but not with everyone behind us
-            time.sleep(WAIT_SECONDS)
-            if not go_on():
-                return STOPPED
-            ours = _try_lock(holder)
-        os.utime(holder.fileno())  # since when it is held
-        for name, d in distributions(run).items():  # takes the enqueued values up into the trial
-            if isinstance(d, optuna.distributions.CategoricalDistribution):
-                trial.suggest_categorical(name, d.choices)
-            else:
-                whole = isinstance(d, optuna.distributions.IntDistribution)
-                suggest = trial.suggest_int if whole else trial.suggest_float
-                suggest(name, d.low, d.high)
-        try:
-            _run_trial(sweep, study, trial, run, train or trainer(run), plan["device"], should_stop)
-        except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial
-            print(f"sovit: {run.trunk_id} {stop}; launch the study again to go on", file=sys.stderr)
-        finally:
-            holder.close()
+        with holder:
+            if ours or _await_lock(sweep, study, trial, holder, go_on):
+                os.utime(holder.fileno())  # since when it is held
+                _take_up(trial, run)
+                try:
+                    _run_trial(sweep, study, trial, run, train or trainer(run), plan["device"], should_stop)
+                except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial
+                    print(f"sovit: {run.trunk_id} {stop}; launch the study again to go on", file=sys.stderr)
     return STOPPED
+
+
+def _await_lock(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, holder, go_on: Callable[[], bool]) -> bool:
+    """Wait for a trunk that another study trains, but not with everyone behind us; return whether it is ours to train.
+
+    It is not where a stop is asked for, or where `reconcile` found nobody at it in between and gave it up.
+    """
+    while go_on():
+        time.sleep(WAIT_SECONDS)
+        with sweep.lock():  # so that nobody tells the trial between the look at it and the lock
+            if _state(study, trial) != TrialState.RUNNING:
+                return False
+            if _try_lock(holder):
+                return True
+    return False
+
+
+def _take_up(trial: optuna.Trial, run: AnyRun) -> None:
+    """Take the enqueued values up into the trial."""
+    for name, d in distributions(run).items():
+        if isinstance(d, optuna.distributions.CategoricalDistribution):
+            trial.suggest_categorical(name, d.choices)
+        elif isinstance(d, optuna.distributions.IntDistribution):
+            trial.suggest_int(name, d.low, d.high)
+        else:
+            trial.suggest_float(name, d.low, d.high)
 
 
 def _run_trial(
@@ -402,29 +471,34 @@ def _run_trial(
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = kind + str(error).partition("\n")[0]
         _record_failure(sweep, todo, reason)
-        _tell(study, trial, None, reason)
+        _tell_result(study, trial, None, reason)
         return
     last = sweep.last(run)
     reason = f"no {sweep.metric}" if last["status"] == "ok" else f"{last['status']}: {last.get('error')}"
-    _tell(study, trial, last.get(sweep.metric), reason)
+    _tell_result(study, trial, last.get(sweep.metric), reason)
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, error: str) -> None:
-    # while this process waited for another study's trunk, reconcile may have told the trial; the records are the truth
+def _tell_result(study: optuna.Study, trial: optuna.Trial, value: float | None, error: str) -> None:
+    """Tell how a run ended. Where the trial is told already, the records are the truth."""
+    if value is not None:
+        _tell(study, trial, value)
+        return
     with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-        if value is None:
-            trial.set_user_attr("error", error)
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            study.tell(trial, value)
+        trial.set_user_attr("error", error)
+    _tell(study, trial, state=TrialState.FAIL)
 
 
 def _try_lock(file) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    """Lock a file unless another process holds it. One that only looks holds it for a moment, which is waited for."""
+    until = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_SECONDS / 10)
 
 
 def _record_failure(sweep: Sweep, run: AnyRun, reason: str) -> None:

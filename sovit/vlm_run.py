@@ -7,6 +7,7 @@ budget is the sum of its stages. `kind: vlm` tells its JSON and its rows from an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ class VlmRun:
     def num_examples(self) -> int:
         return sum(stage.num_examples for stage in self.stages)
 
-    @property
+    @functools.cached_property
     def trunk_id(self) -> str:
         identity = {k: v for k, v in _non_default(self).items() if k != "study"}
         identity["stages"] = [_identity(stage) for stage in self.stages]

@@ -1,11 +1,12 @@
 """kill -9 at random moments, round after round: is a measurement lost, doubled, or made that nobody asked for?
 
-    python tests/kill_rounds.py [--rounds 50] [--seed 0] [--workers 3] [--json]
+    python tests/kill_rounds.py [--rounds 50] [--quiet-rounds 5] [--seed 0] [--workers 3] [--json]
 
 A round launches a fresh study of trivial points (fake_sweep.py) with three workers, kills one worker, then everything,
 the launcher too, and launches again to the end. Every other kill comes at a random time; the others when a process is
 seen in a phase drawn beforehand (PHASES), a random moment later. Processes note in shared memory what they are doing, so
-that what a kill hit is known afterwards. Exit status 0 where nothing was lost, doubled or unasked.
+that what a kill hit is known afterwards. In a quiet round nobody is killed. Exit status 0 where nothing was lost, doubled or
+unasked, and in no round a worker died that was not killed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+FAULTS = ("lost", "doubled", "unasked", "trials wrong", "launches failed", "dead workers")
 PHASES = ("reconcile", "ask", "train", "record", "tell", "append", "merge")
 NUM_TRUNKS, BUDGETS, PAUSE = 20, (1600, 3200), 0.01  # of a round's study; seconds a point
 NOTE = 64  # bytes
@@ -76,18 +78,21 @@ def take_part(role: str, arguments: list[str]) -> int:
     from sovit import launch, sweep
 
     fake_sweep.PAUSE, launch.POLL_SECONDS = PAUSE, 0.05
-    for owner in (sweep, launch):
-        note.around(owner, "reconcile", "reconcile")
+    note.around(sweep, "reconcile", "reconcile")
     note.around(optuna.Study, "ask", "ask")
     note.around(fake_sweep, "fake_train", "train")
     note.around(fake_sweep, "write_record", "record")
-    note.around(sweep, "_tell", "tell")
+    note.around(sweep, "_tell_result", "tell")
     note.around(JournalFileBackend, "append_logs", "append")
     note.around(sweep, "update_ledger", "merge")
     note.stack.clear()
     note.enter("between")
     if role == "work":
-        return sweep.work(Path(arguments[0]), fake_sweep.fake_train)
+        try:
+            return sweep.work(Path(arguments[0]), fake_sweep.fake_train)
+        except BaseException:
+            fake_sweep.note(folder, "died", "-", os.getpid())
+            raise
     study = fake_sweep.opened(folder, design())
     command = [sys.executable, __file__, "work"]
     launch.launch(study, int(arguments[1]), worker_command=command)
@@ -177,7 +182,6 @@ def state(pid: int) -> str | None:
 
 def one_round(folder: Path, rng: random.Random, workers: int, duration: float) -> list[str]:
     """Launch, kill one worker, kill everything. Returns what each victim was doing."""
-    (folder / "phases").mkdir(parents=True)
     victims, hit = Victims(folder, workers), []
     started = time.monotonic()
     for everything in (False, True):
@@ -220,6 +224,8 @@ def faults(folder: Path, before: dict[Path, tuple]) -> Counter:
     for word, run_id, pid in lines:
         if word == "kill":
             killed.add(pid)
+        elif word == "died":  # by an error of its own
+            found["dead workers"] += 1
         elif word == "begin":  # twice only where the first died of it
             found["doubled"] += run_id in begun and begun[run_id] not in killed or bool(ended[run_id])
             begun[run_id] = pid
@@ -243,16 +249,20 @@ def records(folder: Path) -> dict[Path, tuple]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in found}
 
 
-def kill_rounds(rounds: int, seed: int = 0, workers: int = 3, on_round=lambda i, folder, found: None) -> dict:
-    """Run the rounds; counts of faults (lost, doubled, unasked, trials wrong) and of what the kills hit."""
+def kill_rounds(
+    rounds: int, seed: int = 0, workers: int = 3, quiet_rounds: int = 0, on_round=lambda i, folder, found: None
+) -> dict:
+    """Run the rounds, quiet ones after the others; counts of FAULTS and of what the kills hit."""
     rng, started = random.Random(seed), time.monotonic()
     total, hit, interrupted, duration = Counter(), [], 0, 1.0
-    for i in range(rounds):
+    for i in range(rounds + quiet_rounds):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name).resolve()
-            hit += one_round(folder, rng, workers, duration)
+            (folder / "phases").mkdir()
+            if i < rounds:
+                hit += one_round(folder, rng, workers, duration)
             before = records(folder)
-            interrupted += len(before) < NUM_TRUNKS * len(BUDGETS)
+            interrupted += i < rounds and len(before) < NUM_TRUNKS * len(BUDGETS)
             began = time.monotonic()
             code = Victims(folder, workers).launcher.wait(120)
             share = 1 - len(before) / (NUM_TRUNKS * len(BUDGETS))
@@ -261,13 +271,13 @@ def kill_rounds(rounds: int, seed: int = 0, workers: int = 3, on_round=lambda i,
             found = faults(folder, before) + Counter({"launches failed": int(code != 0)})
             total += found
             on_round(i, folder, found)
-    names = ("lost", "doubled", "unasked", "trials wrong", "launches failed")
     return {
         "rounds": rounds,
+        "quiet_rounds": quiet_rounds,
         "seed": seed,
         "workers": workers,
-        "points": rounds * NUM_TRUNKS * len(BUDGETS),
-        **{name: total[name] for name in names},
+        "points": (rounds + quiet_rounds) * NUM_TRUNKS * len(BUDGETS),
+        **{name: total[name] for name in FAULTS},
         "kills": len(hit),
         "rounds_interrupted": interrupted,  # some points were still to be done
         "hit": dict(Counter(what.split(">")[-1] for what in hit).most_common()),  # the innermost phase
@@ -279,22 +289,25 @@ def kill_rounds(rounds: int, seed: int = 0, workers: int = 3, on_round=lambda i,
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--quiet-rounds", type=int, default=5, help="rounds without kills (default 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
 
     def show(i, folder, found):
-        print(f"round {i + 1}/{options.rounds}: {dict(+found) or 'nothing lost'}", file=sys.stderr, flush=True)
+        of = options.rounds + options.quiet_rounds
+        print(f"round {i + 1}/{of}: {dict(+found) or 'nothing lost'}", file=sys.stderr, flush=True)
         if +found:
             print((folder / "log").read_text(), (folder / "executions").read_text(), sep="\n", file=sys.stderr)
 
-    result = kill_rounds(options.rounds, options.seed, options.workers, show)
-    wrong = [f"{result[k]} {k}" for k in ("lost", "doubled", "unasked", "trials wrong", "launches failed")]
+    result = kill_rounds(options.rounds, options.seed, options.workers, options.quiet_rounds, show)
+    wrong = [f"{result[name]} {name}" for name in FAULTS]
     if options.json:
         print(json.dumps(result, indent=2))
     else:
-        print(f"{result['rounds']} rounds, {result['kills']} kills, {result['points']} points: {', '.join(wrong)}")
+        rounds = f"{result['rounds']} rounds and {result['quiet_rounds']} quiet ones"
+        print(f"{rounds}, {result['kills']} kills, {result['points']} points: {', '.join(wrong)}")
         print(f"killed within: {result['hit_within']}; innermost: {result['hit']}; {result['seconds']} s")
     return int(not all(line.startswith("0 ") for line in wrong))
 

@@ -235,18 +235,6 @@ def test_the_plan_tells_the_flops_that_the_row_will_have(swept, tmp_path, capsys
     assert EYE in text and "projector full 0.01: 150 images" in text and "16x1x32" in text
 
 
-def test_the_display_counts_images_and_waits_for_a_pace_of_each_kind(tmp_path):
-    """GOOD is done, half of the encoder (160 images) and nothing of 100 images more: (200 + 80) / 460."""
-    runs = [GOOD, ENCODER, reader(Stage(100))]
-    meter = launch.Meter(opened(tmp_path, runs), set())
-    encoder = dict(share=0.5, flops_per_second=ENCODER.total_flops / 60, images_per_second=9.0)
-    half = {ENCODER.trunk_id: encoder}
-    assert meter.text({GOOD.trunk_id}, half, 2) == "61% of 460 images, 2 workers, estimating"
-    model = dict(share=0.5, flops_per_second=1.0, images_per_second=50 / 90)
-    both = half | {runs[2].trunk_id: model}  # 30 s of the encoder are left, and 90 s of the model
-    assert meter.text({GOOD.trunk_id}, both, 2) == "72% of 460 images, 2 workers, 1 min left"
-
-
 def test_status_of_a_study_with_models(swept):
     found = study_status("s", swept.folder / "runs")
     assert found.state == "stopped" and found.trunks.done == 3 and found.trunks.failed == 1
