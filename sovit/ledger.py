@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -375,16 +376,24 @@ def _failed_later(row: dict, other: dict) -> bool:
 
 def update_ledger(path: Path, rows: list[dict]) -> list[dict]:
     """Merge `rows` into the ledger file, atomically and under a lock; calling it again changes nothing."""
-    path = Path(path)
+    return rewrite_rows(Path(path), read_ledger, lambda old: merge(old + rows, str(path)))
+
+
+def rewrite_rows(
+    path: Path, read: Callable[[Path], list[dict]], change: Callable[[list[dict]], list[dict]]
+) -> list[dict]:
+    """Replace the rows of a file by change(rows), atomically and under a lock; rows that stay are not written again.
+
+    read: what reads the file, which may be absent or empty. Returns the rows that the file holds now.
+    """
     with locked(path.with_suffix(".lock")):
-        for left_by_a_kill in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
-            left_by_a_kill.unlink()
-        old = read_ledger(path) if path.exists() and path.stat().st_size else []
-        merged = merge(old + rows, str(path))
-        text = "".join(dump_row(row) + "\n" for row in merged)
+        for stale_temp_file in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
+            stale_temp_file.unlink()
+        rows = change(read(path) if path.exists() and path.stat().st_size else [])
+        text = "".join(dump_row(row) + "\n" for row in rows)
         if not path.exists() or path.read_text() != text:
             write_atomic(path, text)
-    return merged
+    return rows
 
 
 def read_exclusions(path: Path | str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sovit import UserError, finetune_cost
 from sovit.cli.main import main
 from sovit.finetune import freeze
+from sovit.hardware import Settings
 from sovit.model import build
 from sovit.pareto import read_profiles, shape_of
 from sovit.savings import PAPER, closed_forms, savings, savings_text, stored_params
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "results" / "finetune_cost.jsonl"
 SMALL = Shape(128, 2, 512, 32, 4, 32, "avg")
 CLASSES, BATCH = 10, 2
+UNDER = Settings(num_classes=CLASSES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -104,8 +106,8 @@ def test_what_is_there_is_not_measured_again(measured, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trained", "nothing"], "--trained 'nothing' is unknown; choose of full, attention, mlp, head"),
-        (["--trained", "head", "--dtype", "int8"], "--dtype 'int8' is unknown"),
+        (["--trained", "nothing"], "trained='nothing' is unknown; choose of full, attention, mlp, head"),
+        (["--trained", "head", "--dtype", "int8"], "dtype='int8' is unknown"),
         (["--trained", "head", "--batch-sizes", "0"], "each must be at least 1"),
         (["--trained", "head", "--device", "abacus"], "--device abacus cannot be used"),
     ],
@@ -140,21 +142,22 @@ def test_one_block_keeps_what_its_gradients_need(part, inputs, fused):
     attention = heads + w * (part == "mlp") if fused else heads * n
     block = 2 * (w + 2) + 3 * w + m + sum(dict(w=w, m=m)[x] for x in inputs) + attention
     ends = b * (2 * w + 2)  # of the pooled token: the last norm's input and statistics, the head's input
-    assert finetune_cost.saved_bytes(shape, part, b, CLASSES, "cpu", "float32", fused) == 4 * (b * n * block + ends)
+    assert finetune_cost.saved_bytes(shape, part, b, UNDER, fused) == 4 * (b * n * block + ends)
 
 
 def test_the_head_alone_keeps_its_own_input():
     shape = Shape(24, 3, 56, 8, 4, 16, "avg")
-    assert finetune_cost.saved_bytes(shape, "head", 5, CLASSES, "cpu", "float32", True) == 4 * 5 * 24
+    assert finetune_cost.saved_bytes(shape, "head", 5, UNDER, True) == 4 * 5 * 24
 
 
 @pytest.mark.parametrize("pool", ["avg", "map", "token", "none"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_depths_tell_the_third(pool, dtype):
     shape = Shape(16, 3, 40, 8, 4, 16, pool)
+    under = Settings(dtype=dtype, num_classes=CLASSES)
     for part in TRAINED:
-        found = finetune_cost.saved_bytes(shape, part, 2, CLASSES, "cpu", dtype, True)
-        assert found == finetune_cost._saved_at(shape, part, 2, CLASSES, "cpu", dtype, True)
+        found = finetune_cost.saved_bytes(shape, part, 2, under, True)
+        assert found == finetune_cost._saved_at(shape, part, 2, under, True)
 
 
 # ratios --------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.hardware import profile, shapes_for
+from sovit.hardware import peak_bytes, profile, shapes_for
 from sovit.law import read_law
 from sovit.pareto import DECADES, front, loss_of_images, pareto, read_profiles, shape_of
 from sovit.shape import Shape
@@ -71,6 +71,15 @@ def test_memory_holds_the_model_and_its_optimiser(profiled):
     assert small["train_bytes"] < large["train_bytes"] / 5
 
 
+def test_the_peak_is_what_torch_holds_at_once():
+    def work():
+        first = torch.empty(1000)
+        del first
+        return torch.empty(500), torch.empty(700)
+
+    assert peak_bytes(work, "cpu") == 4 * (500 + 700)
+
+
 def test_what_is_there_is_not_measured_again(profiled, tmp_path):
     path, rows = profiled
     text, inode = path.read_text(), path.stat().st_ino
@@ -127,14 +136,14 @@ def test_shapes_of_a_command_line():
     [
         ([], "no shape to profile"),
         (["nonsense"], "unknown shape 'nonsense'"),
-        (["B/16", "--dtype", "int8"], "--dtype 'int8' is unknown"),
-        (["B/16", "--repeats", "0"], "--repeats 0"),
+        (["B/16", "--dtype", "int8"], "dtype='int8' is unknown"),
+        (["B/16", "--repeats", "0"], "repeats=0"),
         (["B/16", "--batch-sizes", "0"], "each must be at least 1"),
         (["B/16", "--threads", "0"], "--threads 0 must be at least 1"),
         (["B/16", "--device", "abacus"], "--device abacus cannot be used"),
-        (["--grid", "width=a"], "--grid width=a is not NAME=N,N"),
-        (["--grid", "width=8"], "--grid lacks depth"),
-        (["--train-flops", "1e12"], "name one with --law"),
+        (["--grid", "width=a"], "grid width=a is not NAME=N,N"),
+        (["--grid", "width=8"], "grid lacks depth"),
+        (["--train-flops", "1e12"], "name one"),
         (["31x1x64", "--head-dim", "8"], "width=31 is not a multiple of head_dim=8"),
     ],
 )
