@@ -7,7 +7,7 @@ A profile row is one flat JSON object a (shape, device, dtype, batch, threads), 
     forward_seconds, forward_seconds_low, _high    one forward pass of a batch: median and quartiles of the repeats
     train_step_seconds, _low, _high                forward, backward and AdamW of a batch
     forward_samples, train_step_samples            the repeats themselves
-    forward_bytes, train_bytes                     peak memory of both, above what the process held before
+    forward_bytes, train_bytes                     peak memory of both, weights included
     images_per_second forward_flops_per_second train_flops_per_second
     load_before load_after                         load average of the machine, one minute
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,19 @@ def front(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
     return np.flatnonzero(equal.any(1))[np.lexsort((loss[equal.any(1)], cost[equal.any(1)]))]
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What was measured of S shapes at one batch size; NaN where it was not."""
+
+    shapes: list[Shape]
+    batch_size: int
+    step: np.ndarray  # [S] seconds of a training step, an image
+    latency: np.ndarray  # [S] seconds of one image's forward pass
+    memory: np.ndarray  # [S] peak bytes of a training step
+    flops: np.ndarray  # [S] training FLOPs of an image
+    left_out: list[str]
+
+
 def pareto(fit: Fit, rows: Sequence[dict], train_flops: float | None = None) -> dict:
     """The law's losses of the profiled shapes against four costs, as plain data.
 
@@ -79,82 +93,98 @@ def pareto(fit: Fit, rows: Sequence[dict], train_flops: float | None = None) -> 
         raise UserError("the law does not know the training FLOPs of its rows; fit it to rows with a whole shape")
     budget = float(train_flops or fit.data["train_flops_range"][1])
     rows, device = _one_device(rows)
-    rows, strangers = _of_law(fit, rows)
-    by_shape: dict[Shape, dict[int, dict]] = {}
-    for row in rows:
-        by_shape.setdefault(shape_of(row), {})[row["batch_size"]] = row
-    batches = [b for b in {b for found in by_shape.values() for b in found} if b > 1]
-    trained = [b for b in batches if all(found.get(b, {}).get("train_step_seconds") for found in by_shape.values())]
-    if not trained:
-        trained = [max(batches, default=1)]  # of what fits there, at least
-    batch = max(trained)
-    shapes = [s for s, found in by_shape.items() if (found.get(batch) or {}).get("train_step_seconds")]
-    without = [s.label for s in by_shape if s not in shapes]
-    if len(shapes) < 2:
-        raise UserError(
-            f"{len(shapes)} shape of the law's kind has a training step at batch {batch}; profile at least two"
-        )
-    at = [by_shape[s][batch] for s in shapes]
-    step = np.array([row["train_step_seconds"] / batch for row in at])  # [S] seconds an image
-    single = [(by_shape[s].get(1) or {}).get("forward_seconds") for s in shapes]
-    latency = np.array([np.nan if value is None else value for value in single])
-    memory = np.array([np.nan if row["train_bytes"] is None else row["train_bytes"] for row in at])
-    flops = 3 * Geometry(**fit.geometry).flops(_columns(shapes), head=True)  # [S] a training image
-
+    costs = _costs(fit, rows)
+    shapes, flops, step = costs.shapes, costs.flops, costs.step
     loss = predicted_loss(fit, shapes, budget)
     flop_best = int(loss.argmin())
     seconds = float(budget / flops[flop_best] * step[flop_best])  # what the best shape per FLOP takes
     timed = loss_of_images(fit, shapes, seconds / step)
     time_best = int(timed.argmin())
-    curves = dict(train_flops=budget, train_seconds=seconds)
-    budgets = {name: top * np.logspace(-DECADES, 0, NUM_BUDGETS) for name, top in curves.items()}
-    losses = dict(
-        train_flops=np.array([loss_of_images(fit, shapes, b / flops) for b in budgets["train_flops"]]),  # [B, S]
-        train_seconds=np.array([loss_of_images(fit, shapes, b / step) for b in budgets["train_seconds"]]),
-    )
-    on: dict[str, list[int]] = {name: sorted(set(many.argmin(1).tolist())) for name, many in losses.items()}
-    for name, cost in (("latency", latency), ("memory", memory)):
-        known = np.flatnonzero(np.isfinite(cost))
-        on[name] = known[front(cost[known], loss[known])].tolist() if len(known) else []
-    table: list[dict] = [
-        dict(
-            shape=shape.to_dict(),
-            label=shape_label(shape, fit),
-            loss_at_flops=float(loss[i]),
-            loss_at_seconds=float(timed[i]),
-            step_seconds_per_image=float(step[i]),
-            train_flops_per_second=float(flops[i] / step[i]),
-            latency=None if np.isnan(latency[i]) else float(latency[i]),
-            train_bytes=None if np.isnan(memory[i]) else float(memory[i]),
-            fronts=[name for name in COSTS if i in on[name]],
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    rate = flops / step
+    along = np.logspace(-DECADES, 0, NUM_BUDGETS)
+    budgets = dict(train_flops=budget * along, train_seconds=seconds * along)
+    losses = {  # [B, S]
+        name: np.array([loss_of_images(fit, shapes, b / each) for b in budgets[name]])
+        for name, each in dict(train_flops=flops, train_seconds=step).items()
+    }
+    on = _fronts(costs, losses, loss)
+    table = _table(fit, costs, loss, timed, on)
+    labels, rate = [row["label"] for row in table], flops / step
     return dict(
         form=fit.form,
         train_flops=budget,
         train_seconds=seconds,
-        batch_size=batch,
+        batch_size=costs.batch_size,
         device=device,
         shapes=table,
-        fronts={name: [table[i]["label"] for i in found] for name, found in on.items()},
+        fronts={name: [labels[i] for i in found] for name, found in on.items()},
         on_every_front=[row["label"] for row in table if len(row["fronts"]) == len(COSTS)],
         flop_optimal=dict(
-            label=table[flop_best]["label"],
+            label=labels[flop_best],
             loss_at_flops=float(loss[flop_best]),
             excess_at_seconds=float(timed[flop_best] / timed[time_best] - 1),
         ),
         time_optimal=dict(
-            label=table[time_best]["label"],
+            label=labels[time_best],
             loss_at_seconds=float(timed[time_best]),
             excess_at_flops=float(loss[time_best] / loss[flop_best] - 1),
         ),
         rate_range=[float(rate.min()), float(rate.max())],
         curves={name: dict(budget=budgets[name].tolist(), loss=losses[name].T.tolist()) for name in budgets},
         noise_sd=fit.noise["sd"],
-        left_out=[*strangers, *(f"{label}: no training step at batch {batch}" for label in without)],
+        left_out=costs.left_out,
     )
+
+
+def _costs(fit: Fit, rows: Sequence[dict]) -> Costs:
+    rows, strangers = _of_law(fit, rows)
+    by_shape: dict[Shape, dict[int, dict]] = {}
+    for row in rows:
+        by_shape.setdefault(shape_of(row), {})[row["batch_size"]] = row
+    batches = [b for b in {b for found in by_shape.values() for b in found} if b > 1]
+    trained = [b for b in batches if all(found.get(b, {}).get("train_step_seconds") for found in by_shape.values())]
+    batch = max(trained or [max(batches, default=1)])  # where no batch has all shapes: the largest, of what fits there
+    shapes = [s for s, found in by_shape.items() if found.get(batch, {}).get("train_step_seconds")]
+    if len(shapes) < 2:
+        raise UserError(
+            f"{len(shapes)} shape of the law's kind has a training step at batch {batch}; profile at least two"
+        )
+    at = [by_shape[s][batch] for s in shapes]
+    single = [by_shape[s].get(1, {}).get("forward_seconds") for s in shapes]
+    return Costs(
+        shapes=shapes,
+        batch_size=batch,
+        step=np.array([row["train_step_seconds"] / batch for row in at]),
+        latency=np.array(single, float),  # None becomes NaN
+        memory=np.array([row["train_bytes"] for row in at], float),
+        flops=3 * Geometry(**fit.geometry or {}).flops(_columns(shapes), head=True),
+        left_out=[*strangers, *(f"{s.label}: no training step at batch {batch}" for s in by_shape if s not in shapes)],
+    )
+
+
+def _fronts(costs: Costs, losses: dict[str, np.ndarray], loss: np.ndarray) -> dict[str, list[int]]:
+    """Cost -> indices of the shapes on its front. losses: along each budget [B, S]; loss: at the budget [S]."""
+    on: dict[str, list[int]] = {name: sorted(set(many.argmin(1).tolist())) for name, many in losses.items()}
+    for name, cost in (("latency", costs.latency), ("memory", costs.memory)):
+        known = np.flatnonzero(np.isfinite(cost))
+        on[name] = known[front(cost[known], loss[known])].tolist() if len(known) else []
+    return on
+
+
+def _table(fit: Fit, costs: Costs, loss: np.ndarray, timed: np.ndarray, on: dict[str, list[int]]) -> list[dict]:
+    return [
+        dict(
+            shape=shape.to_dict(),
+            label=shape_label(shape, fit),
+            loss_at_flops=float(loss[i]),
+            loss_at_seconds=float(timed[i]),
+            step_seconds_per_image=float(costs.step[i]),
+            train_flops_per_second=float(costs.flops[i] / costs.step[i]),
+            latency=None if np.isnan(costs.latency[i]) else float(costs.latency[i]),
+            train_bytes=None if np.isnan(costs.memory[i]) else float(costs.memory[i]),
+            fronts=[name for name in COSTS if i in on[name]],
+        )
+        for i, shape in enumerate(costs.shapes)
+    ]
 
 
 def loss_of_images(fit: Fit, shapes: Sequence[Shape], images: np.ndarray) -> np.ndarray:

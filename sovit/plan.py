@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import time
 
 from sovit import UserError
 from sovit.kinds import vlm_runs
 from sovit.run import Run
+from sovit.tables import text_table
 from sovit.vlm_run import VlmRun
 
 GPUS = {"H100": 989e12, "A100": 312e12}  # FLOP/s: dense bf16 peak, by their data sheets (SXM)
 UTILISATION = 0.4  # of that peak: an assumption, about what a well-fed ViT reaches in bf16
 MEASURABLE_FLOPS = 2e10  # a training step above this is not tried out, its time is taken from the matrix-product rate
-
-
 OVERHEAD = 1.15  # data, clipping and checkpoints come on top of a step that was tried
 
 
@@ -126,54 +125,45 @@ def print_plan(sweep, workers: int, device: str, as_json: bool) -> None:
         return
     encoders = [row for row in plan["trunks"] if row.get("kind") != "vlm"]
     readers = [row for row in plan["trunks"] if row.get("kind") == "vlm"]
-    t = plan["totals"]
     if encoders:
         names = ["trunk", "shape", "params", "GFLOPs/image", "lr", "seed", "images a branch", "steps", "GFLOPs", "time"]
-        _print_table(names, ("trunk", "shape", "images a branch"), map(_cells, encoders))
-        print()
+        print(text_table(names, map(_cells, encoders), left=("trunk", "shape", "images a branch")) + "\n")
     if readers:
         names = ["trunk", "encoder", "language model", "projector", "stages", "seed", "steps", "TFLOPs", "time"]
-        _print_table(names, names[:5], map(_vlm_cells, readers))
-        print()
-    print(
+        print(text_table(names, map(_vlm_cells, readers), left=names[:5]) + "\n")
+    probed = any(run.probe for run in sweep.runs.values())
+    print("\n".join(_total_lines(plan["totals"], encoders, readers, probed, device)))
+    for note in plan["notes"]:
+        print(f"no estimate: {note}")
+
+
+def _total_lines(t: dict, encoders: list[dict], readers: list[dict], probed: bool, device: str) -> list[str]:
+    lines = [
         f"{t['study']}: {t['trunks']} trunks ({t['pending']} to do), {t['measurements']} measurements,"
         f" {_short(t['images'])} images"
-    )
+    ]
     if encoders:
-        print(
+        lines.append(
             f"compute (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
             f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that"
             + ", of the encoders alone"
             * bool(readers)
         )
     tried = [row["seconds"] is not None for row in readers if not row["done"]]
+    apart = ["probes"] * probed
     if any(tried):
-        print("vision-language models: FLOPs and time of training, from one step tried of each stage")
-    apart = ["probes"] * any(run.probe for run in sweep.runs.values()) + ["answering the validation questions"] * any(
-        tried
-    )
-    apart += [f"{tried.count(False)} vision-language models"] * (not all(tried))
-    print(
+        lines.append("vision-language models: FLOPs and time of training, from one step tried of each stage")
+        apart.append("answering the validation questions")
+    if not all(tried):
+        apart.append(f"{tried.count(False)} vision-language models")
+    lines.append(
         f"estimated time: {clock(t['seconds'])} with {t['workers']} worker{'s' * (t['workers'] > 1)} on {device}"
         + f", {' and '.join(apart)} apart" * bool(apart)
     )
-    for note in plan["notes"]:
-        print(f"no estimate: {note}")
     if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
         hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())
-        print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
-
-
-def _print_table(names, left, rows) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for cells in rows:
-        table.add_row(*cells)
-    Console(width=None if Console().is_terminal else 150).print(table)
+        lines.append(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
+    return lines
 
 
 def _cells(row: dict) -> list[str]:
@@ -223,45 +213,35 @@ def _key(run: Run) -> tuple:
 
 def _try_step(run: Run, device: str) -> float:
     import torch
+    from torch.utils.benchmark import Timer
 
     from sovit.finetune import freeze
     from sovit.model import build, parameter_groups
 
-    torch.set_num_threads(1)
     model = build(run.shape, 16, run.recipe.parametrisation, 0).to(device)
     freeze(model, run.trained)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
     images = torch.randn(run.recipe.batch_size, 3, run.shape.image_size, run.shape.image_size, device=device)
-    seconds = []
-    for _ in range(6):
-        start = time.perf_counter()
+
+    def step() -> None:
         loss = model(images).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss.item()
-        seconds.append(time.perf_counter() - start)
+
+    seconds = Timer("step()", globals={"step": step}, num_threads=1).blocked_autorange(min_run_time=0.05).median
     drawn = run.total_flops / run.total_examples / run.shape.step_flops(0, run.trained) if run.recipe.patch_sizes else 1
-    return sorted(seconds[1:])[2] * drawn * OVERHEAD
+    return seconds * drawn * OVERHEAD
 
 
-_matmul_rates: dict[str, float] = {}
-
-
+@functools.cache
 def matmul_rate(device: str) -> float:
     """FLOP/s of a 1024 x 1024 float32 matrix product on one thread: an upper bound of what training reaches."""
-    if device not in _matmul_rates:
-        import torch
+    import torch
+    from torch.utils.benchmark import Timer
 
-        torch.set_num_threads(1)
-        a = torch.randn(1024, 1024, device=device)
-        (a @ a).sum().item()
-        start = time.perf_counter()
-        for _ in range(5):
-            b = a @ a
-        b.sum().item()
-        _matmul_rates[device] = 5 * 2 * 1024**3 / (time.perf_counter() - start)
-    return _matmul_rates[device]
+    a = torch.randn(1024, 1024, device=device)
+    return 2 * 1024**3 / Timer("a @ a", globals={"a": a}, num_threads=1).timeit(5).median
 
 
 def clock(seconds: float) -> str:
