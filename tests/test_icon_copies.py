@@ -19,10 +19,10 @@ def drawings(count: int, side: int = 32, seed: int = 0) -> np.ndarray:
 def test_best_overlap_is_the_best_of_all():
     train, val = drawings(300), drawings(40, seed=1)
     val[:5] = np.maximum(train[10:15], 20)
-    overlap, nearest = best_overlap(train, val)
+    overlap = best_overlap(train, val)
     a, b = val[:, None].astype(float), train[None].astype(float)
     everything = np.minimum(a, b).sum((2, 3)) / np.maximum(a, b).sum((2, 3))  # [J, I]
-    assert nearest[:5].tolist() == [10, 11, 12, 13, 14]
+    assert overlap[:5].min() > MIN_OVERLAP
     found = overlap > MIN_OVERLAP
     assert found.tolist() == (everything.max(1) > MIN_OVERLAP).tolist()
     np.testing.assert_allclose(overlap[found], everything.max(1)[found])
@@ -30,7 +30,7 @@ def test_best_overlap_is_the_best_of_all():
 
 def test_nothing_to_compare_with():
     blank, full = np.zeros((3, 8, 8), np.uint8), np.full((2, 8, 8), 255, np.uint8)
-    assert best_overlap(blank, full)[0].tolist() == [0, 0]
+    assert best_overlap(blank, full).tolist() == [0, 0]
 
 
 def test_shrinking_averages():
@@ -40,7 +40,7 @@ def test_shrinking_averages():
     np.testing.assert_allclose(small, fine.reshape(3, 32, 2, 32, 2).mean((2, 4)), atol=0.51)
 
 
-def test_planted_copies_are_found_and_counted_by_family(tmp_path, monkeypatch):
+def test_planted_copies_are_found_and_counted(tmp_path, monkeypatch):
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
     masks = np.concatenate([drawings(200), drawings(50, seed=1)])
     masks[200:210] = masks[:10] * 0.95  # a little paler
@@ -50,13 +50,9 @@ def test_planted_copies_are_found_and_counted_by_family(tmp_path, monkeypatch):
     is_val = np.arange(250) >= 200
     np.save(folder / "masks.npy", masks)
     np.save(folder / "is_val.npy", is_val)
-    families = ["old" if i < 5 else "other" for i in range(200)] + ["new"] * 50
-    rows = [f"s:{i}\tthing\tMIT\tA\t{f}\t{'val' if v else 'train'}" for i, (f, v) in enumerate(zip(families, is_val))]
-    (folder / "ATTRIBUTION.tsv").write_text("\n".join(["title\tconcept\tlicence\tauthor\tfamily\tsplit", *rows]) + "\n")
     found = copies_folder(folder)
     assert np.flatnonzero(np.load(found / "copied.npy")).tolist() == list(range(10))
     info = json.loads((found / "info.json").read_text())
     assert info["num_val"] == 50 and info["copies_in_val"] == 10 <= info["near_duplicates_in_val"] < 50
-    assert info["copies_by_families"] == {"new <- old": 5, "new <- other": 5}
     monkeypatch.setattr(near_copies, "find", None)  # the second time it is looked up
     assert copies_folder(folder) == found

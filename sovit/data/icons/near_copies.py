@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def copies_folder(masks: Path) -> Path:
     """The cache folder of which validation icons of a folder of masks are copies, found if it is not there yet.
 
     copied.npy [J] bool in the order of the validation icons; info.json: num_val, near_duplicates_in_val (suspects by
-    their hash alone), copies_in_val and, for the ten pairs of families with the most, copies_by_families.
+    their hash alone), copies_in_val.
     """
     return build_once("icon_copies", content_key(recipe=RECIPE, masks=masks.name), lambda folder: find(masks, folder))
 
@@ -35,20 +34,13 @@ def find(masks: Path, folder: Path) -> None:
     train, val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
     say(f"icons: looking for {len(val):,} validation drawings among {len(train):,} training ones, once")
     suspects = np.flatnonzero(near_duplicates(ink[train], ink[val], MAX_DISTANCE))
-    overlap, nearest = best_overlap(ink[train], ink[val[suspects]])
     copied = np.zeros(len(val), bool)
-    copied[suspects] = overlap > MIN_OVERLAP
+    copied[suspects] = best_overlap(ink[train], ink[val[suspects]]) > MIN_OVERLAP
     np.save(folder / "copied.npy", copied)
-    with open(masks / "ATTRIBUTION.tsv", encoding="utf-8") as file:
-        family = [line.split("\t")[4] for line in file][1:]
-    found = overlap > MIN_OVERLAP
-    pairs = zip(val[suspects[found]], train[nearest[found]], strict=True)
-    families = Counter(f"{family[j]} <- {family[i]}" for j, i in pairs)
     info = {
         "num_val": len(val),
         "near_duplicates_in_val": len(suspects),
         "copies_in_val": int(copied.sum()),
-        "copies_by_families": dict(families.most_common(10)),
     }
     (folder / "info.json").write_text(json.dumps(info, indent=1))
 
@@ -66,8 +58,8 @@ def shrunk(masks: np.ndarray) -> np.ndarray:
     return small
 
 
-def best_overlap(train: np.ndarray, val: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each drawing of `val` [J, S, S] uint8 the largest overlap with one of `train` [I, S, S], and which: [J], [J].
+def best_overlap(train: np.ndarray, val: np.ndarray) -> np.ndarray:
+    """For each drawing of `val` [J, S, S] uint8 the largest overlap with one of `train` [I, S, S]: [J].
 
     Overlap = sum of the lesser ink / sum of the greater (intersection over union, of grey values). Drawings whose ink
     as a whole differs by more than MIN_OVERLAP allows are not looked at: overlap 0 says that there was none.
@@ -76,7 +68,7 @@ def best_overlap(train: np.ndarray, val: np.ndarray) -> tuple[np.ndarray, np.nda
     train_ink, val_ink = train.sum(1, dtype=np.int64), val.sum(1, dtype=np.int64)
     by_ink, order = np.argsort(train_ink, kind="stable"), np.argsort(val_ink, kind="stable")
     sorted_ink = train_ink[by_ink]
-    overlap, nearest = np.zeros(len(val)), np.zeros(len(val), np.int64)
+    overlap = np.zeros(len(val))
     for start in range(0, len(val), BLOCK):
         ours = order[start : start + BLOCK]
         low, high = val_ink[ours[0]] * MIN_OVERLAP, val_ink[ours[-1]] / MIN_OVERLAP
@@ -85,14 +77,8 @@ def best_overlap(train: np.ndarray, val: np.ndarray) -> tuple[np.ndarray, np.nda
             continue
         a, b = val[ours].astype(np.float32), train[theirs].astype(np.float32)  # [j, P], [i, P]
         likeness = a @ b.T / np.sqrt((b * b).sum(1))  # cosine, but for the length of a
-        top = (
-            np.argsort(-likeness, axis=1)[:, :TOP]
-            if len(theirs) <= TOP
-            else np.argpartition(-likeness, TOP, axis=1)[:, :TOP]
-        )  # [j, TOP]
+        top = np.argpartition(-likeness, min(TOP, len(theirs) - 1), axis=1)[:, :TOP]  # [j, TOP]
         for row, candidates in enumerate(top):
             lesser = np.minimum(a[row], b[candidates]).sum(1)
-            shares = lesser / np.maximum(a[row], b[candidates]).sum(1)
-            best = shares.argmax()
-            overlap[ours[row]], nearest[ours[row]] = shares[best], theirs[candidates[best]]
-    return overlap, nearest
+            overlap[ours[row]] = (lesser / np.maximum(a[row], b[candidates]).sum(1)).max()
+    return overlap

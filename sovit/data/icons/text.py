@@ -97,7 +97,7 @@ def text_folder(masks: Path) -> Path:
     """The cache folder of what is told of the icons in a folder of masks, made if it is not there yet.
 
     icons.jsonl has one line an icon (see describe), in the order of the masks; mirror.npy [I] bool whether it may be
-    shown mirrored; info.json counts the values of each attribute.
+    shown mirrored.
     """
     return build_once("icon_text", content_key(recipe=RECIPE, masks=masks.name), lambda folder: write(masks, folder))
 
@@ -110,6 +110,3 @@ def write(masks: Path, folder: Path) -> None:
     with open(folder / "icons.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(icon, ensure_ascii=False) + "\n" for icon in told)
     np.save(folder / "mirror.npy", np.array([icon["mirror"] for icon in told]))
-    counts = {kind: Counter(value for icon in told for value in icon[kind]) for kind in ATTRIBUTES}
-    some = {kind: sum(bool(icon[kind]) for icon in told) for kind in ATTRIBUTES}
-    (folder / "info.json").write_text(json.dumps({"icons": len(told), "with": some, **counts}, indent=1))

@@ -142,11 +142,7 @@ def _white_on_black(u: Tensor) -> dict[str, Tensor]:
         "background": torch.full_like(nothing, NAMES.index("black"), dtype=torch.int64),
         "ink_rgb": nothing[..., None] + 1,
         "background_rgb": nothing[..., None],
-        "ramp": nothing,
-        "ramp_angle": nothing,
-        "texture": nothing,
-        "texture_x": nothing,
-        "texture_y": nothing,
+        **dict.fromkeys(("ramp", "ramp_angle", "texture", "texture_x", "texture_y"), nothing),
     }
 
 
