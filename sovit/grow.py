@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.active import CHECK_EVERY, FORM, Belief, Candidate, Pick, candidates, choose, learn, should_stop
-from sovit.launch import run_sweep, study_parser
+from sovit.launch import check_workers, dry_run, exit_status, run_sweep, study_parser
 from sovit.ledger import ANSWERED, is_locked, locked, read_ledger, write_atomic
 from sovit.measurements import measurements
 from sovit.run import Recipe, Run, override
@@ -173,7 +172,14 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
         except UserError as error:
             stop = f"stop: {left:.3g} of {question.max_flops:.3g} FLOPs are left ({error})"
         else:
-            picks = picks_of(belief, pool, workers, len(made), CHECK_SHARE * question.max_flops, checks, noise)
+            picks = picks_of(
+                belief,
+                pool,
+                range(len(made), len(made) + workers),
+                check_cost=CHECK_SHARE * question.max_flops,
+                checks=checks,
+                noise_sd=noise,
+            )
             while picks and sum(pick.candidate.cost for pick in picks) > left:
                 picks.pop()
     return Look(belief, len(y), spent, whole_shape(belief, base), noise, picks, stop, verdict)
@@ -182,27 +188,26 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
 def picks_of(
     belief: Belief,
     pool: Sequence[Candidate],
-    num: int,
-    num_made: int,
+    numbers: range,
     check_cost: float,
     checks: Sequence[Mapping],
     noise_sd: float | None,
 ) -> list[Pick]:
-    """The next `num` picks of `active.choose`, but for the shape of a check: it is one that was never run.
+    """The picks of these numbers, counted from 0, by `active.choose`, but for the shape of a check: it was never run.
 
     Every CHECK_EVERY-th is a check of the law, the run of the lowest predicted loss that check_cost pays for. Another seed
     of a shape that stands in the fit would come true without telling anything of the next.
     """
     picks: list[Pick] = []
-    if (num_made + num) // CHECK_EVERY > num_made // CHECK_EVERY:
+    if numbers.stop // CHECK_EVERY > numbers.start // CHECK_EVERY:
         new = [c for c in pool if c.kind == "trunk" and len(c.budgets) == 1 and c.cost <= check_cost]
         if new:
             losses = predicted(belief, [c.shape for c in new], [c.num_examples for c in new])
             check = new[int(losses.argmin())]
             picks += choose(belief, [check], num_made=CHECK_EVERY - 1)
             pool = [c for c in pool if c.shape != check.shape]
-    if len(picks) < num and pool:
-        rest = dict(num=num - len(picks), num_made=num_made, check_every=0)
+    if len(picks) < len(numbers) and pool:
+        rest = dict(num=len(numbers) - len(picks), num_made=numbers.start, check_every=0)
         picks += choose(belief, pool, **rest, checks=checks, noise_sd=noise_sd)
     return picks
 
@@ -263,9 +268,9 @@ def main(
     parser.add_argument("--max-flops", type=float, help="training FLOPs that all runs together may cost")
     options = parser.parse_intermixed_args(argv)
     limits = {key: getattr(options, key) for key in ("target_flops", "max_flops") if getattr(options, key) is not None}
-    try:
-        if options.workers < 1:
-            raise UserError(f"--workers {options.workers} must be at least 1")
+
+    def study() -> int:
+        check_workers(options)
         question = make_question(**limits)
         pilot = [override(run, options.overrides).replace(study=options.name) for run in question.pilot]
         question = dataclasses.replace(question, name=options.name, pilot=pilot, overrides=options.overrides)
@@ -276,12 +281,8 @@ def main(
             raise UserError(f"{options.name} is grown by another process; wait for it, or give another --name")
         with locked(lock):
             return grow(question, options, run)
-    except UserError as error:
-        print(f"sovit: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
-        return 130
+
+    return exit_status(study)
 
 
 def grow(question: Question, options: argparse.Namespace, run: Callable[..., list[dict]] = run_sweep) -> int:
@@ -312,12 +313,7 @@ def _dry_run(question: Question, options: argparse.Namespace) -> int:
     rounds = read_rounds(question, options)
     sweep = _sweep(question, rounds, options)
     if any(run_id not in sweep.in_ledger for run in sweep.runs.values() for run_id in run.run_ids):
-        from sovit.plan import print_plan
-        from sovit.train import check_device
-
-        check_device(options.device)
-        print_plan(sweep, options.workers, options.device, options.json)
-        return 0
+        return dry_run(sweep, options)
     now = look(question, rounds, sweep.ledger, options.workers)
     if options.json:
         print(json.dumps(now.to_dict(), indent=1))

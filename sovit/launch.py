@@ -261,30 +261,48 @@ def main(
     Returns the exit status: 0 done, 1 a run failed, 2 bad input.
     """
     options = study_parser(doc, name).parse_intermixed_args(argv)
-    try:
-        if options.workers < 1:
-            raise UserError(f"--workers {options.workers} must be at least 1")
+
+    def study() -> int:
+        check_workers(options)
         runs = [run.replace(study=options.name) for run in overridden(make_runs(), options.overrides)]
         ledger = options.results / f"{options.name}.jsonl"
         sweep = Sweep(options.name, runs, options.runs, ledger, options.storage, metric)
         if options.dry_run:
-            from sovit.plan import print_plan
-            from sovit.train import check_device
-
-            check_device(options.device)
-            print_plan(sweep, options.workers, options.device, options.json)
-            return 0
+            return dry_run(sweep, options)
         run_sweep(sweep, options.workers, options.device)
         fitted = not vlm_runs(runs)
         choice = "" if metric == "val_loss" or not (next_command or fitted) else f" --metric {metric}"
         print(f"next: {next_command or ('sovit fit' if fitted else 'sovit track')} {sweep.ledger}{choice}")
+        return int(bool(sweep.pending()))
+
+    return exit_status(study)
+
+
+def exit_status(study: Callable[[], int]) -> int:
+    """The exit status of a study; 2 where it raises UserError and 130 where it is stopped, which it says in one line."""
+    try:
+        return study()
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130
-    return int(bool(sweep.pending()))
+
+
+def check_workers(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be at least 1")
+
+
+def dry_run(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Print what a launch would train, and how long that takes."""
+    from sovit.plan import print_plan
+    from sovit.train import check_device
+
+    check_device(options.device)
+    print_plan(sweep, options.workers, options.device, options.json)
+    return 0
 
 
 def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRun]:

@@ -176,8 +176,11 @@ class Sweep:
 
     def rows(self, run: AnyRun) -> list[dict | None]:
         """The answered row of each branch, from its record and the ledger; None where it is still to be had."""
-        found = ((self.in_ledger.get(i), read_record(self.runs_dir, run.trunk_id, i)) for i in run.run_ids)
-        return [{**(known or {}), **(record or {})} or None for known, record in found]
+        return [self._row(run, run_id) for run_id in run.run_ids]
+
+    def _row(self, run: AnyRun, run_id: str) -> dict | None:
+        record = read_record(self.runs_dir, run.trunk_id, run_id)
+        return {**self.in_ledger.get(run_id, {}), **(record or {})} or None
 
     def refuse_other_rows(self) -> None:
         """Raise UserError where the ledger holds rows of another design, as the study's own guard may be deleted."""
@@ -196,12 +199,15 @@ class Sweep:
         return self._done[run.trunk_id]
 
     def is_done(self, run: AnyRun) -> bool:
-        trunk = run.trunk_id
-        if trunk not in self._done:
-            rows = self.rows(run)
-            if all(row and not lacks_probe(run, row) for row in rows):
-                self._done[trunk] = rows[-1] or {}
-        return trunk in self._done
+        if run.trunk_id in self._done:
+            return True
+        row = None
+        for run_id in run.run_ids:
+            row = self._row(run, run_id)
+            if row is None or lacks_probe(run, row):
+                return False
+        self._done[run.trunk_id] = row or {}
+        return True
 
     def restore_records(self) -> None:
         """What stands in the ledger but is still to be probed gets its record back: it is probed, not trained again.
@@ -335,11 +341,13 @@ def look(sweep: Sweep, study: optuna.Study, launch: str) -> Snapshot:
     with sweep.lock():
         reconcile(sweep, study, launch)
         trials = study.get_trials(deepcopy=False)
-        done = {trunk: sweep.last(run) for trunk, run in sweep.runs.items() if sweep.is_done(run)}
-        pending = [trunk for trunk in sweep.runs if trunk not in done]
-        held = tuple(trunk for trunk in pending if is_locked(sweep.runs_dir / trunk / "lock"))
+    # in this order: what is taken up is held before the lock is free, and what is no longer held may be done
+    held = [trunk for trunk in sweep.runs if is_locked(sweep.runs_dir / trunk / "lock")]
+    done = {trunk: sweep.last(run) for trunk, run in sweep.runs.items() if sweep.is_done(run)}
+    in_training = tuple(trunk for trunk in held if trunk not in done)
+    waits = any(trial.state == TrialState.WAITING for trial in trials)
     num_abandoned = sum(trial.state == TrialState.FAIL and "error" not in trial.user_attrs for trial in trials)
-    return Snapshot(done, len(pending), held, is_waiting(study), num_abandoned)
+    return Snapshot(done, len(sweep.runs) - len(done), in_training, waits, num_abandoned)
 
 
 def is_waiting(study: optuna.Study) -> bool:
@@ -420,7 +428,8 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
                 os.utime(holder.fileno())  # since when it is held
                 _take_up(trial, run)
                 try:
-                    _run_trial(sweep, study, trial, run, train or trainer(run), plan["device"], should_stop)
+                    how = {"device": plan["device"], "should_stop": should_stop}
+                    _run_trial(sweep, study, trial, run, partial(train or trainer(run), **how))
                 except KeyboardInterrupt as stop:  # no failure either: whoever goes on tells the trial
                     print(f"sovit: {run.trunk_id} {stop}; launch the study again to go on", file=sys.stderr)
     return STOPPED
@@ -452,9 +461,7 @@ def _take_up(trial: optuna.Trial, run: AnyRun) -> None:
             trial.suggest_float(name, d.low, d.high)
 
 
-def _run_trial(
-    sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyRun, train, device: str, should_stop
-) -> None:
+def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyRun, train: Callable) -> None:
     def only_in_ledger(n: int) -> bool:
         return run.run_id(n) in sweep.in_ledger and not read_record(sweep.runs_dir, run.trunk_id, run.run_id(n))
 
@@ -463,8 +470,7 @@ def _run_trial(
     todo = run.replace(budgets=budgets) if isinstance(run, Run) and budgets else run
     try:
         if not sweep.is_done(run):
-            on_progress = partial(write_progress, sweep.runs_dir)
-            train(todo, sweep.runs_dir, device, on_progress=on_progress, should_stop=should_stop)
+            train(todo, sweep.runs_dir, on_progress=partial(write_progress, sweep.runs_dir))
     except CannotWrite:
         raise
     except Exception as error:  # whatever a run dies of is recorded, and the sweep goes on
