@@ -3,11 +3,11 @@
     python analysis/coverage.py [--workers N] [--quick] [--out results/coverage.jsonl] [--json]
 
 Each condition draws random laws (exponents, amplitudes, floor), measures them on a design with noise by trunk and by
-row, fits, and counts how often each of the three intervals holds the true growth exponents and the true best shape at
+row, fits, and counts how often each of the two intervals holds the true growth exponents and the true best shape at
 10 and 100 times the largest compute. One JSON line a finished condition: a stopped run goes on where it was. Prints a
 table in markdown, and draws OUT's folder/coverage/coverage.png and .svg. --quick: 20 sets a condition, a look only.
 
-Cost: .2 to .3 s a set for `joint`, .9 for `joint_n`, 1.4 for `sovit`, .1 to 1 for a profile: about 40 minutes of one core.
+Cost: .2 to .3 s a set for `joint`, .9 for `joint_n`, 1.4 for `sovit`: about 25 minutes of one core.
 Expected: 85 to 95 % for the headline and the pairs where the form is right.
 """
 

@@ -17,7 +17,6 @@ from finetune_cost import table as savings_table
 from published_flops import table as flops_table
 from published_shapes import table as shapes_table
 
-from sovit.coverage import together
 from sovit.diagnose import SIGNIFICANT
 from sovit.flexi_cost import sizes_table
 from sovit.growth import PAPER
@@ -142,7 +141,7 @@ SETS = {  # data sets of results/extrapolation.json, in words
     ("farseer", "loss"): "Farseer",
     ("data_constrained", "loss"): "repeated data",
 }
-INTERVALS = {"random_effects": "parametric, the headline", "pairs": "pairs of trunks", "profile": "profile"}
+INTERVALS = {"random_effects": "parametric, the headline", "pairs": "pairs of trunks"}
 BASELINES = {"chinchilla": "N-D law", "compute_only": "compute alone", "nearest": "nearest run"}
 
 
@@ -191,7 +190,7 @@ def published_fits() -> str:
 def coverage_range() -> str:
     """Least and largest coverage of each interval over the conditions where the form is right."""
     lines = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]
-    lines = [line for line in together(lines) if line["right"]]
+    lines = [line for line in lines if line["right"] and not line["profile"]]
     out = [
         "| interval (nominal 90 %) | growth exponents | best shape at 10 × the compute | conditions |",
         "|---|---|---|---|",

@@ -1,6 +1,6 @@
 """How often the intervals hold the truth: simulation from a planted law (a study), or from a fitted one (`of_fit`).
 
-A set is one simulated data set: fitted, its three intervals made, and asked whether they hold the true value of each
+A set is one simulated data set: fitted, its two intervals made, and asked whether they hold the true value of each
 quantity: the growth exponent of each dimension over the design's range of compute, and ln x of the best shape at
 multiples of the largest compute. Nominal is LEVEL for all of them.
 """
@@ -27,7 +27,7 @@ from sovit.fitter import Solved, solve
 from sovit.ledger import write_atomic
 from sovit.rows import Rows, prepare, star
 
-KINDS = ("random_effects", "pairs", "profile")
+KINDS = ("random_effects", "pairs")
 REACHES = (10.0, 100.0)  # multiples of the largest compute at which the best shape is asked for
 NO_BOUND = ("eps", "E", "xi", "beta", "s")  # parameters that may lie on a bound without harm
 BAD = 1.05  # factor on the loss of a bad row or trunk
@@ -81,19 +81,12 @@ def setup(form: str, design: planted.Design, zero_line: float | None = None) -> 
     return Setup(rows, own, strata, design.geometry, grid, (table["compute"].min(), table["compute"].max()))
 
 
-def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator, profiled: bool) -> dict:
-    """Fit one data set, log_y over the rows of the form: estimate [M], ends [3, M, 2] (nan = not asked for), troubles.
-
-    draws = 0 makes no bootstrap.
-    """
+def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator) -> dict:
+    """Fit one data set, log_y over the rows of the form: estimate [M], ends [2, M, 2] by KINDS, troubles."""
     form = s.rows.form
     solved = solve(form, s.rows.u, np.exp(log_y), s.own, known_sd=s.known_sd, **s.solver)
     estimate = s.quantities(solved.theta[None])[0]
-    out: dict = dict(estimate=estimate, ends=np.full((3, len(estimate), 2), np.nan), nu=solved.dof)
-    if profiled:
-        out["ends"][2] = profile_ends(s, log_y, solved)
-    if not draws:
-        return out
+    out: dict = dict(estimate=estimate, ends=np.empty((2, len(estimate), 2)), nu=solved.dof)
     done = both(form, s.rows.u, np.exp(log_y), solved, draws, rng, s.rows.source, s.strata)
     values = s.quantities(done.theta).reshape(2, draws, -1)
     for kind, widen in enumerate((stretch(solved.dof), pairs_stretch(s.strata))):
@@ -108,53 +101,32 @@ def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator, p
     return out | dict(on_bound=on.any(1).mean(), unidentified=lost.mean())
 
 
-def profile_ends(s: Setup, log_y: np.ndarray, solved: Solved) -> np.ndarray:
-    """Ends of the profile interval [M, 2] of the exponents; -inf or inf where open, nan for the shapes (not asked for)."""
-    from sovit import likelihood
-
-    form = s.rows.form
-    if s.grid:
-        measure, num = likelihood.of_optimum(form, s.rows.centre, s.geometry, s.grid, s.ends)
-    else:
-        measure, num = likelihood.of_function(s.quantities)
-    found = likelihood.profile(form, s.rows.u, np.exp(log_y), solved, measure, num)
-    ends = np.full((len(s.labels), 2), np.nan)
-    ends[:num] = [(-np.inf if a is None else a, np.inf if b is None else b) for a, b in found]
-    return ends
-
-
 def summary(labels: Sequence[tuple[str, str]], true: np.ndarray, sets: list[dict]) -> dict:
     """Coverage, width, bias and spread by quantity. true [S, M]; `sets` as `one_set` gives them.
 
     coverage[kind][quantity]: {mean, se, by_dim, num}; the error is that of the mean over dimensions, set by set, for
-    the dimensions of one set are not independent. width: median of ln(high / low), None where the median is open.
+    the dimensions of one set are not independent. width: median of ln(high / low).
     """
     ends, estimate = np.array([o["ends"] for o in sets]), np.array([o["estimate"] for o in sets])
     quantities = list(dict.fromkeys(name for name, _ in labels))
-    out: dict = dict(coverage={}, width={}, open={})
+    out: dict = dict(coverage={}, width={})
     for i, kind in enumerate(KINDS):
         for quantity in quantities:
             at = [m for m, (name, _) in enumerate(labels) if name == quantity]
-            known = ~np.isnan(ends[:, i, at]).any((1, 2))
-            if not known.any():
-                continue
-            low, high = np.moveaxis(ends[known, i][:, at], 2, 0)
-            hit = (low <= true[known][:, at]) & (true[known][:, at] <= high)
-            wide = np.median(high - low, 0)
+            low, high = np.moveaxis(ends[:, i, at], 2, 0)
+            hit = (low <= true[:, at]) & (true[:, at] <= high)
             out["coverage"].setdefault(kind, {})[quantity] = dict(
                 mean=float(hit.mean()),
                 se=standard_error(hit),
                 by_dim={labels[m][1]: float(h) for m, h in zip(at, hit.mean(0))},
-                num=int(known.sum()),
+                num=len(hit),
             )
-            out["width"].setdefault(kind, {})[quantity] = [float(w) if np.isfinite(w) else None for w in wide]
-            if kind == "profile":
-                out["open"][quantity] = float((~np.isfinite(high - low)).mean())
+            out["width"].setdefault(kind, {})[quantity] = np.median(high - low, 0).tolist()
     error = estimate - true
     middle = np.median(error, 0)
     for key, values in (("bias", middle), ("spread", np.median(np.abs(error - middle), 0) / 0.6745)):
         out[key] = {q: [float(v) for v, (name, _) in zip(values, labels) if name == q] for q in quantities}
-    return out | {k: float(np.mean([o[k] for o in sets])) for k in ("on_bound", "unidentified", "nu") if k in sets[0]}
+    return out | {k: float(np.mean([o[k] for o in sets])) for k in ("on_bound", "unidentified", "nu")}
 
 
 def standard_error(hit: np.ndarray) -> float:
@@ -197,7 +169,6 @@ class Condition:
     noise: str = "normal"  # or t3, arms, bad rows, bad trunk
     frac: float = 0.0
     sets: int = 200
-    profile: bool = False  # this interval alone, which takes as long as both others
 
     @property
     def name(self) -> str:
@@ -210,7 +181,7 @@ class Condition:
         return self.truth in (holds | dict(bounded=("bounded", "stream"))).get(self.form, ())
 
 
-SIMULATED = (
+CONDITIONS = (  # a run stopped early has seen most
     Condition(),
     Condition(truth="weak"),
     Condition(design="3 an arm"),
@@ -236,9 +207,6 @@ SIMULATED = (
     Condition(form="chinchilla", sets=100),
     Condition(form="sovit", sets=60),
 )
-PROFILED = 40  # sets of each condition on which the profile is made
-_PROFILES = tuple(dataclasses.replace(c, sets=PROFILED, profile=True) for c in SIMULATED)
-CONDITIONS = SIMULATED[:11] + _PROFILES[:6] + SIMULATED[11:] + _PROFILES[6:]  # a run stopped early has seen most
 
 
 def draw_set(condition: Condition, design: planted.Design, i: int) -> tuple[planted.Truth, np.ndarray]:
@@ -275,7 +243,7 @@ def run_condition(condition: Condition, draws: int = 99) -> dict:
         s = s or setup(condition.form, design, planted.truth(condition.truth).zero_line or 1.2)
         rng = np.random.default_rng(i)
         try:
-            one = one_set(s, np.log(y)[s.rows.source], 0 if condition.profile else draws, rng, condition.profile)
+            one = one_set(s, np.log(y)[s.rows.source], draws, rng)
         except np.linalg.LinAlgError:
             failed += 1
             continue
@@ -318,8 +286,7 @@ def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int =
         worst = min(c["mean"] for kind in line["coverage"].values() for c in kind.values())
         print(
             f"{sum(k in have for k in wanted):3} of {len(wanted)}  {line['name']:<58}"
-            f" {'profile' if line['profile'] else '':<7} least {worst:.0%}"
-            f"  {line['seconds']:6.1f} s",
+            f" least {worst:.0%}  {line['seconds']:6.1f} s",
             file=sys.stderr,
             flush=True,
         )
@@ -332,22 +299,11 @@ def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int =
             running = {pool.submit(run_condition, c, draws): key for key, c in todo.items()}
             for done in concurrent.futures.as_completed(running):
                 keep(running[done], done.result())
-    return together([have[key] for key in wanted])
-
-
-def together(lines: Sequence[dict]) -> list[dict]:
-    """One line a condition: the profile's coverage, width and openness joined to those of the bootstraps."""
-    out = {line["name"]: line for line in lines if not line["profile"]}
-    for line in lines:
-        if line["profile"] and line["name"] in out:
-            first = out[line["name"]]
-            joined = {key: first[key] | line[key] for key in ("coverage", "width", "open")}
-            out[line["name"]] = first | joined | dict(seconds=first["seconds"] + line["seconds"])
-    return list(out.values())
+    return [have[key] for key in wanted]
 
 
 def table(lines: Sequence[dict]) -> str:
-    """The study as a markdown table: coverage of headline / pairs / profile in per cent, mean over dimensions."""
+    """The study as a markdown table: coverage of headline / pairs in per cent, mean over dimensions."""
     out = [
         "| condition | sets | exponents | shape at 10x | shape at 100x | width of exponents | bias | unidentified |",
         "|---|---|---|---|---|---|---|---|",
@@ -364,7 +320,7 @@ def table(lines: Sequence[dict]) -> str:
         for line in chosen:
             widths = line["width"]["random_effects"]["exponent"]
             cells = [cell(line, q) for q in ("exponent", *(f"shape_{r:g}x" for r in line["reaches"]))]
-            wide = " ".join("open" if w is None else f"{w:.2f}" for w in widths)
+            wide = " ".join(f"{w:.2f}" for w in widths)
             bias = " ".join(f"{b:+.2f}" for b in line["bias"]["exponent"])
             name = line["name"].replace(" | ", ", ")
             out.append(
@@ -379,7 +335,7 @@ def table(lines: Sequence[dict]) -> str:
 def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -> dict:
     """Coverage where the fitted law is the truth, on its own design, with its own estimates of the noise.
 
-    `num` sets, each refitted with `draws` of both bootstraps and the profile; what is held true is the fit's exponents
+    `num` sets, each refitted with `draws` of both bootstraps; what is held true is the fit's exponents
     and its best shape at 10 x the largest compute. What this cannot see is a form that is wrong.
     """
     rng = np.random.default_rng([seed, num])
@@ -392,7 +348,7 @@ def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -
         trunk = solved.trunk_sd * rng.standard_normal(int(s.own.max()) + 1)[s.own]
         row = rng.standard_normal(int(source.max()) + 1)[source]
         try:
-            sets.append(one_set(s, clean + trunk + row_sd * row, draws, rng, True))
+            sets.append(one_set(s, clean + trunk + row_sd * row, draws, rng))
         except np.linalg.LinAlgError:
             failed += 1
     if not sets:
@@ -403,13 +359,12 @@ def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -
 
 def words(result: dict) -> str:
     """A short paragraph of `of_fit` for a report."""
-    names = dict(random_effects="the headline interval", pairs="the pairs bootstrap", profile="the profile")
+    names = dict(random_effects="the headline interval", pairs="the pairs bootstrap")
     parts = []
     for quantity, what in (("exponent", "the growth exponents"), ("shape_10x", "the best shape at 10 x the compute")):
-        found = {kind: c[quantity] for kind, c in result["coverage"].items() if quantity in c}
-        if found:
-            shares = ", ".join(f"{names[k]} {c['mean']:.0%} ± {c['se']:.0%}" for k, c in found.items())
-            parts.append(f"{what}: {shares}")
+        found = {kind: c[quantity] for kind, c in result["coverage"].items()}
+        shares = ", ".join(f"{names[k]} {c['mean']:.0%} ± {c['se']:.0%}" for k, c in found.items())
+        parts.append(f"{what}: {shares}")
     return (
         f"Were the fitted law true, with the noise estimated here, how often would these intervals hold it? In"
         f" {result['num']} simulated data sets on this design, nominal {result['level']:.0%}; {'; '.join(parts)}."

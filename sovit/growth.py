@@ -1,6 +1,6 @@
-"""How the best shape grows with the budget, in closed form and exactly, and the rules that others grow shapes by.
+"""How the best shape grows with the budget, and the rules that others grow shapes by.
 
-closed_form   the exponents of x* ~ t^sigma under the joint law, beside the slope of its exact optimum
+exact_growth  the slope of the law's exact optimum at a budget, and its mean slope from the least budget run
 paper_rule    SoViT's recipe (2305.13035, section 3.2 and App. B): each dimension by tau^(s_k / D)
 size_rule     constant proportions, the size chosen by a law of parameters and images (Chinchilla)
 """
@@ -13,8 +13,6 @@ import numpy as np
 
 from sovit import UserError
 from sovit.bootstrap import interval
-from sovit.diagnose import amplitudes
-from sovit.implied import implied_compute
 from sovit.integers import SIZES, Rules
 from sovit.law import Fit
 from sovit.predict import Recommendation, best_shape, predicted_difference, proportional_family
@@ -26,67 +24,34 @@ STEP = 1e-2  # of ln t, for the slope at one budget
 SLOW_DRAWS = 250  # that the interval of an exponent is read from where the optimum is not convex and takes longer
 
 
-def closed_form(fit: Fit, train_flops: float) -> dict:
-    """Exponents of x* ~ t^sigma at a budget, t = training FLOPs: in closed form, and of the exact optimum.
+def exact_growth(fit: Fit, train_flops: float) -> dict:
+    """How the exact optimum grows up to a budget of training FLOPs: exponents of its sizes, FLOPs and images.
 
-    With FLOPs elasticities g_k = d ln F / d ln x_k taken as constant, the first-order conditions a_k A_k x_k^-a_k =
-    c g_k B (F/t)^c of the joint law give sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), F* ~ t^(sum_j g_j sigma_j) and
-    images ~ t^(1 - sum_j g_j sigma_j). A power mean and a zero line change nothing in that: capacity and data terms
-    fall together, their ratio stays, and s drops out. A shift d of the data makes c local: (c n - d) / (n + d) takes its
-    place at n images. With a term in parameters there is none.
-
-    Returns {train_flops, span, level, note, dims, flops, images}; dims (by dimension), flops (of one image) and images
-    hold {closed, closed_low, closed_high, slope, exact, low, high}: the closed form at this budget (None where there is
-    none), the slope of the exact optimum there, and its mean slope over `span`, from the least budget run, or a decade
-    below this one, to this one. Headline intervals, None without draws. dims have besides exponent a_k, elasticity g_k,
-    and apart: the factor by which the closed form, followed down from this budget, misses x* at the other end of span.
+    Returns {train_flops, span, level, dims, flops, images}; dims (by dimension), flops (of one image) and images hold
+    {slope, exact, low, high}: the slope at this budget, and the mean slope over `span` with its interval. span: from
+    the least budget run, or a decade below this one, to this one. The interval is None without draws.
     Raises UserError as `sovit.target` does.
     """
     at = target(fit, train_flops)
     low = min(budgets_run(fit)[0], train_flops / 10)
-    span = np.log(train_flops / low)
-    closed, exact, g = _exponents(at, _at(at, low), fit.theta[None])
     near = [_path(_at(at, train_flops * np.exp(h)), fit.theta[None]) for h in (-STEP, STEP)]
     slope = _with_images((near[1] - near[0])[0] / (2 * STEP))
-    rows: dict = {
-        name: dict(closed=None, closed_low=None, closed_high=None, slope=float(s), exact=float(e), low=None, high=None)
-        for name, s, e in zip((*at.dims, "flops", "images"), slope, exact[0])
-    }
+    exact = _mean_slope(at, _at(at, low), fit.theta[None])[0]
     theta, widen = at.draws()
     theta = theta if fit.shape_form.convex else theta[:SLOW_DRAWS]
-    many = _exponents(at, _at(at, low), theta) if len(theta) else (None, None, None)
-    for k, row in enumerate(rows.values()):
-        if closed is not None:
-            row["closed"] = float(closed[0, k])
-        if many[1] is not None:
-            row["low"], row["high"] = interval(many[1][:, k], widen, floor=None)
-        if many[0] is not None:
-            row["closed_low"], row["closed_high"] = interval(many[0][:, k], widen, floor=None)
-    a, _ = _powers(at, fit.theta[None], np.ones(1))
-    for k, name in enumerate(at.dims):
-        known = name not in at.absent()
-        miss = None if closed is None or not known else float(np.exp((exact[0, k] - closed[0, k]) * span))
-        rows[name] |= dict(
-            exponent=float(a[0, k]) if known else None,
-            elasticity=float(g[0, k]),
-            apart=miss,
-        )
+    many = _mean_slope(at, _at(at, low), theta) if len(theta) else None
+    rows = {}
+    for k, name in enumerate((*at.dims, "flops", "images")):
+        ends = (None, None) if many is None else interval(many[:, k], widen, floor=None)
+        rows[name] = dict(slope=float(slope[k]), exact=float(exact[k]), low=ends[0], high=ends[1])
     return dict(
         train_flops=float(train_flops),
         span=[float(low), float(train_flops)],
         level=fit.level,
-        note=""
-        if closed is not None
-        else f"form {fit.form!r} has no closed form: its term in {_mixed(at)} mixes the dimensions",
         dims={name: rows[name] for name in at.dims},
         flops=rows["flops"],
         images=rows["images"],
     )
-
-
-def sigma_of(a: np.ndarray, c: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """sigma_k = (1/a_k) / (1/c + sum_j g_j/a_j), [R, K], for a, g [R, K] and c [R]; a = inf stands for no such term."""
-    return (c / (1 + c * (g / a).sum(1)))[:, None] / a
 
 
 def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: Recommendation | None = None) -> dict:
@@ -96,10 +61,10 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     `marginal`, a fit of form `sovit` to the same rows, where it determines all of them, else those that the paper states.
     `best` is the recommendation to compare with, `best_shape(fit, train_flops)` unless given; its rules hold here too.
     Returns {shape, num_params, num_examples, loss, difference, note, start, exponents, source, factors, budget_ratio,
-    implied, params_per_decade, law_params_per_decade, under_growth}. difference: {estimate, low, high} of ln loss(rule) -
-    ln loss(best); factors, by dimension: the law's real optimum over the rule's real size; budget_ratio: tau; implied: the
-    tau that the rule would need for the law's optimum; under_growth: the factor a decade of compute
-    by which the law's models outgrow the rule's in parameters (None at the least budget itself).
+    params_per_decade, law_params_per_decade, under_growth}. difference: {estimate, low, high} of ln loss(rule) -
+    ln loss(best); factors, by dimension: the law's real optimum over the rule's real size; budget_ratio: tau;
+    under_growth: the factor a decade of compute by which the law's models outgrow the rule's in parameters (None at the
+    least budget itself).
     Raises UserError as `best_shape` does.
     """
     at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
@@ -111,14 +76,12 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
     first, rule, law = at.geometry.num_params(ends).tolist()
     grows = abs(decades) > 1e-9
-    implied = implied_compute(start, real, {n: max(s, 1e-9) / len(exponents) for n, s in exponents.items()})
     return _beside(at, nearest(at, sizes, Rules(**best.rules)), best) | dict(
         start=start,
         exponents=exponents,
         source=source,
         factors={n: float(real[n] / sizes[n]) for n in at.dims},
         budget_ratio=float(train_flops / least),
-        implied={n: v["tau"] for n, v in implied["dimensions"].items()},
         params_per_decade=float((rule / first) ** (1 / decades)) if grows else None,
         law_params_per_decade=float((law / first) ** (1 / decades)) if grows else None,
         under_growth=float((law / rule) ** (1 / decades)) if grows else None,
@@ -214,29 +177,6 @@ def _with_images(growth: np.ndarray) -> np.ndarray:
     return np.concatenate([growth, 1 - growth[..., -1:]], -1)
 
 
-def _exponents(at: Target, low: Target, theta: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Closed form at a budget and mean slope of the optimum from a lower one, [R, K + 2] each; elasticities [R, K]."""
-    top = _path(at, theta)
-    exact = (top - _path(low, theta)) / np.log(at.train_flops / low.train_flops)
-    g = at.geometry.log_flops(at.dims, top[:, :-1], True)[1]
-    if _mixed(at):
-        return None, _with_images(exact), g
-    sigma = sigma_of(*_powers(at, theta, at.train_flops / 3 / np.exp(top[:, -1])), g)
-    return _with_images(np.column_stack([sigma, (g * sigma).sum(1)])), _with_images(exact), g
-
-
-def _mixed(at: Target) -> str:
-    """The counted column that a law reads beside its dimensions, in words; "" where there is none."""
-    terms = at.fit.shape_form.terms
-    return "parameters" if "num_params" in terms else "patches" if "num_patches" in terms else ""
-
-
-def _powers(at: Target, theta: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a_k [R, K], inf where the amplitude is 0, negative where the loss rises with x_k; c [R], of a shift the local one."""
-    form = at.fit.shape_form
-    power = {column: -sign * theta[:, form.names.index(name)] for column, name, sign in form.exponents}
-    a, c = np.stack([power[n] for n in at.dims], 1), power["num_examples"]
-    if form.shift:
-        share = 1 / (1 + theta[:, form.names.index("d")] * np.exp(at.fit.model["centres"][-1]) / images)
-        c = c * share - (1 - share)
-    return np.where(amplitudes(form, theta) > 0, a, np.inf), c
+def _mean_slope(at: Target, low: Target, theta: np.ndarray) -> np.ndarray:
+    """Mean slope of the optimum from a lower budget to this one, [R, K + 2]."""
+    return _with_images((_path(at, theta) - _path(low, theta)) / np.log(at.train_flops / low.train_flops))

@@ -227,13 +227,6 @@ def fit(
         for d, e in growths.items()
         if e["low"] is not None
     }
-    for d, ends in (_profiles(rows, solved, known, data, growths) if bootstrap and whiten else {}).items():
-        growths[d] |= ends
-    diagnostics["profile_ratio"] = {
-        d: float(abs(np.log(e["profile_high"] / e["profile_low"])) / max(abs(np.log(e["high"] / e["low"])), 1e-12))
-        for d, e in growths.items()
-        if None not in (e["low"], e.get("profile_low"), e.get("profile_high"))
-    }
     if coverage:
         diagnostics["coverage"] = _coverage(rows, solved, own, arms, known, data, growths, coverage, seed, solver)
     diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
@@ -268,26 +261,6 @@ def fit(
         known.to_dict() if known else None,
         draws={kind: theta.tolist() for kind, theta in draws.items()},
     )
-
-
-def _profiles(rows, solved, known, data, growths) -> dict:
-    """profile_low and profile_high of each exponent, None where open, in law.json; see `likelihood`."""
-    from sovit import likelihood
-
-    if not growths or all(e["low"] is None for e in growths.values()):  # too little compute for any growth
-        return {}
-    if "num_params" in growths:
-        measure, num = likelihood.of_function(lambda t: np.log(t[:, 4:5] / (t[:, 3:4] + t[:, 4:5])))
-    else:
-        measure, num = likelihood.of_optimum(rows.form, rows.centre, known, data["grid"], data["compute_range"])
-    found = likelihood.profile(rows.form, rows.u, rows.y, solved, measure, num)
-    out = {}
-    for name, (low, high) in zip(growths, found):
-        ends = [None if e is None else float(np.exp(e)) for e in (low, high)]
-        if name in FALLING:  # shrinks as compute grows
-            ends = [None if e is None else -e for e in reversed(ends)]
-        out[name] = dict(profile_low=ends[0], profile_high=ends[1])
-    return out
 
 
 def _coverage(rows, solved, own, arms, known, data, growths, num, seed, solver) -> dict:

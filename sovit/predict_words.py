@@ -63,7 +63,7 @@ def flat_words(flat: Mapping) -> str:
 
 
 def beside_lines(r, beside: Mapping) -> list[str]:
-    """Other rules at the same budget, and how the optimum grows. beside: {size_rule, paper_rule, closed_form}."""
+    """Other rules at the same budget, and how the optimum grows. beside: {size_rule, paper_rule, growth}."""
     lines = []
     for name, title in (("size_rule", "ViT-B proportions, size by the N-D law"), ("paper_rule", "SoViT's 1/D recipe")):
         rule = beside.get(name)
@@ -76,7 +76,7 @@ def beside_lines(r, beside: Mapping) -> list[str]:
             )
     if beside.get("paper_rule"):
         lines += paper_lines(beside["paper_rule"])
-    return lines + growth_lines(beside["closed_form"], beside.get("paper_rule"))
+    return lines + growth_lines(beside["growth"], beside.get("paper_rule"))
 
 
 def paper_lines(rule: Mapping) -> list[str]:
@@ -89,7 +89,6 @@ def paper_lines(rule: Mapping) -> list[str]:
     ]
     under = rule["under_growth"]
     if under is not None:
-        implied = ", ".join(f"{NAMES[n]} {x:.3g}" for n, x in rule["implied"].items())
         verb, factor = ("under", under) if under >= 1 else ("over", 1 / under)
         parts = ", ".join(f"{NAMES[n]} {x:.2f}" for n, x in rule["factors"].items())
         lines.append(
@@ -97,33 +96,22 @@ def paper_lines(rule: Mapping) -> list[str]:
             f" (x{rule['params_per_decade']:.2f} a decade; the law x{rule['law_params_per_decade']:.2f});"
             f" the law's optimum over the recipe's here: {parts}"
         )
-        lines.append(
-            f"  budget ratio at which the recipe would reach the law's optimum: {implied}; it is {rule['budget_ratio']:.3g}"
-        )
     return lines
 
 
 def growth_lines(growth: Mapping, paper: Mapping | None = None) -> list[str]:
-    """The table of exponents: closed form, exact slope at the budget, exact over the span with its interval."""
+    """The table of exponents: slope at the budget, and mean slope over the span with its interval."""
     low, high = growth["span"]
-    head = ["x* ~ compute^", "closed form", "slope here", f"{low:.3g} to {high:.3g}"] + ["recipe"] * bool(paper)
+    head = ["x* ~ compute^", "slope here", f"{low:.3g} to {high:.3g}"] + ["recipe"] * bool(paper)
     table = [head]
     for name, row in (growth["dims"] | dict(FLOPs=growth["flops"], images=growth["images"])).items():
         exact = f"{row['exact']:.3f}" + (f" ({row['low']:.3f} to {row['high']:.3f})" if row["low"] is not None else "")
-        closed = "none" if row["closed"] is None else f"{row['closed']:.3f}"
-        cells = [NAMES.get(name, name), closed, f"{row['slope']:.3f}", exact]
+        cells = [NAMES.get(name, name), f"{row['slope']:.3f}", exact]
         if paper:
             s = paper["exponents"].get(name)
             cells.append("" if s is None else f"{s / len(paper['exponents']):.3f}")
         table.append(cells)
-    apart = [f"{NAMES[n]} x{row['apart']:.2f}" for n, row in growth["dims"].items() if row["apart"] is not None]
-    lines = [line.rstrip() for line in _columns(table)] + [growth["note"]] * bool(growth["note"])
-    if apart:
-        lines.append(
-            f"  the closed form holds FLOPs elasticities constant; followed down to {low:.3g} it misses by"
-            f" {', '.join(apart)}"
-        )
-    return lines
+    return [line.rstrip() for line in _columns(table)]
 
 
 def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:

@@ -6,7 +6,6 @@ No clock and no torch: the same ledgers give the same bytes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from sovit.allocate import Geometry
 from sovit.coverage import words as coverage_words
 from sovit.diagnose import inside, optimum_of
 from sovit.frontier import frontier, ladder
-from sovit.implied import implied_compute
 from sovit.law import LAWS
 from sovit.ledger import OUTPUTS, write_atomic
 from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
@@ -203,7 +201,7 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
 
 
 def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendation, seed: int, refits: bool) -> dict:
-    """What the report says beyond the laws, as plain data: {cuts, rules, frontier, closed_form, implied,
+    """What the report says beyond the laws, as plain data: {cuts, rules, frontier, growth,
     inside, weakest, sensitivity, checklist}; empty where a law cannot say."""
     fit = fits[headline]
     budget = recommendation.train_flops if recommendation else None
@@ -212,8 +210,7 @@ def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendat
         rules=growth.other_rules(fit, recommendation, fits) if recommendation else {},
         **_trades(fit, recommendation),
         frontier=_frontier(fit) if recommendation else [],
-        closed_form=growth.closed_form(fit, recommendation.train_flops) if recommendation else {},
-        implied=_implied(fit, recommendation),
+        growth=growth.exact_growth(fit, recommendation.train_flops) if recommendation else {},
         inside=_inside(fit),
         weakest=_weakest(fit, budget),
         sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
@@ -237,32 +234,6 @@ def _frontier(fit) -> list[dict]:
         with contextlib.suppress(UserError):  # a budget that does not pay for one image of the law's best shape
             rows += frontier(fit, [budget])
     return rows
-
-
-def _implied(fit, recommendation) -> list[dict]:
-    """`implied_compute` from the smallest budget run to the largest, and to that of the recommendation.
-
-    [{from_train_flops, to_train_flops, actual, optimum, shape}]: actual is the ratio of compute, optimum speaks of the
-    law's real-valued optima, shape of its whole-number shapes.
-    """
-    growing = {d: e["estimate"] for d, e in fit.exponents.items() if e["estimate"] is not None and e["estimate"] > 0}
-    if recommendation is None or "train_flops_range" not in fit.data or not growing:
-        return []
-    low, high = fit.data["train_flops_range"]
-    bare, head_dim, out = dataclasses.replace(fit, draws={}), recommendation.shape["head_dim"], []
-    for budget in (b for b in dict.fromkeys((high, recommendation.train_flops)) if b > low):
-        try:
-            ends = [predict.best_shape(bare, b, head_dim=head_dim) for b in (low, budget)]
-        except UserError:  # a budget that does not pay for one image
-            continue
-        compute = [r.forward_flops * r.num_examples for r in ends]
-        first, last = ({d: r.optimum[d]["estimate"] for d in growing} for r in ends)
-        optimum = implied_compute(first, last, growing)
-        first, last = ({d: r.shape[d] for d in growing} for r in ends)
-        shape = implied_compute(first, last, growing)
-        actual = compute[1] / compute[0]
-        out.append(dict(from_train_flops=low, to_train_flops=budget, actual=actual, optimum=optimum, shape=shape))
-    return out
 
 
 def _inside(fit) -> dict:

@@ -11,8 +11,7 @@ from sovit import UserError, growth, law, plot
 from sovit.allocate import Geometry
 from sovit.cli.main import main
 from sovit.frontier import frontier, ladder
-from sovit.growth import closed_form, paper_rule, sigma_of, size_rule
-from sovit.implied import implied_compute
+from sovit.growth import exact_growth, paper_rule, size_rule
 from sovit.predict import best_shape, predicted_difference, predicted_loss
 from sovit.shape import Shape
 from sovit.target import target
@@ -58,11 +57,9 @@ def test_published_exponents_imply_a_joint_growth_that_is_not_the_recipe():
     found, budget = at_so400m()
     real = np.exp(target(found, budget).optimum())
     np.testing.assert_allclose(real, SO400M, rtol=1e-6)
-    here = closed_form(found, budget)
-    assert [r["elasticity"] for r in here["dims"].values()] == pytest.approx([1.339, 0.992, 0.622], abs=1e-3)
-    assert [r["closed"] for r in here["dims"].values()] == pytest.approx([0.113, 0.305, 0.274], abs=1e-3)
+    here = exact_growth(found, budget)
     assert [r["slope"] for r in here["dims"].values()] == pytest.approx([0.124, 0.309, 0.229], abs=1e-3)
-    four_decades = closed_form(found, budget * 100)
+    four_decades = exact_growth(found, budget * 100)
     assert four_decades["span"] == pytest.approx([budget / 100, budget * 100])
     assert [r["exact"] for r in four_decades["dims"].values()] == pytest.approx([0.124, 0.308, 0.229], abs=1e-3)
     rule = paper_rule(found, budget * 100)
@@ -73,35 +70,13 @@ def test_published_exponents_imply_a_joint_growth_that_is_not_the_recipe():
     assert rule["under_growth"] == pytest.approx(rule["law_params_per_decade"] / rule["params_per_decade"])
 
 
-class Product(Geometry):
-    """FLOPs that are a power law of the sizes, so that their elasticities are constant."""
-
-    def flops(self, dims, head):
-        return 1e4 * dims["width"] ** 1.5 * dims["depth"] * dims["mlp_dim"] ** 0.5
-
-
-@pytest.mark.parametrize("form", ["joint", "power_mean", "bounded", "shifted"])
-def test_closed_form_is_the_exact_optimum_where_elasticities_are_constant(form, monkeypatch):
-    monkeypatch.setattr("sovit.target.Geometry", Product)
-    found = fitted(form, noise=0.003, zero_line=planted.ZERO_LINE if form == "bounded" else None)
-    if form == "shifted":
-        found.model["theta"][-1] = 0.4
-    if form in ("power_mean", "bounded"):
-        found.model["theta"][-1] = 1.9
-    here = closed_form(found, BUDGET)
-    for row in (*here["dims"].values(), here["flops"], here["images"]):
-        assert row["closed"] == pytest.approx(row["slope"], rel=1e-4)
-        assert row["closed"] == pytest.approx(row["exact"], rel=1e-6) or form == "shifted"
-    assert here["flops"]["closed"] + here["images"]["closed"] == pytest.approx(1)
-
-
 @pytest.mark.parametrize("form", ["joint", "power_mean"])
 def test_slope_of_the_optimum_solves_the_first_order_conditions(form):
     """With moving elasticities, E = d ln g / d ln x: (diag a + E - (1 - 1/s) 1 p'E) h = 1, sigma = h / (1/c + g h)."""
     found = fitted(form, noise=0.003)
     if form == "power_mean":
         found.model["theta"][-1] = 2.5
-    at, here = target(found, BUDGET), closed_form(found, BUDGET)
+    at, here = target(found, BUDGET), exact_growth(found, BUDGET)
     v = at.optimum()
     g, names = at.geometry.log_flops(at.dims, v[None], True)[1][0], found.model["names"]
     E = np.empty((3, 3))
@@ -116,20 +91,10 @@ def test_slope_of_the_optimum_solves_the_first_order_conditions(form):
     np.testing.assert_allclose([here["dims"][n]["slope"] for n in at.dims], sigma, rtol=1e-4)
 
 
-def test_a_law_with_a_parameter_term_has_no_closed_form():
-    found = fitted("joint_n", noise=0.003)
-    here = closed_form(found, BUDGET)
-    assert "no closed form" in here["note"] and here["flops"]["closed"] is None
-    assert 0 < here["dims"]["width"]["slope"] < 1 and here["dims"]["width"]["apart"] is None
-
-
 def test_intervals_of_growth_hold_the_estimate(fit):
-    here = closed_form(fit, BUDGET)
+    here = exact_growth(fit, BUDGET)
     for row in (*here["dims"].values(), here["flops"], here["images"]):
-        assert row["low"] < row["exact"] < row["high"] and row["closed_low"] < row["closed"] < row["closed_high"]
-    assert sigma_of(np.array([[np.inf, 1.0]]), np.array([0.5]), np.ones((1, 2))) == pytest.approx(
-        np.array([[0, 1 / 3]])
-    )
+        assert row["low"] < row["exact"] < row["high"]
 
 
 def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(fit):
@@ -157,15 +122,6 @@ def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(
     assert at_least["under_growth"] is None and all(f == pytest.approx(1) for f in at_least["factors"].values())
     with pytest.raises(UserError, match="marginal"):
         paper_rule(fit, BUDGET, fit)
-
-
-def test_implied_compute_of_sovit_400m():
-    """Section 3 of 2305.13035 and its Table 1: the three sizes do not agree on how much compute was added."""
-    shares = {n: s / 3 for n, s in growth.PAPER.items()}
-    start = dict(zip(planted.DIMS, (608, 10, 928)))
-    found = implied_compute(start, dict(zip(planted.DIMS, SO400M)), shares)
-    assert [v["tau"] for v in found["dimensions"].values()] == pytest.approx([6092, 751, 2146], rel=1e-3)
-    assert not found["agree"]
 
 
 def test_an_undetermined_exponent_gives_way_to_the_papers(fit):
@@ -274,11 +230,11 @@ def test_predict_prints_the_recommendation_and_what_stands_beside_it(law_file, f
     assert f"SoViT's 1/D recipe: {rule['shape']['width']}x{rule['shape']['depth']}x{rule['shape']['mlp_dim']}" in text
     lines = [line.split() for line in text.splitlines()]
     width = next(words for words in lines if words[:1] == ["width"])
-    here = closed_form(fit, BUDGET)["dims"]["width"]
-    assert width[1:4] == [f"{here[k]:.3f}" for k in ("closed", "slope", "exact")] and width[-1] == "0.073"
+    here = exact_growth(fit, BUDGET)["dims"]["width"]
+    assert width[1:3] == [f"{here[k]:.3f}" for k in ("slope", "exact")] and width[-1] == "0.073"
     assert main([*arguments, "--json"]) == 0
     twin = json.loads(capsys.readouterr().out)
-    assert twin["paper_rule"] == rule and twin["closed_form"] == closed_form(fit, BUDGET) and twin["size_rule"] is None
+    assert twin["paper_rule"] == rule and twin["growth"] == exact_growth(fit, BUDGET) and twin["size_rule"] is None
     assert {k: v for k, v in twin.items() if k in best.to_dict()} == json.loads(json.dumps(best.to_dict()))
 
 
@@ -330,6 +286,6 @@ def test_laws_that_cannot_rank_shapes_are_refused(form, words):
     else:
         table = {n: table[n] for n in (*planted.DIMS, "num_examples", "compute")}
         blind = law.fit(form, table, planted.loss(table), clusters=trunk, extrapolate=False)
-    for call in (closed_form, paper_rule, best_shape):
+    for call in (exact_growth, paper_rule, best_shape):
         with pytest.raises(UserError, match=words):
             call(blind, BUDGET)

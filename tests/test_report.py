@@ -265,18 +265,6 @@ def test_each_dimension_is_said_to_be_known_or_not(text, folder, tmp_path):
     assert "**Depth** is not determined" in flat and "Remedy: run larger budgets" in flat
 
 
-def test_implied_compute_is_printed_beside_the_actual(text, folder):
-    section = part(text, "How the best shape grows")
-    cases = json.loads((folder / "report.json").read_text())["implied"]
-    assert [case["to_train_flops"] for case in cases] == pytest.approx([1e12, 3.16e12], rel=0.01)
-    for case in cases:
-        assert case["actual"] == pytest.approx(case["to_train_flops"] / case["from_train_flops"], rel=0.1)
-        assert case["optimum"]["agree"] and f"the actual ratio is {case['actual']:.3g}" in section
-        for name, v in case["shape"]["dimensions"].items():
-            s = json.loads((folder / "law.json").read_text())["exponents"][name]["estimate"]
-            assert v["tau"] == pytest.approx((v["end"] / v["start"]) ** (1 / s))
-
-
 def test_the_checklist_answers_from_the_rows_and_says_what_they_lack(text, folder, tmp_path):
     rows = planted.planted_rows()
     said = {(stage, question): answer for stage, question, answer in table(part(text, "Checklist"), "stage")}

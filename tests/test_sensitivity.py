@@ -1,4 +1,4 @@
-"""What a law depends on: planted breaks are named, countings have their closed form, implied compute its published table."""
+"""What a law depends on: planted breaks are named, countings have their closed form, implied compute its table."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,6 @@ import pytest
 from sovit import UserError, law, plot
 from sovit.allocate import Geometry
 from sovit.diagnose import inside
-from sovit.implied import implied_compute, implied_exponents
 from sovit.measurements import measurements
 from sovit.sensitivity import _Frame, _windows, extrapolation_cuts, sensitivity
 from sovit.shape import COUNTINGS, Shape, encoder_flops
@@ -265,25 +264,30 @@ def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):
 # implied compute ------------------------------------------------------------------------------------------------------
 
 
-def test_a_power_law_path_implies_its_own_compute():
+@pytest.fixture(scope="module")
+def published():
+    spec = importlib.util.spec_from_file_location("published_shapes", ROOT / "analysis" / "published_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_power_law_path_implies_its_own_compute(published):
     s = dict(width=0.2, depth=0.35)
     end = {n: x * 50 ** s[n] for n, x in dict(width=64.0, depth=3.0).items()}
-    found = implied_compute(dict(width=64, depth=3), end, s)
+    found = published.implied_compute(dict(width=64, depth=3), end, s)
     assert all(v["tau"] == v["low"] == v["high"] == pytest.approx(50) for v in found["dimensions"].values())
     assert found["agree"] and found["spread"] == pytest.approx(1)
-    assert implied_exponents(dict(width=64, depth=3), end, 50) == pytest.approx(s)
-    other = implied_compute(dict(width=64, depth=3), end | dict(depth=end["depth"] * 2), s)
+    assert published.implied_exponents(dict(width=64, depth=3), end, 50) == pytest.approx(s)
+    other = published.implied_compute(dict(width=64, depth=3), end | dict(depth=end["depth"] * 2), s)
     assert not other["agree"] and other["spread"] == pytest.approx(2 ** (1 / 0.35))
-    coarse = implied_compute(dict(width=64, depth=1), dict(width=64 * 50**0.2, depth=3), s, dict(depth=1))
+    coarse = published.implied_compute(dict(width=64, depth=1), dict(width=64 * 50**0.2, depth=3), s, dict(depth=1))
     assert coarse["agree"] and coarse["dimensions"]["depth"]["low"] == pytest.approx((2.5 / 1.5) ** (1 / 0.35))
     with pytest.raises(UserError, match="exponent of width is 0"):
-        implied_compute(dict(width=1), dict(width=2), dict(width=0.0))
+        published.implied_compute(dict(width=1), dict(width=2), dict(width=0.0))
 
 
-def test_the_published_shapes_and_the_published_exponents_disagree_as_known(capsys):
-    spec = importlib.util.spec_from_file_location("published_shapes", ROOT / "analysis" / "published_shapes.py")
-    published = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(published)
+def test_the_published_shapes_and_the_published_exponents_disagree_as_known(published, capsys):
     table = published.table()
     taus = [[round(v["tau"]) for v in row["dimensions"].values()] for row in table["implied"]]
     assert taus[:2] == [[6092, 751, 2146], [155, 50, 98]]

@@ -146,7 +146,7 @@ def predict(
         raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
     fit = read_law(law)
     best = best_shape(fit, question.train_flops, **given(rules))
-    beside = {"paper_rule": None, "size_rule": None, "closed_form": growth.closed_form(fit, best.train_flops)}
+    beside = {"paper_rule": None, "size_rule": None, "growth": growth.exact_growth(fit, best.train_flops)}
     beside |= growth.other_rules(fit, best, read_siblings(law, ("sovit", "chinchilla")))
     show(best.to_dict() | beside, lambda _: recommendation_text(best, beside), json)
 

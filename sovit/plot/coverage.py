@@ -1,4 +1,4 @@
-"""The figure of a coverage study: one row a condition, three intervals, the nominal line and the band aimed at."""
+"""The figure of a coverage study: one row a condition, two intervals, the nominal line and the band aimed at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from sovit.plot.style import GREY, INK, OKABE_ITO, PAGE, PALE, legend_row, panels, styled
 
-INTERVALS = {"random_effects": "headline (RE-t)", "pairs": "pairs of trunks", "profile": "profile"}
+INTERVALS = {"random_effects": "headline (RE-t)", "pairs": "pairs of trunks"}
 QUANTITIES = {"exponent": "growth exponents", "shape_10x": "best shape at 10×", "shape_100x": "best shape at 100×"}
 MARKERS = ("o", "s", "D")
 BAND = (0.85, 0.95)

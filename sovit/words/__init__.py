@@ -44,7 +44,7 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
         "Patches, images, or the rest": (trade_section(facts.get("trades", {})),)
         + tuple(figure(f"trade_{name}") for name in facts.get("trades", {})),
         "How the best shape grows": (
-            growth_section(fit, facts["implied"], facts["closed_form"]),
+            growth_section(fit, facts["growth"]),
             figure("optimal_shape"),
         ),
         "What is known, and what is not": (known_section(fit, facts["inside"], facts["weakest"]),),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sovit.forms import FALLING
-from sovit.words.growth import profile_words
 from sovit.words.phrases import NAMES, flops, grows, listed, number, percent, span
 
 
@@ -30,7 +29,6 @@ def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
         else:
             text += f"; {100 * fit.level:.0f} % interval {span(e['low'], e['high'])}"
             text += f", by pairs {span(e['pairs_low'], e['pairs_high'])}"
-            text += f", by profile {profile_words(e)}" if "profile_low" in e else ""
             growth = [10 ** e[k] for k in ("low", "high")]
             text += f": ten times the compute wants {growth[0]:.2f} to {growth[1]:.2f} times as much of it."
     grid = fit.data["grid"].get(name)
