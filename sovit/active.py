@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.allocate import Geometry
+from sovit.allocate import Geometry, curvature, loss_along_budget
 from sovit.diagnose import box, optimum_of
 from sovit.fitter import HUBER, Groups, polish
 from sovit.forms import DATA_COLUMNS, LAWS, Form
@@ -37,8 +37,6 @@ FORM = "joint_n" if "joint_n" in LAWS else "joint"
 DISCREPANCY = 0.01  # per log unit of shape; .003 helps little, .03 wastes compute where the form is right
 DISCREPANCY_DOF = 4.0  # shapes that it is worth against what the residuals say; inf = held as it is
 CHECK_EVERY = 5  # picks; the fifth is a check of the law near the target
-STEP = 1e-3  # of the differences in ln x
-FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
 # prior of ln(parameter): centre and s.d. Exponents within a factor 4, amplitudes (in mean losses) within a factor 20
 SIZE_EXPONENT, DATA_EXPONENT, EXPONENT_SD = 1.0, 0.5, 0.7
 AMPLITUDE, AMPLITUDE_SD = 0.1, 1.5
@@ -411,39 +409,6 @@ def _optimum(form, centre, phi, geometry, limits, log_budget) -> np.ndarray:
     return optimum_of(form, centre, np.exp(phi)[None], geometry, limits, log_budget, head=True)[0]
 
 
-def curvature(form, centre, phi, geometry, dims, v, log_budget, edges) -> tuple[np.ndarray, np.ndarray]:
-    """Hessian H [K, K] of ln loss over v = ln x along the budget, and M = d2 ln loss / dv dphi [K, P]; differences.
-
-    H is floored at FLAT. A dimension on the edge of the box (`edges`, from diagnose.box) does not move: its M is 0.
-    """
-    k = len(dims)
-    eye = STEP * np.eye(k)
-    steps = [np.zeros(k), *eye, *-eye]
-    pairs = list(itertools.combinations(range(k), 2))
-    steps += [s * eye[i] + t * eye[j] for i, j in pairs for s, t in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
-    value, jac = _along_budget(form, centre, phi, geometry, dims, v + np.array(steps), log_budget)
-    hessian = np.diag((value[1 : k + 1] - 2 * value[0] + value[k + 1 : 2 * k + 1]) / STEP**2)
-    for (i, j), four in zip(pairs, value[2 * k + 1 :].reshape(-1, 4)):
-        hessian[i, j] = hessian[j, i] = (four[0] - four[1] - four[2] + four[3]) / (4 * STEP**2)
-    mixed = ((jac[:, 1 : k + 1] - jac[:, k + 1 : 2 * k + 1]) / (2 * STEP)).T * np.exp(phi)
-    stuck = (v <= edges[0] + STEP) | (v >= edges[1] - STEP)
-    mixed[stuck] = 0
-    hessian[stuck] = hessian[:, stuck] = 0
-    size, axes = np.linalg.eigh(hessian)
-    return (axes * np.maximum(size, FLAT)) @ axes.T, mixed
-
-
-def _along_budget(form, centre, phi, geometry, dims, v, log_budget) -> tuple[np.ndarray, np.ndarray]:
-    """ln loss [S] and its derivatives to theta [P, S] of shapes v [S, K], each on as many images as the budget pays."""
-    table = dict(zip(dims, np.exp(v).T))
-    columns = dict(zip(dims, v.T))
-    columns["num_examples"] = log_budget - np.log(geometry.flops(table, head=True))
-    if "num_params" in form.terms:
-        columns["num_params"] = np.log(geometry.num_params(table))
-    value, jac = form.evaluate(np.exp(phi)[None], np.stack([columns[t] for t in form.terms]) - centre[:, None])
-    return value[0], jac[0]
-
-
 def _spread(hessian, mixed, covariance) -> np.ndarray:
     moved = np.linalg.solve(hessian, mixed)
     return np.sqrt(np.einsum("kp,pq,kq->k", moved, covariance, moved))
@@ -465,7 +430,7 @@ def expected_regret(fit: Fit, train_flops: float) -> float:
     ours = best(fit.theta[None])
     regret = []
     for theta, v in zip(draws, best(draws)):
-        value, _ = _along_budget(form, centre, np.log(np.maximum(theta, 1e-300)), geometry, dims, np.stack([ours[0], v]),
+        value, _ = loss_along_budget(form, centre, np.log(np.maximum(theta, 1e-300)), geometry, dims, np.stack([ours[0], v]),
                                  log_budget)  # fmt: skip
         regret.append(np.expm1(value[0] - value[1]))
     return float(np.mean(regret))

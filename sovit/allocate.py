@@ -9,6 +9,7 @@ with a negative power and a shift of the data are not convex, and start from the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from sovit.shape import encoder_flops, encoder_params
 
 BEND = 1e-20  # complex step: derivatives of the counts are exact
 DIFFERENCE = 1e-5  # of the gradient, for the curvature
+STEP = 1e-3  # of the differences in ln x
+FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
 GRID_POINTS = 512  # of the survey where a law is not convex
 NUM_SURVEYED = 3  # local minima of the survey that are followed
 
@@ -204,3 +207,38 @@ def _survey(problem, theta, log_budget, low, high) -> list[np.ndarray]:
         for rank, column in enumerate(found):
             column.append(points[:, order[:, rank]].T)
     return [np.concatenate(column) for column in found]
+
+
+def curvature(form, centre, phi, geometry, dims, v, log_budget, edges) -> tuple[np.ndarray, np.ndarray]:
+    """How the optimum moves with the law: H [K, K] and M [K, P] at v = ln x [K], for phi = ln theta [P].
+
+    H is the Hessian of ln loss over v along the budget, floored at FLAT; M = d2 ln loss / dv dphi; both by differences.
+    By the implicit function theorem dv / dphi = -H^-1 M. A dimension on the edge of the box (`edges`, from
+    diagnose.box) does not move: its M is 0.
+    """
+    k = len(dims)
+    eye = STEP * np.eye(k)
+    steps = [np.zeros(k), *eye, *-eye]
+    pairs = list(itertools.combinations(range(k), 2))
+    steps += [s * eye[i] + t * eye[j] for i, j in pairs for s, t in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    value, jac = loss_along_budget(form, centre, phi, geometry, dims, v + np.array(steps), log_budget)
+    hessian = np.diag((value[1 : k + 1] - 2 * value[0] + value[k + 1 : 2 * k + 1]) / STEP**2)
+    for (i, j), four in zip(pairs, value[2 * k + 1 :].reshape(-1, 4)):
+        hessian[i, j] = hessian[j, i] = (four[0] - four[1] - four[2] + four[3]) / (4 * STEP**2)
+    mixed = ((jac[:, 1 : k + 1] - jac[:, k + 1 : 2 * k + 1]) / (2 * STEP)).T * np.exp(phi)
+    stuck = (v <= edges[0] + STEP) | (v >= edges[1] - STEP)
+    mixed[stuck] = 0
+    hessian[stuck] = hessian[:, stuck] = 0
+    size, axes = np.linalg.eigh(hessian)
+    return (axes * np.maximum(size, FLAT)) @ axes.T, mixed
+
+
+def loss_along_budget(form, centre, phi, geometry, dims, v, log_budget) -> tuple[np.ndarray, np.ndarray]:
+    """ln loss [S] and its derivatives to theta [P, S] of shapes v [S, K], each on as many images as the budget pays."""
+    table = dict(zip(dims, np.exp(v).T))
+    columns = dict(zip(dims, v.T))
+    columns["num_examples"] = log_budget - np.log(geometry.flops(table, head=True))
+    if "num_params" in form.terms:
+        columns["num_params"] = np.log(geometry.num_params(table))
+    value, jac = form.evaluate(np.exp(phi)[None], np.stack([columns[t] for t in form.terms]) - centre[:, None])
+    return value[0], jac[0]

@@ -6,7 +6,7 @@ import numpy as np
 import planted
 import pytest
 
-from sovit import UserError, active, design
+from sovit import UserError, active, allocate, design
 from sovit.active import Candidate, candidates, choose, learn, should_stop
 from sovit.diagnose import optimum_of
 from sovit.run import Recipe, Run
@@ -113,7 +113,7 @@ def test_expected_regret_is_that_of_drawn_laws(belief):
     paid = []
     for phi, v in zip(draws, best):
         shapes = np.stack([belief.target, v])
-        value, _ = active._along_budget(
+        value, _ = allocate.loss_along_budget(
             belief.form, belief.centre, phi, belief.geometry, belief.dims, shapes, belief.log_budget
         )
         paid.append(np.expm1(value[0] - value[1]))
