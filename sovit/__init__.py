@@ -1,6 +1,10 @@
 """sovit: which Vision Transformer shape to train for a compute budget, and how sure that is."""
 
+from pathlib import Path
+
 __version__ = "0.1.0"
+OUTPUTS = Path("runs/results")  # where commands write ledgers, laws and figures unless told otherwise; git ignores it
+PUBLISHED = Path("results")  # what this repository publishes: no command writes there unless it is told to
 
 
 class UserError(ValueError):

@@ -24,12 +24,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sovit import UserError
+from sovit import OUTPUTS, PUBLISHED, UserError
 from sovit.run import Run
 from sovit.text import EMBED_DIM, pair_flops
-
-OUTPUTS = Path("runs/results")  # where commands write ledgers, laws and figures unless told otherwise; git ignores it
-PUBLISHED = Path("results")  # what this repository publishes: no command writes there unless it is told to
 
 SCHEMA = 1
 STATUSES = ("ok", "diverged", "failed")

@@ -51,6 +51,10 @@ def test_a_command_that_must_start_at_once_imports_nothing_heavy(command, tmp_pa
         (["count", "vit_bse_patch16_224"], "vit_base_patch16_224"),
         (["count"], "--width"),
         (["count", "--width", "100", "--depth", "1", "--mlp-dim", "8"], "head_dim=64"),
+        (["cuont", "B/16"], 'Unknown command "cuont"'),
+        (["count", "B/16", "--colour", "red"], "Unknown option: --colour; see sovit count --help"),
+        (["count", "B/16", "--width", "1.5"], "'1.5' is not a whole number"),
+        (["fit"], "LEDGERS"),
         (["fit", "nowhere.jsonl"], "no ledger at nowhere.jsonl"),
         (["predict", "nowhere.json", "--train-flops", "1e12"], "nowhere.json"),
         (["export", "0000000000-16", "--out", "x", "--runs", "nowhere"], "no trained run"),
@@ -66,6 +70,27 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.count("\n") == 1 and captured.err.startswith("sovit: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_an_option_given_twice_the_last_value_counts(capsys):
+    assert main(["count", "S/16", "--image-size", "32", "--image-size", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["image_size"] == 64
+
+
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 0)])
+def test_a_stop_has_its_exit_status(stop, status, monkeypatch, capsys):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr("sovit.shape.named_shape", stopped)
+    monkeypatch.setattr("sys.stderr.close", lambda: None)
+    assert main(["count", "B/16"]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_without_a_command_help_is_printed_and_the_status_is_2(capsys):
+    assert main([]) == 2
+    assert "predict" in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_law_is_refused(tmp_path, capsys):

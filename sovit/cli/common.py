@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from sovit import UserError
-from sovit.ledger import OUTPUTS
+from sovit import OUTPUTS, UserError
 
 Flat = Parameter(name="*")  # on a dataclass: each field is an option of its own
 

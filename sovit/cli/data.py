@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from sovit import UserError
+from sovit import OUTPUTS, UserError
 from sovit.cli.common import Pixels
-from sovit.ledger import OUTPUTS
 
 
 def data(
