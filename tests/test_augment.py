@@ -87,9 +87,12 @@ def test_crops_on_a_cpu_are_torchvisions(side, size):
     assert (ours - reference(images, boxes, mirrored, size)).abs().max() <= 2  # of 255: Pillow rounds twice
 
 
-def in_batches(images: torch.Tensor, rows: np.ndarray, boxes: np.ndarray, size: int) -> torch.Tensor:
-    """The code of a GPU, run on this CPU, in 0 .. 255; nothing is mirrored."""
-    return augment._in_batches(images.numpy(), rows, boxes, size, "cpu", np.argsort(rows))
+def in_batches(images: torch.Tensor, rows: np.ndarray, boxes: np.ndarray, size: int, mirrored=None) -> torch.Tensor:
+    """The code of a GPU, run on this CPU, in 0 .. 255."""
+    mirrored = np.zeros(len(rows), bool) if mirrored is None else mirrored
+    out = torch.empty(len(rows), 3, size, size)
+    augment._in_batches(images.numpy(), rows, boxes, mirrored, np.argsort(rows), out)
+    return (out + 1) * 127.5
 
 
 @pytest.mark.parametrize("side, size, mean", [(256, 224, 0.6), (73, 64, 1.0), (128, 64, 1.5), (256, 64, 2.5)])
@@ -103,12 +106,13 @@ def test_batches_on_a_device_are_the_same_samples(monkeypatch):
     """Same samples in the same places, whatever is asked for together."""
     images = photos(73, 20)
     rows, boxes = np.random.default_rng(0).permutation(20), crop_boxes(0, 0, 20, 73, 0.3)
+    mirrored = np.arange(20) % 3 == 1
     monkeypatch.setattr(augment, "AT_ONCE", 8)
-    batched = in_batches(images, rows, boxes, 64)
-    one_by_one = augment._one_by_one(images.numpy(), rows, boxes, 64, "cpu", np.argsort(rows))
+    batched = in_batches(images, rows, boxes, 64, mirrored)
+    one_by_one = (resized_crop(images.numpy(), rows, boxes, mirrored, 64, "cpu") + 1) * 127.5
     assert ((one_by_one - batched).abs().mean((1, 2, 3)) < 2).all()
     monkeypatch.setattr(augment, "AT_ONCE", 3)
-    assert torch.equal(in_batches(images, rows, boxes, 64), batched)
+    assert torch.equal(in_batches(images, rows, boxes, 64, mirrored), batched)
 
 
 def test_a_box_of_the_wanted_size_is_copied():

@@ -54,29 +54,28 @@ def resized_crop(
     the batch goes through torchvision's `roi_align`, which agrees with that to about 1 of 255 in the mean.
     """
     order = np.argsort(rows)  # rising reads of a memory map are several times faster than random ones
-    crop = _one_by_one if torch.device(device).type == "cpu" else _in_batches
-    shown = crop(images, rows, boxes, size, device, order).div_(127.5).sub_(1)
-    flips = torch.from_numpy(np.flatnonzero(mirrored)).to(device)
-    shown[flips] = shown[flips].flip(-1)
-    return shown
-
-
-def _one_by_one(images, rows, boxes, size: int, device: str, order: np.ndarray) -> Tensor:
     out = torch.empty((len(rows), 3, size, size), device=device)
-    for i in order:  # each image alone, which stays in a core's cache
-        top, left, height, width = boxes[i]
-        pixels = np.array(images[rows[i], top : top + height, left : left + width])
-        view = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        same = (height, width) == (size, size)
-        out[i] = view if same else F.interpolate(view, (size, size), mode="bilinear", antialias=True)
+    crop = _one_by_one if out.device.type == "cpu" else _in_batches
+    crop(images, rows, boxes, mirrored, order, out)
     return out
 
 
-def _in_batches(images, rows, boxes, size: int, device: str, order: np.ndarray) -> Tensor:
+def _one_by_one(images, rows, boxes, mirrored, order: np.ndarray, out: Tensor) -> None:
+    size = out.shape[2:]
+    for i in order:  # each image alone, which stays in a core's cache
+        top, left, height, width = boxes[i]
+        pixels = np.array(images[rows[i]][top : top + height, left : left + width])
+        view = torch.from_numpy(pixels).permute(2, 0, 1)
+        if (height, width) != size:
+            view = F.interpolate(view[None], size, mode="bilinear", antialias=True)[0]
+        out[i].copy_(view.flip(-1) if mirrored[i] else view).div_(127.5).sub_(1)
+
+
+def _in_batches(images, rows, boxes, mirrored, order: np.ndarray, out: Tensor) -> None:
     from torchvision.ops import roi_align
 
-    out = torch.empty((len(rows), 3, size, size), device=device)
-    samples = max(1, round(max(images.shape[1:3]) / size))  # a side of an output pixel: the largest downscaling
+    size, device = out.shape[2:], out.device
+    samples = max(1, round(max(images.shape[1:3]) / size[0]))  # a side of an output pixel: the largest downscaling
     for start in range(0, len(rows), AT_ONCE):
         part = order[start : start + AT_ONCE]
         # pinned memory is copied while the GPU is busy with the step before and this process reads on
@@ -85,7 +84,6 @@ def _in_batches(images, rows, boxes, size: int, device: str, order: np.ndarray) 
         top, left, height, width = torch.from_numpy(boxes[part]).unbind(1)
         corners = torch.stack((torch.arange(len(part)), left, top, left + width, top + height), 1).float()
         views = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # [b, 3, H, W]
-        out[torch.from_numpy(part).to(device)] = roi_align(
-            views, corners.to(device), size, sampling_ratio=samples, aligned=True
-        )
-    return out
+        views = roi_align(views, corners.to(device), size, sampling_ratio=samples, aligned=True)
+        flips = torch.from_numpy(mirrored[part]).to(device)[:, None, None, None]
+        out[torch.from_numpy(part).to(device)] = torch.where(flips, views.flip(-1), views).div_(127.5).sub_(1)
