@@ -75,7 +75,7 @@ def setup(form: str, design: planted.Design, zero_line: float | None = None) -> 
     arms = star(table, planted.DIMS)[1]
     dummy = np.exp(0.1 * np.sin(np.arange(len(design.trunk))))
     rows = prepare(form, table, dummy, dims, zero_line=zero_line, arms=arms)
-    own = np.unique(design.trunk[rows.source], return_inverse=True)[1].ravel()
+    own = rows.trunks(design.trunk)
     strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
     grid = {d: np.unique(table[d]).tolist() for d in dims}
     return Setup(rows, own, strata, design.geometry, grid, (table["compute"].min(), table["compute"].max()))

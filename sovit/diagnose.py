@@ -247,7 +247,7 @@ def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> di
     parts = [{k: v[rows] for k, v in table.items()} for rows in (below, above)]
     keep = dict(zero_line=options["zero_line"], terms=options["terms"])
     train = prepare(name, parts[0], y[below], dims, arms=arms[below], **keep)
-    trunk = np.unique(index[below][train.source], return_inverse=True)[1]
+    trunk = train.trunks(index[below])
     known = options["known_sd"]
     known = None if known is None else known[below][train.source]
     fitted = solve(train.form, train.u, train.y, trunk, known_sd=known, **options["solver"])

@@ -25,7 +25,7 @@ from sovit.bootstrap import LEVEL, MIN_CLUSTERS, interval, pairs, pairs_stretch,
 from sovit.diagnose import describe, exponents, extrapolation, features, seed_noise
 from sovit.fitter import solve
 from sovit.forms import FALLING, LAWS
-from sovit.rows import check, geometry_of, positive, prepare, relative_sd, star, trunks, varied_dims
+from sovit.rows import geometry_of, positive, prepare_fit
 from sovit.shape import DIMENSIONS
 
 __all__ = ["LAWS", "Fit", "fit"]
@@ -169,26 +169,32 @@ def fit(
         raise UserError(f"loss={loss!r} is unknown; choose huber_log or log_squares")
     if huber_delta is not None and not huber_delta > 0:
         raise UserError(f"huber_delta={huber_delta!r} is not positive; give a number such as 1e-3, or None")
-    table, y = check(form, columns, y, clusters, terms, zero_line, geometry)
     whiten = (huber_delta is None) if whiten is None else whiten
-    log_sd = relative_sd(measurement_sd, y, whiten)
-    shaped = LAWS[form].uses_dims and terms is None
-    dims = varied_dims(table, dims) if shaped else ()
-    centre, arms = star(table, dims) if dims else ({}, np.full(len(y), "all"))
-    rows = prepare(form, table, y, dims, zero_line=zero_line, terms=terms, arms=arms)
-    index = trunks(table, clusters, len(y))
-    own = np.unique(index[rows.source], return_inverse=True)[1].ravel()
+    ready = prepare_fit(
+        form,
+        columns,
+        y,
+        clusters=clusters,
+        dims=dims,
+        terms=terms,
+        zero_line=zero_line,
+        geometry=geometry,
+        measurement_sd=measurement_sd,
+        whiten=whiten,
+    )
+    table, y, dims, arms, rows, own = ready.table, ready.y, ready.dims, ready.arms, ready.rows, ready.own
+    index, shaped = ready.index, LAWS[form].uses_dims and terms is None
     num_clusters = int(own.max()) + 1
     if bootstrap and num_clusters < MIN_CLUSTERS:
         raise UserError(
             f"bootstrap={bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
         )
     solver = dict(loss=loss, huber_delta=huber_delta, whiten=whiten)
-    solved = solve(rows.form, rows.u, rows.y, own, known_sd=None if log_sd is None else log_sd[rows.source], **solver)
+    solved = solve(rows.form, rows.u, rows.y, own, known_sd=ready.known_sd, **solver)
     noise = seed_noise(table, y, index, solved)
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
-    data = _data(table, dims, centre) | (dict(metric=metric) if metric else {})
+    data = _data(table, dims, ready.centre) | (dict(metric=metric) if metric else {})
     draws, widen = {}, (1.0, 1.0)
     if bootstrap:
         rng = np.random.default_rng(seed)
@@ -232,7 +238,7 @@ def fit(
     diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
     extra = {}
     if extrapolate:
-        options = dict(zero_line=zero_line, terms=terms, solver=solver, known_sd=log_sd)
+        options = dict(zero_line=zero_line, terms=terms, solver=solver, known_sd=ready.log_sd)
         extra = extrapolation(form, table, y, dims, index, arms, options, cut)
     model = dict(
         dims=list(dims),

@@ -26,6 +26,56 @@ class Rows:
     source: np.ndarray  # [n]
     centre: np.ndarray  # [K]
 
+    def trunks(self, index: np.ndarray) -> np.ndarray:
+        """Trunk of each row as 0..G-1 [n], for `index`, the trunks of the rows given."""
+        return np.unique(index[self.source], return_inverse=True)[1].ravel()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a fit starts from: the columns checked, and the rows of the form with their trunks and known noise."""
+
+    table: dict[str, np.ndarray]
+    y: np.ndarray  # [N] of the rows given
+    dims: tuple[str, ...]
+    centre: dict[str, float]  # of the design, by dimension
+    arms: np.ndarray  # [N] of the rows given
+    index: np.ndarray  # [N] trunk of the rows given
+    log_sd: np.ndarray | None  # [N] what is known of the noise of ln y
+    rows: Rows
+    own: np.ndarray  # [n] trunk of each row of the form
+
+    @property
+    def known_sd(self) -> np.ndarray | None:
+        """Known noise of each row of the form [n]."""
+        return None if self.log_sd is None else self.log_sd[self.rows.source]
+
+
+def prepare_fit(
+    form: str,
+    columns: Mapping,
+    y,
+    *,
+    clusters=None,
+    dims: Sequence[str] | None = None,
+    terms: Sequence[str] | None = None,
+    zero_line: float | None = None,
+    geometry: Mapping | None = None,
+    measurement_sd=None,
+    whiten: bool = True,
+) -> Prepared:
+    """Check columns and losses and make the rows that `form` is fitted to; arguments as in `law.fit`.
+
+    Raises UserError for bad columns, too few rows, unknown names.
+    """
+    table, y = check(form, columns, y, clusters, terms, zero_line, geometry)
+    log_sd = relative_sd(measurement_sd, y, whiten)
+    named = varied_dims(table, dims) if LAWS[form].uses_dims and terms is None else ()
+    centre, arms = star(table, named) if named else ({}, np.full(len(y), "all"))
+    rows = prepare(form, table, y, named, zero_line=zero_line, terms=terms, arms=arms)
+    index = trunks(table, clusters, len(y))
+    return Prepared(table, y, named, centre, arms, index, log_sd, rows, rows.trunks(index))
+
 
 def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=None) -> tuple[dict, np.ndarray]:
     """Columns as arrays and y as floats. Raises UserError (one line) naming the first bad column, row or option."""

@@ -22,7 +22,7 @@ from sovit.fewshot import is_spread, noise_of
 from sovit.fitter import polish, solve
 from sovit.forms import FALLING, LAWS, Form
 from sovit.measurements import Measurements, levels
-from sovit.rows import check, positive, prepare, relative_sd, star, trunks, varied_dims
+from sovit.rows import Prepared, positive, prepare_fit
 from sovit.shape import COUNTINGS
 
 DRAWS = 20  # random sets of shapes left out, for each size of DROPS
@@ -112,12 +112,9 @@ class _Frame:
         rows = np.ones(len(data.y), bool) if keep is None else keep
         known = data.measurement_sd if choice["whiten"] else None
         columns = {name: column[rows] for name, column in data.columns.items()}
-        table, y = check(form, columns, data.y[rows], None, None, zero_line)
-        known = None if known is None else relative_sd(known[rows], y, True)
-        varied_dims(table, self.dims)
-        made = prepare(form, table, y, self.dims, zero_line=zero_line, arms=star(table, self.dims)[1])
-        index = trunks(table, None, len(y))[made.source]
-        own = np.unique(index, return_inverse=True)[1].ravel()
+        known = None if known is None else known[rows]
+        ready = prepare_fit(form, columns, data.y[rows], dims=self.dims, zero_line=zero_line, measurement_sd=known)
+        made, own = ready.rows, ready.own
         starts = made.form.starts(made.u, made.y)
         off = ((made.form.evaluate(starts, made.u)[0] - np.log(made.y)) ** 2).sum(1)
         starts = starts[np.argsort(off, kind="stable")[:STARTS]]
@@ -130,7 +127,7 @@ class _Frame:
             made.y,
             own,
             starts=starts,
-            known_sd=None if known is None else known[made.source],
+            known_sd=ready.known_sd,
             **choice,
         )
         return _Solved(made.form, made.centre, solved.theta, len(np.unique(made.source)), int(own.max()) + 1)
@@ -209,11 +206,9 @@ class _Frame:
         Rows left out weigh 0. Huber's delta and the whitening stay those of all rows, as in the pairs bootstrap, and each
         refit starts from the headline and from the best points of the exponent grid.
         """
-        fit, (table, y, arms, index, known) = self.fit, _rows(self.data, self.fit)
-        rows = prepare(fit.form, table, y, self.dims, zero_line=fit.model["zero_line"], arms=arms)
-        own = np.unique(index[rows.source], return_inverse=True)[1].ravel()
-        known = None if known is None else known[rows.source]
-        solved = solve(rows.form, rows.u, rows.y, own, known_sd=known, **self.choice)
+        fit, ready = self.fit, _ready(self.data, self.fit)
+        table, rows, index = ready.table, ready.rows, ready.index
+        solved = solve(rows.form, rows.u, rows.y, ready.own, known_sd=ready.known_sd, **self.choice)
         starts = np.concatenate([solved.theta[None], rows.form.starts(rows.u, rows.y)[:STARTS]])
         weights = keeps[:, rows.source].astype(float)
         many = np.tile(starts, (len(keeps), 1))
@@ -239,12 +234,18 @@ def _choice(fit: law.Fit) -> dict:
     return dict(loss=model["loss"], huber_delta=delta, whiten=model["whitened"])
 
 
-def _rows(data: Measurements, fit: law.Fit) -> tuple:
-    """Columns, y, arm and trunk of each row, and the known relative noise, as `law.fit` makes them of these rows."""
-    table, y = check(fit.form, data.columns, data.y, None, None, fit.model["zero_line"])
-    arms = star(table, fit.model["dims"])[1] if fit.model["dims"] else np.full(len(y), "all")
-    known = relative_sd(data.measurement_sd, y, fit.model["whitened"])
-    return table, y, arms, trunks(table, None, len(y)), known
+def _ready(data: Measurements, fit: law.Fit) -> Prepared:
+    """The rows of `fit` as `law.fit` makes them."""
+    model = fit.model
+    return prepare_fit(
+        fit.form,
+        data.columns,
+        data.y,
+        dims=model["dims"] or None,
+        zero_line=model["zero_line"],
+        measurement_sd=data.measurement_sd,
+        whiten=model["whitened"],
+    )
 
 
 def _row(what: str, setting: str, kind: str, num_rows: int, num_trunks: int | None, found: Mapping, note: str) -> dict:
@@ -478,9 +479,9 @@ def extrapolation_cuts(data: Measurements, fits: Mapping[str, law.Fit]) -> list[
         cut = float(np.sqrt(compute[below].max() * compute[~below].min()))
         forms: dict = {}
         for name, fit in fits.items():
-            table, y, arms, index, known = _rows(data, fit)
-            options = dict(zero_line=fit.model["zero_line"], terms=None, solver=_choice(fit), known_sd=known)
-            found = extrapolation(name, table, y, tuple(fit.model["dims"]), index, arms, options, cut)
+            made = _ready(data, fit)
+            options = dict(zero_line=fit.model["zero_line"], terms=None, solver=_choice(fit), known_sd=made.log_sd)
+            found = extrapolation(name, made.table, made.y, made.dims, made.index, made.arms, options, cut)
             for label, score in found["forms"].items():
                 if label == name or label not in fits:
                     short = {k: v for k, v in score.items() if k not in ("rows", "predicted")}
