@@ -24,6 +24,7 @@ from sovit.sweep import Sweep, open_storage, open_study, reconcile
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="Chromium and its driver are not installed"),
     pytest.mark.filterwarnings("ignore:The ``noload``"),  # MLflow's use of SQLAlchemy
 ]

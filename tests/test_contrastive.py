@@ -291,6 +291,7 @@ def test_its_budgets_spend_what_they_say():
     assert RUN.replace(budgets=(n,)).train_flops(n) == pytest.approx(1e11, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
     class Killed(BaseException):
         pass

@@ -248,6 +248,7 @@ def test_a_base_that_diverged_is_told_from_one_that_was_never_trained(tmp_path):
         train(tuning([row]), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_state_from_before_its_base_was_replaced_is_not_gone_on_from(trained, tmp_path, capsys):
     """What was frozen in it is the old base's: the file would be laid over other weights than it was trained with."""
     import shutil

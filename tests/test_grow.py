@@ -86,6 +86,7 @@ def test_predictions_are_written_before_their_runs(tmp_path):
         assert all(len(pick["predicted"]) == len(pick["candidate"]["budgets"]) for pick in rounds[-1]["picks"])
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_makes_the_same_picks_and_repeats_nothing(tmp_path, small):
     """The whole process group is killed at random moments, then launched again, till it ends by itself."""
     rng, kills = np.random.default_rng(0), 0
@@ -206,6 +207,7 @@ def test_a_belief_in_a_power_mean_finds_the_optimum_of_the_star():
     assert TRUTH.regret(list(plain.shape.values()), TARGET) > 5 * TRUTH.regret(list(belief.shape.values()), TARGET)
 
 
+@pytest.mark.slow
 def test_a_round_of_real_training(tmp_path):
     """The smallest shapes, in this process: the rows are those of the real trainer and the pick is made from them."""
     from sovit.train import train

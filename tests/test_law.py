@@ -112,6 +112,7 @@ def test_a_law_without_noise_is_recovered(name):
         assert found["s"] == pytest.approx(TRUE_POWER[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_twenty_planted_laws_are_recovered():
     """20 different truths, noise .5 %: no bias in any exponent, and the 90 % intervals hold about nine in ten."""
     hits, errors = {"": [], "pairs_": []}, []

@@ -288,7 +288,7 @@ def test_answers_about_icons(package, preset):
     seen, source = set(), questions.pictures.source
     for split, start, count in (("train", 200, 100), ("val", 0, min(100, source.num_val))):
         batch = getattr(source, split)(start, count)
-        assert torch.equal(questions.images(split, start, count), batch.images * 0.5 + 0.4)
+        torch.testing.assert_close(questions.images(split, start, count), batch.images * 0.5 + 0.4)
         labels = batch.labels.view(count, -1)  # one patch an icon
         told = told_by_names(source, split, start, count)
         for i, asked in enumerate(questions.ask(split, start, count)):

@@ -131,6 +131,7 @@ launch(Sweep("tiny", runs, Path("runs"), Path("mine/tiny.jsonl")), workers=1, wo
 """
 
 
+@pytest.mark.slow
 def test_real_training_watched_killed_and_resumed_by_the_command_that_it_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("study.py").write_text(STUDY)

@@ -179,6 +179,7 @@ def test_a_folder_of_classes_says_that_its_first_images_are_no_sample(tmp_path, 
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+@pytest.mark.slow
 def test_killed_decoding_goes_on_where_it_was(parquet, cache, tmp_path, monkeypatch, decoded_rows, streamed):
     monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
     preset = f"{parquet}?stream=all" if streamed else str(parquet)

@@ -190,6 +190,7 @@ def test_a_killed_worker_is_replaced_and_its_trunk_done_again(tmp_path):
     assert states[TrialState.FAIL] == 2
 
 
+@pytest.mark.slow
 def test_everything_killed_and_launched_again(tmp_path):
     design = runs(12)
     for attempt in range(3):
@@ -205,6 +206,7 @@ def test_everything_killed_and_launched_again(tmp_path):
     assert not [t for t in trials(tmp_path) if not t.state.is_finished()]
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_workers_that_stop_and_nothing_is_doubled(tmp_path):
     """Only the launcher dies; its workers end the trunk they are on while the next launch is under way."""
     design = runs(6)
@@ -221,6 +223,7 @@ def test_a_killed_launcher_leaves_workers_that_stop_and_nothing_is_doubled(tmp_p
     assert len(rows) == 6
 
 
+@pytest.mark.slow
 def test_two_launchers_of_one_study_share_the_work(tmp_path):
     command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "12", "2"]
     launchers = [subprocess.Popen(command) for _ in range(2)]
@@ -261,6 +264,7 @@ def test_rows_of_another_design_are_refused_without_a_journal_too(tmp_path):
     assert (tmp_path / "s.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_rounds_of_kills(tmp_path):
     """The short form of `python tests/kill_rounds.py`."""
     found = kill_rounds(2, workers=2, quiet_rounds=1)
@@ -409,6 +413,7 @@ def test_a_worker_that_is_stopped_leaves_its_trunk_to_the_others(tmp_path):
     assert len([pid for word, _, pid in lines if word == "begin" and int(pid) == stopped]) < 4
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(tmp_path):
     command = [sys.executable, fake_sweep.__file__, "launch", str(tmp_path), "3", "2"]
     slow = os.environ | {"SOVIT_TEST_PAUSE": "60"}
@@ -425,6 +430,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path):
     assert not held(tmp_path, runs(3)) and not list((tmp_path / "runs").glob("*.plan.json"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_leave_is_killed_after_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "STOP_SECONDS", 0.5)
     monkeypatch.setenv("SOVIT_TEST_PAUSE", "60")
@@ -450,6 +456,7 @@ def test_a_full_disk_stops_the_workers_and_is_no_runs_failure(tmp_path):
     assert set(executions(tmp_path, "begin")) == {design[0].run_ids[0]}  # nor were the others tried in vain
 
 
+@pytest.mark.slow
 def test_a_trunk_that_kills_its_worker_is_given_up(tmp_path):
     design = [*runs(2), runs(1)[0].replace(init_seed=888)]
     rows = fake_sweep.launch(tmp_path, design)
@@ -718,6 +725,7 @@ except KeyboardInterrupt as stop:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
     """Ctrl-C at a terminal: every process of the launch has it, and the workers the launcher's SIGTERM on top."""
     design = tiny_runs()[0].replace(budgets=(9600,))
@@ -742,6 +750,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path):
     assert (tmp_path / "runs" / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt("tiny: stopped; go on with: this")

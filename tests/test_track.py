@@ -422,6 +422,7 @@ def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, na
     assert mine.read_text() == "said by the workers\n" and len(stored(store)) == 6
 
 
+@pytest.mark.slow
 def test_servers_answer_refill_and_end_with_a_polite_kill(study):
     results, runs, rows = study
     write_ledger(results / "planted.jsonl", rows[:-1])

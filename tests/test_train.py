@@ -212,6 +212,7 @@ def expect_the_same_bits(runs_dir, trained):
         assert (runs_dir / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_to_the_same_bits(trained, tmp_path):
     """SIGKILL on the trunk, in either cooldown and between them; then the run is finished here."""
     ends, _, first = end_training(tmp_path, ["KILL:1", "KILL:2", "KILL:3", "KILL:4", "KILL:5", "KILL:7", "KILL:8"])
@@ -221,6 +222,7 @@ def test_killed_training_resumes_to_the_same_bits(trained, tmp_path):
     assert metrics(tmp_path / "runs") == metrics(trained[0])  # in their order, too
 
 
+@pytest.mark.slow
 def test_stopped_training_saves_says_how_to_go_on_and_resumes_to_the_same_bits(trained, tmp_path):
     """SIGINT and SIGTERM, which come between two windows and long before a periodic save."""
     ends, said, first = end_training(tmp_path, ["INT:1", "TERM:3", "INT:5", "TERM:8"])
@@ -421,6 +423,7 @@ def no_file_larger_than(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_a_checkpoint_is_said_and_loses_nothing(trained, tmp_path, capfd):
     """Periodic saves are left out, the branch point is needed: there it ends, and goes on when there is room."""
     folder, seen = tmp_path / RUN.trunk_id, []
@@ -487,6 +490,7 @@ def test_a_batch_that_does_not_fit_is_trained_in_parts(trained, tmp_path, memory
     assert merge([trained[1][0], trained[1][0] | {"micro_batch": 4}]) == trained[1][:1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_to_its_parts(tmp_path, memory_for):
     def stop(progress):
         if progress["examples"] > 1600:
@@ -545,6 +549,7 @@ def test_divergence_is_recorded_with_its_step_and_without_a_loss(tmp_path):
     assert train(run, tmp_path, on_progress=lambda p: pytest.fail("trained again")) == rows
 
 
+@pytest.mark.slow
 def test_a_validation_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
     """The last step can spoil the weights after its own loss was found finite."""
 
@@ -682,6 +687,7 @@ def test_the_command_needs_a_run(tmp_path, capsys):
     assert "cannot read the run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_needs_torch_and_timm_only(trained, tmp_path):
     """`python -m sovit.train RUN.json RUNS_DIR` on a machine without the packages of the edges."""
     (tmp_path / "run.json").write_text(json.dumps(RUN.replace(budgets=(SHORT,)).to_dict()))

@@ -95,6 +95,7 @@ def test_each_run_has_its_row_whatever_its_kind_and_end(swept):
     assert read_ledger(swept.folder / "s.jsonl") == sorted(rows.values(), key=lambda row: row["run_id"])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(swept, tmp_path):
     """Its successor goes on from the saved step, to the row of a run that nobody killed."""
     from sovit.vlm.train import train
