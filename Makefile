@@ -5,10 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-# tests that start workers, servers or a browser, and kill them: two files at a time would be more than two cores
-ALONE := tests/test_sweep.py tests/test_vlm_sweep.py tests/test_browser.py
-
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sovit demo --workers 2
@@ -16,8 +13,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the slow ones one by one: they start workers, servers or a browser, and kill them
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
