@@ -34,12 +34,12 @@ def exact_growth(fit: Fit, train_flops: float) -> dict:
     """
     at = target(fit, train_flops)
     low = min(budgets_run(fit)[0], train_flops / 10)
-    near = [_path(_at(at, train_flops * np.exp(h)), fit.theta[None]) for h in (-STEP, STEP)]
+    near = [_path(at.at(train_flops * np.exp(h)), fit.theta[None]) for h in (-STEP, STEP)]
     slope = _with_images((near[1] - near[0])[0] / (2 * STEP))
-    exact = _mean_slope(at, _at(at, low), fit.theta[None])[0]
+    exact = _mean_slope(at, at.at(low), fit.theta[None])[0]
     theta, widen = at.draws()
     theta = theta if fit.shape_form.convex else theta[:SLOW_DRAWS]
-    many = _mean_slope(at, _at(at, low), theta) if len(theta) else None
+    many = _mean_slope(at, at.at(low), theta) if len(theta) else None
     rows = {}
     for k, name in enumerate((*at.dims, "flops", "images")):
         ends = (None, None) if many is None else interval(many[:, k], widen, floor=None)
@@ -70,7 +70,7 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
     exponents, source = _marginal([name for name in SIZES if name in at.dims], marginal)
     least = budgets_run(fit)[0]
-    start, real = _real(_at(at, least)), _real(at)
+    start, real = _real(at.at(least)), _real(at)
     decades = float(np.log10(train_flops / least))
     sizes = start | {n: start[n] * 10 ** (decades * s / len(exponents)) for n, s in exponents.items()}
     ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
@@ -155,11 +155,6 @@ def _marginal(names: list[str], marginal: Fit | None) -> tuple[dict, str]:
             return found, "Eq. 2 fitted to the same rows"
     lack = "" if marginal is None else "; Eq. 2 fitted to the same rows does not determine them all"
     return {n: PAPER[n] for n in names}, "as stated in arXiv 2305.13035" + lack
-
-
-def _at(at: Target, train_flops: float) -> Target:
-    """The same law at another budget, which may be beyond MAX_DECADES."""
-    return Target(at.fit, float(train_flops), at.geometry)
 
 
 def _real(at: Target) -> dict[str, float]:

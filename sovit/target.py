@@ -54,6 +54,10 @@ class Target:
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
 
+    def at(self, train_flops: float) -> Target:
+        """The same law at another budget, which may be beyond MAX_DECADES."""
+        return Target(self.fit, float(train_flops), self.geometry)
+
     def optimum(self, theta=None, held: Mapping | None = None) -> np.ndarray:
         """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
         fit = self.fit

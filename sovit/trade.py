@@ -115,7 +115,7 @@ def along(at: Target, name: str, values: list) -> dict:
     theta, widen = at.draws()
     every = np.concatenate([at.fit.theta[None], theta[:TOKEN_DRAWS]])
     order = sorted(values, reverse=name in FALLING)  # tokens rise
-    loss = np.stack([[_at(at, b).least(every, {name: v}) for b in ladder] for v in order])  # [V, T, 1 + R]
+    loss = np.stack([[at.at(b).least(every, {name: v}) for b in ladder] for v in order])  # [V, T, 1 + R]
     best = loss[:, :, 0].argmin(0)
     excess = loss / loss[best, np.arange(len(ladder))] - 1
     curves = []
@@ -168,7 +168,7 @@ def spend(at: Target, name: str, shape: Mapping) -> dict:
         rival = max(others, key=lambda n: options[n]["gain"]["estimate"])
         ladder, run = _ladder(at)
         held = {n: float(shape[n]) for n in TOKENS if n in at.dims}
-        gain = np.stack([_lead(_at(at, b), every, held, name, rival) for b in ladder])
+        gain = np.stack([_lead(at.at(b), every, held, name, rival) for b in ladder])
         out["turn"] = dict(against=rival) | _turn(gain, ladder, run, widen)
     return out
 
@@ -233,7 +233,3 @@ def _ladder(at: Target) -> tuple[np.ndarray, list]:
     low, high = budgets_run(at.fit)
     parts = [np.geomspace(*ends, POINTS) for ends in ((low / BELOW, low), (low, high), (high, high * ABOVE))]
     return np.unique(np.concatenate(parts)), [low, high]
-
-
-def _at(at: Target, train_flops: float) -> Target:
-    return Target(at.fit, float(train_flops), at.geometry)
