@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sovit import UserError
-from sovit.vlm.benchmarks import Picture
-from sovit.vlm.evaluate_benchmark import to_tensor
+from sovit.vlm.pictures import open_picture, to_tensor
 from sovit.vlm.questions import open_questions
 from sovit.vlm.train import open_vlm, read_run
 
@@ -37,7 +36,7 @@ def ask(
             raise UserError(f"{run_id} has no eye; ask one that has")
         if not questions:
             raise UserError("an image file has no questions of its own; write one behind the run_id")
-        pixels = to_tensor(Picture(lambda: image, str(image)).open(), model.encoder.preprocess)
+        pixels = to_tensor(open_picture(image), model.encoder.preprocess)
         shown = str(image)
     else:
         source = open_questions(run.data, run.preset, run.image_size, run.data_seed)
