@@ -29,7 +29,6 @@ SLOW = [
     f"sovit profile 16x1x32 {TINY}",
     f"sovit profile 16x1x32 {TINY} --trained attention",
     "sovit track stream_isoflop",
-    "sovit probe pixels:16 --data stream:cpu",
 ]
 
 
