@@ -23,7 +23,6 @@ from sovit.measurements import WHOLE_SHAPE, Measurements, measurements
 from sovit.sensitivity import extrapolation_cuts, sensitivity
 from sovit.target import TOKENS
 from sovit.words import report_text
-from sovit.words.checklist import checklist
 from sovit.words.extrapolation import extrapolation_scores, extrapolation_table, own_rmse
 from sovit.words.found import summary_text
 from sovit.words.phrases import percent
@@ -105,7 +104,7 @@ def fit_ledgers(
         options = dict(bootstrap=bootstrap, seed=seed, measurement_sd=data.measurement_sd, metric=metric)
         options |= _options(headline, data) | dict(coverage=coverage)
         fits[headline] = law.fit(headline, data.columns, data.y, **options)
-    facts = facts_of(data, fits, headline, why, refused, recommendation, seed, refits)
+    facts = facts_of(data, fits, headline, recommendation, seed, refits)
 
     for fitted in fits.values():
         fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
@@ -200,9 +199,9 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     ]
 
 
-def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendation, seed: int, refits: bool) -> dict:
+def facts_of(data: Measurements, fits: dict, headline, recommendation, seed: int, refits: bool) -> dict:
     """What the report says beyond the laws, as plain data: {cuts, rules, frontier, growth,
-    inside, weakest, sensitivity, checklist}; empty where a law cannot say."""
+    inside, weakest, sensitivity}; empty where a law cannot say."""
     fit = fits[headline]
     budget = recommendation.train_flops if recommendation else None
     return dict(
@@ -214,7 +213,6 @@ def facts_of(data: Measurements, fits: dict, headline, why, refused, recommendat
         inside=_inside(fit),
         weakest=_weakest(fit, budget),
         sensitivity=sensitivity(data, fit, budget, fits=fits, seed=seed) if refits else dict(note=NO_REFITS),
-        checklist=checklist(data, fits, headline, why, refused),
     )
 
 

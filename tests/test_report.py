@@ -64,7 +64,6 @@ def test_every_section_is_there_and_nothing_is_unfilled(text):
         "How good the fit is",
         "Data",
         "What was not shown",
-        "Checklist",
     ):
         assert f"\n## {title}\n" in text
     assert not re.search(r"\bnan\b|\bNone\b|\binf\b|\{|\}", text)
@@ -224,7 +223,7 @@ def test_extrapolation_leads(text, folder):
         assert f"{100 * scores[name]['rmse']:.2f} %" in first
     assert f"({scores['nearest']['rmse'] / scores['bounded']['rmse']:.2g} ×)" in first
     titles = re.findall(r"\n## (.*)\n", text)
-    assert titles[:3] == ["What was found", "Extrapolation", "Recommendation"] and len(titles) == 11
+    assert titles[:3] == ["What was found", "Extrapolation", "Recommendation"] and len(titles) == 10
     cuts = json.loads((folder / "report.json").read_text())["cuts"]
     rows = table(part(text, "Extrapolation"), "fitted to, in training FLOPs")
     assert [row[:3] for row in rows] == [
@@ -263,37 +262,6 @@ def test_each_dimension_is_said_to_be_known_or_not(text, folder, tmp_path):
     flat = report_of(planted.planted_rows(amplitudes={"depth": (0.0, 1.0)}, noise=0.01), tmp_path)
     flat = part(flat, "What is known, and what is not")
     assert "**Depth** is not determined" in flat and "Remedy: run larger budgets" in flat
-
-
-def test_the_checklist_answers_from_the_rows_and_says_what_they_lack(text, folder, tmp_path):
-    rows = planted.planted_rows()
-    said = {(stage, question): answer for stage, question, answer in table(part(text, "Checklist"), "stage")}
-    fit = law.Fit.from_json((folder / "law.json").read_text())
-    assert {stage for stage, _ in said} == {"form", "training set-up", "data extraction", "fitting"}
-    assert said["form", "parameters"].startswith(f"{len(fit.params)},")
-    assert said["data extraction", "rows and clusters"].startswith(f"{len(rows)} rows of {fit.num_clusters} trunks")
-    assert said["training set-up", "data"] == "stream, preset cpu, 16 classes"
-    assert "batch size 16, weight decay 0.05" in said["training set-up", "optimiser"]
-    assert "0.008 · (32 / width)^0.50" in said["training set-up", "learning rate, fair to every shape?"]
-    assert "the last 20 % of its images" in said["training set-up", "schedule"]
-    assert repr(fit.model["huber_delta"]) in said["fitting", "loss"]
-    assert repr(fit.objective) in said["fitting", "optimiser"]
-    assert said["fitting", "active bounds"] == (
-        ", ".join(f"`{n}` ({side})" for n, side in fit.diagnostics["active_bounds"].items()) or "none"
-    )
-    assert "`c` 0.05 to 2" in said["fitting", "bounds"] and "`s` 1 to 8" in said["fitting", "bounds"]
-    assert f"{100 * fit.extrapolation['forms']['bounded']['rmse']:.2f} %" in said["fitting", "held-out extrapolation"]
-    answers = json.loads((folder / "report.json").read_text())["checklist"]
-    assert {(a["stage"], a["question"]): a["answer"] for a in answers} == said
-    bare = [{k: v for k, v in row.items() if k not in ("batch_size", "commit", "cooldown_examples")} for row in rows]
-    bare[0] |= dict(status="failed", error="a | b")
-    text = part(report_of(bare, tmp_path, bootstrap=0), "Checklist")
-    lacking = {(stage, question): answer for stage, question, answer in table(text, "stage")}
-    assert lacking["training set-up", "schedule"] == "not recorded in the rows"
-    assert lacking["training set-up", "code"].startswith("commit not recorded in the rows")
-    assert "batch size not recorded" in lacking["training set-up", "optimiser"]
-    assert lacking["data extraction", "left out, and why"] == "1: 1 × status failed"
-    assert lacking["data extraction", "rows read"] == f"{len(rows)} (1 failed, {len(rows) - 1} ok)"
 
 
 def test_predict_names_the_metric(folder, capsys):

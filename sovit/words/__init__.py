@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sovit.words.checklist import checklist_section
 from sovit.words.data import data_section
 from sovit.words.extrapolation import extrapolation_section
 from sovit.words.found import found_section
@@ -53,7 +52,6 @@ def report_text(data, fits, headline, why, refused, recommendation, no_recommend
         "How good the fit is": (quality_section(fit), figure("residuals")),
         "Data": (data_section(data, fit),),
         "What was not shown": (not_shown_section(data, fits, headline, recommendation),),
-        "Checklist": (checklist_section(facts["checklist"]),),
     }
     names = ", ".join(f"`{Path(p).name}`" for p in data.paths)
     head = (
