@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sovit import UserError
-from sovit.ledger import read_exclusions, read_ledger
-from sovit.track import curve, describe
+from sovit.ledger.ledger import read_exclusions, read_ledger
+from sovit.sweep.mlflow_log import curve, describe
 
 
 def export(tracker, ledger: Path, runs: Path) -> int:

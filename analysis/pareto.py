@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sovit import UserError
-from sovit.law import read_law
-from sovit.ledger import OUTPUTS, write_atomic
-from sovit.pareto import pareto, read_profiles
+from sovit import OUTPUTS, UserError
+from sovit.files import write_atomic
+from sovit.law.read import read_law
+from sovit.ledger.profiles import read_profiles
+from sovit.predict.pareto import pareto
 
 
 def table_text(found: dict) -> str:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = pareto(read_law(options.law), read_profiles(options.profiles), options.train_flops)
         write_atomic(options.out / "pareto.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-        from sovit import plot
+        from sovit.report import figures as plot
 
         plot.save(plot.pareto_fronts(found), options.out / "pareto")
     except UserError as error:

@@ -13,17 +13,16 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-from finetune_cost import table as savings_table
-from published_flops import table as flops_table
-from published_shapes import table as shapes_table
-
-from sovit.diagnose import SIGNIFICANT
-from sovit.flexi_cost import sizes_table
-from sovit.growth import PAPER
-from sovit.ledger import read_ledger
-from sovit.shape import Shape
-from sovit.transfer_report import schedule_table, scratch_table, short_table
-from sovit.vlm_report import short_text
+from analysis.finetune_cost.tables import table as savings_table
+from analysis.flexivit.cost import sizes_table
+from analysis.published.flops import table as flops_table
+from analysis.published.shapes import table as shapes_table
+from analysis.resolution.report import schedule_table, scratch_table, short_table
+from analysis.vlm_encoders.report import short_text
+from sovit.law.diagnostics import SIGNIFICANT
+from sovit.ledger.ledger import read_ledger
+from sovit.predict.growth_rules import PAPER
+from sovit.spec.shape import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"

@@ -3,7 +3,7 @@
     python analysis/recipe_rule.py results/recipe_search.jsonl [--out results]
 
 For each shape and budget the best rate is the minimum of a parabola in ln(rate) through the lowest loss and its two
-neighbours. The rule of `sovit.run.learning_rate`, base x (32 / width)^p x (2 / depth)^q, is the least-squares line
+neighbours. The rule of `sovit.spec.run.learning_rate`, base x (32 / width)^p x (2 / depth)^q, is the least-squares line
 through the ln of those rates, one budget at a time; the largest budget's is the one to use. A best rate at the end of
 the rates tried is only a bound: it is flagged and left out. Writes recipe.json and recipe_rule.png, .svg into OUT.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError
-from sovit.ledger import OUTPUTS, write_atomic
-from sovit.measurements import levels, measurements
-from sovit.run import learning_rate
-from sovit.shape import Shape
+from sovit import OUTPUTS, UserError
+from sovit.files import write_atomic
+from sovit.ledger.measurements import levels, measurements
+from sovit.spec.run import learning_rate
+from sovit.spec.shape import Shape
 
-REFERENCE = dict(width=32, depth=2, mlp_dim=128)  # where the rule's base stands, as in sovit.run.learning_rate
+REFERENCE = dict(width=32, depth=2, mlp_dim=128)  # where the rule's base stands, as in sovit.spec.run.learning_rate
 POWERS = {"width": "width_power", "depth": "depth_power"}
 CHECKED = POWERS | {"mlp_dim": "mlp_dim_power"}  # the rule has no such term; its size says whether it should
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rule = recipe_rule(options.ledgers, options.metric)
         write_atomic(options.out / "recipe.json", json.dumps(rule, indent=1, allow_nan=False) + "\n")
-        from sovit import plot
+        from sovit.report import figures as plot
 
         plot.save(plot.learning_rates(rule), options.out / "recipe_rule")
     except UserError as error:

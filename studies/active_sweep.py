@@ -16,10 +16,10 @@ spends its budget without an answer to trust: 72 x 2 x 1504, where the star's la
 
 from collections.abc import Sequence
 
-from sovit import grow
-from sovit.design import to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import adaptive as grow
 
 CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
 CORNERS = ((24, 1, 128), (24, 4, 512), (64, 1, 512), (64, 4, 128))

@@ -17,9 +17,9 @@ of 0.66, which four of the six have, is what knowing one of the three topics wou
 common value for the colour in four of six, for the kind in none, for the answer in one.
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate, task_flops
-from sovit.shape import Shape
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate, task_flops
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 SHAPES = {
     "law": Shape(32, 3, 672, head_dim=8, patch_size=4, image_size=16, pool="none"),
@@ -41,4 +41,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "contrastive", runs))
+    raise SystemExit(study_main.main(__doc__, "contrastive", runs))

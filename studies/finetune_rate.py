@@ -10,9 +10,9 @@ Cost: 21 trunks, 1.7e12 FLOPs, 3 minutes of two cores. Expected: each part has i
 part a higher one than the whole.
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate
-from sovit.shape import TRAINED, Shape
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate
+from sovit.spec.shape import TRAINED, Shape
+from sovit.sweep import study_main
 
 SHAPE = Shape(48, 2, 192, head_dim=8, patch_size=8, image_size=32, pool="none")
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -32,4 +32,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "finetune_rate", runs, next_command="sovit ui"))
+    raise SystemExit(study_main.main(__doc__, "finetune_rate", runs, next_command="sovit ui"))

@@ -11,10 +11,10 @@ Cost: 17 trunks, 3.7e13 FLOPs, about 40 minutes of two cores. Expected: the best
 32 x 2 or larger at 2e12; whether a law can be fitted across the drop is the question.
 """
 
-from sovit import launch
-from sovit.design import star, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import star, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=32, pool="none")
 ARMS = {"width": (16, 24, 48), "depth": (1, 3), "mlp_dim": (64, 128, 512)}
@@ -33,4 +33,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "icons_star", runs))
+    raise SystemExit(study_main.main(__doc__, "icons_star", runs))

@@ -10,10 +10,10 @@ with recipe.peak_lr=0.004 and so on under other names.
 Cost: 18 trunks of at most 1e13 training FLOPs, about three hours of two cores. Expected: nothing yet; it is your question.
 """
 
-from sovit import launch
-from sovit.design import star, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import star, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(64, 4, 256, head_dim=16, patch_size=4, image_size=32, pool="avg")
 ARMS = {"width": (32, 48, 96, 128), "depth": (2, 3, 6), "mlp_dim": (64, 128, 512, 1024)}
@@ -31,4 +31,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "image_star", runs))
+    raise SystemExit(study_main.main(__doc__, "image_star", runs))

@@ -24,10 +24,10 @@ stronger augmentation of 2205.01580; the centre sees 28 epochs here, so less. So
 the best shape for 1e18 near 480 x 6 x 480, inside of the star.
 """
 
-from sovit import launch
-from sovit.design import geometric, star, to_runs
-from sovit.run import Recipe, Run
-from sovit.shape import Shape
+from sovit.spec.design import geometric, star, to_runs
+from sovit.spec.run import Recipe, Run
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 PRESET = "ILSVRC/imagenet-1k?stream=all&cache_size=256&crop=0.05"
 CENTRE = Shape(384, 12, 1536, head_dim=64, patch_size=16, image_size=224, pool="avg")  # S/16
@@ -56,4 +56,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "imagenet_star", runs))
+    raise SystemExit(study_main.main(__doc__, "imagenet_star", runs))

@@ -21,10 +21,10 @@ each further token of a cell makes an image dearer and slower to learn from; a l
 tokens (16@64 before 8@32 before 4@16); MLP dim and width have their valleys.
 """
 
-from sovit import launch
-from sovit.design import star, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import star, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(48, 2, 192, head_dim=8, patch_size=8, image_size=32, pool="none")
 ARMS = {"width": (16, 32, 64, 96), "mlp_dim": (48, 96, 384, 768), "patch_size": (2, 4), "image_size": (64, 96)}
@@ -54,4 +54,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "patch_star", runs))
+    raise SystemExit(study_main.main(__doc__, "patch_star", runs))

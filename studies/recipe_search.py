@@ -10,10 +10,10 @@ Cost: 40 trunks, about 15 minutes of two cores. Expected: 0.009 at width 32 and 
 falling about as width^-0.65 and depth^-0.75.
 """
 
-from sovit import launch
-from sovit.design import to_runs
-from sovit.run import Recipe, Run
-from sovit.shape import Shape
+from sovit.spec.design import to_runs
+from sovit.spec.run import Recipe, Run
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 SHAPES = (
@@ -38,4 +38,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "recipe_search", runs))
+    raise SystemExit(study_main.main(__doc__, "recipe_search", runs))

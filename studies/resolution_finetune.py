@@ -1,7 +1,7 @@
 """Does fine-tuning the attention alone carry a ViT to a higher resolution, and is pre-training at a low one worth it?
 
     python studies/resolution_finetune.py --workers 2          then
-    python analysis/resolution_finetune.py runs/results/resolution_finetune.jsonl
+    python -m analysis.resolution.tables runs/results/resolution_finetune.jsonl
 
 Three shapes that differ in their MLP alone, so that attention is a half, a third (MLP ratio 4, as in arXiv 2203.09795) and
 a fifth of a block's weights; three paired seeds. Each is trained at 32 px on `stream:detail`, whose scenes show more at a
@@ -14,9 +14,9 @@ Cost: 171 trunks, 4.6e13 FLOPs, about 40 minutes of two cores. Expected: by the 
 than MLPs; a pilot of one seed says otherwise for networks as small as these (full 1.91, MLPs 1.96, attention 2.13).
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate
-from sovit.shape import Shape
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 SHAPES = tuple(
     Shape(48, 2, mlp_dim, head_dim=8, patch_size=8, image_size=32, pool="none") for mlp_dim in (192, 96, 384)
@@ -57,5 +57,5 @@ def runs() -> list[Run]:
 
 if __name__ == "__main__":
     raise SystemExit(
-        launch.main(__doc__, "resolution_finetune", runs, next_command="python analysis/resolution_finetune.py")
+        study_main.main(__doc__, "resolution_finetune", runs, next_command="python -m analysis.resolution.tables")
     )

@@ -2,7 +2,7 @@
 
     sovit assets fetch iconify          once: 104 MB, checked against its hash
     python studies/resolution_icons.py --workers 2          then
-    python analysis/resolution_finetune.py runs/results/resolution_icons.jsonl
+    python -m analysis.resolution.tables runs/results/resolution_icons.jsonl
 
 Three shapes of studies/icons_star.py that differ in their MLP alone, so that attention is a third (MLP ratio 4), a fifth and
 a half of a block's weights, trained at 32 px to 1.8e12 FLOPs, when icons are known; three paired seeds. Each goes to 48 and
@@ -14,9 +14,9 @@ MLPs nearly as good as the whole and far better than attention (a pilot of one s
 1.76 nats after 4e11 FLOPs).
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate
-from sovit.shape import Shape
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 SHAPES = tuple(
     Shape(32, 2, mlp_dim, head_dim=8, patch_size=4, image_size=32, pool="none") for mlp_dim in (128, 256, 64)
@@ -47,5 +47,5 @@ def runs() -> list[Run]:
 
 if __name__ == "__main__":
     raise SystemExit(
-        launch.main(__doc__, "resolution_icons", runs, next_command="python analysis/resolution_finetune.py")
+        study_main.main(__doc__, "resolution_icons", runs, next_command="python -m analysis.resolution.tables")
     )

@@ -11,10 +11,10 @@ it is printed (batch 128, rate 8e-4, rsqrt, 10k warm-up steps); the data, JFT-3B
 
 import sys
 
-from sovit import launch
-from sovit.design import grid, star
-from sovit.run import Recipe, Run
-from sovit.shape import Shape
+from sovit.spec.design import grid, star
+from sovit.spec.run import Recipe, Run
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 NUM_HEADS = 16  # throughout, so that the head dimension runs from 26 to 123
 CENTRE = (1968, 40, 6144)
@@ -57,4 +57,4 @@ runs = star_runs
 if __name__ == "__main__":
     arguments = [a for a in sys.argv[1:] if a != "--grid"]
     chosen = ("sovit_paper_grid", grid_runs) if "--grid" in sys.argv else ("sovit_paper", star_runs)
-    raise SystemExit(launch.main(__doc__, *chosen, arguments))
+    raise SystemExit(study_main.main(__doc__, *chosen, arguments))

@@ -9,10 +9,10 @@ Cost: 5 trunks, 1.8e12 FLOPs, about 4 minutes of two cores. Expected: the best w
 3.2e11.
 """
 
-from sovit import launch
-from sovit.design import isoflop, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import isoflop, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 BASE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 WIDTHS = (24, 32, 48, 64, 80)
@@ -28,4 +28,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "stream_isoflop", runs))
+    raise SystemExit(study_main.main(__doc__, "stream_isoflop", runs))

@@ -9,10 +9,10 @@ Cost: 22 trunks, 2.4e13 FLOPs, about 45 minutes of two cores. Expected: valleys 
 from 1e11 on, the MLP dimension growing fastest; loss near 1.4 at 1e12.
 """
 
-from sovit import launch
-from sovit.design import star, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import star, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
 ARMS = {"width": (16, 24, 48, 64, 96), "depth": (1, 3, 4, 6), "mlp_dim": (64, 128, 512, 1024)}
@@ -30,4 +30,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "stream_star", runs))
+    raise SystemExit(study_main.main(__doc__, "stream_star", runs))

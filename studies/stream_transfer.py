@@ -12,10 +12,10 @@ no transfer. The error is 0.90 to 0.95 (a guess: 0.975, the pixels themselves: 0
 of features, whatever was trained, and is no better than that of the same network untrained.
 """
 
-from sovit import launch
-from sovit.design import star, to_runs
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
+from sovit.spec.design import star, to_runs
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 CENTRE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
 ARMS = {"width": (16, 24, 48, 64, 96), "depth": (1, 3, 4, 6), "mlp_dim": (64, 128, 512, 1024)}
@@ -34,4 +34,4 @@ def runs() -> list[Run]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "stream_transfer", runs, metric=f"val_error_10shot/{PROBE}"))
+    raise SystemExit(study_main.main(__doc__, "stream_transfer", runs, metric=f"val_error_10shot/{PROBE}"))

@@ -4,7 +4,7 @@
     python studies/validate_prediction.py LAW.json --against OTHER_LAW.json --train-flops 3.2e12 --name two_laws
 
 Writes the prediction down (RESULTS/<name>_prediction.json) before anything is trained, then trains both shapes with
-three paired seeds, and states the verdict by the rule in sovit/validate.py. The seeds are not among those of the star.
+three paired seeds, and states the verdict by the rule in sovit/predict/validation.py. The seeds are not among those of the star.
 
 Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. Expected: the recommended shape a few per
 cent lower in loss; the interval says whether three seeds can tell.
@@ -15,12 +15,14 @@ import json
 import sys
 from pathlib import Path
 
-from sovit import UserError, launch
+from sovit import OUTPUTS, UserError
 from sovit.data import named_data
-from sovit.ledger import OUTPUTS, read_ledger
-from sovit.run import Recipe, Run, learning_rate
-from sovit.shape import Shape
-from sovit.validate import make_prediction, runs_of, validation_report, verdict_text, write_prediction
+from sovit.ledger.ledger import read_ledger
+from sovit.predict.validation import make_prediction, runs_of, verdict_text, write_prediction
+from sovit.report.validation import validation_report
+from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.shape import Shape
+from sovit.sweep import study_main
 
 SEEDS = [10, 11, 12]
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
             return runs_of(prediction, prediction["num_classes"], recipe, data=data, preset=preset)
 
         options_of_sweep = [*rest, "--name", options.name, "--results", str(options.results)]
-        status = launch.main(__doc__, options.name, runs, options_of_sweep)
+        status = study_main.main(__doc__, options.name, runs, options_of_sweep)
         if status or dry:
             return status
         rows = read_ledger(options.results / f"{options.name}.jsonl")

@@ -17,10 +17,10 @@ hour of two cores where the encoders are there. Expected: a pilot of the law's c
 marks, next to the encoder's own 1.24, and 4.5 with another's image; plain facts of the scene nearly unseen by it.
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate, task_flops
-from sovit.shape import Shape
-from sovit.vlm_run import Part, Stage, VlmRun
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate, task_flops
+from sovit.spec.shape import Shape
+from sovit.spec.vlm_run import Part, Stage, VlmRun
+from sovit.sweep import study_main
 
 SHAPES = {"law": (32, 3, 672), "usual": (96, 2, 384), "wrong": (128, 1, 128)}
 BUDGET = 2e12
@@ -57,4 +57,4 @@ def runs() -> list:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "vlm_small", runs, next_command="python analysis/vlm_vs_encoder.py"))
+    raise SystemExit(study_main.main(__doc__, "vlm_small", runs, next_command="python -m analysis.vlm_encoders.tables"))

@@ -25,10 +25,10 @@ two cores. Expected: a pilot of the law's choice (800 images, three families) ha
 another's image; the usual proportions a little more, in the order of the encoders' own losses.
 """
 
-from sovit import launch
-from sovit.run import Recipe, Run, budgets_for, learning_rate
-from sovit.shape import Shape
-from sovit.vlm_run import Part, Stage, VlmRun
+from sovit.spec.run import Recipe, Run, budgets_for, learning_rate
+from sovit.spec.shape import Shape
+from sovit.spec.vlm_run import Part, Stage, VlmRun
+from sovit.sweep import study_main
 
 SHAPES = {"law": (32, 3, 672), "usual": (96, 2, 384), "wrong": (128, 1, 128)}
 BUDGET = 2e12
@@ -60,4 +60,6 @@ def runs() -> list:
 
 
 if __name__ == "__main__":
-    raise SystemExit(launch.main(__doc__, "vlm_transfer", runs, next_command="python analysis/vlm_vs_encoder.py"))
+    raise SystemExit(
+        study_main.main(__doc__, "vlm_transfer", runs, next_command="python -m analysis.vlm_encoders.tables")
+    )

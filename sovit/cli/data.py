@@ -52,7 +52,7 @@ def data(
 
 def _contact_sheet(opened: Any, name: str, title: str, out: Path) -> None:
     from sovit.data import NORMALISATION
-    from sovit.plot import contact_sheet
+    from sovit.report.figures import contact_sheet
 
     batch = opened.train(0, 24)
     mean, std = NORMALISATION[name]
@@ -62,7 +62,7 @@ def _contact_sheet(opened: Any, name: str, title: str, out: Path) -> None:
 
 def captions(labels: Any, source: Any) -> list[str]:
     """Name an image's labels, one line for each row of cells. labels: [B], or [B, N] in raster order."""
-    from sovit.evaluate import cells
+    from sovit.train.evaluate import cells
 
     if labels.ndim == 1:
         return [source.class_names[i] for i in labels]

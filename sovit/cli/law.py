@@ -46,7 +46,7 @@ def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: boo
         ledgers: JSON lines, or CSV with the same columns
         json: print the law and the recommendation as JSON
     """
-    from sovit.report import fit_ledgers
+    from sovit.report.build import fit_ledgers
 
     show(fit_ledgers(ledgers, **vars(options)), lambda summary: summary["text"], json)
 
@@ -59,7 +59,7 @@ def report(ledgers: list[Path], /, *, out: Path | None = None, law: Path | None 
         out: HTML file (default: runs/results/<ledger's name>_report.html)
         law: a folder that sovit fit wrote of these rows
     """
-    from sovit.html import write_page
+    from sovit.report.html import write_page
 
     print(write_page(ledgers, law=law, out=out, **vars(rows)))
 
@@ -67,7 +67,7 @@ def report(ledgers: list[Path], /, *, out: Path | None = None, law: Path | None 
 @Flat
 @dataclass(frozen=True)
 class RuleOptions:
-    """What can be built: the fields of sovit.integers.Rules."""
+    """What can be built: the fields of sovit.predict.integer_search.Rules."""
 
     head_dim: Whole | None = None
     """Width of one head; width is a multiple of it (default: as run)."""
@@ -125,11 +125,12 @@ def predict(
     Args:
         law: law.json of sovit fit
     """
-    from sovit import growth
-    from sovit.law import read_law, read_siblings
-    from sovit.predict import best_shape
-    from sovit.predict_words import recommendation_text, trade_text
-    from sovit.trade import trade
+    from sovit.law.fit import read_siblings
+    from sovit.law.read import read_law
+    from sovit.predict import growth_rules as growth
+    from sovit.predict.patch_tradeoff import trade
+    from sovit.predict.recommend import best_shape
+    from sovit.report.text import recommendation_text, trade_text
 
     if ladder.frontier:
         return _frontier(law, question, rules, ladder, json)
@@ -152,9 +153,9 @@ def predict(
 
 
 def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
-    from sovit.frontier import frontier, ladder
-    from sovit.law import read_law
-    from sovit.predict_words import frontier_text
+    from sovit.law.read import read_law
+    from sovit.predict.frontier import frontier, ladder
+    from sovit.report.text import frontier_text
 
     if question.by is not None:
         raise UserError("--by asks at one budget; leave out --frontier, or --by")
@@ -170,10 +171,10 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, a
 
 
 def _save(out: Path | None, name: str, figure: Callable[[Any, Any], Any], law: Path) -> None:
-    """Write figure(sovit.plot, rows of the law) as `name` into `out`, where that is given."""
+    """Write figure(sovit.report.figures, rows of the law) as `name` into `out`, where that is given."""
     if out is None:
         return
-    from sovit import plot
-    from sovit.measurements import rows_of_law
+    from sovit.ledger.measurements import rows_of_law
+    from sovit.report import figures as plot
 
     plot.save(figure(plot, rows_of_law(law)), out / name)

@@ -16,7 +16,7 @@ def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
         workers: worker processes, one thread each
         out: folder for everything that it makes
     """
-    from sovit.demo import demo as run
+    from sovit.sweep.demo import demo as run
 
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")
@@ -37,17 +37,18 @@ def status(
         study: its name, which its ledger and its store bear
         watch: draw anew while it runs, every so many seconds (2 where none is said)
     """
-    from sovit import status as library
+    from sovit.sweep import status as library
+    from sovit.sweep import status_text
 
     if watch is None:
         found = library.study_status(study, folders.runs, folders.results)
-        return show(found.to_dict() if json else found, library.status_text, json)
+        return show(found.to_dict() if json else found, status_text.status_text, json)
     if json:
         raise UserError("--watch draws on a terminal; leave out --json")
     (seconds,) = watch or [2.0]
     if not seconds > 0:
         raise UserError(f"--watch {seconds:g} must be above 0 seconds")
-    library.watch(study, folders.runs, folders.results, seconds)
+    status_text.watch(study, folders.runs, folders.results, seconds)
 
 
 def track(study: str, /, *, folders: Folders = Folders(), store: Path | None = None, json: bool = False) -> None:
@@ -57,7 +58,7 @@ def track(study: str, /, *, folders: Folders = Folders(), store: Path | None = N
         study: a study's name, or the path of a ledger
         store: the SQLite file, made again if deleted (default RUNS/mlflow.db)
     """
-    from sovit.track import fill, fill_text
+    from sovit.sweep.mlflow_log import fill, fill_text
 
     show(fill(study, folders.results, folders.runs, store), fill_text, json)
 
@@ -70,6 +71,6 @@ def ui(study: str, /, *, folders: Folders = Folders(), store: Path | None = None
         store: the SQLite file, made again if deleted (default RUNS/mlflow.db)
         port: MLflow's; the dashboard takes the next (default 5000, or the next that is free)
     """
-    from sovit.ui import serve
+    from sovit.sweep.dashboards import serve
 
     return serve(study, folders.results, folders.runs, store, port)

@@ -33,7 +33,8 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bo
         shapes: such as B/16, So400m/14@378 or vit_base_patch16_224
         num_classes: count a linear task head of so many classes, apart
     """
-    from sovit.shape import Shape, named_shape
+    from sovit.spec.named_shapes import named_shape
+    from sovit.spec.shape import Shape
     from sovit.tables import text_table
 
     if num_classes < 0:
@@ -108,10 +109,10 @@ def profile(
     """
     import torch
 
-    from sovit.finetune_cost import finetune_cost
-    from sovit.hardware import profile as measure
-    from sovit.hardware import profile_text, shapes_for
-    from sovit.savings import savings, savings_text
+    from analysis.finetune_cost.savings import savings, savings_text
+    from sovit.train.finetune_profile import finetune_cost
+    from sovit.train.step_profile import profile as measure
+    from sovit.train.step_profile import profile_text, shapes_for
 
     if threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
@@ -141,9 +142,9 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
         data: SOURCE:PRESET, such as icons:single40 or hub:FOLDER
         study: probe every branch of this study instead, into its ledger
     """
-    from sovit.fewshot import column
-    from sovit.probe import compare, comparison_text, probe_ledger
-    from sovit.train import check_device
+    from sovit.encoder.probe import compare, comparison_text, probe_ledger
+    from sovit.ledger.few_shot_columns import column
+    from sovit.train.trainer import check_device
 
     if bool(study) == bool(encoders):
         raise UserError("name encoders to probe, or one --study (not both)")
@@ -197,8 +198,8 @@ def finetune(
         name: name of the ledger
         dry_run: say what it costs; train nothing
     """
-    from sovit.loop import OutOfMemory
-    from sovit.tuning import fine_tune, result_text
+    from sovit.train.finetune_command import fine_tune, result_text
+    from sovit.train.loop import OutOfMemory
 
     ledger = place.results / f"{name}.jsonl"
     try:
@@ -237,7 +238,7 @@ def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(
         out: folder to write
         json: what the reload measured, as JSON
     """
-    from sovit.export import export_encoder, report_text
+    from sovit.encoder.export import export_encoder, report_text
 
     if options.config_only:
         return _export_config(Path(source), out, options)
@@ -252,10 +253,10 @@ def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(
 
 
 def _export_config(law: Path, out: Path, options: ExportOptions) -> int:
-    from sovit.export import write_config
-    from sovit.law import read_law
-    from sovit.predict import best_shape
-    from sovit.shape import Shape
+    from sovit.encoder.export import write_config
+    from sovit.law.read import read_law
+    from sovit.predict.recommend import best_shape
+    from sovit.spec.shape import Shape
 
     if options.train_flops is None:
         raise UserError("--config-only needs --train-flops, the budget that the shape is for")

@@ -21,7 +21,7 @@ def show(system: str = "", /, *, json: bool = False) -> None:
     Args:
         system: one in full, such as llava-1.5-7b (default: a table of all)
     """
-    from sovit.vlm.show import compare, compare_text, describe, describe_text
+    from sovit.vlm.systems.table import compare, compare_text, describe, describe_text
 
     if system:
         show_result(describe(system), describe_text, json)
@@ -51,7 +51,7 @@ def questions(
     """
     from sovit.data import named_data
     from sovit.tables import text_table
-    from sovit.vlm.questions import blind_accuracy, open_questions
+    from sovit.vlm.questions.questions import blind_accuracy, open_questions
 
     data, preset, size = named_data(source)
     size = size if image_size is None else image_size
@@ -79,7 +79,7 @@ def questions(
 
 def _sheet(images: Any, captions: list[str], out: Path, title: str, columns: int, lines: int) -> None:
     """Write images [B, 3, H, W] with captions as one PNG."""
-    from sovit.plot import contact_sheet
+    from sovit.report.figures import contact_sheet
 
     pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
     contact_sheet(pixels, captions, out, title=title, columns=columns, lines=lines)
@@ -123,12 +123,12 @@ def train(
         name: name of the ledger
     """
     from sovit.data import named_data
-    from sovit.ledger import update_ledger
-    from sovit.loop import OutOfMemory
-    from sovit.run import override
-    from sovit.train import train_here
-    from sovit.vlm.train import train as train_vlm
-    from sovit.vlm_run import preset_run
+    from sovit.ledger.ledger import update_ledger
+    from sovit.spec.config import override
+    from sovit.spec.vlm_run import preset_run
+    from sovit.train.command import train_here
+    from sovit.train.loop import OutOfMemory
+    from sovit.vlm.trainer import train as train_vlm
 
     more = named_data(options.data)._asdict() | {"init_seed": options.seed, "data_seed": 100 + options.seed}
     more["language_model"] = options.language_model
@@ -191,7 +191,7 @@ def ask(
         runs: folder of trunks
         device: such as cpu or cuda
     """
-    from sovit.train import check_device
+    from sovit.train.trainer import check_device
     from sovit.vlm.ask import answers_text
     from sovit.vlm.ask import ask as ask_model
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.data.assets import cache_dir, writable
-from sovit.ledger import locked
+from sovit.files import locked
 
 
 def content_key(**identity) -> str:

@@ -24,7 +24,7 @@ from sovit.data.icons.text import STYLES
 from sovit.data.icons.views import NAMES
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import NUM_ANSWERS, VAL_SEED, hash_uniform
-from sovit.text import NUM_WORDS
+from sovit.spec.siglip_costs import NUM_WORDS
 
 RECIPE = 1  # part of the captions' key: raise it when anything here changes what is told
 TOPIC_SEED = 0xCA97

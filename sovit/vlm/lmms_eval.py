@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sovit import UserError
 from sovit.vlm.pictures import to_tensor
-from sovit.vlm.train import open_vlm
+from sovit.vlm.trainer import open_vlm
 
 
 def manifest() -> Any:

@@ -1,7 +1,7 @@
 """A vision-language model in plain PyTorch: patch tokens of any Encoder, a projector, any Hugging Face causal LM.
 
 An image enters as M placeholder tokens in the text, whose embeddings are replaced by the projected patch tokens (LLaVA,
-arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is said: see sovit.encoder.
+arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is said: see sovit.encoder.open.
 
     legend: B rows or prompts, T tokens, I images a row, M tokens an image, D width of the language model, V words
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
-from sovit.encoder import Encoder
+from sovit.encoder.open import Encoder
 from sovit.vlm.language_model import LanguageModel
 from sovit.vlm.packing import NO_LABEL, Document, Packed, check_lengths, pack, visible
 from sovit.vlm.projectors import build as build_projector

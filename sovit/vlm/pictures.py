@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sovit import UserError
 from sovit.data.hub.decode import MAX_PIXELS, to_rgb
-from sovit.encoder import Preprocess
+from sovit.encoder.open import Preprocess
 
 
 def open_picture(path: Path) -> Any:

@@ -25,7 +25,7 @@ from sovit.data.hub.pixel_cache import COLUMNS, FRESH, fixed_random, progress, r
 from sovit.data.hub.rows import Part
 from sovit.data.hub.splits import NUM_VAL, Location, Opened, fingerprint, open_set
 from sovit.data.image_hash import difference_hash, within
-from sovit.ledger import locked, write_atomic
+from sovit.files import locked, write_atomic
 
 RECIPE = 3  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split

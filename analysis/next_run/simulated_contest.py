@@ -1,0 +1,382 @@
+"""Strategies of choosing runs against each other on planted laws, judged by the regret of what they recommend. Numpy only.
+
+An episode: the same pilot for all, then runs as the strategy picks them; at CHECKPOINTS of the compute spent (in units of
+what SoViT's whole star costs, 6.4e21 FLOPs) the rows so far are fitted and the true regret of the shape
+recommended at 10 and 100 times the star's largest run is noted. The noise of a run is a function of the seed of the
+episode and of the run, so that strategies that make the same run measure the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from sovit.law import simulate as planted
+from sovit.law.design_matrix import prepare
+from sovit.law.diagnostics import optimum_of
+from sovit.predict.belief import Belief, learn
+from sovit.predict.candidates import Candidate, candidates
+from sovit.predict.next_run import choose
+from sovit.spec.shape import Shape
+
+BASE = Shape(608, 10, 928, head_dim=16, patch_size=14, pool="map")
+VALUES = dict(width=(416, 608, 880, 1280, 1840), depth=(6, 10, 16, 26, 40), mlp_dim=(608, 1088, 1936, 3456, 6144))
+LEVELS = (32e6, 64e6, 128e6, 256e6)  # images
+# seven trunks, .9 % of the star: the middle, the half fraction of its corners, one wider and one with a larger MLP
+PILOT = ((608, 10, 928), (416, 6, 1360), (416, 16, 608), (880, 6, 608), (880, 16, 1360), (608, 10, 2176), (928, 8, 928))
+PILOT_LEVELS = (32e6, 128e6)
+NOISE_SD, RHO = 0.005, 0.5
+TRUTHS: dict[str, dict] = {
+    "joint": dict(kind="joint"),
+    "weak": dict(kind="weak"),
+    "inter .4": dict(kind="inter", frac=0.4),
+    "inter .8": dict(kind="inter", frac=0.8),
+    "eq3": dict(kind="eq3"),
+    "bounded": dict(kind="bounded"),
+}
+RIGHT = ("joint", "weak")  # truths that `joint` and `joint_n` can express; inter only joint_n; eq3, bounded neither
+CHECKPOINTS = (0.0095, 0.014, 0.02, 0.03, 0.044, 0.066, 0.1, 0.15, 0.22, 0.33, 0.5, 1.02)
+COOLDOWN = 0.2
+
+
+def _cost(shape: Shape, budgets) -> float:
+    """Training FLOPs of one trunk with branches to rising budgets."""
+    left = sum(n - max(((1 - COOLDOWN) * b for b in budgets if b < n), default=0) for n in budgets)
+    return float(left * shape.train_flops_per_image())
+
+
+def star_shapes() -> list[Shape]:
+    arms = [(k, v) for k, values in zip(planted.DIMS, planted.ARMS) for v in values]
+    centre = BASE.replace(**dict(zip(planted.DIMS, planted.CENTRE)))
+    return [centre.replace(**{k: v}) for k, v in arms]
+
+
+STAR_COST = sum(_cost(s, planted.IMAGES) for s in star_shapes())
+LARGEST = max(s.train_flops_per_image() * planted.IMAGES[-1] for s in star_shapes())  # training FLOPs of one run
+MAX_COST = max(_cost(s, planted.IMAGES) for s in star_shapes())
+TARGETS = {"10x": 10 * LARGEST, "100x": 100 * LARGEST}
+REACHABLE = {d: (*VALUES[d], *arm) for d, arm in zip(planted.DIMS, planted.ARMS)}
+
+
+@dataclass
+class World:
+    """One planted law and what was measured of it so far."""
+
+    truth_name: str
+    seed: int
+    rows: list = field(default_factory=list)
+    spent: float = 0.0  # training FLOPs
+    belief: Belief | None = None  # of the judge, at the last checkpoint
+
+    def __post_init__(self) -> None:
+        self.truth = planted.truth(**TRUTHS[self.truth_name])
+        for values in PILOT:
+            shape = BASE.replace(**dict(zip(planted.DIMS, values)))
+            budgets = tuple(int(n) for n in PILOT_LEVELS)
+            self.measure(Candidate(shape, budgets, "trunk", _cost(shape, budgets)))
+
+    def measure(self, run: Candidate) -> list[float]:
+        """Losses at the budgets of a run, which is thereby paid for."""
+        shape = run.shape
+        name = run.trunk_id or f"{shape.label}-{run.init_seed}"
+        values = [shape.width, shape.depth, shape.mlp_dim]
+        trunk = np.random.default_rng([self.seed, *values, run.init_seed]).standard_normal()
+        losses = []
+        for n in run.budgets:
+            row = np.random.default_rng([self.seed, *values, run.init_seed, n]).standard_normal()
+            error = NOISE_SD * (np.sqrt(RHO) * trunk + np.sqrt(1 - RHO) * row)
+            losses.append(float(self.truth.loss(np.array(values, float), float(n)) * np.exp(error)))
+            made = dict(zip(planted.DIMS, values)) | dict(trunk_id=name, num_examples=n, init_seed=run.init_seed)
+            counts = dict(num_params=shape.num_params, forward_flops=shape.forward_flops, loss=losses[-1])
+            self.rows.append(made | counts | dict(train_flops=shape.train_flops_per_image() * n))
+        self.spent += run.cost
+        return losses
+
+    @property
+    def columns(self) -> dict:
+        names = (*planted.DIMS, "num_examples", "num_params", "forward_flops")
+        table = {n: np.array([row[n] for row in self.rows], float) for n in names}
+        return table | dict(trunk_id=np.array([row["trunk_id"] for row in self.rows]))
+
+    @property
+    def y(self) -> np.ndarray:
+        return np.array([row["loss"] for row in self.rows])
+
+    def regret(self, shape, multiple: str) -> float:
+        """True relative excess of the loss of `shape` [3] at a target of TARGETS."""
+        compute = TARGETS[multiple] / 3
+        return float(self.truth.loss_at(np.asarray(shape), compute) / _least(self.truth_name, multiple) - 1)
+
+    def pool(self) -> list[Candidate]:
+        """All that can be run next, nothing dearer than the star's dearest trunk."""
+        taken = {tuple(row[d] for d in planted.DIMS) for row in self.rows}
+        new = [c for c in _new_trunks() if (c.shape.width, c.shape.depth, c.shape.mlp_dim) not in taken]
+        return new + candidates(BASE, {}, num_examples=LEVELS, rows=self.rows, max_cost=MAX_COST)
+
+
+@cache
+def _new_trunks() -> tuple[Candidate, ...]:
+    return tuple(candidates(BASE, VALUES, num_examples=LEVELS, max_cost=MAX_COST))
+
+
+@cache
+def _least(truth_name: str, multiple: str) -> float:
+    truth, compute = planted.truth(**TRUTHS[truth_name]), TARGETS[multiple] / 3
+    return float(truth.loss_at(truth.optimum(compute), compute))
+
+
+# What is recommended -------------------------------------------------------------------------------------------------------
+
+
+GEOMETRY = dict(patch_size=14, image_size=224, pool="map", head_dim=16)
+
+
+def regrets(world: World) -> dict[str, float]:
+    """True regrets at both targets by two estimators: the prior-weighted joint_n of `active.learn`, and plain `joint`."""
+    belief = world.belief
+    for _ in range(2 if belief else 1):  # from the belief of the last checkpoint, noise and target settle in two rounds
+        belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief)
+    assert belief is not None
+    world.belief = belief
+    shapes = {"10x": list(belief.shape.values()), "100x": list(belief.shape_at(TARGETS["100x"]).values())}
+    out = {f"regret_{m}": world.regret(shape, m) for m, shape in shapes.items()}
+    plain = joint_shapes(world)
+    return out | {f"joint_regret_{m}": world.regret(plain[m], m) for m in TARGETS}
+
+
+def joint_shapes(world: World) -> dict[str, np.ndarray]:
+    """Shapes [3] that plain `joint` recommends at both targets: whitened Huber, no prior, no weights for its form."""
+    from sovit.law.fitter import solve
+
+    rows = prepare("joint", world.columns, world.y, planted.DIMS)
+    trunk = np.unique(world.columns["trunk_id"], return_inverse=True)[1]
+    theta = solve(rows.form, rows.u, rows.y, trunk).theta[None]
+    grid = {d: list(REACHABLE[d]) for d in planted.DIMS}
+    where = {m: np.log(t / 3) for m, t in TARGETS.items()}
+    return {m: np.exp(optimum_of(rows.form, rows.centre, theta, planted.SOVIT, grid, t)[0]) for m, t in where.items()}
+
+
+# Strategies ----------------------------------------------------------------------------------------------------------------
+
+
+def star(world: World, rng) -> Iterator[Candidate]:
+    """SoViT's star, 18 trunks of three branches, in random order."""
+    budgets = tuple(int(n) for n in planted.IMAGES)
+    for i in rng.permutation(18):
+        shape = star_shapes()[i]
+        yield Candidate(shape, budgets, "trunk", _cost(shape, budgets))
+
+
+def random(world: World, rng, power: float = 0.0) -> Iterator[Candidate]:
+    """New trunks drawn from the pool, with probability ~ cost^-power."""
+    while True:
+        pool = [c for c in world.pool() if c.kind == "trunk"]
+        weight = np.array([c.cost for c in pool]) ** -power
+        yield pool[rng.choice(len(pool), p=weight / weight.sum())]
+
+
+def cost_random(world: World, rng) -> Iterator[Candidate]:
+    return random(world, rng, power=1.0)
+
+
+def isoflop(world: World, rng) -> Iterator[Candidate]:
+    """Sizes of the pilot's proportions at rising budgets of training FLOPs, as for Chinchilla, in random order a level."""
+    widths = tuple(range(240, 2000, 128))
+    shapes = [BASE.replace(width=w, depth=max(1, round(w * 10 / 608)), mlp_dim=round(w * 928 / 608)) for w in widths]
+    for budget in np.geomspace(4e18, 4e20, 7):
+        for i in rng.permutation(len(shapes)):
+            n = int(budget / shapes[i].train_flops_per_image())
+            if LEVELS[0] <= n <= LEVELS[-1]:
+                yield Candidate(shapes[i], (n,), "trunk", _cost(shapes[i], (n,)))
+
+
+def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, noise_sd=None, **options):
+    """`active.next_run`; checks cost up to `check_share` of what was spent."""
+    belief, num_made = None, 0
+    checks: list[dict] = []
+    options = dict(discrepancy_dof=np.inf) | options
+    while True:
+        belief = learn(
+            world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief, **options
+        )
+        share = check_share * world.spent
+        (pick,) = choose(
+            belief, world.pool(), num_made=num_made, check_every=check_every, check_cost=share, checks=checks,
+            noise_sd=noise_sd,
+        )  # fmt: skip
+        num_made += 1
+        yield pick.candidate
+        if pick.is_check:  # measured by now
+            checks.append(dict(predicted=pick.predicted[-1], measured=world.rows[-1]["loss"]))
+
+
+def v_optimal(world: World, rng) -> Iterator[Candidate]:
+    """The warning: the same criterion under `joint`, which is trusted to be right, and never checked."""
+    return next_run(world, rng, check_every=0, form="joint", discrepancy=0.0)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    pick: Callable
+    until: float  # compute at which the episode ends, in stars
+    options: dict = field(default_factory=dict)
+
+
+STRATEGIES = {
+    "next_run": Strategy(next_run, 0.22, dict(noise_sd=NOISE_SD)),
+    "cost_random": Strategy(cost_random, 0.22),
+    "random": Strategy(random, 0.33),
+    "star": Strategy(star, 1.02),
+    "isoflop": Strategy(isoflop, 0.22),
+    "v_optimal": Strategy(v_optimal, 0.066),
+}
+
+
+def episode(truth_name: str, strategy: str, seed: int) -> dict:
+    """{truth, strategy, seed, curve}: curve of {level, compute (stars), train_flops, num_trunks, num_rows, regret_...}."""
+    world, kind = World(truth_name, seed), STRATEGIES[strategy]
+    rng = np.random.default_rng([seed, sorted(STRATEGIES).index(strategy)])
+    picks = kind.pick(world, rng, **kind.options)
+    pending, curve = next(picks), []
+    judged: tuple[int, dict] = 0, {}
+    for level in [c for c in CHECKPOINTS if c <= kind.until]:
+        while pending is not None and world.spent + pending.cost <= level * STAR_COST:
+            world.measure(pending)
+            pending = next(picks, None)
+        if judged[0] != len(world.rows):
+            judged = len(world.rows), regrets(world)
+        counts = dict(num_trunks=len({row["trunk_id"] for row in world.rows}), num_rows=len(world.rows))
+        curve.append(dict(level=level, compute=world.spent / STAR_COST, train_flops=world.spent, **counts, **judged[1]))
+    return dict(truth=truth_name, strategy=strategy, seed=seed, curve=curve)
+
+
+# Summary -------------------------------------------------------------------------------------------------------------------
+
+
+OURS, FAIR = "next_run", "cost_random"
+TUNED = ("joint", "inter .8")  # the truths on which the defaults were chosen
+LEVELS_COMPARED = (0.044, 0.1, 0.22)  # of the regret that FAIR has there: what does OURS spend for the same?
+DRAWS = 1000
+
+
+def compute_to(levels: np.ndarray, regret: np.ndarray, goal: float, first: bool = False) -> float:
+    """Compute from which on a falling-and-rising regret curve [C] stays at or under `goal`; inf where it never does.
+
+    first: at which it is there for the first time. Between two checkpoints by a straight line in both logs.
+    """
+    over = regret > goal
+    if not over.any() or (first and not over[0]):
+        return float(levels[0])
+    if first and over.all():
+        return float("inf")
+    i = int(np.argmin(over)) - 1 if first else int(np.flatnonzero(over)[-1])
+    if i == len(levels) - 1:
+        return float("inf")
+    x, y = np.log(levels[i : i + 2]), np.log(np.maximum(regret[i : i + 2], 1e-12))
+    return float(np.exp(x[0] + (x[1] - x[0]) * (y[0] - np.log(goal)) / max(y[0] - y[1], 1e-12)))
+
+
+def summary(lines: list[dict], measure: str = "regret_10x") -> dict:
+    """{truths: {truth: {strategies, same_regret, same_compute}}, measure, ...}: plain data for the table and the figure.
+
+    strategies: by name {levels, seeds, and of each measure median, low, high (quartiles)}. same_regret: compute from which
+    OURS stays at the regret that FAIR has at LEVELS_COMPARED, over that at which FAIR first has it, `fair` (null: not by the
+    end of its episodes). FAIR is followed further: what OURS would do later must not count for it.
+    same_compute: regret of OURS over that of FAIR, geometric mean over seeds, at each checkpoint of both. Intervals are
+    90 %, by resampling seeds, which the two share.
+    """
+    measures = [f"{kind}regret_{m}" for kind in ("", "joint_") for m in TARGETS]
+    out: dict = {}
+    for truth in dict.fromkeys(line["truth"] for line in lines):
+        table: dict = {}
+        for strategy in dict.fromkeys(line["strategy"] for line in lines if line["truth"] == truth):
+            mine = sorted(
+                (e for e in lines if (e["truth"], e["strategy"]) == (truth, strategy)), key=lambda e: e["seed"]
+            )
+            levels = [p["level"] for p in mine[0]["curve"]]
+            entry: dict = dict(levels=levels, seeds=[e["seed"] for e in mine])
+            for name in measures:
+                if all(name in p for e in mine for p in e["curve"]):
+                    many = np.array([[p[name] for p in e["curve"]] for e in mine])
+                    low, middle, high = np.quantile(many, [0.25, 0.5, 0.75], axis=0)
+                    entry[name] = dict(median=middle.tolist(), low=low.tolist(), high=high.tolist())
+            table[strategy] = entry
+        out[truth] = dict(strategies=table, tuned=truth in TUNED)
+        both = {
+            s: {e["seed"]: e["curve"] for e in lines if (e["truth"], e["strategy"]) == (truth, s)} for s in (OURS, FAIR)
+        }
+        seeds = sorted(set(both[OURS]) & set(both[FAIR]))
+        if len(seeds) > 1:
+            out[truth] |= _compare(both, seeds, measure)
+    return dict(
+        measure=measure, unit="SoViT's star", star_train_flops=STAR_COST, noise_sd=NOISE_SD, rho=RHO, targets=TARGETS,
+        truths=out,
+    )  # fmt: skip
+
+
+def _compare(both: dict, seeds: list, measure: str) -> dict:
+    curves = {s: np.array([[p[measure] for p in both[s][seed]] for seed in seeds]) for s in both}
+    levels = {s: np.array([p["level"] for p in both[s][seeds[0]]]) for s in both}
+    picks = np.random.default_rng(0).integers(0, len(seeds), (DRAWS, len(seeds)))
+
+    def ratio(pick, at: int) -> float:
+        ours, fair = (np.median(curves[s][pick], 0) for s in (OURS, FAIR))
+        return compute_to(levels[OURS], ours, fair[at]) / compute_to(levels[FAIR], fair, fair[at], first=True)
+
+    same_regret = []
+    for level in LEVELS_COMPARED:
+        found = np.flatnonzero(np.isclose(levels[FAIR], level))
+        if len(found):
+            many = np.array([ratio(pick, int(found[0])) for pick in picks])
+            low, high = np.quantile(many, [0.05, 0.95], method="nearest")
+            middle, own = np.median(curves[FAIR], 0), ratio(np.arange(len(seeds)), int(found[0]))
+            goal = float(middle[found[0]])
+            fair = compute_to(levels[FAIR], middle, goal, first=True)
+            entry = dict(level=level, regret=goal, fair=fair, ratio=own, low=low, high=high)
+            same_regret.append({k: float(v) if np.isfinite(v) else None for k, v in entry.items()})
+    same_compute = []
+    for i, level in enumerate(levels[OURS]):
+        found = np.flatnonzero(np.isclose(levels[FAIR], level))
+        if len(found):
+            logs = np.log(np.maximum(curves[OURS][:, i], 1e-6) / np.maximum(curves[FAIR][:, found[0]], 1e-6))
+            low, high = np.quantile(logs[picks].mean(1), [0.05, 0.95])
+            same_compute.append(
+                dict(
+                    level=float(level),
+                    ratio=float(np.exp(logs.mean())),
+                    low=float(np.exp(low)),
+                    high=float(np.exp(high)),
+                    share_better=float((logs < 0).mean()),
+                )
+            )
+    return dict(num_seeds=len(seeds), same_regret=same_regret, same_compute=same_compute, ours_until=levels[OURS][-1])
+
+
+def table(summary: dict) -> str:
+    """The summary in words: medians by checkpoint, and what the two comparisons say."""
+    lines = []
+    for truth, entry in summary["truths"].items():
+        lines.append(
+            f"{truth}{' (tuned on)' if entry['tuned'] else ''}: median {summary['measure']}, % at compute in stars"
+        )
+        for name, strategy in entry["strategies"].items():
+            found = strategy.get(summary["measure"])
+            if found:
+                cells = (f"{level:g}: {100 * m:.3f}" for level, m in zip(strategy["levels"], found["median"]))
+                lines.append(f"  {name:<12}{len(strategy['seeds']):>3} seeds  " + "  ".join(cells))
+        for one in entry.get("same_regret", []):
+            ends = [f"over {entry['ours_until'] / one['fair']:.2f}" if one[k] is None else f"{one[k]:.2f}"
+                    for k in ("ratio", "low", "high")]  # fmt: skip
+            lines.append(
+                f"  {FAIR}'s {100 * one['regret']:.3f} % of {one['level']:g}, which it first has at {one['fair']:.3g}:"
+                f" {OURS} takes {ends[0]} [{ends[1]}, {ends[2]}] of that compute"
+            )
+        for one in entry.get("same_compute", []):
+            lines.append(
+                f"  at {one['level']:g} its regret is {one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}] of {FAIR}'s,"
+                f" better in {one['share_better']:.0%} of the seeds"
+            )
+    return "\n".join(lines)

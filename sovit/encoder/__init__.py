@@ -1,0 +1,1 @@
+"""Encoders: built from a Shape, opened by name, resized, probed."""

@@ -1,0 +1,195 @@
+"""Trained run -> a folder that timm, transformers or nanoVLM load with equal outputs; law -> an encoder's config alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sovit import UserError, __version__
+from sovit.encoder.export.config import FORMATS, config_of
+from sovit.spec.run import Run
+from sovit.spec.shape import Shape
+
+MARK = "sovit.json"  # in every exported folder: what may be replaced by another export
+# of a resized export: the largest image side that nanoVLM makes, and four times the 64 patches a side of Gemma3
+MAX_IMAGE_SIZE, MAX_PATCHES = 4096, 128 * 128
+
+
+def write_config(shape: Shape, format: str, out: Path) -> Path:
+    """config.json of an untrained encoder of this shape. Raises UserError as `config_of`."""
+    from sovit.files import write_atomic
+
+    path = Path(out) / "config.json"
+    write_atomic(path, json.dumps(config_of(shape, format), indent=2) + "\n")
+    return path
+
+
+def export_encoder(
+    run_id: str,
+    runs_dir: Path | str,
+    out: Path | str,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    format: str = "timm",
+) -> dict:
+    """Write the encoder of one branch as a folder of FORMATS, load it again by its own library, and compare.
+
+    image_size, patch_size: where given, the weights are resized to them from the trained ones (sovit.encoder.resize), without
+    training; positions linearly where the run drew its patch sizes, as it did then, else bicubically.
+
+    Returns {"format", "out", "run_id"} and what `sovit.encoder.export.roundtrip_check` measured on random images. Raises UserError for a
+    run that is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if
+    the reload differs by more than its tolerance. `out` is written in full or not at all.
+    """
+    from sovit.encoder.export.model_card import card
+    from sovit.encoder.export.roundtrip_check import CHECKS
+    from sovit.encoder.trained import load_branch
+
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    model, run = load_branch(run_id, runs_dir)
+    sizes = {"image_size": image_size, "patch_size": patch_size}
+    shape = run.shape.replace(**{name: size for name, size in sizes.items() if size is not None})
+    config = config_of(shape, format)
+    if shape != run.shape:
+        _check_size(shape)
+        model = _resized(model, run, shape)
+    asked, out = out, Path(out).resolve()  # of a link what it leads to is replaced
+    _check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose a folder that can be written") from None
+    try:
+        _save(model, run, shape, format, config, staging)
+        (staging / "README.md").write_text(card(run_id, run, shape, runs_dir, format))
+        measured = {"format": format, "run_id": run_id, **CHECKS[format](model, shape, staging)}
+        _write_json(staging / MARK, {"sovit": __version__, **measured})
+        staging.chmod(0o755)
+        if out.exists():  # aside first: a kill while it is deleted must not leave a part of it under its name
+            out.rename(earlier := staging.with_name(staging.name + ".old"))
+            staging.rename(out)
+            shutil.rmtree(earlier)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return {"out": str(asked), **measured}
+
+
+def report_text(report: dict) -> str:
+    """One line of what the reload measured."""
+    if report["format"] == "timm":
+        checked = "timm's reload is bit-equal"
+        if report["transformers_max_difference"] is not None:
+            checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
+    elif report["format"] == "nanovlm":
+        checked = (
+            f"tokens (standard deviation {report['tokens_std']:.2f}) differ by {report['tokens_max_difference']:.1e} at"
+            f" most, which is nanoVLM's tanh form of GELU; {report['tokens_max_difference_with_erf_float64']:.1e} with ours"
+        )
+    else:
+        checked = (
+            f"reloaded by transformers {report['transformers']}; tokens differ by {report['tokens_max_difference']:.1e}"
+            f" at most, pooled features by {report['pooled_max_difference']:.1e} (in float64"
+            f" {report['tokens_max_difference_float64']:.1e}, {report['pooled_max_difference_float64']:.1e})"
+        )
+    return f"{report['out']}: {checked}"
+
+
+def _check_size(shape: Shape) -> None:
+    if shape.image_size > MAX_IMAGE_SIZE:
+        raise UserError(f"image_size={shape.image_size} is too large to resize to; give at most {MAX_IMAGE_SIZE}")
+    if shape.num_patches > MAX_PATCHES:
+        raise UserError(
+            f"image_size={shape.image_size} in patches of {shape.patch_size} makes {shape.num_patches:,} tokens, at most"
+            f" {MAX_PATCHES:,} are exported; give a smaller image or larger patches"
+        )
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only an empty folder or an earlier export of ours may be replaced."""
+    if out == Path.cwd():
+        raise UserError(f"{out} is the folder that you are in, which cannot be replaced; name another with --out")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or (out / MARK).exists():
+        return
+    try:
+        tag = json.loads((out / "config.json").read_text())["pretrained_cfg"]["tag"]  # exports before MARK
+    except (OSError, ValueError, KeyError, TypeError):
+        tag = None
+    if tag != "sovit":
+        raise UserError(f"{out} holds something else than an exported encoder; choose another folder with --out")
+
+
+def _resized(model: Any, run: Run, shape: Shape) -> Any:
+    from sovit.data import NORMALISATION
+    from sovit.encoder.flexivit import resize_method
+    from sovit.encoder.model import build
+    from sovit.encoder.resize import resize_state
+
+    resized: Any = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
+    resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
+    resized.pretrained_cfg["crop_pct"] = model.pretrained_cfg["crop_pct"]
+    return resized.eval()
+
+
+def _save(model: Any, run: Run, shape: Shape, format: str, config: dict, folder: Path) -> None:
+    """config.json, model.safetensors and the record of how images are prepared."""
+    from safetensors.torch import save_file
+
+    from sovit.data import NORMALISATION
+    from sovit.encoder.export import tensors as export_tensors
+
+    if format == "timm":
+        _save_timm(model, shape, folder)
+        return
+    mean, std = NORMALISATION[run.data]
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if format == "nanovlm":
+        tensors = export_tensors.nanovlm_tensors(state, shape, mean, std)
+    else:
+        tensors = export_tensors.RENAMED[format](state, shape)
+        _write_json(
+            folder / "preprocessor_config.json",
+            _processor(shape.image_size, mean, std, model.pretrained_cfg["crop_pct"]),
+        )
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+
+
+def _save_timm(model: Any, shape: Shape, folder: Path) -> None:
+    import timm.models
+
+    timm.models.save_for_hf(model, str(folder), model_args=shape.timm_kwargs, safe_serialization=True)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)  # given twice, transformers' TimmWrapper refuses it
+    _write_json(path, config)
+
+
+def _processor(image_size: int, mean: float, std: float, crop_pct: float) -> dict:
+    """What timm's own evaluation does with our pretrained_cfg: short side to image_size / crop_pct, the middle cut out."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": math.floor(image_size / crop_pct)},
+        "resample": 3,  # bicubic, in Pillow's numbers
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [mean] * 3,
+        "image_std": [std] * 3,
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

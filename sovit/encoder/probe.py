@@ -1,0 +1,282 @@
+"""Probe an encoder: features of a labelled source, and the few-shot error of a linear probe on them (see `fewshot`).
+
+The representation is `Encoder.pooled`, what the tower itself hands to a task head, as SoViT probes its pre-logits. The
+support sets are drawn from the first training samples of the source, under a data seed of their own and as training sees
+them (a hub set mirrors half of them, unless its preset ends in ?flip=0). Icons are drawn with replacement: a support set of
+theirs may hold a drawing more than once, under other noise. The test images are its validation images.
+Both are opened at the encoder's own resolution: a larger encoder sees more detail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sovit import UserError
+from sovit.data import NORMALISATION, Source, named_data, open_data
+from sovit.data.cache import say, track
+from sovit.encoder.few_shot import few_shot_errors, support_sets
+from sovit.encoder.open import Encoder, Preprocess, open_encoder
+from sovit.files import locked
+from sovit.ledger.few_shot_columns import SHOTS, SUPPORT_SEEDS, about, columns, columns_of, is_probed
+from sovit.ledger.ledger import read_ledger, update_ledger
+from sovit.ledger.records import read_record, write_record
+from sovit.ledger.schema import is_vlm
+from sovit.spec.run import Run
+
+POOL = 65_536  # training samples that support sets are drawn from, at most; big_vision takes 65,000 of ImageNet
+POOL_STEP = 4096  # the pool grows by so many until every class has enough for support sets that need not overlap
+PROBE_SEED = 0x70726F62  # data_seed of the pool: none that a study trains with
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """A source opened for probing at one resolution. Support sets index the samples that `support` lists."""
+
+    name: str  # such as icons:single40
+    source: Source
+    image_size: int
+    support: np.ndarray  # [M] training samples in use, rising
+    labels: np.ndarray  # [M]
+    sets: list[np.ndarray]  # one for each seed: indices [C, shots] into `support`
+    pool_size: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.source.num_classes} classes, {self.source.num_val:,} test images, support sets of the"
+            f" first {self.pool_size:,} training samples; a guess is wrong in {self.zero_line:.1%}"
+        )
+
+    @property
+    def zero_line(self) -> float:
+        """Error of a guess."""
+        return 1 - 1 / self.source.num_classes
+
+
+def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu") -> ProbeData:
+    """Open source `name` (SOURCE:PRESET) at `image_size` pixels and draw its support sets.
+
+    Raises UserError for a source that cannot be opened or read in patches of `patch_size`, that has no single label an
+    image, or too few examples of a class.
+    """
+    data, preset, _ = named_data(name)
+    try:
+        source = open_data(data, preset, image_size, patch_size, PROBE_SEED, device)
+    except UserError as error:
+        raise UserError(f"{name} at {image_size} px, in patches of {patch_size}: {error}") from None
+    if source.readout != "pooled":
+        raise UserError(f"{name} has a label a patch; a probe needs one an image, such as icons:single40")
+    most = min(POOL, getattr(source, "num_train", POOL))  # one epoch of a set of images
+    enough = len(SUPPORT_SEEDS) * SHOTS[-1]
+    labels = np.empty(0, np.int64)
+    while len(labels) < most and (
+        np.bincount(labels, minlength=source.num_classes).min() < enough
+        or num_different(source, labels).min() < SHOTS[-1]
+    ):
+        batches = source_batches(source.train, len(labels), min(len(labels) + POOL_STEP, most))
+        labels = np.concatenate([labels, *(batch.labels.cpu().numpy() for batch in batches)])
+    try:
+        sets = [support_sets(labels, source.num_classes, seed) for seed in SUPPORT_SEEDS]
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    different = num_different(source, labels)
+    if different.min() < SHOTS[-1]:
+        raise UserError(
+            f"{name}: class {different.argmin()} has {different.min()} different examples among {len(labels)}, fewer than"
+            f" {SHOTS[-1]} shots need; give data with more of it"
+        )
+    support = np.unique(sets)
+    indices = [np.searchsorted(support, chosen) for chosen in sets]
+    return ProbeData(name, source, image_size, support, labels[support], indices, len(labels))
+
+
+def num_different(source: Source, labels: np.ndarray) -> np.ndarray:
+    """Different examples [C] of each class among the first samples, whose labels [n] are given: of icons, drawings."""
+    if len(labels) and hasattr(source, "facts"):  # others repeat nothing within an epoch
+        labels = labels[np.unique(source.facts(0, len(labels))["icon"], return_index=True)[1]]
+    return np.bincount(labels, minlength=source.num_classes)
+
+
+def source_batches(samples, start: int, stop: int) -> Iterator:
+    for first in range(start, stop, BATCH):
+        yield samples(first, min(BATCH, stop - first))
+
+
+@torch.inference_mode()
+def features(encoder: Encoder, data: ProbeData, show: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pooled features of the support samples [M, D] and of the validation images [V, D], and the latter's labels [V].
+
+    show: with a progress bar.
+    """
+    mean, std = NORMALISATION[named_data(data.name).data]
+
+    def bar(items: Iterable, what: str, total: int) -> Iterable:
+        return track(items, f"{encoder.name}: {what}", total) if show else items
+
+    def pooled(images: torch.Tensor) -> np.ndarray:
+        # noise may stand a little outside of [0, 1]; it stays, so that a tower trained on the source sees what it knows
+        return encoder.pooled(encoder.preprocess(images * std + mean)).float().cpu().numpy()
+
+    support = []
+    starts = np.unique(data.support // BATCH) * BATCH
+    for start in bar(starts, "support", len(starts)):
+        rows = data.support[(data.support >= start) & (data.support < start + BATCH)] - start
+        support.append(pooled(data.source.train(int(start), int(rows[-1]) + 1).images[torch.from_numpy(rows)]))
+    test, labels = [], []
+    total = data.source.num_val
+    for batch in bar(source_batches(data.source.val, 0, total), "test", -(-total // BATCH)):
+        test.append(pooled(batch.images))
+        labels.append(batch.labels.cpu().numpy())
+    return np.concatenate(support), np.concatenate(test), np.concatenate(labels)
+
+
+def probe(encoder: Encoder, data: ProbeData, show: bool = False) -> dict[int, list[float]]:
+    """Few-shot errors of an encoder: number of shots -> error with each support set.
+
+    Raises UserError where its features are not finite.
+    """
+    support, test, test_labels = features(encoder, data, show)
+    if not (np.isfinite(support).all() and np.isfinite(test).all()):
+        raise UserError(f"{encoder.name} gives features that are not finite on {data.name}; it cannot be probed")
+    return few_shot_errors(support, data.labels, data.sets, test, test_labels)
+
+
+def compare(names: Sequence[str], data_name: str, runs_dir: Path | str = "runs", device: str = "cpu") -> dict:
+    """Probe several encoders: {data, encoders: [{encoder, image_size, width, shots: {10: {error, sd, n, errors}}, ...}]}."""
+    found, opened = [], {}
+    for name in names:
+        encoder = open_tower(name, runs_dir, device)
+        size = encoder.preprocess.image_size, patch_size(encoder)
+        if size not in opened:
+            opened[size] = open_probe(data_name, *size, device)
+            say(str(opened[size]) + f"; {size[0]} px")
+        errors = probe(encoder, opened[size], show=True)
+        what = {"encoder": name, "image_size": size[0], "width": encoder.width, "num_params": encoder.num_params}
+        spread = {
+            s: {"error": np.mean(e), "sd": np.std(e, ddof=1), "n": len(e), "errors": e} for s, e in errors.items()
+        }
+        found.append(what | {"zero_line": opened[size].zero_line, "shots": spread})
+    return {"data": data_name, "encoders": found}
+
+
+def comparison_text(result: dict) -> str:
+    """What `compare` found as a table: mean error and s.d. over the support sets."""
+    shots = list(result["encoders"][0]["shots"])
+    rows = [["encoder", "px", "features", *(f"{s}-shot error" for s in shots)]]
+    for e in result["encoders"]:
+        cells = [f"{e['shots'][s]['error']:.4f} ± {e['shots'][s]['sd']:.4f}" for s in shots]
+        rows.append([e["encoder"], str(e["image_size"]), str(e["width"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in rows
+    ]
+    n, guess = len(SUPPORT_SEEDS), result["encoders"][0]["zero_line"]
+    return "\n".join([*lines, f"± s.d. over {n} support sets, the same for all; a guess is wrong in {guess:.4f}"])
+
+
+def probe_columns(encoder: Encoder, data: ProbeData, show: bool = False) -> dict:
+    """The columns that a probe adds to the row of a branch."""
+    what = dict(zip(about(data.name), (data.source.content_key, data.zero_line)))
+    return columns(data.name, probe(encoder, data, show)) | what
+
+
+def patch_size(encoder: Encoder) -> int:
+    return encoder.preprocess.image_size // encoder.grid
+
+
+def open_tower(name: str, runs_dir: Path | str = "runs", device: str = "cpu") -> Encoder:
+    """What `open_encoder` opens, and `pixels:SIZE`: the pixels themselves, the baseline of any encoder."""
+    kind, _, size = name.partition(":")
+    if kind != "pixels":
+        return open_encoder(name, runs_dir, device)
+    if not size.isdecimal() or not int(size):
+        raise UserError(f"{name}: give the size of the image in pixels, such as pixels:16")
+    return Encoder(
+        name=name,
+        module=nn.Identity(),
+        width=3 * int(size) ** 2,
+        depth=0,
+        grid=1,
+        num_prefix_tokens=0,
+        preprocess=Preprocess(int(size), (0.0,) * 3, (1.0,) * 3),
+        hidden=lambda images, block: images,
+        final_norm=nn.Identity(),
+        pooled=lambda images: images.flatten(1),
+    )
+
+
+# rows ----------------------------------------------------------------------------------------------------------------
+
+
+def probe_branches(run: Run, runs_dir: Path | str, device: str = "cpu") -> None:
+    """Add the columns of `run.probe` to the record of every branch that was trained and lacks them.
+
+    Raises UserError for data that cannot be probed on.
+    """
+    records = [read_record(runs_dir, run.trunk_id, run_id) for run_id in run.run_ids]
+    todo = [row for row in records if row and row["status"] == "ok" and not is_probed(row, run.probe)]
+    if todo:
+        data = open_probe(run.probe, run.shape.image_size, run.shape.patch_size, device)
+        for row in todo:
+            add_columns(runs_dir, row, probe_columns(open_encoder(row["run_id"], runs_dir, device), data))
+
+
+def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -> dict:
+    """Probe every branch of a ledger that is `ok`, lacks the columns of `name` and has its weights in `runs_dir`.
+
+    Each goes into its record and its row as soon as it is had: a kill loses none, and calling it again goes on. Returns
+    what was done. Raises UserError where nothing can be done, and where other rows were probed on other data of that name.
+    """
+    rows = read_ledger(ledger)
+    records = [read_record(runs_dir, row["trunk_id"], row["run_id"]) or {} for row in rows]
+    # what a call that was killed had found
+    rows = update_ledger(ledger, [row | columns_of(record, name) for row, record in zip(rows, records)])
+    trained = [row for row in rows if row["status"] == "ok" and not is_vlm(row)]
+    todo = [row for row in trained if not is_probed(row, name)]
+    here = [row for row in todo if (runs_dir / row["trunk_id"] / f"{row['run_id']}.safetensors").exists()]
+    if todo and not here and len(todo) == len(trained):
+        raise UserError(f"none of the {len(todo)} branches to probe has its weights in {runs_dir}; name their --runs")
+    opened: dict[tuple[int, int], ProbeData] = {}
+    for row in track(here, f"probing {name}", len(here)):
+        encoder = open_encoder(row["run_id"], runs_dir, device)
+        size = encoder.preprocess.image_size, patch_size(encoder)
+        if size not in opened:
+            opened[size] = open_probe(name, *size, device)
+            check_same_data(rows, opened[size])
+        data = opened[size]
+        found = probe_columns(encoder, data)
+        add_columns(runs_dir, row, found)
+        update_ledger(ledger, [{**row, **found}])
+    return {
+        "ledger": str(ledger),
+        "data": name,
+        "probed": len(here),
+        "probed_before": len(trained) - len(todo),
+        "without_weights": len(todo) - len(here),
+    }
+
+
+def check_same_data(rows: Iterable[dict], data: ProbeData) -> None:
+    """Raises UserError where one of `rows` of that resolution was probed on other samples under the same name."""
+    key = data.source.content_key
+    for row in rows:
+        if row.get("image_size") == data.image_size and row.get(about(data.name)[0], key) != key:
+            raise UserError(
+                f"the data of {data.name} changed since {row['run_id']} was probed; take the columns of that probe out"
+                " of its ledger and records"
+            )
+
+
+def add_columns(runs_dir: Path | str, row: dict, found: dict) -> None:
+    """Put columns into the record of a branch, if it has one; what it holds of another probe stays."""
+    folder = Path(runs_dir) / row["trunk_id"]
+    with locked(folder / "probe.lock"):
+        record = read_record(runs_dir, row["trunk_id"], row["run_id"])
+        if record is not None:
+            write_record(Path(runs_dir), record | found)

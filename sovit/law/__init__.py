@@ -1,0 +1,1 @@
+"""What it means: forms, fitter, bootstrap, diagnostics. numpy and scipy only."""

@@ -1,0 +1,176 @@
+"""Where a law has its optimum: the shape that minimises the predicted loss at a given compute. Numpy only.
+
+Minimise ln M over v = ln x, M = the law less its irreducible term and its zero line (both monotone in M, they move no
+optimum) at n = budget / F(x), with exact FLOPs F and, where the law reads it, the exact parameter count N(x). Sums of
+powers are log-sum-exps of linear functions and ln F that of a posynomial, so ln M is convex and has one optimum; N(x)
+with a negative power and a shift of the data are not convex, and start from the best of a grid too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sovit.law.geometry import Geometry
+
+DIFFERENCE = 1e-5  # of the gradient, for the curvature
+
+
+STEP = 1e-3  # of the differences in ln x
+
+
+FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
+
+
+GRID_POINTS = 512  # of the survey where a law is not convex
+
+
+NUM_SURVEYED = 3  # local minima of the survey that are followed
+
+
+def law_columns(terms: Sequence[str], table: Mapping, images, geometry: Geometry) -> np.ndarray:
+    """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted."""
+    known = {"num_examples": lambda: images, "num_params": lambda: geometry.num_params(table)}
+    known["num_patches"] = lambda: geometry.num_patches(table) + 0 * np.asarray(next(iter(table.values())), float)
+    return np.log(np.stack([np.asarray(table[n] if n in table else known[n](), float) for n in terms]))
+
+
+def optimum(form, theta, centre, names, geometry: Geometry, log_budget, low, high, head=False, steps=80) -> np.ndarray:
+    """ln x of the optimal dimensions [R, K] for each theta [R, P], by damped Newton within a box.
+
+    centre: of the form's columns; log_budget [R] or a number: ln of forward FLOPs x images (head=True: head FLOPs
+    included); low, high [K]: the box in ln x, where a dimension without an amplitude ends up.
+    """
+    centre, names = np.asarray(centre, float), tuple(names)
+    log_budget = np.broadcast_to(np.asarray(log_budget, float), (len(theta),))
+    form = dataclasses.replace(form, zero_line=None)
+    theta = np.array(theta, float)
+    theta[:, [j for j, term in enumerate(form.formula) if not term.factors]] = 1e-30
+    problem = form, centre, names, geometry, head
+    middle = np.array([centre[form.terms.index(name)] for name in names])
+    starts = [np.tile(np.clip(middle, low, high), (len(theta), 1))]
+    if not form.convex:
+        starts += _survey(problem, theta, log_budget, low, high)
+    many = len(starts)  # all starts as one batch: for a few laws the steps cost what they cost for one
+    repeated = np.tile(theta, (many, 1)), np.tile(log_budget, many)
+    v, phi = _newton(problem, *repeated, np.concatenate(starts), low, high, steps)
+    best = phi.reshape(many, -1).argmin(0)
+    return v.reshape(many, len(theta), -1)[best, np.arange(len(theta))]
+
+
+def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
+    """ln M [R] and its gradient [R, K] at v [R, K]: the form's own value and elasticities, chained through F and N."""
+    form, centre, names, geometry, head = problem
+    columns, slopes = np.empty((len(v), len(form.terms))), np.zeros((len(v), len(form.terms), len(names)))
+    for k, term in enumerate(form.terms):
+        if term in names:
+            columns[:, k] = v[:, names.index(term)]
+            slopes[:, k, names.index(term)] = 1
+        elif term == "num_params":
+            columns[:, k], slopes[:, k] = geometry.log_params(names, v)
+        elif term == "num_patches":
+            columns[:, k], slopes[:, k] = geometry.log_patches(names, v)
+        else:
+            ln_f, slope = geometry.log_flops(names, v, head)
+            columns[:, k], slopes[:, k] = log_budget - ln_f, -slope
+    value, by_column = form.elasticities(theta, (columns - centre)[:, :, None])
+    return value[:, 0], np.einsum("rk,rkd->rd", by_column[:, :, 0], slopes)
+
+
+def _newton(problem, theta, log_budget, v, low, high, steps) -> tuple[np.ndarray, np.ndarray]:
+    """From v [R, K] to a local minimum and its ln M; curvature by differences of the gradient, damped until it falls."""
+    num = v.shape[1]
+    identity = np.eye(num)
+    phi, gradient = _measure(problem, theta, log_budget, v)
+    out, out_phi, live = v.copy(), phi.copy(), np.arange(len(v))
+    damping = np.full(len(v), 1e-3)
+    for _ in range(steps):
+        near = (v[:, None] + DIFFERENCE * identity).reshape(-1, num)
+        _, bent = _measure(problem, np.repeat(theta, num, 0), np.repeat(log_budget, num), near)
+        curve = (bent.reshape(len(v), num, num) - gradient[:, None]) / DIFFERENCE
+        curve = (curve + curve.transpose(0, 2, 1)) / 2
+        frozen = ((v <= low) & (gradient > 0)) | ((v >= high) & (gradient < 0))
+        matrix = np.where(frozen[:, :, None] | frozen[:, None, :], 0.0, curve)
+        matrix = matrix + identity * np.where(frozen, 1.0, damping[:, None])[:, :, None]
+        step = np.linalg.solve(matrix, np.where(frozen, 0.0, -gradient)[:, :, None])[:, :, 0]
+        trial = np.clip(v + np.clip(step, -0.7, 0.7), low, high)
+        new_phi, new_gradient = _measure(problem, theta, log_budget, trial)
+        better = new_phi <= phi + 1e-14
+        still = np.abs(trial - v).max(1) < 1e-10
+        damping = np.clip(np.where(better, damping * 0.2, damping * 10), 1e-9, 1e6)
+        v = np.where(better[:, None], trial, v)
+        phi = np.where(better, new_phi, phi)
+        gradient = np.where(better[:, None], new_gradient, gradient)
+        out[live], out_phi[live] = v, phi
+        if still.all():
+            break
+        go = ~still
+        live, v, phi, gradient, damping = live[go], v[go], phi[go], gradient[go], damping[go]
+        theta, log_budget = theta[go], log_budget[go]
+    return out, out_phi
+
+
+def _survey(problem, theta, log_budget, low, high) -> list[np.ndarray]:
+    """The NUM_SURVEYED best local minima of a grid over the box, of each theta: list of [R, K]."""
+    form, centre, names, geometry, head = problem
+    per_dim = int(GRID_POINTS ** (1 / len(names)) + 1e-9)
+    axes = [np.linspace(a, b, per_dim) for a, b in zip(low, high)]
+    points = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")])  # [K, G]
+    table = dict(zip(names, np.exp(points)))
+    ln_f = np.log(geometry.flops(table, head))
+    found: list = [[] for _ in range(NUM_SURVEYED)]
+    for i in range(0, len(theta), 256):
+        images = log_budget[i : i + 256, None] - ln_f
+        u = np.stack(
+            [np.broadcast_to(row, images.shape) for row in law_columns(form.terms[:-1], table, None, geometry)]
+        )
+        u = np.concatenate([u, images[None]]).transpose(1, 0, 2) - centre[:, None]
+        phi = form.evaluate(theta[i : i + 256], u)[0].reshape(-1, *[per_dim] * len(names))
+        padded = np.pad(phi, [(0, 0)] + [(1, 1)] * len(names), constant_values=np.inf)
+        inner = tuple(slice(1, -1) for _ in names)
+        lowest = np.ones(phi.shape, bool)
+        for axis in range(1, phi.ndim):
+            for shift in (1, -1):
+                lowest &= phi <= np.roll(padded, shift, axis)[(slice(None), *inner)]
+        order = np.argsort(np.where(lowest, phi, np.inf).reshape(len(phi), -1), 1, kind="stable")
+        for rank, column in enumerate(found):
+            column.append(points[:, order[:, rank]].T)
+    return [np.concatenate(column) for column in found]
+
+
+def curvature(form, centre, phi, geometry, dims, v, log_budget, edges) -> tuple[np.ndarray, np.ndarray]:
+    """How the optimum moves with the law: H [K, K] and M [K, P] at v = ln x [K], for phi = ln theta [P].
+
+    H is the Hessian of ln loss over v along the budget, floored at FLAT; M = d2 ln loss / dv dphi; both by differences.
+    By the implicit function theorem dv / dphi = -H^-1 M. A dimension on the edge of the box (`edges`, from
+    diagnose.box) does not move: its M is 0.
+    """
+    k = len(dims)
+    eye = STEP * np.eye(k)
+    steps = [np.zeros(k), *eye, *-eye]
+    pairs = list(itertools.combinations(range(k), 2))
+    steps += [s * eye[i] + t * eye[j] for i, j in pairs for s, t in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    value, jac = loss_along_budget(form, centre, phi, geometry, dims, v + np.array(steps), log_budget)
+    hessian = np.diag((value[1 : k + 1] - 2 * value[0] + value[k + 1 : 2 * k + 1]) / STEP**2)
+    for (i, j), four in zip(pairs, value[2 * k + 1 :].reshape(-1, 4)):
+        hessian[i, j] = hessian[j, i] = (four[0] - four[1] - four[2] + four[3]) / (4 * STEP**2)
+    mixed = ((jac[:, 1 : k + 1] - jac[:, k + 1 : 2 * k + 1]) / (2 * STEP)).T * np.exp(phi)
+    stuck = (v <= edges[0] + STEP) | (v >= edges[1] - STEP)
+    mixed[stuck] = 0
+    hessian[stuck] = hessian[:, stuck] = 0
+    size, axes = np.linalg.eigh(hessian)
+    return (axes * np.maximum(size, FLAT)) @ axes.T, mixed
+
+
+def loss_along_budget(form, centre, phi, geometry, dims, v, log_budget) -> tuple[np.ndarray, np.ndarray]:
+    """ln loss [S] and its derivatives to theta [P, S] of shapes v [S, K], each on as many images as the budget pays."""
+    table = dict(zip(dims, np.exp(v).T))
+    columns = dict(zip(dims, v.T))
+    columns["num_examples"] = log_budget - np.log(geometry.flops(table, head=True))
+    if "num_params" in form.terms:
+        columns["num_params"] = np.log(geometry.num_params(table))
+    value, jac = form.evaluate(np.exp(phi)[None], np.stack([columns[t] for t in form.terms]) - centre[:, None])
+    return value[0], jac[0]

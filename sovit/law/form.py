@@ -1,0 +1,409 @@
+"""A law's form as an object: terms, bounds, starts, evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+
+from sovit.law.nnls import nnls
+
+SIZE_GRID = (0.1, 0.3, 0.6, 1.0, 1.8, 3.0)
+
+
+DATA_GRID = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
+
+
+SHIFT_GRID = (0.0, 0.1, 0.5, 2.0, 10.0)
+
+
+DATA_COLUMNS = ("num_examples", "tokens", "compute")
+
+
+FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
+
+
+NUM_STARTS = 8
+
+
+MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
+
+
+IN_MEMORY = 2_000_000  # numbers of the bases that are solved at once
+
+
+BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
+
+
+MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
+
+
+@dataclass(frozen=True)
+class Term:
+    """amplitude x prod of column^(sign exponent); one without factors is the floor. factors: (column, exponent, sign)."""
+
+    amplitude: str
+    factors: tuple[tuple[str, str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """f = link(sum of terms). theta = [amplitudes, exponents, s of a power mean, d of a shift], in formula order.
+
+    terms: the columns read, the data last. Of a form by arm: its arms, one dimension each; its columns are then
+    u = [ln x of the row's own arm, ln compute, arm], and each parameter but those `shared` stands once an arm.
+    power_mean: f = (C^s + D^s)^(1/s) + floor, D the terms in the data, C the others. s = 1 is the plain sum; a large s
+    says that the worse of the two limits decides, as when a skill is missing for want of capacity or of data.
+    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4). shift: the data column is n + d, centred
+    as (n + d) / (1 + d).
+    """
+
+    terms: tuple[str, ...]
+    formula: tuple[Term, ...]
+    lowest: tuple[tuple[str, float], ...] = ()  # lower bound of an exponent where it is not 0.05
+    arms: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    power_mean: bool = False
+    zero_line: float | None = None
+    shift: bool = False
+
+    @cached_property
+    def exponents(self) -> tuple[tuple[str, str, int], ...]:
+        """(column, exponent, sign) of each exponent; it stands on one column with one sign."""
+        return tuple(dict.fromkeys(factor for term in self.formula for factor in term.factors))
+
+    @cached_property
+    def _row(self) -> np.ndarray:
+        """Row of u that each exponent stands on."""
+        columns = ("x", "compute") if self.arms else self.terms
+        return np.array([columns.index(column) for column, _, _ in self.exponents])
+
+    @cached_property
+    def _sign(self) -> np.ndarray:
+        return np.array([sign for _, _, sign in self.exponents], float)
+
+    @cached_property
+    def _holds(self) -> list[list[int]]:
+        """Exponents of each term."""
+        return [[self.exponents.index(factor) for factor in term.factors] for term in self.formula]
+
+    @cached_property
+    def _of(self) -> list[list[int]]:
+        """Terms of each exponent."""
+        return [[j for j, held in enumerate(self._holds) if e in held] for e in range(len(self.exponents))]
+
+    @cached_property
+    def _data(self) -> list[bool]:
+        """Terms in the data column."""
+        return [any(self.terms[-1] == column for column, _, _ in term.factors) for term in self.formula]
+
+    @cached_property
+    def _local(self) -> tuple[str, ...]:
+        """Parameters before they are repeated by arm."""
+        extra = ("s",) * self.power_mean + ("d",) * self.shift
+        return tuple(t.amplitude for t in self.formula) + tuple(name for _, name, _ in self.exponents) + extra
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        """Place in theta of each local parameter in each arm, [L, arms]."""
+        place = {name: i for i, name in enumerate(self.names)}
+        return np.array([[place.get(f"{p}_{arm}", place.get(p)) for arm in self.arms or ("",)] for p in self._local])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        if not self.arms:
+            return self._local
+        return tuple(n for p in self._local for n in ([p] if p in self.shared else [f"{p}_{arm}" for arm in self.arms]))
+
+    @cached_property
+    def partners(self) -> list[tuple[str, str]]:
+        """(amplitude, exponent) pairs: without the first the second means nothing."""
+        found = [(terms[0], e) for e, terms in enumerate(self._of) if len(terms) == 1]
+        pairs = [(self._local[j], self._local[len(self.formula) + e]) for j, e in found]
+        pairs += [(self.formula[self._data.index(True)].amplitude, "d")] if self.shift else []
+        return [(f"{p}_{arm}", f"{e}_{arm}") for p, e in pairs for arm in self.arms] if self.arms else pairs
+
+    @cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        ends = {t.amplitude: (0.0, np.inf) for t in self.formula} | dict(s=(1.0, 8.0), d=(0.0, MAX_SHIFT))
+        lowest = dict(self.lowest)
+        for column, name, _ in self.exponents:
+            ends[name] = lowest.get(name, lowest.get("", 0.05)), 2.0 if column in DATA_COLUMNS else 4.0
+        both = np.empty((2, len(self.names)))
+        for name, places in zip(self._local, self._index):
+            both[:, places] = np.array(ends[name])[:, None]
+        return both[0], both[1]
+
+    @property
+    def convex(self) -> bool:
+        """Whether ln f is convex in the log dimensions at fixed compute: not where N or a shift stand in it."""
+        return "num_params" not in self.terms and not self.shift
+
+    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """theta [R, P], u [K, n] (or [R, K, n]) -> ln f [R, n] and d ln f / d theta [R, P, n]."""
+        value, _, jac = self._work(theta, u)
+        if not self.arms:
+            return value, jac
+        full = np.empty((len(theta), len(self.names), u.shape[-1]))
+        own = u[2].astype(int) == np.arange(len(self.arms))[:, None]
+        for i, places in enumerate(self._index):
+            if len(set(places)) == 1:
+                full[:, places[0]] = jac[:, i]
+            else:
+                np.multiply(jac[:, i, None], own, out=full[:, places[0] : places[-1] + 1])
+        return value, full
+
+    def advance(self, theta: np.ndarray, step: np.ndarray) -> np.ndarray:
+        """theta + step [R, P] to first order, along the valley that power laws lie in.
+
+        An exponent is nearly undetermined where the slope A a and the level A + eps of its term stay as they are. So
+        what moves by the step exactly is, of each term, the sum of the amplitudes of all terms that hold its exponents
+        times those exponents; amplitudes follow. Where one would turn negative, it and those it is left over from move
+        by the step itself. A step this way takes a third of the iterations.
+        """
+        if self.power_mean:
+            return theta + step
+        out, num = theta + step, len(self.formula)
+        sizes, powers = self._index[:num], self._index[num : num + len(self.exponents)]
+        low, high = self.bounds
+        size, grown = theta[:, sizes], out[:, sizes]  # [R, J, arms]
+        old, new = theta[:, powers], np.clip(out[:, powers], low[powers], high[powers])  # [R, E, arms]
+        moved, ratio = (new - old) / old, old / new
+        stuck = (size <= 0) & (grown <= 0)
+        alone, power, rest = self._order
+        taken = (grown[:, alone] + size[:, alone] * moved[:, power]) * ratio[:, power]
+        straight = grown.copy()
+        grown[:, alone] = np.where((taken < 0) | stuck[:, alone], grown[:, alone], taken)
+        for j, at, above in rest:
+            level, amplitude = size[:, [j, *above]].sum(1), straight[:, [j, *above]].sum(1)
+            if at:
+                amplitude = (amplitude + level * moved[:, at].sum(1)) * ratio[:, at].prod(1)
+            if above:
+                amplitude = amplitude - grown[:, above].sum(1)
+            bad = (amplitude < 0) | stuck[:, j]
+            grown[:, j] = np.where(bad, straight[:, j], amplitude)
+            if above:
+                grown[:, above] = np.where(bad[:, None], straight[:, above], grown[:, above])
+        out[:, sizes], out[:, powers] = grown, new
+        return out
+
+    @cached_property
+    def _order(self):
+        """For `advance`: terms of one exponent that stands nowhere else, those exponents, and the other terms.
+
+        These from the most exponents to the fewest: (term, its exponents, the terms that hold them all).
+        """
+        above = [
+            [i for i, b in enumerate(self._holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self._holds)
+        ]
+        alone = [j for j, at in enumerate(self._holds) if len(at) == 1 and not above[j]]
+        others = sorted(set(range(len(self.formula))) - set(alone), key=lambda j: -len(self._holds[j]))
+        return alone, [self._holds[j][0] for j in alone], [(j, self._holds[j], above[j]) for j in others]
+
+    def elasticities(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ln f [R, n] and d ln f / d u [R, K, n], for the optimum. Not for a form by arm."""
+        value, part, _ = self._work(theta, u)
+        out = np.zeros((len(theta), len(self.terms), u.shape[-1]))
+        for e, (row, sign) in enumerate(zip(self._row, self._sign)):
+            weight = sign * theta[:, len(self.formula) + e, None]
+            if self.shift and row == len(self.terms) - 1:  # d ln(n + d) / d ln n
+                weight = weight / (1 + theta[:, -1:] * np.exp(-u[..., row, :]))
+            for j in self._of[e]:
+                out[:, row] += weight * part[j]
+        return value, out
+
+    @cached_property
+    def _plain(self) -> bool:
+        """A sum of one power each and the floor, which block operations evaluate faster than term by term."""
+        linked = self.arms or self.shift or self.power_mean or self.zero_line is not None
+        return not linked and self._holds == [[e] for e in range(len(self.exponents))] + [[]]
+
+    def _plain_work(self, theta, u):
+        num = len(self.exponents)
+        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        factor = np.exp(theta[:, num + 1 :, None] * logs)
+        value = (theta[:, :num, None] * factor).sum(1) + theta[:, num : num + 1]
+        jac = np.empty((len(theta), 2 * num + 1, u.shape[-1]))
+        np.divide(1.0, value, out=jac[:, num])
+        np.multiply(factor, jac[:, num : num + 1], out=jac[:, :num])
+        part = np.multiply(theta[:, :num, None], jac[:, :num], out=factor)
+        np.multiply(part, logs, out=jac[:, num + 1 :])
+        return np.log(value), part.swapaxes(0, 1), jac
+
+    def _work(self, theta, u):
+        """ln f [R, n]; d ln f / d ln term [R, n] of each term; the Jacobian [R, L, n] by local parameter."""
+        if self._plain:
+            return self._plain_work(theta, u)
+        num, held = len(self.formula), len(self.formula) + len(self.exponents)
+        if self.arms:
+            own = theta[:, self._index[:, u[2].astype(int)]]  # [R, L, n]
+        else:
+            own = theta[:, :, None]  # [R, L, 1]
+        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        if self.shift:
+            logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
+            shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                logs[:, e] = self._sign[e] * np.log(shifted / (1 + theta[:, -1:]))
+        factor = np.exp(own[:, num:held] * logs)
+        power = []
+        for at in self._holds:
+            product_of = factor[:, at[0]] if at else None
+            for e in at[1:]:
+                product_of = product_of * factor[:, e]
+            power.append(product_of)
+        part = [own[:, j] if p is None else own[:, j] * p for j, p in enumerate(power)]
+        jac = np.empty((len(theta), own.shape[1], u.shape[-1]))
+        if self.power_mean or self.zero_line is not None:
+            value, slopes, jac_s = self._link(part, theta[:, held] if self.power_mean else None)
+            if self.power_mean:
+                jac[:, held] = jac_s
+        else:
+            total = part[0]
+            for p in part[1:]:
+                total = total + p
+            value, slopes = np.log(total), [1 / total] * num
+        for j, p in enumerate(power):
+            jac[:, j] = slopes[j] if p is None else slopes[j] * p
+            part[j] = own[:, j] * jac[:, j]
+        for e, at in enumerate(self._of):
+            moved = part[at[0]]
+            for j in at[1:]:
+                moved = moved + part[j]
+            np.multiply(moved, logs[..., e, :], out=jac[:, num + e])
+        if self.shift:
+            jac[:, -1] = 0.0
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                for j in self._of[e]:
+                    jac[:, -1] += self._sign[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
+        return value, part, jac
+
+    def _link(self, part, s):
+        """ln f and d ln f / d term of a power mean and a zero line, and d ln f / ds; part: [R, n] of each term."""
+        floor = sum(p for p, t in zip(part, self.formula) if not t.factors)
+        if self.power_mean:
+            s = s[:, None]
+            sides = [
+                sum(p for p, t, data in zip(part, self.formula, self._data) if t.factors and data == side)
+                for side in (False, True)
+            ]
+            # the floor keeps ln 0 out where every amplitude of one side is zero; it is far below any loss
+            ln_c, ln_d = (np.log(side + 1e-12) for side in sides)
+            top = np.maximum(ln_c, ln_d)
+            ln_m = top + np.log(np.exp(s * (ln_c - top)) + np.exp(s * (ln_d - top))) / s
+            mean = np.exp(ln_m)
+        else:
+            mean = sum(p for p, t in zip(part, self.formula) if t.factors)
+        loss = mean + floor
+        value, slope = loss, 1 / loss  # slope = d ln f / d loss
+        if self.zero_line is not None:
+            value = (self.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
+            slope = (value / loss) ** BOUND_POWER / loss  # in this order it does not overflow
+        if not self.power_mean:
+            return np.log(value), [slope] * len(part), None
+        by = [slope * np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # dM/dC = (C/M)^(s-1)
+        share_c, share_d = np.exp(s * (ln_c - ln_m)), np.exp(s * (ln_d - ln_m))  # C^s / M^s, D^s / M^s
+        # d ln M / ds = (sum_i share_i ln x_i - ln M) / s
+        by_s = slope * mean * (share_c * ln_c + share_d * ln_d - ln_m) / s
+        slopes = [by[data] if t.factors else slope for t, data in zip(self.formula, self._data)]
+        return np.log(value), slopes, by_s
+
+    def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The best points of an exponent grid, amplitudes by NNLS on relative error; [starts, P]."""
+        if self.power_mean:
+            return self._mean_starts(u, y)
+        names = [name for _, name, _ in self.exponents] + ["d"] * self.shift
+        grid = dict(zip(names, self._grids()))
+        own = [name for name in names if name not in self.shared]
+        points = np.array(list(product(*(grid[name] for name in own))))
+        num, found, score = len(self.formula), [], []
+        for common in product(*(grid[name] for name in names if name in self.shared)):
+            local = np.empty((len(points), len(names)))
+            local[:, [names.index(n) for n in own]] = points
+            local[:, [names.index(n) for n in names if n in self.shared]] = common
+            theta = np.empty((NUM_STARTS, len(self.names)))
+            objective = np.zeros(NUM_STARTS)
+            for g in range(len(self.arms) or 1):
+                rows = u[2] == g if self.arms else slice(None)
+                amplitude, squares = self._amplitudes(local, u[:, rows], y[rows])
+                best = np.argsort(squares, kind="stable")[:NUM_STARTS]
+                best = np.resize(best, NUM_STARTS)
+                theta[:, self._index[:num, g]] = amplitude[best]
+                theta[:, self._index[num:, g]] = local[best]
+                objective += squares[best]
+            keep = 1 if self.arms and self.shared else min(NUM_STARTS, len(points))
+            found.append(theta[:keep])
+            score.append(objective[:keep])
+        best = np.argsort(np.concatenate(score), kind="stable")[:NUM_STARTS]
+        return np.concatenate(found)[best]
+
+    def _grids(self) -> list[tuple[float, ...]]:
+        """Grid of each exponent (and of the shift), thinned until all points that go together are at most MAX_GRID."""
+        free = sum(name not in self.shared for _, name, _ in self.exponents)
+        per_term, limit = len(SIZE_GRID), MAX_GRID / (len(SHIFT_GRID) if self.shift else 1)
+        while per_term**free > limit and per_term > 2:
+            per_term -= 1
+        pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
+        grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in self.exponents]
+        return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * self.shift
+
+    def _amplitudes(self, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Best amplitudes [G, J] at exponents local [G, E], and the sum of squared relative errors [G]."""
+        size = max(1, IN_MEMORY // (len(self.formula) * len(y)))
+        parts = [local[i : i + size] for i in range(0, len(local), size)]
+        found = [nnls(self._basis(part, u) / y, np.ones(len(y))) for part in parts]
+        return np.concatenate([amplitude for amplitude, _ in found]), np.concatenate([squares for _, squares in found])
+
+    def _basis(self, local: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
+        logs = np.broadcast_to(self._sign[:, None] * u[self._row], (len(local), len(self.exponents), u.shape[1]))
+        if self.shift:
+            logs = logs.copy()
+            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+                logs[:, e] = self._sign[e] * np.log((np.exp(u[-1]) + local[:, -1:]) / (1 + local[:, -1:]))
+        out = np.ones((len(local), len(self.formula), u.shape[1]))
+        for j, at in enumerate(self._holds):
+            if at:
+                out[:, j] = np.exp((local[:, at, None] * logs[:, at]).sum(1))
+        return out
+
+    def _mean_starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Starts of the plain sum on the unbounded loss, each at several s, amplitudes rescaled so that the level fits."""
+        loss = y
+        if self.zero_line is not None:
+            capped = np.minimum(y, 0.98 * self.zero_line)
+            loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
+        base = replace(self, power_mean=False, zero_line=None).starts(u, loss)
+        found = []
+        for s in (1.0, 1.7, 3.0):
+            for factor in (1.0, 1.2, 1.5, 2.0):
+                theta = np.insert(base, len(self.formula) + len(self.exponents), s, 1)
+                theta[:, [bool(t.factors) for t in self.formula] + [False] * (theta.shape[1] - len(self.formula))] *= (
+                    factor
+                )
+                found.append(theta)
+        theta = np.array(found)  # [s x factor, starts, P]
+        residual = (self.evaluate(theta.reshape(-1, theta.shape[2]), u)[0] - np.log(y)) ** 2
+        score = residual.sum(1).reshape(3, 4, -1).argmin(1)  # the best factor of each (s, start)
+        theta = theta.reshape(3, 4, len(base), -1)
+        return np.concatenate([theta[i, score[i], np.arange(len(base))] for i in range(3)])
+
+    def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Undo the centring: A x^-a = (A e^{a centre}) applied to the raw column. centre: of each column, [K].
+
+        Of a form by arm: [centre of each arm, centre of ln compute].
+        """
+        out, num = theta.copy(), len(self.formula)
+        for g in range(len(self.arms) or 1):
+            middle = np.array([centre[g], centre[-1]]) if self.arms else np.asarray(centre)
+            for place, at in zip(self._index[:num, g], self._holds):
+                for e in at:
+                    out[:, place] *= np.exp(-self._sign[e] * theta[:, self._index[num + e, g]] * middle[self._row[e]])
+        if self.shift:  # the amplitude is the loss at the centre, (n + d) / (1 + d) being 1 there
+            j = self._data.index(True)
+            for e in self._holds[j]:
+                out[:, j] *= (1 + theta[:, -1]) ** (-self._sign[e] * theta[:, num + e])
+            out[:, -1] *= np.exp(centre[-1])
+        return out

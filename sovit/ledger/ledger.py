@@ -1,0 +1,153 @@
+"""Record files and ledgers: one flat JSON object a measurement, written atomically, merged without loss or repeat.
+
+A worker writes `runs/<trunk_id>/records/<run_id>.json`; `<study>.jsonl` is the sorted, idempotent merge of those files and
+the only thing that analyses read. A missing number is null, never 0. `exclusions.csv` (run_id, reason) beside it is the only
+place where a row is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import glob
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from sovit import OUTPUTS, PUBLISHED, UserError
+from sovit.files import locked, write_atomic
+from sovit.ledger.merge import merge
+from sovit.ledger.records import _checked, _decoded, dump_row
+from sovit.ledger.schema import TEXT
+
+
+def designed_ledger(design: dict) -> Path:
+    """The ledger that runs/<study>.design.json names, from where that study was launched. Raises KeyError, TypeError."""
+    folder, ledger = Path(design["folder"]), Path(design["ledger"])
+    return ledger if folder == Path.cwd() else folder / ledger
+
+
+def study_ledger(study: str, results: Path | None = None, runs: Path = Path("runs")) -> Path:
+    """Find the ledger of a study, to be read.
+
+    Args:
+        study: its name, or the path of a ledger.
+        results: the folder of the ledger; None = as launched by RUNS/<study>.design.json, else OUTPUTS, else PUBLISHED.
+        runs: where trunks are kept.
+    Returns the path, of a file that may be absent.
+    """
+    if Path(study).suffix in (".jsonl", ".csv"):
+        return Path(study)
+    if results is not None:
+        return results / f"{study}.jsonl"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no design, or a damaged one
+        launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text()))
+        if launched.exists():
+            return launched
+    own, published = OUTPUTS / f"{study}.jsonl", PUBLISHED / f"{study}.jsonl"
+    return published if published.exists() and not own.exists() else own
+
+
+def read_ledger(path: Path | str) -> list[dict]:
+    """Rows of a ledger: JSON lines, or CSV with the same columns. Identical duplicates collapse.
+
+    Raises UserError for a missing, empty or malformed file and for two different rows with one run_id.
+    """
+    return merge(read_rows(path), str(path))
+
+
+def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
+    """The rows of a ledger as they stand in the file, one by one: a million of them are never held as text as well.
+
+    left_out: None = the first malformed line raises; a list = (FILE:LINE, reason) of each is appended to it instead.
+    Raises UserError for a missing, unreadable or empty file.
+    """
+    path, rows, num_bad = Path(path), [], 0
+    lines = _csv_lines if path.suffix == ".csv" else _json_lines
+    try:
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
+            for number, parse in lines(file, path):
+                try:
+                    rows.append(_checked(parse()))
+                except UserError as error:
+                    if left_out is None:
+                        raise UserError(f"{path}:{number} {error}") from None
+                    left_out.append((f"{path.name}:{number}", str(error)))
+                    num_bad += 1
+    except FileNotFoundError:
+        raise UserError(f"no ledger at {path}; run its study first") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not rows:
+        what = f"has no sound row among {num_bad}" if num_bad else "is empty; run its study first"
+        raise UserError(f"the ledger {path} {what}")
+    return rows
+
+
+def _json_lines(file, path):
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, functools.partial(_decoded, line)
+
+
+def _csv_lines(file, path):
+    table = csv.DictReader(file)
+    names = table.fieldnames or []
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
+    for row in table:
+        yield table.line_num, functools.partial(_csv_row, row)
+
+
+def update_ledger(path: Path, rows: list[dict]) -> list[dict]:
+    """Merge `rows` into the ledger file, atomically and under a lock; calling it again changes nothing."""
+    return rewrite_rows(Path(path), read_ledger, lambda old: merge(old + rows, str(path)))
+
+
+def rewrite_rows(
+    path: Path, read: Callable[[Path], list[dict]], change: Callable[[list[dict]], list[dict]]
+) -> list[dict]:
+    """Replace the rows of a file by change(rows), atomically and under a lock; rows that stay are not written again.
+
+    read: what reads the file, which may be absent or empty. Returns the rows that the file holds now.
+    """
+    with locked(path.with_suffix(".lock")):
+        for stale_temp_file in path.parent.glob(f"{glob.escape(path.name)}*.tmp"):
+            stale_temp_file.unlink()
+        rows = change(read(path) if path.exists() and path.stat().st_size else [])
+        text = "".join(dump_row(row) + "\n" for row in rows)
+        if not path.exists() or path.read_text() != text:
+            write_atomic(path, text)
+    return rows
+
+
+def read_exclusions(path: Path | str) -> dict[str, str]:
+    """run_id -> reason, from a CSV file with those two columns; {} where the file is absent."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
+    for i, row in enumerate(rows):
+        if not row.get("run_id") or not row.get("reason"):
+            raise UserError(f"{path}:{i + 2} needs both a run_id and a reason")
+    return {row["run_id"]: row["reason"] for row in rows}
+
+
+def _csv_row(row: dict) -> dict:
+    if None in row:
+        raise UserError("has more fields than the header; mend or remove that line")
+    return {k: (v or None) if k in TEXT else _csv_value(v) for k, v in row.items()}
+
+
+@functools.lru_cache(maxsize=2**16)
+def _csv_value(text: str | None):
+    if text is None or text == "":
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text

@@ -1,0 +1,284 @@
+"""Ledgers -> the columns that a law is fitted to, and an account of what was left out and why.
+
+Rows may come from anyone: what a row does not say (FLOPs, parameters) is counted from its shape, where it says that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sovit import PUBLISHED, UserError
+from sovit.ledger.bad_rows import COUNTED, _bad_counts, _bad_numbers, _foreign_counts, _numbers, _odd_trunks, _ratios
+from sovit.ledger.few_shot_columns import about, is_spread, noise_of, probe_of
+from sovit.ledger.ledger import read_exclusions, read_rows
+from sovit.ledger.merge import merge
+from sovit.ledger.schema import is_vlm
+from sovit.spec.shape import DIMENSIONS, Shape
+
+# columns handed to a law where every row has them
+COLUMNS = (*DIMENSIONS, "head_dim", "num_classes", "num_examples", *COUNTED, "peak_lr", "init_seed", "data_seed")
+
+
+SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
+
+
+ONE_PATCH = {"val_cell_loss": "val_loss", "val_cell_error": "val_error"}  # the same where a cell is one patch
+
+
+LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
+
+
+LEVEL_SPAN = 0.2  # of ln; values that follow each other without a gap over more than this are no level
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason), where
+    the run_id of a line that could not be read is FILE:LINE. notes: what was taken as it is but should be known.
+
+    For a few-shot error, measurement_sd [n] is what is known of the noise of each y, and support says how
+    (`fewshot.support_noise`).
+    """
+
+    metric: str
+    columns: dict
+    y: np.ndarray
+    rows: list
+    left_out: list
+    statuses: dict
+    paths: list
+    measurement_sd: np.ndarray | None = None
+    support: dict | None = None
+    notes: list = field(default_factory=list)
+
+    @property
+    def zero_line(self) -> float | None:
+        """Loss of knowing nothing: the rows' own `zero_line`, else ln(num_classes), the largest plausible one.
+
+        Of a few-shot error, the error of a guess. None for another metric, or where the rows do not say how many classes
+        there are.
+        """
+        probed = probe_of(self.metric)
+        if self.metric not in ("val_loss", "val_cell_loss") and not probed:
+            return None
+        name = about(probed)[1] if probed else "zero_line"
+        known = [row[name] for row in self.rows if row.get(name)]
+        if known or probed:
+            return float(max(known)) if known else None
+        classes = self.rows[0].get("num_classes")
+        return math.log(classes) if classes and classes > 1 else None
+
+    @property
+    def identity(self) -> dict:
+        """What tells these measurements from others: a report is a function of it alone, its options apart."""
+        content = hashlib.sha256()  # of json.dumps([rows, left_out, statuses]), a row at a time
+        for i, row in enumerate(self.rows):
+            content.update(((", " if i else "[[") + json.dumps(row, sort_keys=True)).encode())
+        rest = f"], {json.dumps(self.left_out)}, {json.dumps(self.statuses, sort_keys=True)}]"
+        content.update(rest.encode())
+        names = [Path(p).name for p in self.paths]
+        return {"ledgers": names, "metric": self.metric, "sha256": content.hexdigest()}
+
+    def shapes(self) -> list[tuple]:
+        """Each row's shape as the tuple of the shape columns there are."""
+        names = [n for n in DIMENSIONS if n in self.columns]
+        return list(zip(*(self.columns[n].tolist() for n in names))) if names else [()] * len(self.y)
+
+
+def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, skip_bad: bool = False) -> Measurements:
+    """Read and merge ledgers; leave out excluded rows and rows that are not ok; complete what can be counted.
+
+    `exclusions.csv` beside a ledger is applied. Raises UserError for unreadable or mixed ledgers, for the first bad row
+    (malformed, without the metric, conflicting with another, with a number that cannot be) and where no row is left.
+    skip_bad: leave bad rows out, each with its reason, instead.
+    """
+    paths = [Path(p) for p in ledgers]
+    if not paths:
+        raise UserError("no ledger given; name at least one file of rows")
+    where = ", ".join(p.name for p in paths)
+    left_out: list[tuple[str, str]] = []
+    bad = left_out if skip_bad else None
+    read = [row for path in paths for row in read_rows(path, bad)]
+    num_read, num_bad = len(read), len(left_out)
+    rows = merge(read, where, bad)
+    del read
+    notes = []
+    repeats = num_read - len(rows) - len(left_out) + num_bad
+    if repeats:
+        notes.append(f"{repeats} of {num_read} rows repeat the run_id of another, with which they agree: counted once")
+    reasons: dict[str, str] = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        reasons |= read_exclusions(folder / "exclusions.csv")
+    kept = []
+    for row in rows:
+        if row["run_id"] in reasons:
+            left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
+        elif row["status"] != "ok":
+            left_out.append((row["run_id"], f"status {row['status']}"))
+        elif is_vlm(row):
+            left_out.append((row["run_id"], "a vision-language model: no shape's own loss"))
+        elif row.get("base") or row.get("patch_sizes"):
+            how = f"fine-tuned from {row['base']}" if row.get("base") else "trained at several patch sizes"
+            left_out.append((row["run_id"], f"{how}: not this shape alone from its beginning"))
+        else:
+            kept.append(row)
+    if not kept:
+        why = "all excluded, diverged, failed, fine-tuned or vision-language models"
+        raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
+    statuses = dict(Counter(row["status"] for row in rows))
+    del rows
+    for name in SAME:
+        count = Counter(str(row.get(name)) for row in kept)
+        if len(count) > 1:
+            (one, n), (other, m) = sorted(count.items())[:2]
+            raise UserError(
+                f"{where}: the rows mix {name}={one} ({n} rows) and {name}={other} ({m} rows), whose losses cannot be"
+                " compared; give ledgers of one"
+            )
+    if metric in ONE_PATCH and any(row.get(metric) is not None for row in kept):
+        lacking = [row.get(metric) is None and row.get(ONE_PATCH[metric]) is not None for row in kept]
+        if any(lacking):
+            notes.append(f"{sum(lacking)} rows have one patch a cell: their {ONE_PATCH[metric]} is taken as {metric}")
+        kept = [row | {metric: row[ONE_PATCH[metric]]} if lack else row for row, lack in zip(kept, lacking)]
+    if all(row.get(metric) is None for row in kept):
+        known = sorted(k for k, v in kept[0].items() if k.startswith("val_") and v is not None and not is_spread(k))
+        raise UserError(f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}")
+
+    def sound(rows: list[dict], wrong: dict[int, str]) -> list[dict]:
+        """The rows that are not wrong, the others being refused or left out."""
+        for i in sorted(wrong):
+            if not skip_bad:
+                remedy = "mend the row, name it in exclusions.csv, or leave out all such rows with --skip-bad"
+                raise UserError(f"row {rows[i]['run_id']} {wrong[i]}; {remedy}")
+            left_out.append((rows[i]["run_id"], wrong[i]))
+        if len(wrong) == len(rows):
+            run_id, reason = left_out[-1]
+            raise UserError(f"{where}: no row is left, each being bad; the last is {run_id}, which {reason}")
+        return [row for i, row in enumerate(rows) if i not in wrong]
+
+    kept = sound(kept, _bad_numbers(kept, metric))
+    found = _shapes(kept)
+    impossible = {i: f"has no possible shape: {s}" for i, s in enumerate(found) if isinstance(s, UserError)}
+    kept, shapes = sound(kept, impossible), [s for s in found if not isinstance(s, UserError)]
+    ratios = _ratios(kept, shapes)
+    mistaken = _bad_counts(kept, shapes, ratios)
+    kept, right = sound(kept, mistaken), [i for i in range(len(kept)) if i not in mistaken]
+    shapes = [shapes[i] for i in right]
+    notes += _foreign_counts(kept, {name: (ratio[right], rule) for name, (ratio, rule) in ratios.items()})
+    notes += _odd_trunks(kept, shapes, metric)
+    kept = [_counted(row, shape) for row, shape in zip(kept, shapes)]
+    columns = {name: column for name in COLUMNS if (column := _column(kept, name)) is not None}
+    if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
+        columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
+    columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
+    y = np.array([row[metric] for row in kept], float)
+    noise, support = noise_of(kept, metric) or (None, None)
+    measurement_sd = noise * y if noise is not None and noise.any() else None
+    names = [str(p) for p in paths]
+    return Measurements(metric, columns, y, kept, left_out, statuses, names, measurement_sd, support, notes)
+
+
+def _column(rows: list[dict], name: str) -> np.ndarray | None:
+    """Whole numbers stay whole, so that a shape can be rebuilt from the column. None where a row lacks it."""
+    values, _ = _numbers(rows, name)
+    if not np.isfinite(values).all():
+        return None
+    return values.astype(np.int64) if (values == values.round()).all() and np.abs(values).max() < 2**53 else values
+
+
+def _shapes(rows: list[dict]) -> list:
+    """The Shape of each row, None where it says too little for one, or the UserError that says why there can be none.
+
+    Equal shapes are one object. No count needs head_dim: a row may lack it.
+    """
+    made: dict = {}
+    out: list = []
+    for row in rows:
+        if not row.get("pool") or any(row.get(name) is None for name in DIMENSIONS):
+            out.append(None)
+            continue
+        key = (*(row[name] for name in DIMENSIONS), row.get("head_dim"), repr(row["pool"]), row.get("num_registers"))
+        key += repr(row.get("qkv_bias")), repr(row.get("layer_scale"))
+        if key not in made:
+            made[key] = _shape(row)
+        out.append(made[key])
+    return out
+
+
+def _shape(row: dict) -> Shape | UserError:
+    more: dict = {name: int(row[name]) for name in (*DIMENSIONS, "num_registers") if row.get(name) is not None}
+    more |= {name: row[name] for name in ("qkv_bias", "layer_scale") if row.get(name) is not None}
+    try:
+        return Shape(**more, head_dim=int(row.get("head_dim") or row["width"]), pool=row["pool"])
+    except UserError as error:
+        return error
+
+
+def _counted(row: dict, shape: Shape | None) -> dict:
+    """The row with `COUNTED` filled in where it lacks them and its shape is known."""
+    more = {}
+    if shape is not None:
+        more = {name: getattr(shape, name) for name in ("forward_flops", "num_params") if row.get(name) is None}
+        if row.get("head_flops") is None and row.get("num_classes"):
+            more["head_flops"] = shape.head_flops(int(row["num_classes"]))
+    forward = row.get("forward_flops") or more.get("forward_flops")
+    if forward is not None:
+        images = row["num_examples"]
+        if row.get("compute") is None:
+            more["compute"] = forward * images
+        if row.get("train_flops") is None:
+            head = row.get("head_flops") or more.get("head_flops") or 0
+            more["train_flops"] = 3 * (forward + head) * images
+    return row | more if more else row
+
+
+def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Group positive values [n] that differ by less than 3 %: each value's group [n], rising, and the groups' means.
+
+    Values without gaps, such as budgets drawn at random, would all be one group: where a group spans more than
+    LEVEL_SPAN it is cut into groups of 3 %.
+    """
+    logs = np.log(np.asarray(values, float))
+    order = np.argsort(logs, kind="stable")
+    rising = logs[order]
+    new = np.concatenate([[True], np.diff(rising) > LEVEL_WIDTH])
+    for part in np.split(np.arange(len(rising)), np.flatnonzero(new)[1:]):
+        if rising[part[-1]] - rising[part[0]] > LEVEL_SPAN:
+            bins = ((rising[part] - rising[part[0]]) / LEVEL_WIDTH).astype(int)
+            new[part[1:]] = np.diff(bins) > 0
+    group = np.empty(len(logs), int)
+    group[order] = np.cumsum(new) - 1
+    ends = np.flatnonzero(np.diff(group[order])) + 1
+    centres = np.array([np.exp(logs[np.sort(part)].mean()) for part in np.split(order, ends)])
+    return group, centres
+
+
+def rows_of_law(path: Path) -> Measurements | None:
+    """Read the measurements that a law was fitted to.
+
+    Args:
+        path: law.json of `sovit fit`, which names its ledgers in inputs.json beside it.
+
+    Returns:
+        The measurements, of ledgers beside the folder of the law or among the published ones. None where both are gone
+        or hold other rows now.
+    """
+    try:
+        made_of = json.loads((path.parent / "inputs.json").read_text())
+        for folder in (path.parent.parent, PUBLISHED):
+            ledgers = [folder / name for name in made_of["ledgers"]]
+            if all(ledger.is_file() for ledger in ledgers):
+                data = measurements(ledgers, made_of["metric"])
+                if data.identity == made_of:
+                    return data
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        pass
+    return None

@@ -1,0 +1,35 @@
+"""Read the rows that `sovit profile` wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sovit import UserError
+from sovit.spec.shape import Shape
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Shape))
+
+
+def read_profiles(path: Path | str) -> list[dict]:
+    """The rows of a profile ledger. Raises UserError for a file that is missing, empty or none."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"no profiles at {path}; make them with sovit profile --out {path}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the profiles {path}: {error}; remove the bad line") from None
+    for i, row in enumerate(rows, 1):
+        missing = [
+            n for n in ("profile_id", "status", "batch_size", *FIELDS) if not isinstance(row, dict) or n not in row
+        ]
+        if missing:
+            raise UserError(f"{path}:{i} lacks {missing[0]}; give a file that sovit profile wrote")
+    if not rows:
+        raise UserError(f"{path} is empty; fill it with sovit profile --out {path}")
+    return rows
+
+
+def shape_of(row: dict) -> Shape:
+    return Shape(**{name: row[name] for name in FIELDS})

@@ -1,0 +1,92 @@
+"""What is as good: all shapes that can be built whose loss the law puts within one noise s.d. of the best. Numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from sovit.predict.integer_search import SIZES, Lattice, every, region
+
+SEARCH = 8.0  # a survey spans this factor below and above the real optimum
+SURVEY = dict(width=32, depth=32, mlp_dim=48)  # most values a dimension in a survey
+MAX_LISTED = 50  # shapes that are listed
+MAX_COMPARED = 50_000  # shapes that are compared one by one for that list
+
+
+def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, least: np.ndarray | None) -> dict:
+    """{within, noise_source, count, exact, surveyed, ranges, open_above, listed, shapes}.
+
+    near: sizes of the real optimum; least [R]: the loss of each of the first draws' own optimum, None without.
+    exact: `count` and `ranges` are of all feasible shapes; else (too many to count) of the `surveyed` ones, a thinned
+    lattice around the optimum, and open_above names the dimensions in which the region reaches its end. shapes, best
+    first: all where they are few, else the best MLP dim of each width and depth (`listed` says which). regret: of each
+    over the best; regret_high: 95th percentile over the draws of its excess over each draw's own optimum.
+    """
+    at, noise = grid.target, grid.target.fit.noise
+    most = best_loss * float(np.exp(noise["sd"]))
+    boxes = region(grid, most)
+    surveyed, open_above = None, []
+    if boxes is not None:
+        low, high, pair = boxes
+        count = int(np.prod(high - low + 1, axis=1).sum())
+        ends = grid.table(low, pair), grid.table(high, pair)
+        ranges = {n: [int(ends[0][n].min()), int(ends[1][n].max())] for n in at.dims}
+        index, pair = every(*boxes) if count <= MAX_COMPARED else _survey(grid, near)
+    else:
+        index, pair = _survey(grid, near)
+        surveyed = len(index)
+    table, loss = grid.table(index, pair), grid.loss(index, pair)
+    inside = loss <= most
+    found, loss = {n: column[inside].astype(int) for n, column in table.items()}, loss[inside]
+    if boxes is None:
+        found, loss = {n: np.append(column, best[n]) for n, column in found.items()}, np.append(loss, best_loss)
+        ranges = {n: [int(found[n].min()), int(found[n].max())] for n in at.dims}
+        open_above = [n for n in at.dims if n in SURVEY and ranges[n][1] >= table[n].max()]
+        count = len(set(zip(*found.values())))
+    shapes = _listed(found, loss, best, best_loss)
+    worst = [None] * len(shapes)
+    if least is not None:
+        some = {n: np.array([s[n] for s in shapes], float) for n in best}
+        worst = np.quantile(at.loss(some, at.draws()[0][: len(least)]) / least[:, None] - 1, 0.95, axis=0).tolist()
+    return dict(
+        within=noise["sd"],
+        noise_source=noise["source"],
+        count=count,
+        exact=boxes is not None,
+        surveyed=surveyed,
+        ranges=ranges,
+        open_above=open_above,
+        listed="all" if len(shapes) == count else "the best MLP dim of each width and depth",
+        shapes=[shape | dict(regret_high=x) for shape, x in zip(shapes, worst)],
+    )
+
+
+def _listed(found: Mapping, loss: np.ndarray, best: Mapping, best_loss: float) -> list[dict]:
+    """At most MAX_LISTED shapes, the best first; where there are more, one for each value of all but mlp_dim."""
+    order = np.argsort(loss, kind="stable")
+    table = np.stack([column[order] for column in found.values()], 1)  # [n, D]
+    loss = loss[order]
+    first = np.array([best[n] for n in found])
+    rest = np.flatnonzero((table != first).any(1))
+    if len(rest) >= MAX_LISTED:
+        others = [k for k, n in enumerate(found) if n != "mlp_dim"]
+        same = (table[rest][:, others] == first[others]).all(1)
+        _, heads = np.unique(table[rest][:, others], axis=0, return_index=True)
+        rest = rest[np.sort(heads[~same[heads]])]
+    rows = [(first, best_loss), *zip(table[rest], loss[rest])][:MAX_LISTED]
+    names = list(found)
+    return [dict(zip(names, x.tolist())) | dict(regret=max(0.0, float(value / best_loss - 1))) for x, value in rows]
+
+
+def _survey(grid: Lattice, near: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """A thinned lattice of feasible shapes around the real optimum: index [n, K] and pair [n]."""
+    indices = []
+    for k, name in enumerate(SIZES):
+        least = int(grid.low[k])
+        low, high = (max(least, round(near[name] * factor / grid.steps[k])) for factor in (1 / SEARCH, SEARCH))
+        values = np.unique(np.geomspace(low, high, SURVEY[name]).round().astype(int))
+        indices.append(values if name in grid.target.dims else np.array([least]))
+    mesh = np.stack(np.meshgrid(*indices, np.arange(len(grid.pairs)), indexing="ij"), -1).reshape(-1, len(SIZES) + 1)
+    mesh = mesh[grid.allowed(grid.table(mesh[:, :-1], mesh[:, -1]))]
+    return mesh[:, :-1], mesh[:, -1]

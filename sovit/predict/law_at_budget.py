@@ -1,0 +1,164 @@
+"""A law at one budget: the loss of any shape trained for it, and the law's real-valued optimum. Numpy only.
+
+Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. Shapes below: S shapes, R draws, P parameters, K
+dimensions of the law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from sovit import UserError
+from sovit.law.compute_optimum import law_columns
+from sovit.law.diagnostics import amplitudes, optimum_of
+from sovit.law.form import FALLING
+from sovit.law.forms import LAWS
+from sovit.law.geometry import Geometry
+from sovit.law.read import Fit
+from sovit.spec.shape import DIMENSIONS, Shape
+
+TOKENS = ("patch_size", "image_size")  # what sets the number of tokens: values that were run, never between them
+TOKEN_DRAWS = 250  # that `least` is asked for where it has a pair of them after the other to look at
+FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
+MAX_DECADES = 6.0  # budgets further than this from the data are refused
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a law says at one budget. A table maps dimension -> real or whole values [S]; what it lacks is as run."""
+
+    fit: Fit
+    train_flops: float
+    geometry: Geometry
+
+    @property
+    def dims(self) -> list[str]:
+        return self.fit.model["dims"]
+
+    @property
+    def log_budget(self) -> float:
+        """ln of (forward FLOPs, head included) x images."""
+        return float(np.log(self.train_flops / 3))
+
+    def images(self, table: Mapping) -> np.ndarray:
+        """Images that the budget pays for, [S], real."""
+        return self.train_flops / 3 / self.geometry.flops(table, head=True)
+
+    def loss(self, table: Mapping, theta=None, images=None) -> np.ndarray:
+        """Predicted loss, [S], or [R, S] for theta [R, P]; trained for the budget unless `images` [S] are given."""
+        images = self.images(table) if images is None else images
+        form = self.fit.shape_form
+        u = law_columns(form.terms, table, images, self.geometry) - np.array(self.fit.model["centres"])[:, None]
+        value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
+        return np.exp(value[0] if theta is None else value)
+
+    def at(self, train_flops: float) -> Target:
+        """The same law at another budget, which may be beyond MAX_DECADES."""
+        return Target(self.fit, float(train_flops), self.geometry)
+
+    def optimum(self, theta=None, held: Mapping | None = None) -> np.ndarray:
+        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
+        fit = self.fit
+        many = fit.theta[None] if theta is None else theta
+        centre, grid = np.array(fit.model["centres"]), fit.data["grid"]
+        v = optimum_of(fit.shape_form, centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
+        return v[0] if theta is None else v
+
+    def run_pairs(self) -> np.ndarray:
+        """(patch_size, image_size) of the values run, [G, 2]: what divides, on a grid of tokens such as was run.
+
+        A law of patch and image size apart says nothing of grids coarser or finer than any that it was fitted to; and a
+        side is a multiple of what all sides run have in common, as where labels lie on a grid of cells.
+        """
+        grid, sides = self.fit.data["grid"], self.fit.data.get("grid_sides")
+        whole = [np.rint(grid.get(n, [getattr(self.geometry, n)])).astype(int).tolist() for n in TOKENS]
+        pairs = [(p, s) for p in whole[0] for s in whole[1] if s % p == 0]
+        if sides:
+            common = gcd(*sides)
+            pairs = [(p, s) for p, s in pairs if sides[0] <= s // p <= sides[-1] and s // p % common == 0]
+        return np.array(pairs, int).reshape(-1, 2)
+
+    def paired(self, v: np.ndarray, theta: np.ndarray, images=None) -> np.ndarray:
+        """Loss of each theta [R, P] at its own ln x [R, K]: [R]; trained for the budget unless `images` [R] are given."""
+        table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
+        images = self.images(table) if images is None else images
+        u = law_columns(form.terms, table, images, self.geometry).T - np.array(self.fit.model["centres"])
+        return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
+
+    def least(self, theta: np.ndarray, held: Mapping | None = None) -> np.ndarray:
+        """Loss [R] of each theta [R, P] at its own best real sizes, patch and image size being values that were run.
+
+        held: patch_size or image_size that all shapes have.
+        """
+        pairs = [dict(zip(TOKENS, pair)) for pair in self.run_pairs().tolist()]
+        pairs = [pair for pair in pairs if all(pair[name] == value for name, value in (held or {}).items())]
+        best = np.full(len(theta), np.inf)
+        for pair in pairs:
+            v = self.optimum(theta, {name: value for name, value in pair.items() if name in self.dims})
+            best = np.minimum(best, self.paired(v, theta))
+        return best
+
+    def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
+        """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
+        theta = np.array(self.fit.draws.get(kind, np.empty((0, len(self.fit.theta)))))
+        name = "t_over_z" if kind == "random_effects" else "pairs_stretch"
+        widen = self.fit.diagnostics["draws"].get(name, 1.0) if len(theta) else 1.0  # laws of before had no stretch
+        return theta, widen
+
+    def absent(self) -> list[str]:
+        """Dimensions whose amplitude is 0: the law has nothing to say for them, so they stay within the values run."""
+        present = amplitudes(self.fit.shape_form, self.fit.theta[None])[0] > 0
+        return [n for n, known in zip(self.dims, present) if not known]
+
+    def within(self, name: str, value: float) -> float:
+        """A value of a dimension, or the nearest that was run to where it costs nothing."""
+        run = self.fit.data["grid"][name]
+        return min(value, max(run)) if name in FALLING else max(value, min(run))
+
+    def fixed(self, name: str) -> float:
+        """The value of a dimension that the law has no term for, or else its centre."""
+        return self.fit.data["centre"].get(name, getattr(self.geometry, name))
+
+    def shape(self, values: Mapping, head_dim: int) -> Shape:
+        """The Shape of whole values by dimension."""
+        width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMENSIONS)
+        registers = self.geometry.num_prefix_tokens - (self.geometry.pool == "token")
+        return Shape(
+            width, depth, mlp_dim, head_dim, patch_size, image_size, pool=self.geometry.pool, num_registers=registers
+        )
+
+
+def target(fit: Fit, train_flops: float) -> Target:
+    """Raises UserError for a law that cannot rank shapes or price them, and for a budget that is no number, not
+    positive, or more than MAX_DECADES from the budgets run."""
+    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
+        raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
+    if fit.geometry is None:
+        raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
+    if "compute_range" not in fit.data:
+        raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
+    if not (np.isfinite(train_flops) and train_flops > 0):
+        raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
+    low, high = budgets_run(fit)
+    if not low / 10**MAX_DECADES <= train_flops <= high * 10**MAX_DECADES:
+        raise UserError(
+            f"train_flops={train_flops:g} is more than {MAX_DECADES:g} decades from the budgets run, {low:.3g} to"
+            f" {high:.3g}; name one nearer to them"
+        )
+    return Target(fit, float(train_flops), Geometry(**fit.geometry))
+
+
+def budgets_run(fit: Fit) -> tuple[float, float]:
+    """Least and largest training FLOPs in the data; from its compute where the rows do not carry train_flops."""
+    if "train_flops_range" in fit.data:
+        return tuple(fit.data["train_flops_range"])
+    low, high = fit.data["compute_range"]
+    return 3 * low, 3 * high
+
+
+def columns(shapes: Sequence[Shape]) -> dict[str, np.ndarray]:
+    return {n: np.array([getattr(s, n) for s in shapes], float) for n in DIMENSIONS}

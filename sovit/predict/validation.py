@@ -1,0 +1,196 @@
+"""The prediction tested: written down first, then two shapes trained at equal FLOPs, and a verdict by a rule fixed before.
+
+The rule (paired by seed: same data order, same initial seed): d = ln loss(recommended) - ln loss(usual proportions), or
+of what another law recommends, for each of at least three seeds; the 90 % interval of its mean by Student's t. Verdict
+`better` if the interval lies below zero, `worse` if above, else `not distinguishable`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sovit import UserError
+from sovit.files import write_atomic
+from sovit.predict.paired_test import MIN_SEEDS, paired
+from sovit.spec.run import Recipe, Run, budgets_for
+from sovit.spec.shape import Shape
+
+RULE = (
+    "d = ln loss(recommended) - ln loss({}) for each seed; verdict by the 90 % Student t interval of its mean:"
+    " better if it lies below 0, worse if above 0, else not distinguishable"
+)
+
+
+USUAL, OTHER = "usual", "other law's"  # the second arm
+
+
+def make_prediction(law_path: Path, train_flops: float, seeds: list[int], against: Path | None = None) -> dict:
+    """What the law says of both arms at `train_flops`, with its intervals.
+
+    The second arm has ViT-B proportions, or the shape that the law `against` recommends, as the first law judges it.
+    Raises UserError for fewer than three seeds, and for a law that cannot rank shapes or count a task head.
+    """
+    from sovit.law.read import read_law
+    from sovit.predict.law_at_budget import target
+    from sovit.predict.recommend import best_shape, loss_interval, predicted_difference, predicted_loss
+
+    if len(set(seeds)) < MIN_SEEDS:
+        raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
+    law = read_law(law_path)
+    best = best_shape(law, train_flops).to_dict()
+    num_classes = (law.geometry or {}).get("num_classes")
+    if num_classes is None:
+        raise UserError(f"{law_path} does not know its num_classes; give its ledger that column and fit again")
+    usual, name, difference = best["proportional"], USUAL, best["difference"]
+    if against is not None:
+        name, other = OTHER, Shape(**best_shape(read_law(against), train_flops).shape)
+        low, high = (
+            loss_interval(target(law, train_flops), "random_effects", other.to_dict()) if law.draws else (None, None)
+        )
+        loss = float(predicted_loss(law, [other], train_flops)[0])
+        usual = dict(shape=other.to_dict(), loss=loss, loss_low=low, loss_high=high)
+        difference = predicted_difference(law, Shape(**best["shape"]), other, train_flops)
+    return {
+        **_identity_of(law_path, train_flops, seeds, against),
+        "form": best["form"],
+        "decades": best["decades"],
+        "num_classes": num_classes,
+        "arms": {
+            "recommended": {
+                "shape": best["shape"],
+                "predicted": best["loss"],
+                "predicted_low": best["loss_low"],
+                "predicted_high": best["loss_high"],
+            },
+            name: {
+                "shape": usual["shape"],
+                "predicted": usual["loss"],
+                "predicted_low": usual.get("loss_low"),
+                "predicted_high": usual.get("loss_high"),
+            },
+        },
+        "predicted_difference": difference,
+    }
+
+
+def write_prediction(
+    law_path: Path, train_flops: float, seeds: list[int], path: Path, against: Path | None = None
+) -> dict:
+    """Make the prediction and write it down; the file, once written, is not changed.
+
+    Raises UserError where `path` holds a prediction made from another law, budget or seeds, or is damaged.
+    """
+    if not path.exists():
+        prediction = make_prediction(law_path, train_flops, seeds, against)
+        write_atomic(path, json.dumps(prediction, indent=2) + "\n")
+        return prediction
+    try:
+        prediction = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged; delete it to make the prediction anew") from None
+    identity = _identity_of(law_path, train_flops, seeds, against)
+    if {k: prediction.get(k) for k in identity} != identity:
+        raise UserError(
+            f"{path} holds a prediction from another law, budget or seeds; name another file, or delete it to start anew"
+        )
+    return prediction
+
+
+def _identity_of(law_path: Path, train_flops: float, seeds: list[int], against: Path | None) -> dict:
+    identity = {"law_sha256": _digest(law_path), "train_flops": train_flops, "seeds": seeds}
+    if against is None:
+        return identity | {"rule": RULE.format(USUAL)}
+    return identity | {"rule": RULE.format(OTHER), "against_sha256": _digest(against)}
+
+
+def _digest(law_path: Path) -> str:
+    try:
+        return hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the law {law_path}: {error.strerror}; make one with sovit fit") from None
+
+
+def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields) -> list[Run]:
+    """The trunks of both arms, one for each seed, each with the one budget of the prediction; of equal arms, one."""
+    runs = []
+    for seed in prediction["seeds"]:
+        for arm in prediction["arms"].values():
+            shape = Shape(**arm["shape"])
+            r = recipe(shape)
+            budgets = budgets_for(shape, [prediction["train_flops"]], num_classes, r.batch_size)
+            runs.append(Run(shape, r, budgets, init_seed=seed, data_seed=seed, **run_fields))
+    return list(dict.fromkeys(runs))
+
+
+def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
+    """Apply the rule to the rows of both arms. Raises UserError where a seed of an arm has no finite measurement."""
+    arms = {}
+    pairs = {(arm["shape"]["patch_size"], arm["shape"]["image_size"]) for arm in prediction["arms"].values()}
+    for name, arm in prediction["arms"].items():
+        shape = Shape(**arm["shape"])
+        losses = []
+        for seed in prediction["seeds"]:
+            found = [
+                r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())
+            ]
+            if len(found) != 1 or found[0]["status"] != "ok" or found[0].get(metric) is None:
+                raise UserError(
+                    f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again"
+                )
+            losses.append(found[0][metric])
+        arms[name] = {
+            **arm,
+            "label": shape.label + f"/{shape.patch_size}@{shape.image_size}" * (len(pairs) > 1),
+            "losses": losses,
+            "mean": float(np.mean(losses)),
+            "sd": float(np.std(losses, ddof=1)),
+        }
+    ours, theirs = arms.values()
+    difference = paired(np.log(ours["losses"]) - np.log(theirs["losses"]))
+    found = difference.pop("verdict")
+    return {
+        "train_flops": prediction["train_flops"],
+        "metric": metric,
+        "rule": prediction["rule"],
+        "seeds": prediction["seeds"],
+        "arms": arms,
+        "difference": difference,
+        "predicted_difference": prediction["predicted_difference"],
+        "same_shape": ours["shape"] == theirs["shape"],
+        "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
+        "verdict": found,
+    }
+
+
+def _identity(shape: Shape) -> dict:
+    return {k: getattr(shape, k) for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}
+
+
+def verdict_text(result: dict) -> str:
+    """The verdict in words, and whether the prediction held."""
+    d, arms, said = result["difference"], result["arms"], result["predicted_difference"]
+    second = list(arms)[1]
+    if result["same_shape"]:
+        what = "the usual proportions themselves" if second == USUAL else "what the other law recommends"
+        return f"The law recommends {what}, {arms[second]['label']}: there is nothing to compare."
+    lines = [
+        f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}),"
+        f" predicted {arm['predicted']:.4f}"
+        for name, arm in arms.items()
+    ]
+    lines.append(
+        f"recommended / {second}: {math.expm1(d['mean']):+.2%} (90 % interval {math.expm1(d['low']):+.2%} to"
+        f" {math.expm1(d['high']):+.2%}). Verdict: {result['verdict']}."
+    )
+    predicted, known = f"Predicted: {math.expm1(said['estimate']):+.2%}", said["low"] is not None
+    low, high = (said["low"], said["high"]) if known else (said["estimate"],) * 2
+    predicted += f" ({math.expm1(low):+.2%} to {math.expm1(high):+.2%})" if known else ""
+    missed = high < d["low"] or low > d["high"]
+    apart, meets = "apart from the measured interval: the law missed", "which meets the measured interval"
+    return "\n".join([*lines, f"{predicted}, {apart if missed else meets}."])

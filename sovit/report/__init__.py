@@ -1,0 +1,1 @@
+"""How it is told: report.md, one HTML page, figures."""

@@ -1,0 +1,29 @@
+"""Figures: matplotlib, and nothing else, lives here. Numbers in, a PNG and an SVG out, byte-identical on a rerun."""
+
+from sovit.report.figures.extrapolation import extrapolation, residuals
+from sovit.report.figures.frontier import frontier
+from sovit.report.figures.hardware import pareto_fronts
+from sovit.report.figures.law import budget_levels, fit_by_dimension, isoflop, optimal_path, optimal_shape
+from sovit.report.figures.patch_tradeoff import trade
+from sovit.report.figures.sensitivity import sensitivity
+from sovit.report.figures.study import contact_sheet, learning_rates, validation, validation_figure
+from sovit.report.figures.style import save
+
+__all__ = [
+    "budget_levels",
+    "contact_sheet",
+    "extrapolation",
+    "fit_by_dimension",
+    "frontier",
+    "isoflop",
+    "learning_rates",
+    "optimal_path",
+    "optimal_shape",
+    "pareto_fronts",
+    "residuals",
+    "save",
+    "sensitivity",
+    "trade",
+    "validation",
+    "validation_figure",
+]

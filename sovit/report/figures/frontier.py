@@ -1,0 +1,117 @@
+"""The compute-optimal frontier: predicted loss, model size and images of the law's best shape at each budget."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from sovit.predict.law_at_budget import budgets_run
+from sovit.report.figures.style import (
+    GREY,
+    INK,
+    METRICS,
+    OKABE_ITO,
+    PAGE,
+    PALE,
+    TRAIN_FLOPS,
+    legend_row,
+    loss_axis,
+    panels,
+    styled,
+)
+from sovit.report.text import label as shape_label
+
+MAX_LABELS = 9  # shapes that are named
+
+
+@styled
+def frontier(fit, rows, data=None) -> Figure:
+    """Loss, encoder parameters and images against training FLOPs, with both bands; dashed beyond the runs.
+
+    rows: of `sovit.predict.frontier.frontier`, budgets rising. data: the measurements of the law, drawn as points where given.
+    Lines are the real-valued optimum, markers the best whole shapes, of which at most MAX_LABELS are named.
+    """
+    budgets = np.array([row["train_flops"] for row in rows])
+    largest = budgets_run(fit)[1]
+    figure, axes = panels(1, 3, PAGE, 3.0, left=0.075, right=0.985, bottom=0.15, top=0.9, wspace=0.3)
+    metric = data.metric if data is not None else fit.data.get("metric", "loss")
+    series = [
+        ("optimum_loss", None, "loss", METRICS.get(metric, metric), OKABE_ITO[0]),
+        (None, "num_params", "num_params", "encoder parameters", OKABE_ITO[1]),
+        (None, "num_examples", "num_examples", "images seen", OKABE_ITO[2]),
+    ]
+    for axis, (line, size, whole, label, colour) in zip(axes, series):
+        bands = [_ends(rows, size, prefix) for prefix in ("pairs_", "")]
+        for band, alpha in zip(bands, (0.16, 0.32)):
+            if band is not None:
+                axis.fill_between(budgets, *band, color=colour, alpha=alpha, lw=0, zorder=1)
+        values = np.array([row[line] if line else row["optimum_size"][size]["estimate"] for row in rows])
+        inside, beyond = budgets <= largest * (1 + 1e-9), budgets >= largest / (1 + 1e-9)
+        first = max(0, int(np.argmax(beyond)) - 1) if beyond.any() else len(budgets)
+        axis.plot(budgets[inside], values[inside], color=colour, zorder=3)
+        axis.plot(budgets[first:], values[first:], color=colour, ls=(0, (3, 1.5)), zorder=3)
+        axis.plot(budgets, [row[whole] for row in rows], ls="", marker="D", ms=3.6, mfc="white", mec=colour, zorder=4)
+        axis.axvline(largest, color=GREY, lw=0.6, ls=":", zorder=2)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_ylabel(label)
+        if data is not None and "train_flops" in data.columns:
+            column = dict(loss=data.y).get(whole, data.columns.get(whole))
+            if column is not None:
+                flops = data.columns["train_flops"]
+                shade = GREY if whole == "loss" else PALE  # shapes are named on the other panels
+                axis.scatter(flops, column, s=7, color=shade, alpha=0.7, linewidths=0, zorder=0.5)
+    low, high = _ends(rows, None, "") or (np.array([row["loss"] for row in rows]),) * 2
+    top = high if data is None else np.append(high, data.y)
+    loss_axis(axes[0], np.append(low, top), pad=1.06)
+    _name(axes[1], rows)
+    figure.supxlabel(TRAIN_FLOPS, fontsize=8, y=0.01)
+    handles: list[Artist] = [
+        Line2D([], [], color=INK, label="law’s optimum"),
+        Line2D([], [], color=INK, ls=(0, (3, 1.5)), label="beyond the runs"),
+        Line2D([], [], ls="", marker="D", ms=3.6, mfc="white", mec=INK, label="best whole shape"),
+    ]
+    if _ends(rows, None, "") is not None:
+        handles.append(Patch(color=GREY, alpha=0.5, lw=0, label="90 %, headline"))
+    if _ends(rows, None, "pairs_") is not None:
+        handles.append(Patch(color=GREY, alpha=0.22, lw=0, label="90 %, pairs of trunks"))
+    if data is not None:
+        handles.append(Line2D([], [], ls="", marker="o", ms=3, color=GREY, label="run"))
+    legend_row(figure, handles, 0.06)
+    return figure
+
+
+def _ends(rows, size: str | None, prefix: str):
+    """Both ends of an interval at every budget, [T] each; None without draws."""
+    if size is None:
+        ends = [[row[f"loss_{prefix}{end}"] for row in rows] for end in ("low", "high")]
+    else:
+        ends = [[row["optimum_size"][size][prefix + end] for row in rows] for end in ("low", "high")]
+    return None if ends[0][0] is None else (np.array(ends[0]), np.array(ends[1]))
+
+
+def _name(axis, rows) -> None:
+    """The shapes, width x depth x MLP dim, below their markers on the panel of sizes."""
+    shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_LABELS)).round().astype(int))
+    for i in shown:
+        shape = rows[i]["shape"]
+        name = axis.annotate(
+            shape_label(shape, rows[i]["optimum"]).replace("x", "×"),
+            (rows[i]["train_flops"], rows[i]["num_params"]),
+            xytext=(3, -4),
+            textcoords="offset points",
+            fontsize=5.5,
+            color=INK,
+            va="top",
+            rotation=-35,
+            rotation_mode="anchor",
+        )
+        name.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
+    low, high = axis.get_ylim()
+    axis.set_ylim(low / 3, high)
+    left, right = axis.get_xlim()
+    axis.set_xlim(left, right * (right / left) ** 0.12)

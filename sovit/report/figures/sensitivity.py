@@ -1,0 +1,58 @@
+"""What each exponent does under every alteration of one choice, beside its own interval."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sovit.report.figures.style import DIMENSIONS, GREY, INK, OKABE_ITO, PAGE, PALE, panels, styled
+
+KINDS = {
+    "shape": "one shape left out",
+    "window": "window of compute",
+    "counting": "counting of FLOPs",
+    "loss": "loss",
+    "form": "form",
+    "metric": "metric",
+}
+
+
+@styled
+def sensitivity(found: dict) -> Figure | None:
+    """Dots of each dimension's exponent by kind of alteration, from `sovit.law.sensitivity.sensitivity`; None without any."""
+    dims = list(found.get("dimensions", {}))
+    rows = [r for r in found.get("alterations", ()) if r["kind"] == found["headline"]["kind"]]
+    if not dims or not rows:
+        return None
+    lines = [name for name in KINDS if any(r["what"] == name for r in rows)]
+    drops = [f"{d['num_shapes']} shapes left out" for d in found["drops"]]
+    order = [KINDS[n] for n in lines]
+    order[1 if lines[0] == "shape" else 0 : 1 if lines[0] == "shape" else 0] = drops
+    height = 0.75 + 0.27 * len(order)
+    figure, axes = panels(1, len(dims), PAGE, height, sharey=True, left=0.17, right=0.99, bottom=0.42 / height, top=0.9)
+    place = {label: -i for i, label in enumerate(order)}
+    for axis, dim in zip(axes, dims):
+        own = found["dimensions"][dim]
+        if own["low"] is not None:
+            axis.axvspan(own["low"], own["high"], color=PALE, lw=0, zorder=0)
+        if own["estimate"] is not None:
+            axis.axvline(own["estimate"], color=GREY, lw=0.8, zorder=1)
+        for i, name in enumerate(lines):
+            values = [r["exponents"][dim] for r in rows if r["what"] == name and r["exponents"][dim] is not None]
+            spread = 0.24 * (
+                (np.arange(len(values)) * 0.618034) % 1 - 0.5
+            )  # so that equal values do not hide each other
+            colour = OKABE_ITO[i % 6]
+            axis.scatter(values, place[KINDS[name]] + spread, s=9, color=colour, alpha=0.8, linewidths=0, zorder=3)
+        for drop, label in zip(found["drops"], drops):
+            e = drop["exponents"][dim]
+            if e["median"] is not None:
+                axis.plot([e["low"], e["high"]], [place[label]] * 2, color=INK, lw=1.6, solid_capstyle="butt", zorder=2)
+                axis.scatter([e["median"]], [place[label]], s=14, color=INK, zorder=3)
+        axis.set_yticks([place[label] for label in order], order)
+        axis.tick_params(axis="y", length=0)
+        axis.set_ylim(-len(order) + 0.4, 0.6)
+        axis.set_title(DIMENSIONS.get(dim, dim).split(" (")[0])
+        axis.margins(x=0.06)
+    figure.text(0.58, 0.06 / height, "exponent s of x* ∝ compute^s", ha="center", va="bottom")
+    return figure

@@ -1,0 +1,266 @@
+"""VlmRun: one vision-language model to train, said completely. Encoder + projector + language model + questions + stages.
+
+It has the attributes of sovit.spec.run.Run that sweeps, ledgers and displays use, so that they treat both alike; its only
+budget is the sum of its stages. `kind: vlm` tells its JSON and its rows from an encoder's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+
+from sovit import UserError
+from sovit.spec.config import _check_types, _from_dict, _non_default
+from sovit.spec.run import PRECISIONS
+
+PARTS = ("vision", "projector", "language_model")
+MODES = ("frozen", "full", "lora")
+SCHEDULES = ("cosine", "cooldown")  # to a tenth (nanoVLM) or nothing (LLaVA); or constant, then (1 - sqrt) to nothing
+LAYOUTS = ("flat", "rows")
+TEMPLATES = ("chat", "plain", "short")
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one part of the model is treated in a stage. `warmup`: share of the stage's examples."""
+
+    mode: str = "frozen"
+    peak_lr: float = 0.0
+    warmup: float = 0.03
+    weight_decay: float = 0.0  # AdamW's; on matrices only
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.mode not in MODES:
+            raise UserError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if (self.mode == "frozen") != (self.peak_lr == 0.0) or self.peak_lr < 0:
+            raise UserError(
+                f"mode={self.mode} with peak_lr={self.peak_lr:g}: what is trained needs a rate, frozen none"
+            )
+        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
+            raise UserError(f"warmup={self.warmup:g} must be a share, weight_decay={self.weight_decay:g} at least 0")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training on `num_examples` images, each with its questions."""
+
+    num_examples: int
+    vision: Part = Part()
+    projector: Part = Part("full", 1e-3)
+    language_model: Part = Part()
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.projector.mode == "lora":
+            raise UserError("projector.mode=lora: a projector is small; train it in full")
+        if all(part.mode == "frozen" for part in self.parts.values()):
+            raise UserError("a stage with every part frozen trains nothing; give one a mode and a peak_lr")
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def words(self) -> str:
+        trained = [f"{name} {p.mode} {p.peak_lr:g}" for name, p in self.parts.items() if p.mode != "frozen"]
+        return f"{', '.join(trained)}: {self.num_examples:,} images"
+
+
+@dataclass(frozen=True)
+class VlmRun:
+    """What is trained. Durations are in images; an image comes with a question of each family."""
+
+    encoder: (
+        str  # a name of sovit.encoder.open.open_encoder; blind:M puts M learned tokens in its place, which see nothing
+    )
+    stages: tuple[Stage, ...]
+    language_model: str = "smollm2"  # a name of sovit.vlm.language_model.open_language_model
+    projector: str = "mlp2x_gelu"  # of sovit.vlm.projectors; options as in pixel_shuffle_linear?factor=2
+    layer: int = -1  # the encoder's block that is read
+    norm: bool = True  # through the encoder's final norm
+    data: str = "stream"
+    preset: str = "cpu"
+    image_size: int = 16  # pixels at which the questions' images are drawn
+    families: tuple[str, ...] = ()  # of questions trained on, () for all; all are evaluated
+    template: str = "chat"
+    layout: str = "flat"  # of the image's tokens: flat, or rows announced in words
+    max_length: int = 256  # tokens of a packed row
+    batch_size: int = 8  # images
+    num_val: int = 256  # validation images
+    schedule: str = "cooldown"
+    final_lr: float = 0.0  # share of the peak at which `cosine` ends
+    cooldown: float = 0.2  # share of each stage
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    precision: str = (
+        "float32"  # of the language model in training, as in sovit.spec.run.Recipe; a frozen one is held in it
+    )
+    init_seed: int = 0
+    data_seed: int = 0
+    study: str = ""  # not part of any id
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if not self.stages:
+            raise UserError("stages=[] trains nothing; give at least one stage")
+        for name, known in (
+            ("schedule", SCHEDULES),
+            ("template", TEMPLATES),
+            ("layout", LAYOUTS),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+        for name in ("batch_size", "num_val", "max_length", "image_size", "clip_norm", "lora_rank", "lora_alpha"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 < self.cooldown < 1 or not 0 <= self.final_lr < 1:
+            raise UserError(f"cooldown={self.cooldown:g}, final_lr={self.final_lr:g} must be shares")
+        for stage in self.stages:
+            if stage.num_examples % self.batch_size or stage.num_examples < 5 * self.batch_size:
+                raise UserError(
+                    f"stage of {stage.num_examples} images is no multiple of the batch of {self.batch_size}, or under"
+                    f" {5 * self.batch_size}"
+                )
+        if len(set(self.families)) < len(self.families):
+            raise UserError(f"families={list(self.families)} name one twice; remove the repeat")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"beta1={self.beta1:g}, beta2={self.beta2:g} must be at least 0 and under 1")
+        if self.control == "blind":
+            self._check_blind()
+        for name in ("init_seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 1 << 32:
+                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
+
+    def _check_blind(self) -> None:
+        if not self.encoder[6:].isdecimal() or not int(self.encoder[6:]):
+            raise UserError(
+                f"encoder={self.encoder!r} does not say how many learned tokens it has; give such as blind:16"
+            )
+        for stage in self.stages:
+            if {stage.projector.mode, stage.language_model.mode} == {"frozen"}:
+                raise UserError(f"a stage trains {stage.words}, and {self.encoder} has no vision; leave the stage out")
+
+    @property
+    def control(self) -> str:
+        """What the run is a control for: "blind", "random" (an encoder before training), or "none"."""
+        kind = self.encoder.partition(":")[0]
+        return kind if kind in ("blind", "random") else "none"
+
+    @property
+    def num_examples(self) -> int:
+        return sum(stage.num_examples for stage in self.stages)
+
+    @functools.cached_property
+    def trunk_id(self) -> str:
+        identity = {k: v for k, v in _non_default(self).items() if k != "study"}
+        identity["stages"] = [_identity(stage) for stage in self.stages]
+        canonical = json.dumps({"vlm": identity}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+    def run_id(self, num_examples: int) -> str:
+        return f"{self.trunk_id}-{num_examples}"
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        return (self.num_examples,)
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return (self.run_id(self.num_examples),)
+
+    @property
+    def base(self) -> str:
+        """The trained branch whose weights, or whose shape, this needs; "" where it needs none of sovit's."""
+        kind, _, rest = self.encoder.rpartition(":")
+        return rest if kind in ("", "random") else ""
+
+    @property
+    def probe(self) -> str:
+        return ""
+
+    @property
+    def label(self) -> str:
+        """Short name for progress lines: the eye, and what reads it."""
+        return f"{self.encoder} {self.language_model}"
+
+    def to_dict(self) -> dict:
+        return {"kind": "vlm", **dataclasses.asdict(self)}
+
+    @property
+    def columns(self) -> dict:
+        """What a row says of the run, flat: `stages` in words, and stages.0.num_examples, stages.0.projector.peak_lr ... of
+        each part that is not frozen, under the names that overrides have."""
+        flat = {name: value for name, value in self.to_dict().items() if name != "stages"}
+        flat |= {"families": list(self.families), "stages": "; ".join(stage.words for stage in self.stages)}
+        for i, stage in enumerate(self.stages):
+            flat[f"stages.{i}.num_examples"] = stage.num_examples
+            for name, part in stage.parts.items():
+                if part.mode != "frozen":
+                    flat |= {f"stages.{i}.{name}.{key}": value for key, value in dataclasses.asdict(part).items()}
+        return flat
+
+    @classmethod
+    def from_dict(cls, d: dict) -> VlmRun:
+        """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""
+        return _from_dict(cls, {k: v for k, v in d.items() if k != "kind"}, "VLM run")
+
+    def replace(self, **changes) -> VlmRun:
+        return dataclasses.replace(self, **changes)
+
+
+def _identity(stage: Stage) -> dict:
+    parts = {name: _non_default(part) for name, part in stage.parts.items() if part.mode != "frozen"}
+    return {"num_examples": stage.num_examples, **parts}
+
+
+# presets: how known systems are trained -----------------------------------------------------------------------------
+
+
+def llava15(num_examples: int, batch_size: int) -> dict:
+    """LLaVA-1.5's two stages (arXiv 2310.03744), the images in the proportion of its 558k and 665k: the projector alone at
+    1e-3, then projector and language model at 2e-5; cosine to nothing; the last block but one, not normed."""
+    align = max(5, round(558 / (558 + 665) * num_examples / batch_size)) * batch_size
+    first = Stage(align, projector=Part("full", 1e-3))
+    second = Stage(num_examples - align, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
+    return {"stages": (first, second), "projector": "mlp2x_gelu", "layer": -2, "norm": False, "schedule": "cosine"}
+
+
+def nanovlm(num_examples: int, batch_size: int) -> dict:
+    """nanoVLM's one stage: all parts, the projector at 5.12e-3 and the backbones at 5e-5; cosine to a tenth."""
+    decay = 0.01  # AdamW's default in PyTorch, which nanoVLM leaves as it is
+    stage = Stage(
+        num_examples,
+        vision=Part("full", 5e-5, weight_decay=decay),
+        projector=Part("full", 5.12e-3, weight_decay=decay),
+        language_model=Part("full", 5e-5, weight_decay=decay),
+    )
+    shuffle = "pixel_shuffle_linear?factor=2"
+    return {"stages": (stage,), "projector": shuffle, "layer": -1, "norm": True, "schedule": "cosine", "final_lr": 0.1}
+
+
+def projector_only(num_examples: int, batch_size: int) -> dict:
+    """The projector alone, between a frozen eye and a frozen language model, as in studies/vlm_transfer.py."""
+    stage = Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))
+    return {"stages": (stage,), "layout": "rows", "template": "short"}
+
+
+PRESETS = {"projector": projector_only, "llava15": llava15, "nanovlm": nanovlm}
+
+
+def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more) -> VlmRun:
+    """A run of PRESETS on `num_examples` images. Raises UserError for an unknown preset and what VlmRun refuses."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    if num_examples % batch_size or num_examples < 10 * batch_size:
+        raise UserError(
+            f"--examples {num_examples} is no multiple of the batch of {batch_size}, or under {10 * batch_size}"
+        )
+    return VlmRun(encoder, **PRESETS[name](num_examples, batch_size), batch_size=batch_size, **more)

@@ -1,0 +1,1 @@
+"""Many runs: the queue, workers, launcher, status, MLflow."""

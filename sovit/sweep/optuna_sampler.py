@@ -1,0 +1,242 @@
+"""Optuna's samplers on shapes: `NextRunSampler`, which asks for the most informative run, and TPE and GP as its opponents.
+
+    space = {"width": (16, 24, 32, 48, 64, 96), "depth": (1, 2, 3, 4, 6), "mlp_dim": (64, 128, 256, 512, 1024)}
+    base = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+    sampler = NextRunSampler(base, space, (3.2e10, 1e11, 3.2e11, 1e12), target_flops=1e13, num_classes=16)
+
+    def objective(trial):
+        shape, num_examples, seed = sampler.suggest(trial)
+        return train_and_validate(shape, num_examples, seed)  # yours; returns a loss
+
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(objective, n_trials=40)
+    print(sampler.recommend(study))
+
+`black_box` searches shapes at one training budget, as a user of Optuna without a law would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+
+from sovit import UserError
+from sovit.predict.belief import FORM, Belief, learn
+from sovit.predict.candidates import Candidate, candidates
+from sovit.predict.next_run import choose
+from sovit.spec.design import star
+from sovit.spec.run import budgets_for
+from sovit.spec.shape import Shape
+from sovit.sweep.adaptive import whole_shape
+
+SAMPLERS = {
+    "random": optuna.samplers.RandomSampler,
+    "tpe": optuna.samplers.TPESampler,
+    "gp": optuna.samplers.GPSampler,
+}
+
+
+# the most informative run --------------------------------------------------------------------------------------------
+
+PARAMS = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")  # of a trial, with those below
+MORE = ("num_examples", "init_seed")
+WIDE = IntDistribution(0, 2**60)
+
+
+class NextRunSampler(optuna.samplers.BaseSampler):
+    """Proposes the run that lowers the expected regret of the recommended shape most per FLOP (`active.choose`).
+
+    base, space: the shape, and the values of its dimensions that are chosen. train_flops: budgets, at one of which each
+    trial trains; its value is its loss. The first trials are the pilot (None = `pilot_of`), each shape at the two lowest
+    budgets; from then on the study's trials alone decide, so that equal studies get equal proposals. Trials that run or
+    failed are not asked for again. form, zero_line: of the law that is believed (`active.learn`). resumes: whether the
+    objective goes on from a shorter trial of the same shape and seed, so that only the rest is paid for.
+    """
+
+    def __init__(
+        self,
+        base: Shape,
+        space: Mapping[str, Sequence[int]],
+        train_flops: Sequence[float],
+        *,
+        target_flops: float,
+        pilot: Sequence[Shape] | None = None,
+        num_classes: int = 0,
+        batch_size: int = 16,
+        seeds: int = 3,
+        form: str = FORM,
+        zero_line: float | None = None,
+        resumes: bool = False,
+    ):
+        self.base, self.space, self.train_flops = base, dict(space), sorted(train_flops)
+        self.target_flops, self.num_classes, self.batch_size = target_flops, num_classes, batch_size
+        self.seeds, self.form, self.zero_line, self.resumes = seeds, form, zero_line, resumes
+        self.pilot = list(pilot or pilot_of(base, space))
+
+    def suggest(self, trial: optuna.Trial) -> tuple[Shape, int, int]:
+        """(shape, num_examples, init_seed) of a trial, taken up into its parameters."""
+        found = {name: trial.suggest_int(name, WIDE.low, WIDE.high) for name in (*PARAMS, *MORE)}
+        return self.base.replace(**{n: found[n] for n in PARAMS}), found["num_examples"], found["init_seed"]
+
+    def recommend(self, study: optuna.Study) -> Shape:
+        """The shape for target_flops, by all finished trials. Raises UserError while the pilot is not finished."""
+        rows = self._rows(study)
+        if len(rows) <= self._num_pilot // 2:
+            raise UserError(f"{len(rows)} finished trials are too few to recommend a shape; run {self._num_pilot}")
+        return whole_shape(self._belief(rows), self.base)
+
+    # what Optuna calls
+
+    def infer_relative_search_space(self, study, trial) -> dict:
+        return {name: WIDE for name in (*PARAMS, *MORE)}
+
+    def sample_relative(self, study, trial, search_space) -> dict[str, int]:
+        picked = self._next(study, trial.number)
+        shape = {name: getattr(picked.shape, name) for name in PARAMS}
+        return shape | dict(num_examples=picked.num_examples, init_seed=picked.init_seed)
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        """Reached where an objective asks for what this sampler does not know, or in a range without its proposal."""
+        known = ", ".join((*PARAMS, *MORE))
+        raise UserError(
+            f"trial {trial.number} asks for {param_name} in {param_distribution}, which is not what was proposed; use"
+            f" sampler.suggest(trial), or trial.suggest_int of {known} in ranges that hold the sampler's values"
+        )
+
+    def _next(self, study: optuna.Study, number: int) -> Candidate:
+        rows = self._rows(study)
+        others = self._rows(study, (TrialState.RUNNING, TrialState.FAIL, TrialState.PRUNED), number)
+        if len(rows) <= self._num_pilot // 2 or len(rows) + len(others) < self._num_pilot:
+            taken = {(row["trunk_id"], row["num_examples"]) for row in (*rows, *others)}
+            for seed in itertools.count():  # seeds beyond the first only for more workers than the pilot has trials
+                for shape in self.pilot:
+                    for n in self._budgets(shape):
+                        if (_trunk(shape, seed), n) not in taken:
+                            return Candidate(shape, (n,), "trunk", self._cost(shape, n), None, seed)
+        pool = candidates(
+            self.base,
+            self.space,
+            train_flops=self.train_flops,
+            rows=[*rows, *others],
+            num_classes=self.num_classes,
+            batch_size=self.batch_size,
+            seeds=self.seeds,
+        )
+        pool = [c for c in pool if len(c.budgets) == 1]
+        if not self.resumes:
+            pool = [dataclasses.replace(c, cost=self._cost(c.shape, c.num_examples)) for c in pool]
+        return choose(self._belief(rows), pool, check_every=0)[0].candidate
+
+    @property
+    def _num_pilot(self) -> int:
+        return sum(len(self._budgets(shape)) for shape in self.pilot)
+
+    def _budgets(self, shape: Shape) -> tuple[int, ...]:
+        return budgets_for(shape, self.train_flops[:2], self.num_classes, self.batch_size)
+
+    def _cost(self, shape: Shape, num_examples: int) -> float:
+        return float(shape.train_flops_per_image(self.num_classes) * num_examples)
+
+    def _belief(self, rows: Sequence[dict]) -> Belief:
+        names = ("width", "depth", "mlp_dim", "patch_size", "image_size", "num_examples", "num_params", "forward_flops")
+        columns = {name: np.array([row[name] for row in rows], float) for name in names}
+        columns["trunk_id"] = np.array([row["trunk_id"] for row in rows])
+        shape = self.base
+        fixed = {name: getattr(shape, name) for name in ("patch_size", "image_size", "pool", "head_dim")}
+        return learn(
+            columns,
+            [row["loss"] for row in rows],
+            self.target_flops,
+            form=self.form,
+            zero_line=self.zero_line,
+            geometry=fixed | dict(num_classes=self.num_classes),
+            reachable=self.space,
+            discrepancy_dof=np.inf,  # held, as in `active.next_run`
+        )
+
+    def _rows(self, study, states=(TrialState.COMPLETE,), apart_from: int | None = None) -> list[dict]:
+        """Trials as rows, in the order of their numbers."""
+        rows = []
+        for trial in study.get_trials(deepcopy=False, states=states):
+            missing = [name for name in (*self.space, *MORE) if name not in trial.params]
+            if trial.number == apart_from or (missing and trial.state != TrialState.COMPLETE):
+                continue
+            if missing:
+                raise UserError(
+                    f"trial {trial.number} has no parameter {missing[0]}; let the objective take its run from"
+                    " sampler.suggest(trial)"
+                )
+            shape = self.base.replace(**{n: int(trial.params[n]) for n in PARAMS if n in trial.params})
+            row = shape.to_dict() | {n: int(trial.params[n]) for n in MORE}
+            row |= dict(trunk_id=_trunk(shape, row["init_seed"]), loss=trial.values[0] if trial.values else None)
+            rows.append(row | dict(num_params=shape.num_params, forward_flops=shape.forward_flops))
+        return rows
+
+
+def pilot_of(base: Shape, space: Mapping[str, Sequence[int]]) -> list[Shape]:
+    """The shape in the middle of the space and corners off every axis, at its quartiles; ends of it if it has one axis."""
+    ladder = {name: sorted(values) for name, values in space.items() if len(values) > 1}
+    ends = {name: (v[len(v) // 4], v[-1 - len(v) // 4]) for name, v in ladder.items()}
+    centre = base.replace(**{name: v[(len(v) - 1) // 2] for name, v in ladder.items()})
+    shapes = star(centre, {n: [x for x in pair if x != getattr(centre, n)] for n, pair in ends.items()})
+    off_axis = [s for s in shapes if sum(getattr(s, n) != getattr(centre, n) for n in space) != 1]
+    return off_axis if len(ladder) > 1 else shapes
+
+
+def _trunk(shape: Shape, seed: int) -> str:
+    return f"{shape.label}/{shape.patch_size}@{shape.image_size}-{seed}"
+
+
+# opponents -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Searched:
+    """shapes, losses: what was tried, in order. best: the shape of the lowest loss seen; believed: the tried shape of
+    the lowest posterior mean (gp; elsewhere the same as best), which noise misleads less."""
+
+    shapes: list[dict[str, float]]
+    losses: list[float]
+    best: dict[str, float]
+    believed: dict[str, float]
+
+
+def black_box(
+    kind: str,
+    loss: Callable[[dict[str, float]], float],
+    ranges: Mapping[str, tuple[float, float]],
+    num_trials: int,
+    seed: int = 0,
+    first: Sequence[Mapping[str, float]] = (),
+) -> Searched:
+    """Minimise a noisy loss over shapes by one of SAMPLERS, with Optuna's defaults.
+
+    ranges: dimension -> least and largest value, real numbers on a log scale (over whole ones GP takes five times as
+    long); first: shapes that are tried first.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = SAMPLERS[kind](seed=seed)
+    study = optuna.create_study(sampler=sampler)
+    for shape in first[:num_trials]:
+        study.enqueue_trial(dict(shape))
+
+    def objective(trial: optuna.Trial) -> float:
+        return loss({name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()})
+
+    study.optimize(objective, n_trials=num_trials)
+    done = study.get_trials(deepcopy=False)
+    shapes, losses = [dict(t.params) for t in done], [float(t.values[0]) for t in done]
+    best = believed = shapes[losses.index(min(losses))]
+    if isinstance(sampler, optuna.samplers.GPSampler) and len(done) > 1:
+        study.ask({name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()})
+        if sampler._gprs_cache_list:  # the Gaussian process of that ask, fitted to all trials; None during start-up
+            process = sampler._gprs_cache_list[0]
+            believed = shapes[int(process.posterior(process._X_train)[0].argmax())]  # it maximises -loss
+    return Searched(shapes, losses, best, believed)

@@ -1,0 +1,233 @@
+"""The command line of a file in studies/."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sovit import OUTPUTS, UserError
+from sovit.spec.any_run import AnyRun, on_base, vlm_runs
+from sovit.spec.config import keys, override
+from sovit.spec.run import Run
+from sovit.spec.vlm_run import VlmRun
+from sovit.sweep.launch import launch
+from sovit.sweep.queue import Sweep
+
+
+def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """The options that every study has."""
+    parser = argparse.ArgumentParser(
+        prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="typed override of a field of every run that has it, such as recipe.peak_lr=0.004 or, of a"
+        " vision-language model, stages.0.num_examples=4000",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="worker processes, one thread each (default 1)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with FLOPs and estimated time; train nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as JSON")
+    parser.add_argument("--name", default=name, help="name of the study, its ledger and its store")
+    parser.add_argument("--storage", help="Optuna storage (default: a journal file beside the runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where trunks are kept (default runs)")
+    parser.add_argument("--results", type=Path, default=OUTPUTS, help=f"where the ledger is kept (default {OUTPUTS})")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def main(
+    doc: str,
+    name: str,
+    make_runs: Callable[[], Sequence[AnyRun]],
+    argv: Sequence[str] | None = None,
+    metric: str = "val_loss",
+    next_command: str = "",
+) -> int:
+    """What `python studies/X.py` does. `metric`: the column of the ledger that the study is after, a trial's value.
+
+    next_command: what is to be done with the ledger, said at the end; a law is fitted where nothing else is said, but of
+    vision-language models there is none.
+
+    Returns the exit status: 0 done, 1 a run failed, 2 bad input.
+    """
+    options = study_parser(doc, name).parse_intermixed_args(argv)
+
+    def study() -> int:
+        check_workers(options)
+        runs = [run.replace(study=options.name) for run in overridden(make_runs(), options.overrides)]
+        ledger = options.results / f"{options.name}.jsonl"
+        sweep = Sweep(options.name, runs, options.runs, ledger, options.storage, metric)
+        if options.dry_run:
+            return dry_run(sweep, options)
+        run_sweep(sweep, options.workers, options.device)
+        fitted = not vlm_runs(runs)
+        choice = "" if metric == "val_loss" or not (next_command or fitted) else f" --metric {metric}"
+        print(f"next: {next_command or ('sovit fit' if fitted else 'sovit track')} {sweep.ledger}{choice}")
+        return int(bool(sweep.pending()))
+
+    return exit_status(study)
+
+
+def exit_status(study: Callable[[], int]) -> int:
+    """The exit status of a study; 2 where it raises UserError and 130 where it is stopped, which it says in one line."""
+    try:
+        return study()
+    except UserError as error:
+        print(f"sovit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
+        return 130
+
+
+def check_workers(options: argparse.Namespace) -> None:
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers} must be at least 1")
+
+
+def dry_run(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Print what a launch would train, and how long that takes."""
+    from sovit.sweep.plan import print_plan
+    from sovit.train.trainer import check_device
+
+    check_device(options.device)
+    print_plan(sweep, options.workers, options.device, options.json)
+    return 0
+
+
+def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRun]:
+    """`override` each run by what it has a field for. A run that begins at a branch of another, or reads that encoder, goes
+    on from it as it is now.
+
+    Raises UserError for a key that no run has, and where that branch is gone.
+    """
+    known = dict.fromkeys(key for run in runs for key in keys(run))
+    for assignment in assignments:
+        key, equals, _ = assignment.partition("=")
+        if not equals or key not in known:
+            raise UserError(f"unknown key in {assignment!r}; keys are {', '.join(known)}")
+    owner = {run_id: run for run in runs for run_id in run.run_ids}
+    changed: dict[str, AnyRun] = {}  # by trunk_id before
+
+    def change(run: AnyRun) -> AnyRun:
+        if run.trunk_id in changed:
+            return changed[run.trunk_id]
+        own = set(keys(run))
+        new = override(run, [a for a in assignments if a.partition("=")[0] in own])
+        if new.base == run.base and run.base in owner:
+            num_examples = int(run.base.rpartition("-")[2])
+            base = change(owner[run.base])
+            if num_examples not in base.budgets:
+                raise UserError(
+                    f"{' '.join(assignments)} takes away {run.base}, at which other runs of this study begin;"
+                    " leave budgets as they are"
+                )
+            new = on_base(new, base.run_id(num_examples))
+        changed[run.trunk_id] = new
+        return new
+
+    return [change(run) for run in runs]
+
+
+def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
+    """Launch, and say in one line what came of it. Opens data and models first: bad input stops here, not in a worker.
+
+    Raises UserError for a device, data, model or base that cannot be had, shapes that do not fit the data, and data that
+    changed since a part of the study was trained.
+    """
+    from sovit.train.trainer import check_device
+
+    check_device(device)
+    sweep.refuse_missing_bases()
+    pending = sweep.pending()
+    if pending:
+        _open_data(sweep, [run for run in sweep.runs.values() if isinstance(run, Run)], device)
+        _open_parts(vlm_runs(pending), sweep.runs_dir, device)
+    if not pending:
+        print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
+    rows = launch(sweep, workers, device)
+    counts = {s: sum(row["status"] == s for row in rows) for s in ("ok", "diverged", "failed")}
+    print(f"{sweep.name}: {sweep.ledger} has {len(rows)} rows: " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+    for row in rows:
+        if row["status"] != "ok":
+            print(f"  {row['run_id']} {row['status']}: {row.get('error')}", file=sys.stderr)
+    if left := sweep.pending():
+        log = sweep.runs_dir / f"{sweep.name}.log"
+        print(
+            f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr
+        )
+    return rows
+
+
+def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:
+    """Open the data that encoders are trained and probed on, and say what knowing nothing scores there."""
+    from sovit.data import baselines, open_data
+    from sovit.encoder.probe import check_same_data, open_probe
+    from sovit.train.siglip import pair_baselines
+    from sovit.train.trainer import check_readout
+
+    sources, probes = {}, set()
+    for run in runs:
+        shape = run.shape
+        key = (run.data, run.preset, shape.image_size, shape.patch_size)
+        if key not in sources:
+            sources[key] = open_data(*key, 0, device)
+            known = baselines if run.recipe.objective == "classification" else pair_baselines
+            print(f"{run.data}:{run.preset} at {shape.image_size} px: {known(sources[key])}", flush=True)
+        for size in run.recipe.patch_sizes:
+            other = (*key[:-1], size)
+            if other not in sources:
+                sources[other] = open_data(*other, 0, device)
+        check_readout(run, sources[key].readout)
+        if run.probe and (run.probe, shape.image_size, shape.patch_size) not in probes:
+            probes.add((run.probe, shape.image_size, shape.patch_size))
+            probe_data = open_probe(run.probe, shape.image_size, shape.patch_size, device)
+            print(f"probe: {probe_data}", flush=True)
+            check_same_data(sweep.in_ledger.values(), probe_data)
+        for row in filter(None, sweep.rows(run)):
+            if row.get("data_key", sources[key].content_key) != sources[key].content_key:
+                raise UserError(
+                    f"the data of {run.data}:{run.preset} changed since {row['run_id']} was trained;"
+                    " give the study another --name and --runs"
+                )
+
+
+def _open_parts(runs: Sequence[VlmRun], runs_dir: Path, device: str) -> None:
+    """Open what vision-language models are made of and asked: each thing once, and none of it is kept."""
+    if not runs:
+        return
+    from sovit.encoder.open import open_encoder
+    from sovit.vlm.language_model import open_language_model
+    from sovit.vlm.projectors import PROJECTORS
+    from sovit.vlm.questions.questions import open_questions
+
+    asked: set[tuple] = set()
+    for run in runs:
+        place = (run.data, run.preset, run.image_size, run.families)
+        if place not in asked:
+            questions = open_questions(*place[:-1], run.data_seed, families=run.families)
+            print(
+                f"{run.data}:{run.preset} at {run.image_size} px: questions of {', '.join(questions.families)}",
+                flush=True,
+            )
+            if run.num_val > questions.num_val:
+                raise UserError(
+                    f"num_val={run.num_val} of {run.trunk_id}: there are {questions.num_val} images to validate on"
+                )
+            asked.add(place)
+        name = run.projector.partition("?")[0]
+        if name not in PROJECTORS:
+            raise UserError(f"projector={run.projector!r} is unknown; choose one of {', '.join(PROJECTORS)}")
+    for name in dict.fromkeys(run.language_model for run in runs):
+        words = open_language_model(name)
+        print(f"{name}: {sum(p.numel() for p in words.model.parameters()):,} parameters", flush=True)
+    for name in dict.fromkeys(run.encoder for run in runs if run.control != "blind"):
+        # what this study trains is not there yet
+        if name.partition(":")[0] in ("timm", "hf"):
+            open_encoder(name, runs_dir, device)

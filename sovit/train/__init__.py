@@ -1,0 +1,1 @@
+"""Training: the loop, the trainer, fine-tuning, checkpoints, profiles."""

@@ -1,0 +1,1 @@
+"""Questions about the images of a source, with their answers."""

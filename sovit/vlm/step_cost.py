@@ -1,0 +1,124 @@
+"""What a step of a vision-language run costs, tried out before anything is trained: for the plan of a study.
+
+The step is a real one but for what it starts from: an encoder of sovit stands there as it was before training, which costs
+the same. Low-rank adapters are left out, whose own part is small; so are the optimiser's step and validation.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from sovit import UserError
+from sovit.encoder.model import build
+from sovit.encoder.open import Encoder, open_encoder, timm_encoder
+from sovit.spec.any_run import AnyRun
+from sovit.spec.run import Run
+from sovit.spec.vlm_run import PARTS, Stage, VlmRun
+from sovit.vlm.language_model import LanguageModel, open_language_model
+from sovit.vlm.model import VisionLanguageModel
+from sovit.vlm.packing import NO_LABEL
+from sovit.vlm.questions.questions import open_questions
+
+LARGE = (
+    10_000_000  # parameters of a language model above which one image is tried, not a batch, and one encoder for all
+)
+
+
+SHORT = 2.0  # seconds
+
+
+class Trials:
+    """Tries each kind of step once, whichever of a study's runs ask for it."""
+
+    def __init__(self, runs: Mapping[str, AnyRun], runs_dir: Path, device: str):
+        self.runs, self.runs_dir, self.device = runs, runs_dir, device
+        self.words: dict[str, LanguageModel] = {}
+        self.known: dict[tuple, tuple[float, float]] = {}
+
+    def costs(self, run: VlmRun) -> list[tuple[float, float]]:
+        """(training FLOPs of an image, seconds of an image) in each stage. Raises UserError for a part that is not there."""
+        if run.language_model not in self.words:
+            self.words = {run.language_model: open_language_model(run.language_model)}  # one at a time: they are large
+        words = self.words[run.language_model]
+        large = sum(p.numel() for p in words.model.parameters()) > LARGE
+        model = VisionLanguageModel(
+            self._encoder(run), words, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
+        ).to(self.device)
+        shape = (model.encoder.width, model.encoder.depth) if model.encoder and not large else ()
+        asked = (
+            run.language_model,
+            run.data,
+            run.preset,
+            run.image_size,
+            run.families,
+            run.template,
+            run.layout,
+            run.max_length,
+        )
+        key = (*asked, model.num_image_tokens, *shape, 1 if large else run.batch_size, run.precision)
+        found = []
+        for stage in run.stages:
+            modes = tuple(stage.parts[part].mode for part in PARTS)
+            if (*key, modes) not in self.known:
+                self.known[*key, modes] = try_step(model, run, stage, 1 if large else run.batch_size, self.device)
+            found.append(self.known[*key, modes])
+        return found
+
+    def _encoder(self, run: VlmRun) -> Encoder | int:
+        if run.control == "blind":
+            return int(run.encoder.partition(":")[2])
+        if not run.base:
+            return open_encoder(run.encoder, self.runs_dir, self.device)
+        trunk = run.base.rpartition("-")[0]
+        trained = self.runs.get(trunk)
+        if trained is None:
+            try:
+                trained = Run.from_dict(json.loads((self.runs_dir / trunk / "config.json").read_text()))
+            except (OSError, ValueError):
+                raise UserError(f"the encoder {run.base} is not in {self.runs_dir}") from None
+        if not isinstance(trained, Run):
+            raise UserError(f"{run.base} is a vision-language model; name an encoder")
+        return timm_encoder(run.encoder, build(trained.shape, 16))
+
+
+def try_step(
+    model: VisionLanguageModel, run: VlmRun, stage: Stage, num_images: int, device: str
+) -> tuple[float, float]:
+    """FLOPs and seconds of an image; the FLOPs as the run's own bill counts them. A short step is timed twice more."""
+    parts: dict[str, Any] = dict(zip(PARTS, (model.vision, model.projector, model.lm)))
+    questions = open_questions(run.data, run.preset, run.image_size, run.data_seed, families=run.families)
+
+    def step() -> float:
+        start = time.perf_counter()
+        for part in filter(None, parts.values()):
+            part.zero_grad()
+        asked = questions.ask("train", 0, num_images)
+        documents = [model.document([(q.question, q.answer) for q in image]) for image in asked]
+        batch = model.batch(documents, questions.images("train", 0, num_images), run.max_length)
+        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=run.precision == "bfloat16"):
+            logits = model(batch)
+        F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL]).backward()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for part, module in parts.items():
+        if module is not None:
+            module.requires_grad_(stage.parts[part].mode == "full")
+    if stage.parts["language_model"].mode == "lora":  # gradients go through it from its first block on
+        model.lm.get_input_embeddings().requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        seconds = step()
+    if seconds < SHORT:  # what is done once, and counting, weigh there
+        seconds = min(step(), step())
+    for part in filter(None, parts.values()):
+        part.requires_grad_(False).zero_grad()
+    return counter.get_total_flops() / num_images, seconds / num_images

@@ -1,0 +1,1 @@
+"""Published vision-language models as tables of parts."""

@@ -1,0 +1,184 @@
+"""The table of law forms: every entry evaluates, starts, recovers a planted law and, where it can, ranks shapes."""
+
+from itertools import product
+
+import numpy as np
+import planted
+import pytest
+
+from sovit import UserError
+from sovit.law import fit as law
+from sovit.law import read
+from sovit.law.compute_optimum import optimum
+from sovit.law.diagnostics import box
+from sovit.law.forms import LAWS, WHOLE_SHAPE
+from sovit.law.geometry import Geometry
+from sovit.predict.recommend import best_shape
+from sovit.spec.shape import POOLS, Shape
+
+CORNERS = tuple(product((608, 1152), (8, 20), (1088, 3072)))
+
+
+def crossed(sd=0.0, seed=0):
+    """Star and corners with an interaction through the parameter count, and the trunk of each row."""
+    table, trunk = planted.star(extra=CORNERS)
+    table["num_params"] = Geometry(**planted.GEOMETRY).num_params(table)
+    y = planted.loss(table) + 0.05 * (table["num_params"] / 5e8) ** -0.35
+    return table, y * planted.noise(trunk, sd, seed), trunk
+
+
+def test_num_params_of_a_geometry_are_those_of_the_shape():
+    rng = np.random.default_rng(0)
+    for pool in POOLS * 10:
+        head_dim, patch = int(rng.integers(1, 9)) * 8, int(rng.integers(1, 17))
+        sizes = dict(width=head_dim * int(rng.integers(1, 20)), depth=int(rng.integers(1, 50)))
+        sizes |= dict(mlp_dim=int(rng.integers(1, 9000)), patch_size=patch, image_size=patch * int(rng.integers(1, 30)))
+        registers = int(rng.integers(0, 5))
+        shape = Shape(**sizes, head_dim=head_dim, pool=pool, num_registers=registers)
+        geometry = Geometry(head_dim=head_dim, pool=pool, num_prefix_tokens=shape.num_prefix_tokens)
+        assert geometry.num_params(sizes) == shape.num_params and geometry.flops(sizes, False) == shape.forward_flops
+
+
+def test_elasticities_of_the_counts_equal_differences():
+    geometry, names = Geometry(**planted.GEOMETRY, num_classes=1000), planted.DIMS
+    v = np.log([[608.0, 10, 928], [1968, 40, 6144]])
+    for measure in (lambda v: geometry.log_flops(names, v, True), lambda v: geometry.log_params(names, v)):
+        value, slope = measure(v)
+        for k in range(3):
+            ends = [measure(v + sign * 1e-6 * np.eye(3)[k])[0] for sign in (1, -1)]
+            np.testing.assert_allclose(slope[:, k], (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
+    flops = [geometry.flops(dict(zip(names, row)), True) for row in np.exp(v)]
+    np.testing.assert_allclose(np.exp(geometry.log_flops(names, v, True)[0]), flops)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in LAWS.items() if entry.ranks_shapes])
+def test_elasticities_of_a_form_equal_differences(name):
+    form = LAWS[name].build(planted.DIMS, zero_line=1.2)
+    rng = np.random.default_rng(0)
+    low, high = form.bounds
+    theta = rng.uniform(low + 0.1, np.minimum(high, 2.0), (5, len(low)))
+    u = rng.standard_normal((5, len(form.terms), 4))
+    value, slope = form.elasticities(theta, u)
+    np.testing.assert_allclose(value, form.evaluate(theta, u)[0])
+    for k in range(len(form.terms)):
+        bent = np.zeros_like(u)
+        bent[:, k] = 1e-6
+        ends = [form.evaluate(theta, u + sign * bent)[0] for sign in (1, -1)]
+        np.testing.assert_allclose(slope[:, k], (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+def test_joint_n_recovers_a_planted_interaction_and_counts_parameters_itself():
+    table, y, trunk = crossed()
+    options = dict(clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
+    found = law.fit("joint_n", table, y, **options)
+    assert found.params["a_N"] == pytest.approx(0.35, rel=1e-3)
+    assert found.params["A_N"] == pytest.approx(0.05 * 5e8**0.35, rel=2e-2)
+    for dim, exponent in zip(planted.DIMS, planted.EXPONENTS):
+        assert found.params[f"a_{dim}"] == pytest.approx(exponent, rel=1e-3)
+    bare = {n: c for n, c in table.items() if n != "num_params"}
+    assert law.fit("joint_n", bare, y, **options).params == pytest.approx(found.params, rel=1e-9)
+    np.testing.assert_allclose(read.Fit.from_json(found.to_json()).predict(bare), y, rtol=1e-6)
+
+
+def test_parameters_counted_otherwise_are_met_by_a_scale():
+    table, y, trunk = crossed()
+    table["num_params"] = 1.1 * table["num_params"]
+    found = law.fit("joint_n", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
+    assert found.geometry["params_scale"] == pytest.approx(1.1)
+    np.testing.assert_allclose(found.predict({n: c for n, c in table.items() if n != "num_params"}), y, rtol=1e-6)
+
+
+def test_free_c_recovers_the_c_of_each_arm():
+    table, trunk = planted.star()
+    arm = np.repeat(np.arange(3), 18)
+    x = np.choose(arm, [table[d] / np.exp(np.log(table[d][arm == k]).mean()) for k, d in enumerate(planted.DIMS)])
+    t = table["compute"] / np.exp(np.log(table["compute"]).mean())
+    c = np.array([0.4, 0.6, 0.8])
+    y = 0.05 * x**-1.1 + (0.02 * x**0.6 + 0.04) * t ** -c[arm] + 0.2
+    found = law.fit("sovit_free_c", table, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=20)
+    assert [found.params[f"c_{d}"] for d in planted.DIMS] == pytest.approx(c, rel=1e-3)
+    for d, each in zip(planted.DIMS, c):
+        assert found.exponents[d]["estimate"] == pytest.approx(each / 1.7, rel=1e-3)
+    np.testing.assert_allclose(found.predict(table), y, rtol=1e-6)
+
+
+def test_a_curve_of_one_column_recovers_its_shift():
+    n = np.geomspace(1e5, 1e9, 15)
+    y = 0.12 + 0.63 * (n / 1e6 + 0.52) ** -0.32  # the ten-shot error of arXiv 2106.04560, its compute in other units
+    found = law.fit("shifted", dict(num_examples=n), y, terms=("num_examples",), clusters=np.arange(15))
+    want = dict(B=0.63 * 1e6**0.32, eps=0.12, c=0.32, d=0.52e6)
+    assert found.params == pytest.approx(want, rel=1e-4)
+    np.testing.assert_allclose(read.Fit.from_json(found.to_json()).predict(dict(num_examples=n)), y, rtol=1e-7)
+    named = law.fit("shifted", dict(compute=n), y, terms=("compute",), clusters=np.arange(15))
+    assert named.params == pytest.approx(want, rel=1e-4)
+    with pytest.raises(UserError, match="cannot rank whole shapes"):
+        best_shape(found, 1e15)
+
+
+def test_shifted_recovers_a_planted_law_of_shapes():
+    table, _ = planted.star()
+    shapes = np.repeat(np.stack([table[d][::3] for d in planted.DIMS], 1), 7, 0)
+    images = np.tile(np.geomspace(4e6, 1e9, 7), 18)
+    table, trunk = planted.columns(shapes, images), np.repeat(np.arange(18), 7)
+    y = planted.loss(table) - 0.05 * (images / 600e6) ** -planted.C + 0.3 * (images / 1e8 + 1.5) ** -1.2
+    found = law.fit("shifted", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
+    assert found.params["d"] == pytest.approx(1.5e8, rel=2e-2) and found.params["c"] == pytest.approx(1.2, rel=1e-2)
+    np.testing.assert_allclose(found.predict(table), y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["joint", "joint_n", "shifted", "bounded"])
+def test_the_optimum_is_that_of_a_dense_grid(name):
+    """Random laws of each form: no point of a dense grid over the whole box is better, at budgets far apart."""
+    form = LAWS[name].build(planted.DIMS, zero_line=5.0)
+    rng = np.random.default_rng(1)
+    low, high = form.bounds
+    theta = rng.uniform(low, np.minimum(high, 2.0), (40, len(low)))
+    theta[:, : len(form.formula)] = np.exp(rng.uniform(-5, 0, (40, len(form.formula))))
+    geometry = Geometry(**planted.GEOMETRY, num_classes=1000)
+    centre = np.log([900.0, 15, 2000] + [2e8] * (name == "joint_n") + [1e8])
+    grid = {d: list(arm) for d, arm in zip(planted.DIMS, planted.ARMS)}
+    ends = box(grid)
+    budget = rng.uniform(np.log(1e16), np.log(1e22), 40)
+    v = optimum(form, theta, centre, planted.DIMS, geometry, budget, *ends, head=True)
+    assert (v >= ends[0]).all() and (v <= ends[1]).all()
+
+    def losses(points, i):  # [K, G]
+        table = dict(zip(planted.DIMS, np.exp(points)))
+        images = np.exp(budget[i]) / geometry.flops(table, head=True)
+        logs = [points, np.log(geometry.num_params(table))[None]] if name == "joint_n" else [points]
+        u = np.concatenate([*logs, np.log(images)[None]]) - centre[:, None]
+        return form.evaluate(theta[i : i + 1], u)[0][0]
+
+    axes = [np.linspace(a, b, 36) for a, b in zip(*ends)]
+    dense = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")])
+    for i in range(40):
+        assert losses(v[i][:, None], i)[0] <= losses(dense, i).min() + 1e-12
+
+
+def test_patch_and_image_size_are_dimensions_of_joint():
+    """A larger image helps and a larger patch hurts; both cost. The planted law is found, its optimum lies inside."""
+    shapes = [(w, p, i) for w, p, i in product((128, 256, 512), (4, 8, 16, 32), (64, 128, 256))]
+    width, patch, image = np.repeat(np.array(shapes, float), 4, 0).T
+    n = np.tile([1e6, 4e6, 16e6, 64e6], len(shapes))
+    fixed = dict(depth=np.full(len(n), 6), mlp_dim=np.full(len(n), 1024))
+    table = fixed | dict(width=width, patch_size=patch, image_size=image, num_examples=n)
+    table["forward_flops"] = Geometry(depth=6, mlp_dim=1024).flops(table, head=False)
+    exponents = dict(a_width=0.8, a_patch_size=0.7, a_image_size=1.1, c=0.5)
+    y = 0.2 + 0.02 * (width / 256) ** -0.8 + 0.05 * (patch / 8) ** 0.7 + 0.05 * (image / 128) ** -1.1
+    y = y + 0.1 * (n / 8e6) ** -0.5
+    options = dict(clusters=np.repeat(np.arange(len(shapes)), 4), extrapolate=False)
+    found = law.fit("joint", table, y, **options)
+    assert {k: found.params[k] for k in exponents} == pytest.approx(exponents, rel=1e-5)
+    noisy = law.fit("joint", table, y * planted.noise(options["clusters"], 0.003, 0), bootstrap=50, **options)
+    growth = noisy.exponents
+    assert growth["image_size"]["low"] > 0 > growth["patch_size"]["high"] > growth["patch_size"]["low"]
+    assert all(e["low"] <= e["estimate"] <= e["high"] and e["status"] == "ok" for e in growth.values()), growth
+    best = best_shape(found, 3 * 3e16)
+    for dim, e in best.optimum.items():
+        assert min(found.data["grid"][dim]) < e["estimate"] < max(found.data["grid"][dim])
+
+
+def test_which_forms_rank_shapes():
+    assert set(WHOLE_SHAPE) == {
+        *("joint", "joint_n", "joint_tokens", "bounded", "bounded_tokens", "power_mean", "shifted")
+    }

@@ -1,0 +1,300 @@
+"""What a law depends on: planted breaks are named, countings have their closed form, implied compute its table."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import planted_ledger as planted
+import pytest
+
+from sovit import UserError
+from sovit.law import fit as law
+from sovit.law.diagnostics import inside
+from sovit.law.geometry import Geometry
+from sovit.law.sensitivity import _Frame, _windows, extrapolation_cuts, sensitivity
+from sovit.ledger.measurements import measurements
+from sovit.report import figures as plot
+from sovit.spec.shape import COUNTINGS, Shape, encoder_flops
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = dict(width=(18.0, 1.3), depth=(0.55, 1.3), mlp_dim=(9.0, 0.55))
+BUDGET = 3.16e12
+
+
+def joint_loss(row, tilt=0.0):
+    """A planted joint law; `tilt` bends the exponent of the MLP dim."""
+    size = sum(A * row[name] ** -a for name, (A, a) in SIZE.items() if name != "mlp_dim")
+    return size + 9.0 * row["mlp_dim"] ** -(0.55 + tilt) + 42.0 * row["num_examples"] ** -0.3 + 0.2
+
+
+def ledger_of(folder, change=lambda row: 1.0, noise=0.001, tilt=lambda row: 0.0):
+    rng = np.random.default_rng(0)
+    rows = [
+        row | dict(val_loss=float(joint_loss(row, tilt(row)) * change(row) * np.exp(rng.normal(0, noise))))
+        for row in planted.planted_rows(seeds=1)
+    ]
+    return measurements([planted.write_ledger(folder / "a.jsonl", rows)])
+
+
+def fitted(data, form="joint", **options):
+    return law.fit(form, data.columns, data.y, extrapolate=False, **options)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return ledger_of(tmp_path_factory.mktemp("sensitivity"))
+
+
+@pytest.fixture(scope="module")
+def found(data):
+    return sensitivity(data, fitted(data, bootstrap=100), BUDGET)
+
+
+def rows_of(found, what):
+    return {row["setting"]: row for row in found["alterations"] if row["what"] == what}
+
+
+def test_one_bad_shape_is_the_largest_mover_and_is_named(tmp_path, data, found):
+    spoilt = ledger_of(tmp_path, lambda row: 1.3 if row["width"] == 16 else 1.0)
+    out = sensitivity(spoilt, fitted(spoilt, loss="log_squares", bootstrap=100), BUDGET)
+    shapes = rows_of(out, "shape")
+    own = out["headline"]["exponents"]["width"]
+    worst = max(shapes, key=lambda name: abs(shapes[name]["exponents"]["width"] - own))
+    assert worst == "without 16x2x256"
+    others = [
+        row for row in out["alterations"] if row["what"] not in ("shape", "form")
+    ]  # `bounded` is simply wrong here
+    farthest = max(abs(row["exponents"]["width"] - own) for row in others)
+    assert abs(shapes[worst]["exponents"]["width"] - own) > farthest
+    moved = out["dimensions"]["width"]["choices"]
+    assert moved["mover"] in ("shape: without 16x2x256", "form: `bounded`")
+    assert "shape: without 16x2x256" in [o["setting"] for o in moved["outside"][:2]]
+    # without it the law is that of the ledger that was never spoilt
+    healed = shapes[worst]["exponents"]
+    for name, truth in found["headline"]["exponents"].items():
+        assert healed[name] == pytest.approx(truth, abs=0.01)
+    assert abs(own - found["headline"]["exponents"]["width"]) > 0.03
+    for drop in out["drops"]:
+        assert "16x2x256" in drop["exponents"]["width"]["worst_setting"]
+
+
+def test_a_refit_without_a_shape_is_that_of_the_rows_that_are_left(data, found):
+    keep = data.columns["depth"] != 6
+    alone = dataclasses.replace(data, columns={k: v[keep] for k, v in data.columns.items()}, y=data.y[keep])
+    again = fitted(alone, dims=("width", "depth", "mlp_dim"))
+    row = rows_of(found, "shape")["without 32x6x256"]
+    assert row["num_rows"] == keep.sum() and row["num_trunks"] == len(set(alone.columns["trunk_id"]))
+    # over another range of compute and with its own noise components: nearly the same
+    for name, e in again.exponents.items():
+        assert row["exponents"][name] == pytest.approx(e["estimate"], abs=0.004)
+    assert row["excess_loss"] == pytest.approx(0, abs=1e-4) and row["excess_loss"] >= 0
+
+
+def test_a_break_at_the_lowest_budget_shows_in_the_window(tmp_path, data, found):
+    lowest = data.columns["train_flops"].min() * 1.1
+    broken = ledger_of(tmp_path, tilt=lambda row: -0.08 if row["train_flops"] < lowest else 0.0)
+    out = sensitivity(broken, fitted(broken, bootstrap=100), BUDGET)
+    truth, own = found["headline"]["exponents"]["mlp_dim"], out["headline"]["exponents"]["mlp_dim"]
+    windows = rows_of(out, "window")
+    assert [name.partition(" (")[0] for name in windows] == [
+        "without the lowest budget",
+        "without the highest budget",
+        "only the lower half of the budgets",
+        "only the upper half of the budgets",
+    ]
+    assert windows["without the lowest budget (3.2e10)"]["exponents"]["mlp_dim"] == pytest.approx(truth, abs=0.01)
+    assert abs(own - truth) > 0.03
+    at = np.round(np.log10(data.columns["train_flops"]), 1)
+    low, high = (at > at.min()).sum(), (at < at.max()).sum()
+    assert [row["num_rows"] for row in windows.values()] == [low, high, (at < 11.2).sum(), (at > 11.2).sum()]
+
+
+def elasticities(count, at):
+    """d ln count / d ln x by central differences, an independent road to what the optimum must satisfy."""
+    out = {}
+    for name in at:
+        up, down = (count(**(at | {name: at[name] * np.exp(e)})) for e in (1e-5, -1e-5))
+        out[name] = (np.log(up) - np.log(down)) / 2e-5
+    return out
+
+
+COUNTS = {  # forward FLOPs of 16 patches of 4 x 4 pixels, a head of 16 classes on every patch, written down anew
+    COUNTINGS["no_attention"]: lambda width, depth, mlp_dim: (
+        16 * (96 * width + depth * (8 * width**2 + 4 * width * mlp_dim) + 32 * width)
+    ),
+    COUNTINGS["blocks_only"]: lambda width, depth, mlp_dim: (
+        16 * (depth * (8 * width**2 + 4 * width * mlp_dim + 64 * width) + 32 * width)
+    ),
+    COUNTINGS["params_tokens"]: lambda width, depth, mlp_dim: (
+        2 * 16 * (depth * (4 * width**2 + 2 * width * mlp_dim + 9 * width + mlp_dim) + (48 + 1 + 16 + 2) * width)
+        + 16 * 32 * width
+    ),
+}
+
+
+def test_another_counting_has_its_own_first_order_conditions(data, found):
+    """a_k A_k x_k^-a_k / g_k is one number in all dimensions, g the elasticities of the FLOPs as they are counted."""
+    fit, counted = fitted(data), rows_of(found, "counting")
+    assert set(counted) == {*COUNTS, "task head included"}
+    for about, count in COUNTS.items():
+        row = counted[about]
+        g = elasticities(count, row["optimum"])
+        level = {
+            n: fit.params[f"a_{n}"] * fit.params[f"A_{n}"] * x ** -fit.params[f"a_{n}"] / g[n]
+            for n, x in row["optimum"].items()
+        }
+        assert np.ptp(list(level.values())) < 1e-3 * max(level.values())
+        assert "only the conversion changes" in row["note"]
+    headed = counted["task head included"]
+    assert headed["optimum"] == pytest.approx(found["headline"]["optimum"]) and headed["excess_loss"] == 0
+
+
+def test_countings_are_what_they_leave_out():
+    shape = Shape(48, 3, 320, head_dim=8, patch_size=4, image_size=16, pool="map")
+    numbers = (48, 3, 320, 16, 0, 4, "map")
+    exact = encoder_flops(*numbers)
+    assert exact == shape.forward_flops
+    squares = 3 * 4 * 16 * 16 * 48 + 4 * 16 * 48
+    assert encoder_flops(*numbers, counting="no_attention") == exact - squares
+    embed, head = 2 * 16 * 48 * 48, 4 * 48 * 48 + 4 * 16 * 48 * 48 + 4 * 16 * 48 + 4 * 48 * 320
+    assert encoder_flops(*numbers, counting="blocks_only") == exact - embed - head
+    geometry = Geometry(48, 3, 320, 4, 16, 8, "map", counting="params_tokens")
+    assert geometry.flops({}, head=False) == 2 * 16 * shape.num_params
+
+
+def test_a_law_of_compute_is_refitted_under_the_other_counting(data):
+    fit = fitted(data, "sovit")
+    out = sensitivity(data, fit, None)
+    images = data.columns["num_examples"]
+    dims = {n: data.columns[n].astype(float) for n in ("width", "depth", "mlp_dim")}
+    compute = (COUNTS[COUNTINGS["no_attention"]](**dims) - 16 * 32 * dims["width"]) * images
+    other = law.fit("sovit", data.columns | dict(compute=compute), data.y, extrapolate=False)
+    row = rows_of(out, "counting")[COUNTINGS["no_attention"]]
+    for name, e in other.exponents.items():
+        assert row["exponents"][name] == pytest.approx(e["estimate"], rel=1e-3)
+    assert all(row["kind"] == "marginal" for row in out["alterations"] if row["what"] == "counting")
+    joint = rows_of(out, "form")["`joint`"]
+    assert "another question" in joint["note"] and out["headline"]["excess_loss"] is None
+    assert not [
+        o for d in out["dimensions"].values() for o in d["choices"]["outside"] if "form: `joint`" in o["setting"]
+    ]
+
+
+def test_a_metric_of_the_same_law_agrees_and_another_does_not(data):
+    rows = [row | {"val_loss/twin": row["val_loss"] * 3, "val_loss/flat": 2.0} for row in data.rows]
+    twin = rows_of(sensitivity(dataclasses.replace(data, rows=rows), fitted(data), BUDGET), "metric")
+    assert list(twin) == ["`val_loss/twin`"]  # a constant metric carries no law
+    own = fitted(data).exponents
+    for name, s in twin["`val_loss/twin`"]["exponents"].items():
+        assert s == pytest.approx(own[name]["estimate"], rel=1e-4)
+
+
+def test_everything_is_plain_data_and_the_same_again(data, found):
+    again = sensitivity(data, fitted(data, bootstrap=100), BUDGET)
+    assert json.dumps(found, allow_nan=False) == json.dumps(again, allow_nan=False)
+    assert [drop["num_shapes"] for drop in found["drops"]] == [2, 3, 5]
+    assert {drop["draws"] for drop in found["drops"]} == {20}
+    losses = rows_of(found, "loss")
+    assert len(losses) == 3 and all(row["num_rows"] == len(data.y) for row in losses.values())
+    for dim, moved in found["dimensions"].items():
+        low, high = moved["choices"]["smallest"], moved["choices"]["largest"]
+        every = [row["exponents"][dim] for row in found["alterations"] if row["kind"] == "joint"]
+        assert low == min(every) and high == max(every)
+
+
+def test_figure_shows_every_alteration_and_the_interval(found):
+    figure = plot.sensitivity(found)
+    for axis, dim in zip(figure.axes, found["dimensions"]):
+        own = found["dimensions"][dim]
+        dots = np.concatenate([c.get_offsets()[:, 0] for c in axis.collections])
+        said = [row["exponents"][dim] for row in found["alterations"] if row["kind"] == "joint"]
+        said += [drop["exponents"][dim]["median"] for drop in found["drops"]]
+        assert sorted(dots) == pytest.approx(sorted(said))
+        (band,) = axis.patches
+        assert [band.get_x(), band.get_x() + band.get_width()] == pytest.approx([own["low"], own["high"]])
+    assert plot.sensitivity(dict(note="nothing")) is None
+
+
+def test_cuts_hold_the_fits_own_test_and_name_the_budget(data):
+    fit = law.fit("joint", data.columns, data.y)
+    cuts = extrapolation_cuts(data, {"joint": fit})
+    budgets = data.columns["train_flops"]
+    assert [c["n_fit"] for c in cuts] == [(budgets < 2e11).sum(), (budgets < 5e11).sum()]
+    assert [c["n_fit"] + c["n"] for c in cuts] == [len(data.y)] * 2
+    assert [c["largest"] for c in cuts] == pytest.approx([1e11, 3.2e11], rel=0.01)
+    own = fit.extrapolation["forms"]
+    for name, score in cuts[-1]["forms"].items():
+        assert score["rmse"] == pytest.approx(own[name]["rmse"], rel=1e-6)
+    assert max(cut["forms"]["joint"]["rmse"] for cut in cuts) < 0.003  # the planted law: noise of .1 % and no more
+    assert set(own) == {"joint", "chinchilla", "compute_only", "nearest"}
+
+
+def test_one_budget_has_no_window_and_no_cut(data):
+    one = data.columns["train_flops"] < data.columns["train_flops"].min() * 1.1
+    single = dataclasses.replace(data, columns={k: v[one] for k, v in data.columns.items()}, y=data.y[one])
+    fit = fitted(data)
+    assert _windows(_Frame(single, fit, BUDGET)) == [] == extrapolation_cuts(single, {"joint": fit})
+
+
+def test_optimum_stays_inside_where_the_closed_form_says(data):
+    fit = fitted(data, "sovit")
+    p, grid, ends = fit.params, fit.data["grid"], fit.data["compute_range"]
+    out = inside(fit.shape_form, np.array(fit.model["centres"]), fit.theta, None, grid, ends)
+    for name, values in grid.items():
+        a, b = p[f"a_{name}"], p[f"b_{name}"]
+        front = p[f"alpha_{name}"] * a / (p[f"beta_{name}"] * b)
+        low, high = ((x ** (a + b) / front) ** (1 / p["c"]) for x in (min(values), max(values)))
+        reach = ends[0] / 100, ends[1] * 100
+        step = (reach[1] / reach[0]) ** (1 / 160)
+        if low < reach[1] and high > reach[0]:
+            assert max(low, reach[0]) <= out[name]["low"] * 1.000001 <= max(low, reach[0]) * step * 1.00001
+            assert min(high, reach[1]) >= out[name]["high"] / 1.000001 >= min(high, reach[1]) / step / 1.00001
+        assert out[name]["at"][1] == pytest.approx((front * ends[1] ** p["c"]) ** (1 / (a + b)), rel=1e-6)
+
+
+def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):
+    fit = fitted(data)
+    step = np.array([fit.diagnostics["weakest"]["step"].get(n, 0.0) for n in fit.shape_form.names])
+    columns = np.log(np.stack([data.columns[n].astype(float) for n in fit.shape_form.terms]))
+    u = columns - np.array(fit.model["centres"])[:, None]
+    value = fit.shape_form.evaluate(np.stack([fit.theta, fit.theta + 1e-4 * step]), u)[0]
+    assert np.linalg.norm(value[1] - value[0]) / 1e-4 == pytest.approx(fit.diagnostics["residual_rms"], rel=0.01)
+
+
+# implied compute ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    spec = importlib.util.spec_from_file_location("published_shapes", ROOT / "analysis" / "published" / "shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_power_law_path_implies_its_own_compute(published):
+    s = dict(width=0.2, depth=0.35)
+    end = {n: x * 50 ** s[n] for n, x in dict(width=64.0, depth=3.0).items()}
+    found = published.implied_compute(dict(width=64, depth=3), end, s)
+    assert all(v["tau"] == v["low"] == v["high"] == pytest.approx(50) for v in found["dimensions"].values())
+    assert found["agree"] and found["spread"] == pytest.approx(1)
+    assert published.implied_exponents(dict(width=64, depth=3), end, 50) == pytest.approx(s)
+    other = published.implied_compute(dict(width=64, depth=3), end | dict(depth=end["depth"] * 2), s)
+    assert not other["agree"] and other["spread"] == pytest.approx(2 ** (1 / 0.35))
+    coarse = published.implied_compute(dict(width=64, depth=1), dict(width=64 * 50**0.2, depth=3), s, dict(depth=1))
+    assert coarse["agree"] and coarse["dimensions"]["depth"]["low"] == pytest.approx((2.5 / 1.5) ** (1 / 0.35))
+    with pytest.raises(UserError, match="exponent of width is 0"):
+        published.implied_compute(dict(width=1), dict(width=2), dict(width=0.0))
+
+
+def test_the_published_shapes_and_the_published_exponents_disagree_as_known(published, capsys):
+    table = published.table()
+    taus = [[round(v["tau"]) for v in row["dimensions"].values()] for row in table["implied"]]
+    assert taus[:2] == [[6092, 751, 2146], [155, 50, 98]]
+    assert not any(row["agree"] for row in table["implied"])
+    assert [round(s, 2) for s in table["exponents"].values()] == [0.21, 0.31, 0.48]
+    assert table["compute_ratio"] == pytest.approx(48.1, rel=0.01)
+    assert published.main([]) == 0 and "6,092" in capsys.readouterr().out
+    assert published.main(["--json"]) == 0 and json.loads(capsys.readouterr().out) == json.loads(json.dumps(table))

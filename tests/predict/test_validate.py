@@ -1,0 +1,139 @@
+"""The decision rule, against hand-computed intervals and planted differences."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sovit import UserError
+from sovit.predict.validation import RULE, make_prediction, runs_of, verdict, verdict_text, write_prediction
+from sovit.spec.run import Recipe
+from sovit.spec.shape import Shape
+
+A = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+B = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+
+
+def prediction(seeds=(10, 11, 12)):
+    arms = {"recommended": {"shape": A.to_dict(), "predicted": 1.0}, "usual": {"shape": B.to_dict(), "predicted": 1.1}}
+    return {
+        "train_flops": 1e10,
+        "seeds": list(seeds),
+        "rule": RULE,
+        "arms": arms,
+        "predicted_difference": {"estimate": math.log(1 / 1.1), "low": None, "high": None},
+    }
+
+
+def rows_with(losses_a, losses_b):
+    rows = []
+    for shape, losses in ((A, losses_a), (B, losses_b)):
+        for seed, loss in zip((10, 11, 12), losses):
+            rows.append(shape.to_dict() | {"init_seed": seed, "status": "ok", "val_loss": loss})
+    return rows
+
+
+def test_difference_and_interval_equal_a_paired_t_interval():
+    a, b = np.array([1.00, 1.02, 0.99]), np.array([1.05, 1.06, 1.05])
+    result = verdict(prediction(), rows_with(a, b))
+    reference = stats.ttest_rel(np.log(a), np.log(b)).confidence_interval(0.90)
+    assert result["difference"]["low"] == pytest.approx(reference.low, rel=1e-12)
+    assert result["difference"]["high"] == pytest.approx(reference.high, rel=1e-12)
+    assert result["difference"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ((1.00, 1.01, 0.99), (1.10, 1.11, 1.09), "better"),
+        ((1.10, 1.11, 1.09), (1.00, 1.01, 0.99), "worse"),
+        ((1.00, 1.10, 0.95), (1.02, 1.00, 1.05), "not distinguishable"),
+    ],
+)
+def test_verdict(a, b, expected):
+    assert verdict(prediction(), rows_with(a, b))["verdict"] == expected
+
+
+def test_a_missing_or_diverged_seed_gives_no_verdict():
+    rows = rows_with((1.0, 1.0, 1.0), (1.1, 1.1, 1.1))
+    with pytest.raises(UserError, match="seed 12"):
+        verdict(prediction(), [r for r in rows if not (r["width"] == 64 and r["init_seed"] == 12)])
+    rows[0]["status"] = "diverged"
+    with pytest.raises(UserError, match="seed 10"):
+        verdict(prediction(), rows)
+
+
+def test_both_arms_get_equal_flops_and_paired_seeds():
+    runs = runs_of(prediction(), 16, lambda shape: Recipe(0.01))
+    assert len(runs) == 6
+    for run in runs:
+        assert run.budgets[0] * run.shape.train_flops_per_image(16) == pytest.approx(1e10, rel=0.01)
+        assert run.init_seed == run.data_seed
+    assert sorted((r.shape.width, r.init_seed) for r in runs) == [(w, s) for w in (32, 64) for s in (10, 11, 12)]
+
+
+def test_a_law_that_cannot_count_a_head_predicts_no_budgets(tmp_path):
+    """A missing number of classes is said, not taken for 0."""
+    committed = Path(__file__).resolve().parents[2] / "results" / "stream_star_law" / "law.json"
+    law = json.loads(committed.read_text())
+    del law["geometry"]["num_classes"]
+    (tmp_path / "law.json").write_text(json.dumps(law))
+    with pytest.raises(UserError, match="num_classes"):
+        make_prediction(tmp_path / "law.json", 1e12, [1, 2, 3])
+
+
+def test_two_seeds_cannot_decide(tmp_path):
+    with pytest.raises(UserError, match="at least 3"):
+        write_prediction(tmp_path / "law.json", 1e12, [1, 2], tmp_path / "p.json")
+
+
+def test_a_written_prediction_is_not_changed(tmp_path):
+    path = tmp_path / "prediction.json"
+    path.write_text(json.dumps(prediction() | {"law_sha256": "another"}))
+    before = path.read_text()
+    (tmp_path / "law.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a prediction from another law"):
+        write_prediction(tmp_path / "law.json", 1e10, [10, 11, 12], path)
+    assert path.read_text() == before
+
+
+def test_equal_arms_are_trained_once_and_said_to_be_equal():
+    same = prediction()
+    same["arms"]["usual"]["shape"] = A.to_dict()
+    assert len(runs_of(same, 16, lambda shape: Recipe(0.01))) == 3
+    result = verdict(same, rows_with((1.0, 1.1, 1.2), ())[:3])
+    assert result["verdict"] == "not distinguishable" and "nothing to compare" in verdict_text(result)
+
+
+def test_a_prediction_that_missed_is_called_that():
+    result = verdict(prediction(), rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
+    assert result["verdict"] == "better" and "the law missed" in verdict_text(result)
+    near = prediction() | {"predicted_difference": {"estimate": -0.05, "low": -0.1, "high": 0.0}}
+    result = verdict(near, rows_with((1.00, 1.01, 0.99), (1.02, 1.03, 1.01)))
+    assert "which meets the measured interval" in verdict_text(result)
+
+
+def test_two_laws_meet_by_their_own_choices(tmp_path):
+    from planted_ledger import planted_rows, write_ledger
+
+    from sovit.law import fit as law
+    from sovit.ledger.measurements import measurements
+    from sovit.predict.recommend import best_shape
+
+    paths, chosen = [], []
+    for name, amplitudes in (("a", None), ("b", dict(depth=(1.6, 1.3)))):  # the second wants more depth
+        data = measurements([write_ledger(tmp_path / f"{name}.jsonl", planted_rows(amplitudes=amplitudes))])
+        fit = law.fit("joint", data.columns, data.y, bootstrap=20)
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(fit.to_json())
+        chosen.append(best_shape(fit, 1e12).shape)
+    made = write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json", paths[1])
+    first, second = made["arms"].values()
+    assert [first["shape"], second["shape"]] == chosen and chosen[0] != chosen[1]
+    assert first["predicted"] < second["predicted"] and made["predicted_difference"]["estimate"] < 0
+    assert second["predicted_low"] < second["predicted"] < second["predicted_high"]
+    with pytest.raises(UserError, match="holds a prediction from another law"):
+        write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json")

@@ -1,0 +1,279 @@
+"""What fine-tuning a part costs: counts against closed forms and torch's own, turns, resume, ratios of planted rows."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import ttest_1samp
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.finetune_cost.savings import PAPER, closed_forms, savings, savings_text
+from sovit import UserError
+from sovit.cli.main import main
+from sovit.encoder.model import build
+from sovit.ledger.profiles import read_profiles, shape_of
+from sovit.spec.named_shapes import named_shape, stored_params
+from sovit.spec.shape import TRAINED, Shape
+from sovit.train import finetune_profile as finetune_cost
+from sovit.train.finetune import freeze
+from sovit.train.step_profile import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = ROOT / "results" / "finetune_cost.jsonl"
+SMALL = Shape(128, 2, 512, 32, 4, 32, "avg")
+CLASSES, BATCH = 10, 2
+UNDER = Settings(num_classes=CLASSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_short_turns():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_cost, "TURN_SECONDS", 0.05)
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    path, said = tmp_path_factory.mktemp("cost") / "rows.jsonl", []
+    common = dict(batch_sizes=(BATCH,), num_classes=CLASSES, repeats=2, out=path, on_progress=said.append)
+    return path, finetune_cost.finetune_cost([SMALL], **common), said, common
+
+
+# measuring -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_trained_has_gradients_and_state(measured):
+    _, rows, *_ = measured
+    assert [row["trained"] for row in rows] == list(TRAINED)
+    for row in rows:
+        model = build(SMALL, CLASSES)
+        trained = [dict(model.named_parameters())[name] for name in freeze(model, row["trained"])]
+        assert row["gradient_bytes"] == sum(p.nbytes for p in trained) == 4 * row["trained_params"]
+        assert row["optimizer_bytes"] == 2 * row["gradient_bytes"] + 4 * len(trained)  # two moments, one count of steps
+
+
+def test_the_trainers_step_moves_what_is_trained_and_nothing_else():
+    model = build(SMALL, CLASSES, seed=0)
+    batch = finetune_cost._batch(SMALL, BATCH, "cpu")
+    for part in ("full", "attention", "head"):  # the first one leaves gradients that the second must not see
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = finetune_cost._optimizer(model, part)
+        finetune_cost._steps(model, optimizer, batch, "float32", 1)
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, name
+            assert p.requires_grad or torch.equal(p, before[name]), name
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_row_agrees_with_itself_and_the_peak_holds_what_it_must(measured):
+    path, rows, *_ = measured
+    assert read_profiles(path) == rows and len({row["profile_id"] for row in rows}) == 4
+    by_part = {row["trained"]: row for row in rows}
+    for row in rows:
+        assert row["status"] == "ok" and row["num_repeats"] == len(row["train_step_samples"]) == 2
+        assert min(row["train_step_samples"]) <= row["train_step_seconds"] <= max(row["train_step_samples"])
+        weights = 4 * (row["num_params"] + row["head_params"])
+        assert row["peak_bytes"] > 0.9 * (weights + row["optimizer_bytes"] + row["saved_bytes"])
+    assert by_part["head"]["peak_bytes"] < 0.7 * by_part["full"]["peak_bytes"]
+    assert by_part["head"]["train_step_seconds"] < 0.8 * by_part["full"]["train_step_seconds"]
+
+
+def test_parts_take_turns_there_and_back(measured):
+    *_, said, common = measured
+    turns = [line.split(", ")[2] for line in said if line.startswith("repeat")]
+    assert turns == [*TRAINED, *TRAINED[::-1]]
+
+
+def test_what_is_there_is_not_measured_again(measured, tmp_path):
+    path, rows, _, common = measured
+    copy, said = tmp_path / "rows.jsonl", []
+    copy.write_text(path.read_text())
+    common = common | dict(out=copy, on_progress=said.append)
+    assert finetune_cost.finetune_cost([SMALL], **common) == rows and said == []
+    left = [dict(row) for row in rows]
+    left[1] |= dict(num_repeats=1, train_step_samples=rows[1]["train_step_samples"][:1])  # as after a kill in round 2
+    copy.write_text("".join(json.dumps(row) + "\n" for row in left[:3]))
+    again = finetune_cost.finetune_cost([SMALL], **common)
+    assert [row["num_repeats"] for row in again] == [2] * 4 and again[0] == rows[0] and again[2] == rows[2]
+    assert again[1]["train_step_samples"][:1] == left[1]["train_step_samples"]
+    assert [line.split(", ")[2] for line in said if line.startswith("repeat")] == ["head", "head", "attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trained", "nothing"], "trained='nothing' is unknown; choose of full, attention, mlp, head"),
+        (["--trained", "head", "--dtype", "int8"], "dtype='int8' is unknown"),
+        (["--trained", "head", "--batch-sizes", "0"], "each must be at least 1"),
+        (["--trained", "head", "--device", "abacus"], "--device abacus cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(options, message, tmp_path, capsys):
+    assert main(["profile", "S/16", *options, "--out", str(tmp_path / "h.jsonl")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "h.jsonl").exists()
+
+
+def test_the_command_compares_with_full_of_itself(tmp_path, capsys):
+    options = ["profile", "16x1x32", "--head-dim", "8", "--patch-size", "4", "--image-size", "8", "--pool", "none"]
+    options += ["--trained", "attention", "--num-classes", "3", "--repeats", "1", "--out", str(tmp_path / "h.jsonl")]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    assert "16x1x32, patch 4, 8 px, batch 2, 3 classes" in text and "attention " in text and "1 thread;" in text
+    assert main([*options, "--json"]) == 0
+    assert [row["trained"] for row in json.loads(capsys.readouterr().out)] == ["attention", "full"]
+
+
+# activations ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "inputs"), [("full", "wwwm"), ("attention", "ww"), ("mlp", "wm")])
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_block_keeps_what_its_gradients_need(part, inputs, fused):
+    """Floats a token: of each norm its input (w) and two statistics; q, k, v (3 w); the hidden layer before GELU (m); of
+    each trained Linear its input: those of qkv, output projection and fc1 (w), that of fc2 (m). Fused attention keeps its
+    output itself, which is the projection's input too, and a sum a head; written out it keeps N weights a head."""
+    b, n, w, m, heads = 3, 16, 24, 56, 3
+    shape = Shape(w, 1, m, w // heads, 4, 16, "avg")
+    attention = heads + w * (part == "mlp") if fused else heads * n
+    block = 2 * (w + 2) + 3 * w + m + sum(dict(w=w, m=m)[x] for x in inputs) + attention
+    ends = b * (2 * w + 2)  # of the pooled token: the last norm's input and statistics, the head's input
+    assert finetune_cost.saved_bytes(shape, part, b, UNDER, fused) == 4 * (b * n * block + ends)
+
+
+def test_the_head_alone_keeps_its_own_input():
+    shape = Shape(24, 3, 56, 8, 4, 16, "avg")
+    assert finetune_cost.saved_bytes(shape, "head", 5, UNDER, True) == 4 * 5 * 24
+
+
+@pytest.mark.parametrize("pool", ["avg", "map", "token", "none"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_depths_tell_the_third(pool, dtype):
+    shape = Shape(16, 3, 40, 8, 4, 16, pool)
+    under = Settings(dtype=dtype, num_classes=CLASSES)
+    for part in TRAINED:
+        found = finetune_cost.saved_bytes(shape, part, 2, under, True)
+        assert found == finetune_cost._saved_at(shape, part, 2, under, True)
+
+
+# ratios --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["S/16@384", "B/16@384", "So150m/16@384", "So400m/14@378"])
+def test_step_flops_are_those_that_torch_counts(name):
+    shape = named_shape(name, depth=2)
+    with torch.device("meta"):
+        model, images = build(shape, CLASSES), torch.empty(1, 3, shape.image_size, shape.image_size)
+        for part in TRAINED:
+            freeze(model, part)
+            with FlopCounterMode(display=False) as counter:
+                model(images).sum().backward()
+            assert counter.get_total_flops() == shape.step_flops(CLASSES, part), part
+
+
+def planted(part, samples, **more):
+    costs = dict(peak_bytes=100, saved_bytes=50, saved_bytes_materialised=80, gradient_bytes=4, optimizer_bytes=8)
+    costs |= dict(stored_bytes=40, step_flops=7, status="ok", num_repeats=len(samples), trained=part, batch_size=2)
+    facts = dict(device="cpu", device_name="x", dtype="float32", threads=1, clock="cpu", num_classes=CLASSES)
+    sizes = dict(num_params=SMALL.num_params, head_params=SMALL.head_params(CLASSES))
+    return SMALL.to_dict() | facts | sizes | costs | dict(train_step_samples=samples, train_step_seconds=2.0) | more
+
+
+def test_time_is_compared_round_by_round():
+    full, part = [1.0, 2.0, 4.0, 1.5], [0.9, 1.7, 3.6, 1.4]  # rounds differ fourfold, parts by a tenth
+    (found,) = savings([planted("full", full), planted("attention", part, peak_bytes=80, stored_bytes=10)])
+    ratio = found["parts"]["attention"]["ratio"]
+    logs = [math.log(a / b) for a, b in zip(part, full)]
+    low, high = ttest_1samp(logs, 0.0).confidence_interval(0.9)
+    assert ratio["train_step_seconds"] == pytest.approx(math.exp(sum(logs) / 4), rel=1e-12)
+    assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(low), math.exp(high)), rel=1e-12)
+    assert ratio["peak_bytes"] == 0.8 and ratio["stored_bytes"] == 0.25 and ratio["num_rounds"] == 4
+    assert found["parts"]["full"]["ratio"]["train_step_seconds"] == 1 and ratio["held_bytes"] == 1
+    single = savings([planted("full", [1.0]), planted("head", [0.5])])[0]["parts"]["head"]["ratio"]
+    assert single["train_step_seconds"] == 0.5 and single["low"] is None
+    with pytest.raises(UserError, match="not measured with trained=full"):
+        savings([planted("attention", part)])
+    (found,) = savings([planted("full", full, peak_bytes=0), planted("head", full, peak_bytes=0)])
+    assert "peak_bytes" not in found["parts"]["head"]["ratio"] and "0.0 (-)" in savings_text([found])
+    nothing = planted("mlp", [], status="out_of_memory", peak_bytes=None, gradient_bytes=None, optimizer_bytes=None)
+    (found,) = savings([planted("full", full), nothing | dict(train_step_seconds=None)])
+    assert found["parts"]["mlp"]["status"] == "out_of_memory" and "peak_bytes" not in found["parts"]["mlp"]["ratio"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(trained="heads"), dict(train_step_samples=None), dict(train_step_samples=[0.0]), dict(optimizer_bytes="8")],
+)
+def test_a_malformed_row_is_refused_in_one_line(more):
+    with pytest.raises(UserError, match=f"{next(iter(more))}="):
+        savings([planted("full", [1.0]) | more])
+    with pytest.raises(UserError, match="lacks"):
+        savings([{k: v for k, v in planted("full", [1.0]).items() if k not in more}])
+
+
+def test_what_is_stored_is_what_a_built_model_holds():
+    """Trained tensors and resized positions of a named shape, and of its block's matrices the share of attention's."""
+    expected = {"S": 1 / 3, "B": 1 / 3, "So400m": 0.349, "So150m": 0.431, "x⁽⁰⁾": 0.567}
+    found = {row["name"]: row for row in closed_forms()}
+    assert {name: round(found[name]["share_of_blocks"], 3) for name in expected} == pytest.approx(expected, abs=5e-4)
+    for name in ("S", "So150m"):
+        shape = named_shape(f"{name}/16@384")
+        with torch.device("meta"):
+            model = build(shape, 1000)
+        parameters = dict(model.named_parameters())
+        stored = {p: parameters.keys() & ({*freeze(model, p)} | {"pos_embed"}) for p in TRAINED}
+        count = {part: sum(parameters[n].numel() for n in names) for part, names in stored.items()}
+        assert count == {part: stored_params(shape, 1000, part) for part in TRAINED}
+        assert found[name]["stored_bytes"] == pytest.approx(count["attention"] / count["full"], rel=1e-12)
+        matrices = {n: p.numel() for n, p in parameters.items() if n.startswith("blocks.") and p.ndim == 2}
+        share = sum(v for n, v in matrices.items() if ".attn." in n) / sum(matrices.values())
+        assert found[name]["share_of_blocks"] == pytest.approx(share, rel=1e-12)
+    assert 1 - found["B"]["stored_bytes"] == pytest.approx(PAPER["stored_bytes"], abs=0.005)
+
+
+# what is committed ---------------------------------------------------------------------------------------------------
+
+
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "finetune_cost_script", ROOT / "analysis" / "finetune_cost" / "tables.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_the_same_bytes_again(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    made = [planted("full", [1.0, 2.0]), planted("attention", [0.9, 1.7])]
+    rows.write_text("".join(json.dumps(row | dict(profile_id=row["trained"])) + "\n" for row in made))
+    for out in ("a", "b"):
+        assert script().main([str(rows), "--out", str(tmp_path / out)]) == 0
+    assert "| 128x2x512/4@32 | 2 | 0.87 (0.73 to 1.05, n=2) | 1.00 |" in capsys.readouterr().out
+    for name in ("savings.json", "savings.png", "savings.svg"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    rows.write_text(
+        "".join(json.dumps(row | dict(profile_id="x", trained=t)) + "\n" for row, t in zip(made, ("full", "mlp")))
+    )
+    assert script().main([str(rows), "--out", str(tmp_path / "c")]) == 0  # no attention: nothing of it to say
+    assert "128x2x512/4@32 |" not in capsys.readouterr().out
+    assert script().main([str(tmp_path / "none.jsonl")]) == 2
+    assert "no profiles at" in capsys.readouterr().err
+
+
+def test_the_committed_table_is_what_its_rows_give():
+    rows = read_profiles(COMMITTED)
+    kept = json.loads((ROOT / "results" / "finetune_cost" / "savings.json").read_text())
+    assert script().table(script().summary(rows)) == script().table(kept)
+    for row in rows:
+        shape = shape_of(row)
+        assert row["status"] == "ok" and row["num_repeats"] == len(row["train_step_samples"]) >= 1
+        assert row["step_flops"] == shape.step_flops(row["num_classes"], row["trained"])
+        assert row["stored_bytes"] == 4 * stored_params(shape, row["num_classes"], row["trained"])
+        assert row["gradient_bytes"] == 4 * shape.trained_params(row["num_classes"], row["trained"])

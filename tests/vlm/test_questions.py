@@ -1,0 +1,380 @@
+"""Questions about the stream and the icons: every answer is worked out again, another way, from text and latents."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+from icon_package import CONCEPTS, FAMILIES, icon_set, small_package, write_package
+
+from sovit import UserError
+from sovit.cli.main import main
+from sovit.data.icons import icons, labels, near_copies
+from sovit.data.icons.views import NAMES, Views
+from sovit.data.stream.scene import Stream
+from sovit.data.stream.world import PRESETS, VAL_SEED
+from sovit.vlm.questions.icons import Picture, arrangements
+from sovit.vlm.questions.questions import KINDS, Question, Questions, blind_accuracy, open_questions, salt
+from sovit.vlm.questions.stream import StreamPictures
+
+ROW = {word: i for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"))}
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return open_questions("stream", "cpu", 16, data_seed=5)
+
+
+def worked_out(question: str, colour: list[str], mark: str, side: int) -> str:
+    """The answer, from flat lists of the colours and marks of all cells; fails where it is not the only one."""
+
+    def at(row, column):
+        return ROW[row] * side + ROW[column]
+
+    def only(name):
+        assert colour.count(name) == 1
+        return colour.index(name)
+
+    def beside(step, cell):
+        found = cell + {"left of": -1, "right of": 1, "above": -side, "below": side}[step]
+        assert 0 <= found < side * side and (step in ("above", "below") or found // side == cell // side)
+        return colour[found]
+
+    corner = {"top left": 0, "top right": side - 1, "bottom left": side * (side - 1), "bottom right": side**2 - 1}
+    step = "(left of|right of|above|below)"
+    rules = [
+        ("Read the marks in order.", lambda: " ".join(mark)),
+        (r"Read the marks of row (\w+)\.", lambda r: " ".join(mark[ROW[r] * side :][:side])),
+        (r"Name the colours of row (\w+)\.", lambda r: " ".join(colour[ROW[r] * side :][:side])),
+        (r"What colour is row (\w+), column (\w+)\?", lambda r, c: colour[at(r, c)]),
+        (r"How many cells are (.+)\?", lambda name: str(sum(c == name for c in colour))),
+        (r"How many colours are in row (\w+)\?", lambda r: str(len({*colour[ROW[r] * side :][:side]}))),
+        (r"How many colours are in column (\w+)\?", lambda c: str(len({*colour[ROW[c] :: side]}))),
+        (rf"What colour is {step} row (\w+), column (\w+)\?", lambda s, r, c: beside(s, at(r, c))),
+        (r"How many cells have the colour of the (\w+ \w+) cell\?", lambda k: str(colour.count(colour[corner[k]]))),
+        (rf"What colour is {step} the only (.+) cell\?", lambda s, name: beside(s, only(name))),
+        (r"Which mark has the only (.+) cell\?", lambda name: mark[only(name)]),
+    ]  # fmt: skip
+    if question == "Which colour is the most frequent?":
+        (first, most), *rest = Counter(colour).most_common()
+        assert not rest or rest[0][1] < most
+        return first
+    if found := re.fullmatch("Are there more (.+) cells than (.+) cells\\?", question):
+        difference = colour.count(found[1]) - colour.count(found[2])
+        assert difference
+        return "yes" if difference > 0 else "no"
+    ((found, rule),) = [(m, rule) for pattern, rule in rules if (m := re.fullmatch(pattern, question))]
+    return rule(*found.groups())
+
+
+@pytest.mark.parametrize(
+    ("preset", "split"), [("cpu", "train"), ("cpu", "val"), ("cpu-flip", "val"), ("small", "train"), ("gpu", "val")]
+)
+def test_answers_of_the_stream(preset, split):
+    world = PRESETS[preset]
+    questions = open_questions("stream", preset, world.image_size, data_seed=5)
+    stream = Stream(world, world.image_size, world.cell, 5, "cpu")
+    batch = (stream.train if split == "train" else stream.val)(300, 20)
+    scene = stream.latents(VAL_SEED if split == "val" else 5, torch.arange(300, 320))
+    seen = set()
+    for i, asked in enumerate(questions.ask(split, 300, 20)):
+        colour = [stream.colour_names[c].replace("-", " ") for c in scene["colour"][i]]
+        mark = "".join("ABCDEFGHIJKLMNOP"[label] for label in batch.labels[i])  # as an encoder is taught them
+        for q in asked:
+            told = worked_out(q.question, colour, mark, world.grid)
+            assert q.answer == told, q
+            assert q.answer in q.choices or not q.choices
+            seen.add(q.family)
+        families = [q.family for q in asked]
+        assert families == [f for f in questions.families if f in families]
+        assert set(questions.families) - set(families) <= {"most", "beside_only", "mark_of_only"}
+    assert seen == set(questions.families)
+    assert {questions.kinds[f] for f in seen} == set(KINDS)
+
+
+def test_images_are_those_that_are_asked_about(cpu):
+    """The glyphs of what is drawn have the colours that are named, row by row."""
+    stream = Stream(PRESETS["cpu"], 16, 4, 5, "cpu")
+    images = cpu.images("val", 250, 50)
+    assert images.shape == (50, 3, 16, 16) and images.dtype == torch.float32
+    scene = stream.latents(VAL_SEED, torch.arange(250, 300))
+    ink = 0.2 + 0.8 * stream.glyph[scene["glyph"]]  # [B, C, 3, 3]
+    seen = images.view(50, 3, 4, 4, 4, 4)[:, :, :, 1:, :, 1:].permute(0, 2, 4, 3, 5, 1)  # [B, rows, columns, 3, 3, rgb]
+    drawn = stream.palette[:, None, None] * ink.view(50, 4, 4, 1, 3, 3, 1)  # [B, rows, columns, colours, 3, 3, rgb]
+    nearest = (seen[:, :, :, None] - drawn).square().flatten(4).sum(4).argmin(3)  # [B, rows, columns]
+    right = total = 0
+    for image, asked in zip(nearest.tolist(), cpu.ask("val", 250, 50)):
+        (q,) = [q for q in asked if q.family == "colours_row"]
+        row = image[ROW[q.question.split()[-1].rstrip(".")]]
+        right += sum(stream.colour_names[c] == name for c, name in zip(row, q.answer.split(), strict=True))
+        total += 4
+    assert right / total > 0.97
+
+
+def test_questions_are_pure_functions_of_seed_and_index(cpu):
+    again = open_questions("stream", "cpu", 16, data_seed=5)
+    for split in ("train", "val"):
+        whole = cpu.ask(split, 250, 20)
+        assert [image for k in range(0, 20, 7) for image in again.ask(split, 250 + k, min(7, 20 - k))] == whole
+        assert torch.equal(again.images(split, 253, 4), cpu.images(split, 250, 20)[3:7])
+    other = open_questions("stream", "cpu", 64, data_seed=6)  # of another size as well
+    assert other.ask("val", 0, 20) == cpu.ask("val", 0, 20) != cpu.ask("train", 0, 20)
+    assert other.ask("train", 0, 20) != cpu.ask("train", 0, 20)
+
+
+def test_no_scene_is_shown_in_training_and_in_validation(cpu):
+    """Of a seed near the key of validation too; what tells how common answers are is of neither."""
+    near = StreamPictures("cpu", 16, 2**32 - 1)
+    shown = [cpu.pictures.scenes("train", 0, 300), near.scenes("train", 0, 300), near.scenes("val", 0, 300)]
+    shown.append(near.reference("val", 300))
+    told = {str(scene) for scenes in shown for scene in scenes}
+    assert len(told) == 1200 and cpu.pictures.scenes("val", 0, 300) == shown[2]
+
+
+def test_families_are_asked_alike_whichever_others_are(cpu):
+    some = open_questions("stream", "cpu", 16, data_seed=5, families=("count", "marks"))
+    assert some.families == ("count", "marks") and some.kinds == {"count": "counting", "marks": "reading"}
+    for few, all_ in zip(some.ask("train", 0, 20), cpu.ask("train", 0, 20)):
+        assert few == sorted((q for q in all_ if q.family in some.families), key=lambda q: q.family)
+    assert len({salt(family) for family in cpu.families}) == len(cpu.families)
+
+
+def test_little_can_be_guessed_from_the_text(cpu):
+    """No family but that of the most frequent colour, which has one text, is answered without looking."""
+    blind = blind_accuracy(cpu, 1024)
+    assert list(blind) == list(cpu.families)
+    most = {"most": 0.55, "more": 0.55, "num_colours": 0.4}
+    for family, found in blind.items():
+        assert found.accuracy < most.get(family, 0.22), (family, found)
+    yes = [q.answer == "yes" for image in cpu.ask("val", 0, 1024) for q in image if q.family == "more"]
+    assert 0.45 < sum(yes) / len(yes) < 0.55
+    by_text = defaultdict(list)
+    for (q,) in Questions(cpu.pictures, ("more",)).ask("train", 0, 4096):
+        by_text[q.question].append(q.answer)
+    assert len(by_text) == 56
+    for text, answers in by_text.items():
+        assert 0.25 < answers.count("yes") / len(answers) < 0.75, text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("hub", "cpu", 16, 0), "data='hub' has no questions"),
+        (("stream", "detail", 32, 0), "preset='detail'.*choose one of cpu"),
+        (("stream", "moon", 16, 0), "preset='moon'"),
+        (("stream", "cpu", 17, 0), "image_size=17"),
+        (("stream", "cpu", 16, 0, ("counts",)), "family='counts' is unknown; choose from marks"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(wrong, message):
+    with pytest.raises(UserError, match=message):
+        open_questions(*wrong)
+
+
+def test_images_that_do_not_exist(cpu):
+    for split, start, count in (("val", 4090, 7), ("train", -1, 2), ("test", 0, 1)):
+        for refused in (cpu.ask, cpu.images):
+            with pytest.raises(UserError, match=split):
+                refused(split, start, count)
+            with pytest.raises(UserError, match="count=0"):
+                refused("train", 0, 0)
+
+
+# icons: a small package of drawings whose names say what is true of them
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+EXTRA = ("off-outline", "filled", "check-filled", "circle-outline", "arrow-left", "arrow-up-filled", "arrow-up-left")
+
+
+@pytest.fixture
+def package(tmp_path_factory, monkeypatch):
+    """The small package, with names that say more, in place of the asset; a cache that the tests here share."""
+    pytest.importorskip("resvg_py", reason="rendering needs the extra `icons`")
+    folder = tmp_path_factory.getbasetemp() / "questions-package"
+    if not folder.exists():
+        folder.mkdir()
+        sets = small_package()
+        for f, family in enumerate(FAMILIES):
+            names = [f"{concept}-{word}" for word in EXTRA for concept in CONCEPTS[:4]]
+            bars = {name: f'<path d="M{1 + i % 7} {1 + i // 7}h{5 + f}v{6 + f}H0z"/>' for i, name in enumerate(names)}
+            sets.append(icon_set(f"{family}-say", bars))
+        write_package(folder / "iconify.tgz", sets)
+    monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
+    monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
+    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
+    monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
+    monkeypatch.setitem(icons.PRESETS, "colour40", icons.Preset(40, 1, 0.1, views=Views()))
+
+
+def told_by_names(source, split: str, start: int, count: int) -> list[list[dict]]:
+    """What is true of each icon of each image, from its title in ATTRIBUTION.tsv and the colours it was drawn in."""
+    titles = [line.split("\t")[0] for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()[1:]]
+    facts = source.facts(start, count, val=split == "val")
+    sign = {"off": "slash", "check": "check", "plus": "plus"}
+    found = []
+    for b in range(count):
+        found.append([])
+        for icon, ink, ground in zip(facts["icon"][b], facts["ink"][b], facts["background"][b]):
+            concept, *words = titles[icon].split(":")[1].split("-")
+            points = [w for w in words if w in ("left", "up")]
+            found[-1].append(
+                {
+                    "concept": concept,
+                    "look": "filled" if "filled" in words else "outlined" if "outline" in words else None,
+                    "sign": next((sign[w] for w in words if w in sign), None),
+                    "shape": "circle" if "circle" in words else None,
+                    "arrow": points[0] if "arrow" in words and len(points) == 1 else None,
+                    "ink": NAMES[ink],
+                    "background": NAMES[ground],
+                }
+            )
+    return found
+
+
+ASKED_OF_ONE = {
+    "look": r"Is (?:it|the (.+) picture) filled or outlined\?",
+    "sign": r"Which sign is on (?:it|the (.+) picture)\?",
+    "shape": r"Which shape is around (?:it|the (.+) picture)\?",
+    "arrow": r"Which way does the (?:(.+) )?arrow point\?",
+    "ink": r"What colour is (?:it|the (.+) picture)\?",
+    "background": r"What colour is (?:the background|behind the (.+) picture)\?",
+    "concept": r"What is (?:this|in the (.+))\?",
+}
+
+
+def true_of_icons(question: str, told: list[dict]) -> str:
+    """The answer from what is told of the icons of an image; fails where it is not the only one."""
+    concepts = [icon["concept"] for icon in told]
+
+    def only(concept):
+        assert concepts.count(concept) == 1
+        return divmod(concepts.index(concept), 2)
+
+    for key, pattern in ASKED_OF_ONE.items():
+        if (found := re.fullmatch(pattern, question)) and (found[1] in (*PLACES, None)):
+            return told[PLACES.index(found[1]) if found[1] else 0][key]
+    if found := re.fullmatch(r"Is the (\w+) filled or outlined\?", question):
+        y, x = only(found[1])
+        return told[2 * y + x]["look"]
+    if question == "Name the pictures in order.":
+        return " ".join(concepts)
+    if found := re.fullmatch(r"How many (\w+) pictures are there\?", question):
+        return str(concepts.count(found[1]))
+    if found := re.fullmatch(r"Where is the (\w+)\?", question):
+        y, x = only(found[1])
+        return ("bottom" if y else "top") + (" right" if x else " left")
+    if found := re.fullmatch(r"What is (left of|right of|above|below) the (\w+)\?", question):
+        y, x = only(found[2])
+        assert {"left of": x == 1, "right of": x == 0, "above": y == 1, "below": y == 0}[found[1]]
+        return concepts[2 * y + 1 - x] if found[1].endswith("of") else concepts[2 - 2 * y + x]
+    if found := re.fullmatch(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", question):
+        (y, x), (v, u) = only(found[1]), only(found[3])
+        assert y == v if found[2].endswith("of") else x == u
+        return "yes" if {"left of": x < u, "right of": x > u, "above": y < v, "below": y > v}[found[2]] else "no"
+    if found := re.fullmatch(r"What is diagonal to the (\w+)\?", question):
+        y, x = only(found[1])
+        return concepts[3 - (2 * y + x)]
+    found = re.fullmatch(r"Name the pictures in the row (above|below) the (\w+)\.", question)
+    assert only(found[2])[0] == (found[1] == "above")
+    return " ".join(concepts[:2] if found[1] == "above" else concepts[2:])
+
+
+@pytest.mark.parametrize("preset", ["mosaic", "mosaic-colour", "single40", "colour40"])
+def test_answers_about_icons(package, preset):
+    questions = open_questions("icons", preset, 32, data_seed=5)
+    seen, source = set(), questions.pictures.source
+    for split, start, count in (("train", 200, 100), ("val", 0, min(100, source.num_val))):
+        batch = getattr(source, split)(start, count)
+        torch.testing.assert_close(questions.images(split, start, count), batch.images * 0.5 + 0.4)
+        labels = batch.labels.view(count, -1)  # one patch an icon
+        told = told_by_names(source, split, start, count)
+        for i, asked in enumerate(questions.ask(split, start, count)):
+            concepts = [icon["concept"] for icon in told[i]]
+            assert concepts == [source.class_names[label] for label in labels[i]]
+            for q in asked:
+                assert q.answer == true_of_icons(q.question, told[i]), q
+                assert q.answer in q.choices or not q.choices
+                seen.add(q.family)
+    assert seen == set(questions.families) and ("ink" in seen) == ("colour" in preset)
+    assert {questions.kinds[f] for f in seen} == (
+        set(KINDS) - {"reading"} if "mosaic" in preset else {"naming", "attribute"}
+    )
+
+
+def test_no_picture_is_meant_by_a_sign_that_others_show():
+    concepts = ("plus", "link", "eye", "bell")
+    scene = [Picture(concept, "", "", "", "", "white", "black") for concept in concepts]
+    scene[1] = scene[1]._replace(sign="plus")
+    for name, family in arrangements(concepts).items():
+        asks = family.asks(scene)
+        assert not any("plus" in arguments for arguments, _ in asks)
+        assert asks or name == "look_of"
+    assert (("left of", "link"), "plus") in arrangements(concepts)["beside"].asks(scene)  # it may be an answer
+
+
+def test_icons_of_validation_are_of_other_families(package):
+    """Questions about validation never show a drawing, nor a set's family, that training shows."""
+    questions = open_questions("icons", "mosaic", 32, data_seed=0)
+    source = questions.pictures.source
+    columns = [line.split("\t") for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()]
+    family = columns[0].index("family")
+    drawn = {split: set(source.facts(0, 2000, val=split == "val")["icon"].flat) for split in ("train", "val")}
+    families = {split: {columns[1 + icon][family] for icon in drawn[split]} for split in drawn}
+    assert not drawn["train"] & drawn["val"] and not families["train"] & families["val"] and all(families.values())
+    whole = questions.ask("val", 250, 12)
+    assert [q for k in range(12) for q in questions.ask("val", 250 + k, 1)] == whole
+    assert (
+        open_questions("icons", "mosaic", 32, data_seed=1).ask("val", 250, 12)
+        == whole
+        != questions.ask("train", 250, 12)
+    )
+
+
+def test_little_can_be_guessed_about_icons(package):
+    questions = open_questions("icons", "mosaic", 32, 0, ("name", "count", "where", "beside", "is_beside", "diagonal"))
+    blind = blind_accuracy(questions, 1024)
+    most = {"count": 0.6, "where": 0.33, "is_beside": 0.58}
+    assert all(found.accuracy < most.get(family, 0.2) for family, found in blind.items()), blind
+    assert 0.4 < blind["is_beside"].constant < 0.6 and 0.2 < blind["where"].constant < 0.35
+
+
+# the zero lines themselves
+
+
+def made(answers: str, texts: str, choices=("a", "b")) -> list[Question]:
+    return [Question("f", text, answer, choices) for answer, text in zip(answers, texts, strict=True)]
+
+
+def test_blind_answers_know_the_text_and_no_more():
+    """Where the text says the answer they are right; where it does not they know the share of each answer."""
+
+    class Made:
+        families, num_val = ("f",), 400
+
+        def __init__(self, questions):
+            self.questions = questions
+
+        def ask(self, split, start, count):
+            return [[q] for q in self.questions]
+
+    said = blind_accuracy(Made(made("aabb" * 100, "ttuu" * 100)), 400)["f"]
+    assert said.accuracy == said.word_accuracy == 1 and said.constant == 0.5 and said.nats < 0.08
+    unsaid = blind_accuracy(Made(made("abbb" * 100, "t" * 400)), 400)["f"]
+    assert unsaid.accuracy == unsaid.constant == 0.75 and unsaid.num_val == 400
+    assert unsaid.nats == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), abs=1e-3)
+    words = [Question("f", "t", answer, ()) for answer in ("a b", "a c", "a b", "d b") * 100]
+    opened = blind_accuracy(Made(words), 400)["f"]
+    assert (opened.accuracy, opened.word_accuracy) == (0.5, 0.75)
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(["vlm", "questions", "stream:cpu", "--count", "2", "--out", str(tmp_path / "sheet.png"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    asked = open_questions("stream", "cpu", 16, 0).ask("train", 0, 2)
+    assert [[q["answer"] for q in image] for image in found["images"]] == [[q.answer for q in image] for image in asked]
+    assert set(found["blind"]) == {q.family for image in asked for q in image} | {"most"}
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["vlm", "questions", "stream:detail"]) == 2 and "preset='detail'" in capsys.readouterr().err
