@@ -238,7 +238,7 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         return x
 
     def pooled(images: Tensor) -> Tensor:
-        if getattr(config, "vision_use_head", False) or kind == "sovit_vision":
+        if getattr(config, "vision_use_head", kind.startswith("siglip")) or kind == "sovit_vision":
             return tower(images).pooler_output
         x = hidden(images, config.num_hidden_layers - 1)
         if getattr(config, "sovit_pool", "") == "avg":  # our exports': trained with the norm behind the mean
