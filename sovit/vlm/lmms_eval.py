@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from torch import Tensor
 
@@ -47,11 +48,12 @@ class SovitModel(lmms):
                 said[id(request)] = cut(text, option.get("until") or ())
         return [said[id(r)] for r in requests]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Score each request (context, answer, doc_to_visual, doc_id, task, split).
 
         Returns of each the loss of the answer, its end token included (nats, summed), and whether the model writes just that
-        answer. A loss and not a log-probability: lmms-eval takes the smallest of a question's choices.
+        answer. A loss and not a log-probability: lmms-eval takes the smallest of a question's choices. Each pair is wrapped:
+        lmms-eval 0.7.3 turns a bare one into text, which its multiple choice cannot read.
         """
         found = {}
         for with_image, batch in self._batches(requests):
@@ -62,7 +64,7 @@ class SovitModel(lmms):
             texts = self.model.generate(images, prompts, longest)
             for request, log_prob, text, answer in zip(batch, log_probs, texts, answers, strict=True):
                 found[id(request)] = (-float(log_prob), text == answer)
-        return [found[id(r)] for r in requests]
+        return [GenerationResult(found[id(r)]) for r in requests]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         raise UserError("conversations of several rounds are not answered here; give tasks of single questions")

@@ -17,10 +17,11 @@ def adapter(monkeypatch):
     try:
         import lmms_eval.api.model  # noqa: F401
     except ImportError:
-        names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model")
+        names = ("lmms_eval", "lmms_eval.api", "lmms_eval.api.instance", "lmms_eval.api.model")
         for name in names:
             monkeypatch.setitem(sys.modules, name, ModuleType(name))
         sys.modules[names[-1]].lmms = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
+        sys.modules[names[-2]].GenerationResult = lambda text: SimpleNamespace(text=text)
         monkeypatch.delitem(sys.modules, "sovit.vlm.lmms_eval", raising=False)
     import sovit.vlm.lmms_eval as module
 
@@ -73,8 +74,9 @@ def test_answers_keep_the_order_of_their_requests(model):
 
 def test_the_likelier_answer_has_the_smaller_loss(model):
     found = model.loglikelihood(requests(" yes", " no", of=[1]))
-    assert found == [(3.0, False), (0.5, True)]
-    assert model.loglikelihood(requests(lambda document: document["answer"], of=[1])) == [(0.5, True)]
+    assert [r.text for r in found] == [(3.0, False), (0.5, True)]
+    (found,) = model.loglikelihood(requests(lambda document: document["answer"], of=[1]))
+    assert found.text == (0.5, True)
 
 
 def test_several_images_are_refused(model):
