@@ -143,29 +143,6 @@ def test_default_learning_rate_is_the_measured_rule():
         assert abs(np.log(learning_rate(shape) / exact)) < 0.1  # the defaults are that rule, rounded
 
 
-def test_readme_numbers_come_from_the_committed_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "analysis"))
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "analysis" / "readme.py")
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    text = (ROOT / "README.md").read_text()
-    assert readme.render(text) == text, "run python analysis/readme.py"
-    for name in readme.BLOCKS:
-        assert f"<!-- {name} -->" in text
-
-
-def test_files_named_in_the_readme_exist():
-    import re
-
-    text = (ROOT / "README.md").read_text()
-    linked = re.findall(r"\]\((?!http)([^)]+)\)", text) + re.findall(
-        r"`((?:sovit|studies|analysis|tests|results)/[\w/.]+\.\w+)`", text
-    )
-    assert linked
-    for name in linked:
-        assert (ROOT / name).exists(), name
-
-
 def test_golden_ids():
     """A default, once used, never changes: these ids stand in committed ledgers."""
     shape = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
