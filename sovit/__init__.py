@@ -9,3 +9,8 @@ PUBLISHED = Path("results")  # what this repository publishes: no command writes
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the value and the remedy; the command line exits with status 2."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception of another library says, on one line of at most 200 characters; its class where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data import NORMALISATION
 from sovit.encoder.model import build
 from sovit.encoder.trained import load_branch
@@ -164,7 +164,7 @@ def open_timm(name: str) -> Any:
         return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm, the hub client and safetensors raise a dozen unrelated kinds
         raise UserError(
-            f"timm:{name} cannot be opened ({_reason(error)}); check the name and the network, or give local-dir:FOLDER"
+            f"timm:{name} cannot be opened ({reason(error)}); check the name and the network, or give local-dir:FOLDER"
         ) from error
 
 
@@ -219,7 +219,7 @@ def _tower(name: str, location: str, device: str) -> Encoder:
         raise
     except Exception as error:  # transformers and the hub client raise a dozen unrelated kinds
         raise UserError(
-            f"{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
+            f"{name} cannot be opened ({reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and preprocessor_config.json"
         ) from error
     image_size = preprocess.image_size
@@ -290,7 +290,3 @@ def size_before_crop(record: dict) -> int:
 
 def _frozen(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

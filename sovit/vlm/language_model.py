@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data import assets
 from sovit.vlm.smollm2_wheel import SHA256_FILE, SMOLLM2, smollm2_folder, state_sha256
 
@@ -102,7 +102,7 @@ def _open_pretrained(name: str, location: str, dtype: torch.dtype, sha256: str =
         sha256 = sha256 or _files_sha256(location)
     except Exception as error:  # transformers, tokenizers and the hub client raise a dozen unrelated kinds
         raise UserError(
-            f"{what}{name} cannot be opened ({_reason(error)}); check the name and the network, or give a folder with"
+            f"{what}{name} cannot be opened ({reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and tokenizer.json of a causal language model"
         ) from error
     finally:
@@ -188,10 +188,6 @@ def _files_sha256(location: str) -> str:
     index = json.loads(Path(str(cached_file(location, "model.safetensors.index.json"))).read_text(encoding="utf-8"))
     parts = {part: assets.file_sha256(Path(str(cached_file(location, part)))) for part in index["weight_map"].values()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # new models ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data.hub.decode import MAX_PIXELS, to_rgb
 from sovit.encoder.open import Preprocess
 
@@ -24,8 +24,7 @@ def open_picture(path: Path) -> Any:
             size = file.width, file.height
             image = to_rgb(ImageOps.exif_transpose(file)) if math.prod(size) <= MAX_PIXELS else None
     except Exception as error:  # whatever Pillow's forty decoders raise on damaged files
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"the image {path} cannot be read ({reason}); give another file") from None
+        raise UserError(f"the image {path} cannot be read ({reason(error)}); give another file") from None
     if image is None:
         raise UserError(f"the image {path} has {size[0]} x {size[1]} pixels, more than {MAX_PIXELS:,}; make it smaller")
     return image

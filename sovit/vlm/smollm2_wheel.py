@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data import assets
 from sovit.data.cache import build_once, content_key
 
@@ -40,8 +40,7 @@ def smollm2_folder() -> Path:
         except UserError:
             raise
         except Exception as error:  # zipfile, gguf and transformers raise a dozen unrelated kinds on damaged files
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise UserError(f"cannot unpack {file} ({reason}); run: sovit assets fetch {SMOLLM2}") from error
+            raise UserError(f"cannot unpack {file} ({reason(error)}); run: sovit assets fetch {SMOLLM2}") from error
 
     return build_once("language_models", content_key(conversion=2, asset=digest), build)
 

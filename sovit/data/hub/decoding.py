@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data.assets import cache_dir, writable
 from sovit.data.cache import content_key, say, track
 from sovit.data.hub.decode import decode
@@ -157,9 +157,8 @@ def _blocks(location: Location, parts: tuple[Part, ...], done: dict) -> Iterator
             try:
                 rows = part.take(int(min(BLOCK, left)))
             except Exception as error:  # of the network, the hub client or pyarrow
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
-                    f"preset={location.preset!r} cannot be read after {done['num_rows']:,} images ({reason});"
+                    f"preset={location.preset!r} cannot be read after {done['num_rows']:,} images ({reason(error)});"
                     " they are kept: run the same again to go on"
                 ) from error
             if not rows:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data.hub.rows import Part, class_names
 
 TRAIN_SPLITS = ("train", "training")
@@ -135,8 +135,9 @@ def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict,
     except UserError:
         raise
     except Exception as error:  # the hub client, the builders and pyarrow raise a dozen unrelated kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"preset={location.preset!r} cannot be opened ({reason}); {remedy(location, error)}") from error
+        raise UserError(
+            f"preset={location.preset!r} cannot be opened ({reason(error)}); {remedy(location, error)}"
+        ) from error
     if location.path is None and not location.streamed:
         revision = revision or hub_revision(next(iter(opened.values())))
     return dict(opened), revision
