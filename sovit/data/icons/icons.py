@@ -48,7 +48,7 @@ class Preset:
     views: Views | None = None
 
 
-# What a small model can learn at 1e12 FLOPs, and not by heart: of larger poses it learns nothing yet (see LOG.md)
+# What a small model can learn at 1e12 FLOPs, and not by heart: of larger poses it learns nothing yet (see docs/log.md)
 GENTLE = Views(rotation=20, scale=(0.75, 1.1), stretch=0.15, outside=0.05, mirror=False, colour=False, gentle=2.0)
 
 # `mosaic` is the one to study with on a CPU (32 pixels, patch 4). An image of it is never an upsample: a larger
