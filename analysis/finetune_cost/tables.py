@@ -23,7 +23,7 @@ from sovit.ledger.profiles import read_profiles
 from sovit.spec.named_shapes import VARIANTS
 from sovit.spec.shape import Shape
 
-COLUMNS = {  # of the README's table: heading -> cost
+COLUMNS = {  # of the table in docs: heading -> cost
     "step time": "train_step_seconds",
     "step FLOPs": "step_flops",
     "peak memory": "peak_bytes",

@@ -92,7 +92,7 @@ def _checked(row: object) -> dict:
         raise UserError("is not an object; each line holds one row")
     missing = [name for name in REQUIRED if row.get(name) in (None, "")]
     if missing:
-        raise UserError(f"lacks {', '.join(missing)}; see the row schema in the README")
+        raise UserError(f"lacks {', '.join(missing)}; see docs/law.md, Rows from elsewhere")
     wrong = [name for name in ("run_id", "trunk_id") if not isinstance(row[name], str)]
     if wrong:
         raise UserError(f"has {wrong[0]}={row[wrong[0]]!r}; it must be text in quotes")
