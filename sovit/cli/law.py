@@ -154,7 +154,8 @@ def predict(
 
 def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
     from sovit.law.read import read_law
-    from sovit.predict.frontier import frontier, ladder
+    from sovit.predict.law_at_budget import ladder
+    from sovit.predict.recommend import frontier
     from sovit.report.text import frontier_text
 
     if question.by is not None:
@@ -164,10 +165,9 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, a
     fit = read_law(law)
     budgets = ladder(fit, ends.first, ends.last, 9 if ends.points is None else ends.points)
     rows = frontier(fit, budgets, **given(rules))
-    metric = fit.data.get("metric", "loss")
     _save(question.out, "frontier", lambda plot, measured: plot.frontier(fit, rows, measured), law)
-    body = dict(law=str(law), form=fit.form, metric=metric, level=fit.level, rows=rows)
-    show(body, lambda _: frontier_text(rows, metric, fit.level), as_json)
+    body = dict(law=str(law), form=fit.form, metric=rows[0].metric, level=fit.level)
+    show(body | dict(rows=[row.to_frontier_row() for row in rows]), lambda _: frontier_text(rows), as_json)
 
 
 def _save(out: Path | None, name: str, figure: Callable[[Any, Any], Any], law: Path) -> None:

@@ -256,13 +256,12 @@ def _export_config(law: Path, out: Path, options: ExportOptions) -> int:
     from sovit.encoder.export import write_config
     from sovit.law.read import read_law
     from sovit.predict.recommend import best_shape
-    from sovit.spec.shape import Shape
 
     if options.train_flops is None:
         raise UserError("--config-only needs --train-flops, the budget that the shape is for")
     for flag, size in (("--image-size", options.image_size), ("--patch-size", options.patch_size)):
         if size is not None:
             raise UserError(f"{flag} resizes a trained run, a law's best shape has its own; leave {flag} out")
-    shape = Shape(**best_shape(read_law(law), options.train_flops).shape)
+    shape = best_shape(read_law(law), options.train_flops).shape
     print(f"{write_config(shape, options.format, out)}: {shape.label}, {shape.num_params:,} parameters")
     return 0

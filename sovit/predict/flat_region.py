@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,48 +15,62 @@ MAX_LISTED = 50  # shapes that are listed
 MAX_COMPARED = 50_000  # shapes that are compared one by one for that list
 
 
-def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, least: np.ndarray | None) -> dict:
-    """{within, noise_source, count, exact, surveyed, ranges, open_above, listed, shapes}.
+@dataclass(frozen=True)
+class FlatRegion:
+    """The shapes within one noise s.d. (`within`, of ln loss) of the best.
+
+    exact: `count` and `ranges` (least and largest value by dimension) are of all feasible shapes; else, where they are
+    too many to count, of the `surveyed` ones, a thinned lattice around the optimum, and open_above names the dimensions
+    in which the region reaches its end. shapes, best first: all where they are few, else the best MLP dim of each width
+    and depth (`listed` says which). regret: of each over the best; regret_high: 95th percentile over the draws of its
+    excess over each draw's own optimum.
+    """
+
+    within: float
+    noise_source: str
+    count: int
+    exact: bool
+    surveyed: int | None
+    ranges: dict[str, list[int]]
+    open_above: list[str]
+    listed: str
+    shapes: list[dict]
+
+
+def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, least: np.ndarray | None) -> FlatRegion:
+    """The flat region around `best`.
 
     near: sizes of the real optimum; least [R]: the loss of each of the first draws' own optimum, None without.
-    exact: `count` and `ranges` are of all feasible shapes; else (too many to count) of the `surveyed` ones, a thinned
-    lattice around the optimum, and open_above names the dimensions in which the region reaches its end. shapes, best
-    first: all where they are few, else the best MLP dim of each width and depth (`listed` says which). regret: of each
-    over the best; regret_high: 95th percentile over the draws of its excess over each draw's own optimum.
     """
     at, noise = grid.target, grid.target.fit.noise
     most = best_loss * float(np.exp(noise["sd"]))
     boxes = region(grid, most)
-    surveyed, open_above = None, []
-    if boxes is not None:
-        low, high, pair = boxes
-        count = int(np.prod(high - low + 1, axis=1).sum())
-        ends = grid.table(low, pair), grid.table(high, pair)
-        ranges = {n: [int(ends[0][n].min()), int(ends[1][n].max())] for n in at.dims}
-        index, pair = every(*boxes) if count <= MAX_COMPARED else _survey(grid, near)
-    else:
+    if boxes is None or (count := int(np.prod(boxes[1] - boxes[0] + 1, axis=1).sum())) > MAX_COMPARED:
         index, pair = _survey(grid, near)
-        surveyed = len(index)
+    else:
+        index, pair = every(*boxes)
     table, loss = grid.table(index, pair), grid.loss(index, pair)
     inside = loss <= most
     found, loss = {n: column[inside].astype(int) for n, column in table.items()}, loss[inside]
-    if boxes is None:
+    open_above = []
+    if boxes is not None:
+        ends = {n: np.concatenate([grid.table(box, boxes[2])[n] for box in boxes[:2]]) for n in at.dims}
+    else:
         found, loss = {n: np.append(column, best[n]) for n, column in found.items()}, np.append(loss, best_loss)
-        ranges = {n: [int(found[n].min()), int(found[n].max())] for n in at.dims}
-        open_above = [n for n in at.dims if n in SURVEY and ranges[n][1] >= table[n].max()]
-        count = len(set(zip(*found.values())))
+        ends, count = found, len(set(zip(*found.values())))
+        open_above = [n for n in at.dims if n in SURVEY and found[n].max() >= table[n].max()]
     shapes = _listed(found, loss, best, best_loss)
     worst = [None] * len(shapes)
     if least is not None:
         some = {n: np.array([s[n] for s in shapes], float) for n in best}
         worst = np.quantile(at.loss(some, at.draws()[0][: len(least)]) / least[:, None] - 1, 0.95, axis=0).tolist()
-    return dict(
+    return FlatRegion(
         within=noise["sd"],
         noise_source=noise["source"],
         count=count,
         exact=boxes is not None,
-        surveyed=surveyed,
-        ranges=ranges,
+        surveyed=None if boxes is not None else len(index),
+        ranges={n: [int(ends[n].min()), int(ends[n].max())] for n in at.dims},
         open_above=open_above,
         listed="all" if len(shapes) == count else "the best MLP dim of each width and depth",
         shapes=[shape | dict(regret_high=x) for shape, x in zip(shapes, worst)],

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from sovit import UserError
-from sovit.law.bootstrap import interval
 from sovit.law.read import Fit
 from sovit.predict.integer_search import SIZES, Rules
-from sovit.predict.law_at_budget import TOKENS, Target, budgets_run, columns, target
-from sovit.predict.recommend import Recommendation, best_shape, predicted_difference, proportional_family
+from sovit.predict.law_at_budget import TOKENS, Target, budgets_run, columns, estimated, predicted_difference, target
+from sovit.predict.recommend import Recommendation, best_shape, proportional_family
 from sovit.spec.shape import Shape
 
 PAPER = dict(width=0.22, depth=0.45, mlp_dim=0.60)  # s_k as stated in 2305.13035, classification
@@ -42,8 +41,8 @@ def exact_growth(fit: Fit, train_flops: float) -> dict:
     many = _mean_slope(at, at.at(low), theta) if len(theta) else None
     rows = {}
     for k, name in enumerate((*at.dims, "flops", "images")):
-        ends = (None, None) if many is None else interval(many[:, k], widen, floor=None)
-        rows[name] = dict(slope=float(slope[k]), exact=float(exact[k]), low=ends[0], high=ends[1])
+        mean = estimated(exact[k], None if many is None else many[:, k], widen)
+        rows[name] = dict(slope=float(slope[k]), exact=mean.estimate, low=mean.low, high=mean.high)
     return dict(
         train_flops=float(train_flops),
         span=[float(low), float(train_flops)],
@@ -76,7 +75,7 @@ def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: 
     ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
     first, rule, law = at.geometry.num_params(ends).tolist()
     grows = abs(decades) > 1e-9
-    return _beside(at, nearest(at, sizes, Rules(**best.rules)), best) | dict(
+    return _beside(at, nearest(at, sizes, best.rules), best) | dict(
         start=start,
         exponents=exponents,
         source=source,
@@ -96,7 +95,7 @@ def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | N
     if sizes.form != "chinchilla":
         raise UserError(f"form={sizes.form!r} is no law of parameters and images; give a fit of form 'chinchilla'")
     at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
-    rules = Rules(**best.rules)
+    rules = best.rules
     table = proportional_family(at, rules.steps["width"])
     images = at.images(table)
     loss = sizes.predict(dict(num_params=at.geometry.num_params(table), num_examples=images))
@@ -140,8 +139,8 @@ def _beside(at: Target, shape: Shape, best: Recommendation) -> dict:
         num_params=shape.num_params,
         num_examples=images,
         loss=float(at.loss(columns([shape]))[0]),
-        difference=predicted_difference(at.fit, shape, Shape(**best.shape), at.train_flops),
-        note=unpaid if images < 1 else Rules(**best.rules).misfit(shape),
+        difference=vars(predicted_difference(at.fit, shape, best.shape, at.train_flops)),
+        note=unpaid if images < 1 else best.rules.misfit(shape),
     )
 
 

@@ -13,18 +13,36 @@ from math import gcd
 import numpy as np
 
 from sovit import UserError
+from sovit.law.bootstrap import interval
 from sovit.law.compute_optimum import law_columns
 from sovit.law.diagnostics import amplitudes, optimum_of
 from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
 from sovit.law.read import Fit
+from sovit.spec.design import geometric
 from sovit.spec.shape import DIMENSIONS, Shape
 
 TOKENS = ("patch_size", "image_size")  # what sets the number of tokens: values that were run, never between them
 TOKEN_DRAWS = 250  # that `least` is asked for where it has a pair of them after the other to look at
 FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
+MAX_POINTS = 200  # of a ladder of budgets
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number that a law gives, with its headline interval; low and high are None for a law fitted without draws."""
+
+    estimate: float
+    low: float | None = None
+    high: float | None = None
+
+
+def estimated(estimate: float, draws: np.ndarray | None, widen: float = 1.0) -> Estimate:
+    """The number with the interval of its draws [R], on the plain scale; None or no draws: without."""
+    ends = interval(draws, widen, floor=None) if draws is not None and len(draws) else (None, None)
+    return Estimate(float(estimate), *ends)
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,23 @@ class Target:
         u = law_columns(form.terms, table, images, self.geometry) - np.array(self.fit.model["centres"])[:, None]
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
+
+    def loss_of(self, values: Mapping, theta=None) -> np.ndarray:
+        """Loss of one shape, dimension -> value: a number, or [R] for theta [R, P]."""
+        return self.loss({n: np.array([x]) for n, x in values.items()}, theta)[..., 0]
+
+    def loss_interval(self, values: Mapping, kind: str = "random_effects") -> tuple[float | None, float | None]:
+        """Interval of the expected loss at one shape (the law's own, one run's noise apart); None without draws."""
+        theta, widen = self.draws(kind)
+        return interval(self.loss_of(values, theta), widen) if len(theta) else (None, None)
+
+    def excess(self, values: Mapping, over: Mapping) -> Estimate:
+        """Relative excess of the loss of one shape over another's, draw by draw."""
+        both = {n: np.array([x, over.get(n, x)], float) for n, x in values.items()}
+        first, second = self.loss(both)
+        theta, widen = self.draws()
+        many = self.loss(both, theta)  # [R, 2]
+        return estimated(first / second - 1, many[:, 0] / many[:, 1] - 1, widen)
 
     def at(self, train_flops: float) -> Target:
         """The same law at another budget, which may be beyond MAX_DECADES."""
@@ -162,3 +197,35 @@ def budgets_run(fit: Fit) -> tuple[float, float]:
 
 def columns(shapes: Sequence[Shape]) -> dict[str, np.ndarray]:
     return {n: np.array([getattr(s, n) for s in shapes], float) for n in DIMENSIONS}
+
+
+def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.ndarray:
+    """Predicted loss [S] of shapes trained for the same budget, each on as many images as it pays for."""
+    return target(fit, train_flops).loss(columns(shapes))
+
+
+def predicted_difference(fit: Fit, shape_a: Shape, shape_b: Shape, train_flops: float) -> Estimate:
+    """ln loss(a) - ln loss(b), both trained for the same budget; negative = a is better.
+
+    The headline interval, at `fit.level`, of the expected losses' difference: draw by draw, so that what both shapes
+    share cancels.
+    """
+    at, table = target(fit, train_flops), columns([shape_a, shape_b])
+    first, second = np.log(at.loss(table))
+    theta, widen = at.draws()
+    many = np.log(at.loss(table, theta))  # [R, 2]
+    return estimated(first - second, many[:, 0] - many[:, 1], widen)
+
+
+def ladder(fit: Fit, low: float | None = None, high: float | None = None, points: int = 9) -> list[float]:
+    """`points` budgets in equal ratios; from the least budget run to FAR_DECADES beyond the largest unless said.
+
+    Raises UserError for ends that are not positive numbers in rising order, and for points out of 2 to MAX_POINTS.
+    """
+    ends = budgets_run(fit)
+    low, high = (ends[0] if low is None else low), (ends[1] * 10**FAR_DECADES if high is None else high)
+    if not (np.isfinite(low) and np.isfinite(high) and 0 < low < high):
+        raise UserError(f"budgets from {low:g} to {high:g}: both must be positive FLOPs, the second the larger")
+    if not 2 <= points <= MAX_POINTS:
+        raise UserError(f"{points} points; give 2 to {MAX_POINTS}")
+    return geometric(float(low), float(high), points)

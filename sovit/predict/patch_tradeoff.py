@@ -19,7 +19,7 @@ from sovit.law.form import FALLING
 from sovit.law.read import Fit
 from sovit.predict.integer_search import SIZES, Rules, lattice, minimise
 from sovit.predict.law_at_budget import TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, target
-from sovit.predict.recommend import loss_interval, rules_of
+from sovit.predict.recommend import rules_of
 
 FACTOR = 2.0  # of the FLOPs of one image, in `spend`
 POINTS = 6  # budgets at which a turn is looked for, below the runs, among them and beyond each
@@ -50,7 +50,7 @@ def trade(fit: Fit, train_flops: float, name: str, **rules) -> dict:
         level=fit.level,
         train_flops=float(train_flops),
         by=name,
-        rules={k: getattr(given, k) for k in given.__dataclass_fields__},
+        rules=vars(given),
         values=values,
         turns=curves.pop("turns"),
         spend=spend(at, name, best["shape"]),
@@ -74,7 +74,7 @@ def by_value(at: Target, name: str, rules: Rules) -> list[dict]:
         near = dict(zip(at.dims, np.exp(at.optimum(held={name: value}))))
         best, loss = minimise(grid, {n: near.get(n, at.fixed(n)) for n in SIZES})
         shape = at.shape(best, rules.head_dim)
-        low, high = loss_interval(at, "random_effects", best) if at.fit.draws else (None, None)
+        low, high = at.loss_interval(best)
         rows.append(
             dict(
                 value=value,

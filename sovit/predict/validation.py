@@ -17,7 +17,10 @@ import numpy as np
 
 from sovit import UserError
 from sovit.files import write_atomic
+from sovit.law.read import read_law
+from sovit.predict.law_at_budget import Target, columns, predicted_difference, target
 from sovit.predict.paired_test import MIN_SEEDS, paired
+from sovit.predict.recommend import best_shape
 from sovit.spec.run import Recipe, Run, budgets_for
 from sovit.spec.shape import Shape
 
@@ -25,8 +28,6 @@ RULE = (
     "d = ln loss(recommended) - ln loss({}) for each seed; verdict by the 90 % Student t interval of its mean:"
     " better if it lies below 0, worse if above 0, else not distinguishable"
 )
-
-
 USUAL, OTHER = "usual", "other law's"  # the second arm
 
 
@@ -36,47 +37,31 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int], agains
     The second arm has ViT-B proportions, or the shape that the law `against` recommends, as the first law judges it.
     Raises UserError for fewer than three seeds, and for a law that cannot rank shapes or count a task head.
     """
-    from sovit.law.read import read_law
-    from sovit.predict.law_at_budget import target
-    from sovit.predict.recommend import best_shape, loss_interval, predicted_difference, predicted_loss
-
     if len(set(seeds)) < MIN_SEEDS:
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
     law = read_law(law_path)
-    best = best_shape(law, train_flops).to_dict()
+    best = best_shape(law, train_flops)
     num_classes = (law.geometry or {}).get("num_classes")
     if num_classes is None:
         raise UserError(f"{law_path} does not know its num_classes; give its ledger that column and fit again")
-    usual, name, difference = best["proportional"], USUAL, best["difference"]
+    name, second = USUAL, best.proportional.shape
     if against is not None:
-        name, other = OTHER, Shape(**best_shape(read_law(against), train_flops).shape)
-        low, high = (
-            loss_interval(target(law, train_flops), "random_effects", other.to_dict()) if law.draws else (None, None)
-        )
-        loss = float(predicted_loss(law, [other], train_flops)[0])
-        usual = dict(shape=other.to_dict(), loss=loss, loss_low=low, loss_high=high)
-        difference = predicted_difference(law, Shape(**best["shape"]), other, train_flops)
+        name, second = OTHER, best_shape(read_law(against), train_flops).shape
+    at = target(law, train_flops)
     return {
         **_identity_of(law_path, train_flops, seeds, against),
-        "form": best["form"],
-        "decades": best["decades"],
+        "form": best.form,
+        "decades": best.decades,
         "num_classes": num_classes,
-        "arms": {
-            "recommended": {
-                "shape": best["shape"],
-                "predicted": best["loss"],
-                "predicted_low": best["loss_low"],
-                "predicted_high": best["loss_high"],
-            },
-            name: {
-                "shape": usual["shape"],
-                "predicted": usual["loss"],
-                "predicted_low": usual.get("loss_low"),
-                "predicted_high": usual.get("loss_high"),
-            },
-        },
-        "predicted_difference": difference,
+        "arms": {"recommended": _arm(at, best.shape), name: _arm(at, second)},
+        "predicted_difference": vars(predicted_difference(law, best.shape, second, train_flops)),
     }
+
+
+def _arm(at: Target, shape: Shape) -> dict:
+    low, high = at.loss_interval(shape.to_dict())
+    loss = float(at.loss(columns([shape]))[0])
+    return {"shape": shape.to_dict(), "predicted": loss, "predicted_low": low, "predicted_high": high}
 
 
 def write_prediction(

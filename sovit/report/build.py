@@ -24,8 +24,8 @@ from sovit.ledger.measurements import Measurements, measurements
 from sovit.predict import growth_rules as growth
 from sovit.predict import patch_tradeoff as trade
 from sovit.predict import recommend as predict
-from sovit.predict.frontier import frontier, ladder
-from sovit.predict.law_at_budget import TOKENS
+from sovit.predict.law_at_budget import TOKENS, ladder
+from sovit.predict.recommend import frontier
 from sovit.report.sections import report_text
 from sovit.report.sections.extrapolation import extrapolation_scores, extrapolation_table, own_rmse
 from sovit.report.sections.phrases import percent
@@ -120,7 +120,7 @@ def fit_ledgers(
         if name != headline:
             write_atomic(folder / "forms" / f"{name}.json", fitted.to_json())
     write_atomic(folder / SENSITIVITY, _json(facts["sensitivity"]))
-    write_atomic(folder / FACTS, _json({name: fact for name, fact in facts.items() if name != "sensitivity"}))
+    write_atomic(folder / FACTS, _json(_plain_facts(facts)))
     drawn = draw(fits[headline], data, recommendation, scores, facts, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
     simulated = coverage_words(fits[headline].diagnostics["coverage"]) if coverage else ""
@@ -229,8 +229,8 @@ def _trades(fit, recommendation) -> dict:
     return dict(trades=found) if found else {}
 
 
-def _frontier(fit) -> list[dict]:
-    """Rows of `frontier.frontier` at FRONTIER_POINTS budgets, without those at which the law has no shape."""
+def _frontier(fit) -> list[predict.Recommendation]:
+    """The frontier at FRONTIER_POINTS budgets, without those at which the law has no shape."""
     rows = []
     for budget in ladder(fit, points=FRONTIER_POINTS):
         with contextlib.suppress(UserError):  # a budget that does not pay for one image of the law's best shape
@@ -263,6 +263,12 @@ def _weakest(fit, train_flops: float | None) -> dict:
 
 def _json(value) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain_facts(facts: dict) -> dict:
+    """The facts as they are written: all but the sensitivity, which has a file of its own."""
+    frontier_rows = [row.to_frontier_row() for row in facts["frontier"]]
+    return {name: fact for name, fact in facts.items() if name != "sensitivity"} | dict(frontier=frontier_rows)
 
 
 def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: Path) -> dict[str, str]:

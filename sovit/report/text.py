@@ -5,64 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import expm1
 
-from sovit.predict.integer_search import Rules
+from sovit.predict.flat_region import FlatRegion
+from sovit.predict.recommend import Recommendation
 from sovit.spec.shape import Shape
 
 NAMES = dict(width="width", depth="depth", mlp_dim="MLP dim", patch_size="patch size", image_size="image size")
 
 
-def recommendation_text(r, beside: Mapping | None = None) -> str:
-    """A `predict.Recommendation`; beside: the dict that `cli` puts beside it in JSON, see `beside_text`."""
+def recommendation_text(r: Recommendation, beside: Mapping | None = None) -> str:
+    """A recommendation in words; beside: the dict that `cli` puts beside it in JSON, see `beside_lines`."""
     s = r.shape
     lines = [
         f"budget {r.train_flops:.3g} training FLOPs; {r.decades:+.2f} decades from the largest run; law: {r.form}",
-        f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head {s['head_dim']},"
-        f" patch {s['patch_size']}, {s['image_size']} px): {r.num_params:,} parameters, {r.num_examples:,} images",
+        f"best shape: width {s.width}, depth {s.depth}, MLP {s.mlp_dim} (head {s.head_dim},"
+        f" patch {s.patch_size}, {s.image_size} px): {r.num_params:,} parameters, {r.num_examples:,} images",
         f"predicted {r.metric} {r.loss:.4f} ({_interval(r.level, r.loss_low, r.loss_high, '.4f')})",
     ]
     for name, o in r.optimum.items():
-        if o["estimate"] is None:
-            lines.append(f"  {name}: not determined ({o['status']}: {o['note']})")
-        else:
-            note = f"; {o['status']}: {o['note']}" if o["status"] != "ok" else ""
-            lines.append(f"  {name}: {o['estimate']:.3g}, {_interval(r.level, o['low'], o['high'], '.3g')}{note}")
+        note = f"; {o.status}: {o.note}" if o.status != "ok" else ""
+        lines.append(f"  {name}: {o.estimate:.3g}, {_interval(r.level, o.low, o.high, '.3g')}{note}")
     flat = r.flat_region
     ranges = ", ".join(
-        f"{name} {low:g}" + (f" to {high:g}" if high > low else "") for name, (low, high) in flat["ranges"].items()
+        f"{name} {low:g}" + (f" to {high:g}" if high > low else "") for name, (low, high) in flat.ranges.items()
     )
-    lines.append(f"as good within one noise s.d. ({flat['within']:.2%}): {flat_words(flat)}, {ranges}")
+    lines.append(f"as good within one noise s.d. ({flat.within:.2%}): {flat_words(flat)}, {ranges}")
     if r.regret is not None:
         lines.append(
-            f"if a bootstrap draw were the truth, this shape would lose {r.regret['median']:.2%} to the draw's own best"
-            f" (95th percentile {r.regret['high']:.2%})"
+            f"if a bootstrap draw were the truth, this shape would lose {r.regret.median:.2%} to the draw's own best"
+            f" (95th percentile {r.regret.high:.2%})"
         )
     parts = ["whole numbers", *(f"a {NAMES[n]} that was run" for n in ("patch_size", "image_size") if n in r.optimum)]
     what = " and ".join(", ".join(parts + ["rules"] * (r.rules_cost is not None)).rsplit(", ", 1))
-    lines.append(f"{what} cost {_gain(r.rounding)} against the real optimum")
+    lines.append(f"{what} cost {_gain(vars(r.rounding))} against the real optimum")
     if r.rules_cost is not None:
-        lines.append(f"the rules alone cost {_gain(r.rules_cost)} against the best shape without them")
+        lines.append(f"the rules alone cost {_gain(vars(r.rules_cost))} against the best shape without them")
     usual = r.proportional
-    misfit = "" if r.rules_cost is None else Rules(**r.rules).misfit(Shape(**usual["shape"]))
+    misfit = "" if r.rules_cost is None else r.rules.misfit(usual.shape)
     lines.append(
-        f"ViT-B proportions at the same FLOPs: {label(usual['shape'], r.optimum)}, predicted {usual['loss']:.4f}"
-        f" ({usual['loss_excess']:+.2%})" + f"; {misfit}" * bool(misfit)
+        f"ViT-B proportions at the same FLOPs: {label(usual.shape, r.optimum)}, predicted {usual.loss:.4f}"
+        f" ({usual.loss_excess:+.2%})" + f"; {misfit}" * bool(misfit)
     )
     if beside:
         lines += beside_lines(r, beside)
     return "\n".join(lines + [f"warning: {w}" for w in r.warnings])
 
 
-def count_words(flat: Mapping) -> str:
+def count_words(flat: FlatRegion) -> str:
     """How many shapes are in a flat region: "1,234", or "12 of 5,678 surveyed" where not all were counted."""
-    return f"{flat['count']:,}" if flat["exact"] else f"{flat['count']:,} of {flat['surveyed']:,} surveyed"
+    return f"{flat.count:,}" if flat.exact else f"{flat.count:,} of {flat.surveyed:,} surveyed"
 
 
-def flat_words(flat: Mapping) -> str:
+def flat_words(flat: FlatRegion) -> str:
     """The same with its noun."""
-    return f"{count_words(flat)} shape{'s' * (flat['count'] != 1 or not flat['exact'])}"
+    return f"{count_words(flat)} shape{'s' * (flat.count != 1 or not flat.exact)}"
 
 
-def beside_lines(r, beside: Mapping) -> list[str]:
+def beside_lines(r: Recommendation, beside: Mapping) -> list[str]:
     """Other rules at the same budget, and how the optimum grows. beside: {size_rule, paper_rule, growth}."""
     lines = []
     for name, title in (("size_rule", "ViT-B proportions, size by the N-D law"), ("paper_rule", "SoViT's 1/D recipe")):
@@ -71,7 +69,7 @@ def beside_lines(r, beside: Mapping) -> list[str]:
             worse = {k: None if v is None else expm1(v) for k, v in rule["difference"].items()}
             note = f"; {rule['note']}" if rule["note"] else ""
             lines.append(
-                f"{title}: {label(rule['shape'], r.optimum)}, {rule['num_params']:,} parameters,"
+                f"{title}: {label(Shape(**rule['shape']), r.optimum)}, {rule['num_params']:,} parameters,"
                 f" predicted {rule['loss']:.4f}, {_gain(worse, sign=True)}{note}"
             )
     if beside.get("paper_rule"):
@@ -114,42 +112,40 @@ def growth_lines(growth: Mapping, paper: Mapping | None = None) -> list[str]:
     return [line.rstrip() for line in _columns(table)]
 
 
-def frontier_text(rows: Sequence[Mapping], metric: str, level: float) -> str:
+def frontier_text(rows: Sequence[Recommendation]) -> str:
     """A frontier as a table."""
+    metric, level = rows[0].metric, rows[0].level
     table = [["training FLOPs", "decades", "shape", "parameters", "images", metric, f"{level:.0%} interval"]]
-    dims = list(rows[0]["optimum"])
+    dims = list(rows[0].optimum)
     table[0] += [f"{NAMES[d]} ({level:.0%})" for d in dims] + ["as good: shapes"]
     for row in rows:
         ends = [
-            f"{o['estimate']:.3g}" + (f" ({o['low']:.3g} to {o['high']:.3g})" if o["low"] is not None else "")
-            for o in row["optimum"].values()
+            f"{o.estimate:.3g}" + (f" ({o.low:.3g} to {o.high:.3g})" if o.low is not None else "")
+            for o in row.optimum.values()
         ]
-        known = row["loss_low"] is not None
+        known = row.loss_low is not None
         table.append(
             [
-                f"{row['train_flops']:.3g}",
-                f"{row['decades']:+.1f}",
-                label(row["shape"], dims),
-                f"{row['num_params']:,}",
-                f"{row['num_examples']:,}",
-                f"{row['loss']:.4f}",
-                f"{row['loss_low']:.4f} to {row['loss_high']:.4f}" if known else "none",
+                f"{row.train_flops:.3g}",
+                f"{row.decades:+.1f}",
+                label(row.shape, dims),
+                f"{row.num_params:,}",
+                f"{row.num_examples:,}",
+                f"{row.loss:.4f}",
+                f"{row.loss_low:.4f} to {row.loss_high:.4f}" if known else "none",
                 *ends,
-                f"{row['flat']['count']:,}" + ("" if row["flat"]["exact"] else " surveyed"),
+                f"{row.flat_region.count:,}" + ("" if row.flat_region.exact else " surveyed"),
             ]
         )
-    warnings = list(
-        dict.fromkeys(w for row in rows for w in row["warnings"] if "decades" not in w and "optimum" not in w)
-    )
+    warnings = list(dict.fromkeys(w for row in rows for w in row.warnings if "decades" not in w and "optimum" not in w))
     lines = [line.rstrip() for line in _columns(table)]
     lines.append("decades: of compute from the largest run; beyond 2 a shape is a guess")
     return "\n".join(lines + [f"warning: {w}" for w in warnings])
 
 
-def label(shape: Mapping, dims: Iterable[str] = ()) -> str:
+def label(shape: Shape, dims: Iterable[str] = ()) -> str:
     """width x depth x mlp_dim, and /patch@image where the law, of `dims`, chooses among these."""
-    text = f"{shape['width']}x{shape['depth']}x{shape['mlp_dim']}"
-    return text + f"/{shape['patch_size']}@{shape['image_size']}" * bool({"patch_size", "image_size"} & set(dims))
+    return shape.label + f"/{shape.patch_size}@{shape.image_size}" * bool({"patch_size", "image_size"} & set(dims))
 
 
 def _columns(table: list[list[str]]) -> list[str]:
@@ -177,7 +173,7 @@ def trade_text(found: Mapping) -> str:
         table.append(
             [
                 str(row["value"]),
-                label(row["shape"], [found["by"]]),
+                label(Shape(**row["shape"]), [found["by"]]),
                 f"{row['num_params']:,}",
                 f"{row['num_examples']:,}",
                 f"{row['loss']:.4f}",
@@ -210,7 +206,7 @@ def spend_lines(found: Mapping) -> list[str]:
     options = sorted(spend["options"].items(), key=lambda option: -option[1]["gain"]["estimate"])
     said = ", ".join(f"{NAMES[n]} ({o['to']:.3g}) {_gain(o['gain'])}" for n, o in options)
     lines = [
-        f"from {label(spend['shape'], [found['by']])}, {spend['factor']:g} times the FLOPs an image at as many images (so"
+        f"from {label(Shape(**spend['shape']), [name])}, {spend['factor']:g} times the FLOPs an image at as many images (so"
         f" {spend['train_flops']:.3g} in all) lower the loss by, spent on: {said}"
     ]
     spent = {"patch_size": "smaller patches", "image_size": "a larger image"}

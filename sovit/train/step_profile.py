@@ -381,7 +381,7 @@ def shapes_for(
         num_classes = geometry.get("num_classes")
         if train_flops is not None:
             best = best_shape(fit, train_flops)
-            shapes += [Shape(**best.shape), Shape(**best.proportional["shape"])]
+            shapes += [best.shape, best.proportional.shape]
     elif train_flops is not None:
         raise UserError(f"train_flops={train_flops:g} is a budget for a law; name one")
     for name in names:

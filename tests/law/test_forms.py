@@ -175,7 +175,7 @@ def test_patch_and_image_size_are_dimensions_of_joint():
     assert all(e["low"] <= e["estimate"] <= e["high"] and e["status"] == "ok" for e in growth.values()), growth
     best = best_shape(found, 3 * 3e16)
     for dim, e in best.optimum.items():
-        assert min(found.data["grid"][dim]) < e["estimate"] < max(found.data["grid"][dim])
+        assert min(found.data["grid"][dim]) < e.estimate < max(found.data["grid"][dim])
 
 
 def test_which_forms_rank_shapes():

@@ -144,7 +144,7 @@ def test_every_form_takes_known_noise(form):
     assert known.extrapolation["forms"][form]["predicted"] != plain.extrapolation["forms"][form]["predicted"]
     assert read.Fit.from_json(known.to_json()) == known
     if form != "sovit":
-        assert best_shape(known, 1e21).flat_region["within"] == known.noise["sd"]
+        assert best_shape(known, 1e21).flat_region.within == known.noise["sd"]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ from sovit.law import fit as law
 from sovit.law import read
 from sovit.law.geometry import Geometry
 from sovit.predict import growth_rules as growth
-from sovit.predict.frontier import frontier, ladder
 from sovit.predict.growth_rules import exact_growth, paper_rule, size_rule
-from sovit.predict.law_at_budget import target
-from sovit.predict.recommend import best_shape, predicted_difference, predicted_loss
+from sovit.predict.law_at_budget import ladder, predicted_difference, predicted_loss, target
+from sovit.predict.recommend import best_shape, frontier
 from sovit.report import figures as plot
 from sovit.report.sections.recommendation import _frontier
 from sovit.spec.shape import Shape
@@ -119,7 +118,7 @@ def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(
         rule["loss"] == pytest.approx(predicted_loss(fit, [shape], BUDGET)[0])
         and rule["num_params"] == shape.num_params
     )
-    assert rule["difference"] == predicted_difference(fit, shape, Shape(**best.shape), BUDGET)
+    assert rule["difference"] == vars(predicted_difference(fit, shape, best.shape, BUDGET))
     difference = rule["difference"]
     assert difference["estimate"] >= 0 and difference["low"] < difference["estimate"] < difference["high"]
     at_least = paper_rule(fit, least)
@@ -161,25 +160,24 @@ def test_the_frontier_is_a_ladder_of_recommendations_and_falls(fit):
     assert budgets[-1] == pytest.approx(300 * fit.data["compute_range"][1], rel=1e-3)
     rows = frontier(fit, budgets, head_dim=64, mlp_multiple=128)
     for field in ("loss", "optimum_loss"):
-        assert (np.diff([row[field] for row in rows]) < 0).all()
+        assert (np.diff([getattr(row, field) for row in rows]) < 0).all()
     for name in ("num_params", "num_examples"):
-        sizes = [row["optimum_size"][name] for row in rows]
-        assert (np.diff([s["estimate"] for s in sizes]) > 0).all()
-        assert all(s["low"] < s["estimate"] < s["high"] and s["pairs_low"] < s["pairs_high"] for s in sizes)
+        sizes = [row.optimum_size[name] for row in rows]
+        assert (np.diff([s.estimate for s in sizes]) > 0).all()
+        assert all(s.low < s.estimate < s.high and s.pairs_low < s.pairs_high for s in sizes)
     for row in rows:
-        assert row["loss_low"] < row["loss"] < row["loss_high"]
-        assert row["shape"]["width"] % 64 == 0 and row["shape"]["mlp_dim"] % 128 == 0
+        assert row.loss_low < row.loss < row.loss_high
+        assert row.shape.width % 64 == 0 and row.shape.mlp_dim % 128 == 0
     one = best_shape(fit, budgets[2], head_dim=64, mlp_multiple=128)
-    assert rows[2]["shape"] == one.shape and rows[2]["loss"] == one.loss
-    assert rows[2]["flat"]["count"] == one.flat_region["count"]
+    assert rows[2] == one
 
 
 def test_a_frontier_says_out_of_how_many_shapes_it_counted(fit, monkeypatch):
     monkeypatch.setattr("sovit.predict.integer_search.MAX_CELLS", 10)
     rows = frontier(fit, ladder(fit, points=2), head_dim=64, mlp_multiple=128)
-    assert all(not row["flat"]["exact"] and row["flat"]["count"] < row["flat"]["surveyed"] for row in rows)
+    assert all(not row.flat_region.exact and row.flat_region.count < row.flat_region.surveyed for row in rows)
     text = _frontier(SimpleNamespace(metric="val_loss"), fit, rows)
-    assert f"{rows[0]['flat']['count']:,} of {rows[0]['flat']['surveyed']:,} surveyed" in text
+    assert f"{rows[0].flat_region.count:,} of {rows[0].flat_region.surveyed:,} surveyed" in text
 
 
 @pytest.mark.parametrize(
@@ -203,9 +201,9 @@ def test_the_figure_shows_the_rows(fit, tmp_path):
     figure = plot.frontier(fit, rows)
     markers = [[line for line in axis.get_lines() if line.get_marker() == "D"][0] for axis in figure.axes]
     for field, line in zip(("loss", "num_params", "num_examples"), markers):
-        np.testing.assert_allclose(line.get_ydata(), [row[field] for row in rows])
+        np.testing.assert_allclose(line.get_ydata(), [getattr(row, field) for row in rows])
     named = {text.get_text() for axis in figure.axes for text in axis.texts}
-    assert {f"{r['shape']['width']}×{r['shape']['depth']}×{r['shape']['mlp_dim']}" for r in rows} <= named
+    assert {f"{r.shape.width}×{r.shape.depth}×{r.shape.mlp_dim}" for r in rows} <= named
     plot.save(figure, tmp_path / "frontier")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     bare = plot.frontier(fitted(), frontier(fitted(), [BUDGET, 10 * BUDGET]))
@@ -225,10 +223,10 @@ def test_predict_prints_the_recommendation_and_what_stands_beside_it(law_file, f
     text = capsys.readouterr().out
     best = best_shape(fit, BUDGET, head_dim=64, mlp_multiple=128)
     s = best.shape
-    assert f"best shape: width {s['width']}, depth {s['depth']}, MLP {s['mlp_dim']} (head 64, patch 14, 224 px)" in text
+    assert f"best shape: width {s.width}, depth {s.depth}, MLP {s.mlp_dim} (head 64, patch 14, 224 px)" in text
     assert f"predicted val_error {best.loss:.4f} (90% interval {best.loss_low:.4f} to {best.loss_high:.4f})" in text
-    assert f"{best.flat_region['count']:,} shapes" in text and "surveyed" not in text
-    assert f"the rules alone cost {best.rules_cost['estimate']:.2%}" in text
+    assert f"{best.flat_region.count:,} shapes" in text and "surveyed" not in text
+    assert f"the rules alone cost {best.rules_cost.estimate:.2%}" in text
     rule = paper_rule(fit, BUDGET, best=best)
     assert f"under-grows the model by a factor {rule['under_growth']:.2f} in parameters a decade" in text
     assert f"SoViT's 1/D recipe: {rule['shape']['width']}x{rule['shape']['depth']}x{rule['shape']['mlp_dim']}" in text
@@ -247,10 +245,8 @@ def test_frontier_on_the_command_line(law_file, fit, tmp_path, capsys):
     arguments += ["--head-dim", "64", "--mlp-multiple", "128"]
     assert main([*arguments, "--json"]) == 0
     twin = json.loads(capsys.readouterr().out)
-    assert (
-        twin["rows"] == json.loads(json.dumps(frontier(fit, [1e19, 1e20, 1e21], head_dim=64, mlp_multiple=128)))
-        and twin["metric"] == "val_error"
-    )
+    rows = frontier(fit, [1e19, 1e20, 1e21], head_dim=64, mlp_multiple=128)
+    assert twin["rows"] == [row.to_frontier_row() for row in rows] and twin["metric"] == "val_error"
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     for row, line in zip(twin["rows"], lines[1:4]):

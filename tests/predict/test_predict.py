@@ -16,15 +16,8 @@ from sovit.law import fit as law
 from sovit.law.compute_optimum import optimum
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.predict.law_at_budget import columns, target
-from sovit.predict.recommend import (
-    best_shape,
-    form_dependence,
-    predicted_difference,
-    predicted_loss,
-    proportional_shape,
-    rules_of,
-)
+from sovit.predict.law_at_budget import columns, predicted_difference, predicted_loss, target
+from sovit.predict.recommend import best_shape, form_dependence, proportional_shape, rules_of
 from sovit.report.text import recommendation_text
 from sovit.spec.shape import Shape
 
@@ -76,7 +69,7 @@ def test_optimum_has_the_closed_form_exponents_where_flops_are_a_power_law():
 @pytest.mark.parametrize("name", ["joint", "bounded", "joint_n"])
 def test_the_real_optimum_beats_its_surroundings(fits, name):
     found = best_shape(fits[name], BUDGET)
-    real = np.array([found.optimum[d]["estimate"] for d in planted.DIMS])
+    real = np.array([found.optimum[d].estimate for d in planted.DIMS])
     rng = np.random.default_rng(0)
     around = real * np.exp(0.02 * rng.standard_normal((500, 3)))
     around[0] = real
@@ -90,7 +83,7 @@ def test_the_real_optimum_beats_its_surroundings(fits, name):
 @pytest.mark.parametrize("name", ["joint", "bounded", "joint_n"])
 def test_the_best_whole_shape_equals_brute_force(fits, name):
     found = best_shape(fits[name], BUDGET, head_dim=32, mlp_multiple=32)
-    best = Shape(**found.shape)
+    best = found.shape
     near = [
         best.replace(width=w, depth=d, mlp_dim=m)
         for w, d, m in product(range(320, 1280, 32), range(4, 30), range(64, 2400, 32))
@@ -131,15 +124,15 @@ def test_the_search_under_rules_equals_brute_force_over_a_box(fits, mixed, form,
     i = int(loss.argmin())
     found = best_shape(fit, BUDGET, **rules)
     assert found.loss == pytest.approx(loss[i], rel=1e-12)
-    assert [found.shape[n] for n in planted.DIMS] == [table[n][i] for n in planted.DIMS]
-    assert found.num_params <= rules.get("max_params", np.inf) and found.shape["head_dim"] == 64
+    assert [getattr(found.shape, n) for n in planted.DIMS] == [table[n][i] for n in planted.DIMS]
+    assert found.num_params <= rules.get("max_params", np.inf) and found.shape.head_dim == 64
     inside = loss <= found.loss * np.exp(fit.noise["sd"])
     flat = found.flat_region
-    assert flat["exact"] and flat["count"] == inside.sum()
-    assert flat["ranges"] == {n: [table[n][inside].min(), table[n][inside].max()] for n in planted.DIMS}
-    if flat["count"] <= 50:
-        listed = {tuple(s[n] for n in planted.DIMS) for s in flat["shapes"]}
-        assert listed == set(zip(*(table[n][inside].tolist() for n in planted.DIMS))) and flat["listed"] == "all"
+    assert flat.exact and flat.count == inside.sum()
+    assert flat.ranges == {n: [table[n][inside].min(), table[n][inside].max()] for n in planted.DIMS}
+    if flat.count <= 50:
+        listed = {tuple(s[n] for n in planted.DIMS) for s in flat.shapes}
+        assert listed == set(zip(*(table[n][inside].tolist() for n in planted.DIMS))) and flat.listed == "all"
 
 
 @pytest.mark.parametrize("form", [name for name, entry in law.LAWS.items() if entry.ranks_shapes])
@@ -172,28 +165,26 @@ def test_every_law_that_ranks_shapes_falls_with_size_and_with_images(form):
 def test_what_rounding_and_rules_cost_is_told_with_intervals(fits):
     fit = fits["joint"]
     plain = best_shape(fit, BUDGET)
-    assert plain.rules_cost is None and plain.rounding["estimate"] == plain.rounding_regret >= 0
+    assert plain.rules_cost is None and plain.rounding.estimate == plain.rounding_regret >= 0
     ruled = best_shape(fit, BUDGET, head_dim=64, width_multiple=256, mlp_multiple=512)
     cost = ruled.rules_cost
-    assert cost["estimate"] == pytest.approx(ruled.loss / plain.loss - 1) and cost["estimate"] > 0
-    assert cost["low"] < cost["estimate"] < cost["high"]
+    assert cost.estimate == pytest.approx(ruled.loss / plain.loss - 1) and cost.estimate > 0
+    assert cost.low < cost.estimate < cost.high
     usual = [line for line in recommendation_text(ruled).splitlines() if line.startswith("ViT-B proportions at")]
-    assert Shape(**ruled.proportional["shape"]).width % 256 and "not in the multiples of the rules" in usual[0]
-    assert (1 + cost["estimate"]) * (1 + plain.rounding["estimate"]) == pytest.approx(1 + ruled.rounding["estimate"])
+    assert ruled.proportional.shape.width % 256 and "not in the multiples of the rules" in usual[0]
+    assert (1 + cost.estimate) * (1 + plain.rounding.estimate) == pytest.approx(1 + ruled.rounding.estimate)
     # draw by draw, by hand
     theta, widen = np.array(fit.draws["random_effects"]), fit.diagnostics["draws"]["t_over_z"]
-    both = columns([Shape(**ruled.shape), Shape(**plain.shape)])
+    both = columns([ruled.shape, plain.shape])
     many = target(fit, BUDGET).loss(both, theta)
     low, middle, high = np.quantile(many[:, 0] / many[:, 1] - 1, [0.05, 0.5, 0.95], method="weibull")
-    assert (cost["low"], cost["high"]) == pytest.approx(
-        (middle + widen * (low - middle), middle + widen * (high - middle))
-    )
+    assert (cost.low, cost.high) == pytest.approx((middle + widen * (low - middle), middle + widen * (high - middle)))
 
 
 def test_regret_of_listed_shapes_is_over_each_draws_own_optimum(fits):
     fit = fits["bounded"]
     found = best_shape(fit, BUDGET)
-    listed = found.flat_region["shapes"]
+    listed = found.flat_region.shapes
     assert all(s["regret_high"] > 0 for s in listed)
     at, theta = target(fit, BUDGET), np.array(fit.draws["random_effects"])
     v = at.optimum(theta)
@@ -206,9 +197,9 @@ def test_a_region_too_large_to_count_is_surveyed(fits, monkeypatch):
     exact = best_shape(fits["joint"], BUDGET).flat_region
     monkeypatch.setattr("sovit.predict.integer_search.MAX_CELLS", 10)
     found = best_shape(fits["joint"], BUDGET).flat_region
-    assert not found["exact"] and 0 < found["count"] < exact["count"] and found["count"] < found["surveyed"]
-    for name, (low, high) in found["ranges"].items():
-        assert exact["ranges"][name][0] <= low <= high <= exact["ranges"][name][1]
+    assert not found.exact and 0 < found.count < exact.count and found.count < found.surveyed
+    for name, (low, high) in found.ranges.items():
+        assert exact.ranges[name][0] <= low <= high <= exact.ranges[name][1]
 
 
 @pytest.mark.parametrize(
@@ -228,23 +219,23 @@ def test_rules_that_leave_nothing_are_refused(fits, rules, words):
 
 def test_the_budget_is_spent_head_included(fits):
     found = best_shape(fits["joint"], BUDGET)
-    per_image = Shape(**found.shape).train_flops_per_image(1000)
+    per_image = found.shape.train_flops_per_image(1000)
     assert found.num_examples == BUDGET // per_image
-    assert found.num_params == Shape(**found.shape).num_params and found.shape["width"] % 16 == 0
+    assert found.num_params == found.shape.num_params and found.shape.width % 16 == 0
 
 
 def test_the_flat_region_contains_the_best_and_only_shapes_as_good(fits):
     found = best_shape(fits["joint"], BUDGET)
     flat = found.flat_region
-    first = {k: v for k, v in flat["shapes"][0].items() if k != "regret_high"}
-    assert first == {k: found.shape[k] for k in (*planted.DIMS, "patch_size", "image_size")} | dict(regret=0.0)
-    assert flat["shapes"][0]["regret_high"] == pytest.approx(found.regret["high"])
-    shapes = [Shape(**found.shape).replace(**{k: s[k] for k in planted.DIMS}) for s in flat["shapes"]]
+    first = {k: v for k, v in flat.shapes[0].items() if k != "regret_high"}
+    assert first == {k: getattr(found.shape, k) for k in (*planted.DIMS, "patch_size", "image_size")} | dict(regret=0.0)
+    assert flat.shapes[0]["regret_high"] == pytest.approx(found.regret.high)
+    shapes = [found.shape.replace(**{k: s[k] for k in planted.DIMS}) for s in flat.shapes]
     excess = np.log(predicted_loss(fits["joint"], shapes, BUDGET) / found.loss)
-    assert (excess >= -1e-12).all() and (excess <= flat["within"]).all() and flat["within"] == fits["joint"].noise["sd"]
-    assert 1 < len(flat["shapes"]) <= min(flat["count"], 50) and flat["exact"]
-    for dim, (low, high) in flat["ranges"].items():
-        assert low <= found.shape[dim] <= high
+    assert (excess >= -1e-12).all() and (excess <= flat.within).all() and flat.within == fits["joint"].noise["sd"]
+    assert 1 < len(flat.shapes) <= min(flat.count, 50) and flat.exact
+    for dim, (low, high) in flat.ranges.items():
+        assert low <= getattr(found.shape, dim) <= high
 
 
 def test_intervals_contain_the_planted_optimum():
@@ -256,15 +247,15 @@ def test_intervals_contain_the_planted_optimum():
         noisy = y * planted.noise(trunk, 0.003, seed)
         found = best_shape(law.fit("joint", table, noisy, bootstrap=99, **options), BUDGET)
         for e, true in zip(found.optimum.values(), truth.optimum.values()):
-            hits += [e[p + "low"] <= true["estimate"] <= e[p + "high"] for p in ("", "pairs_")]
+            hits += [getattr(e, p + "low") <= true.estimate <= getattr(e, p + "high") for p in ("", "pairs_")]
         hits.append(found.loss_low <= true_loss(found, BUDGET) <= found.loss_high)
-        assert 0 <= found.regret["median"] <= found.regret["high"] < 0.05
+        assert 0 <= found.regret.median <= found.regret.high < 0.05
     assert np.mean(hits) >= 0.7  # nominal 0.9, 42 strongly correlated trials
 
 
 def true_loss(found, train_flops: float) -> float:
     """The planted law's own loss at the recommended shape, trained for that budget."""
-    shape = np.array([[found.shape[d] for d in planted.DIMS]], float)
+    shape = np.array([[getattr(found.shape, d) for d in planted.DIMS]], float)
     images = train_flops / 3 / planted.columns(shape, np.ones(1))["forward_flops"]
     return float(planted.loss(planted.columns(shape, images))[0])
 
@@ -288,13 +279,13 @@ def test_a_law_that_misses_more_than_noise_warns_of_its_flat_region(fits):
 def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(fits):
     found = best_shape(fits["joint"], BUDGET)
     usual, d = found.proportional, found.difference
-    assert d["estimate"] == pytest.approx(np.log(found.loss / usual["loss"])) and d["low"] < d["estimate"] < d["high"]
-    assert usual["loss_low"] < usual["loss"] < usual["loss_high"]
-    apart = np.log(found.loss_high / usual["loss_low"]) - np.log(found.loss_low / usual["loss_high"])
-    assert d["high"] - d["low"] < apart
-    shapes = Shape(**found.shape), Shape(**usual["shape"])
+    assert d.estimate == pytest.approx(np.log(found.loss / usual.loss)) and d.low < d.estimate < d.high
+    assert usual.loss_low < usual.loss < usual.loss_high
+    apart = np.log(found.loss_high / usual.loss_low) - np.log(found.loss_low / usual.loss_high)
+    assert d.high - d.low < apart
+    shapes = found.shape, usual.shape
     back = predicted_difference(fits["joint"], *reversed(shapes), BUDGET)
-    assert [back[k] for k in ("estimate", "low", "high")] == pytest.approx([-d["estimate"], -d["high"], -d["low"]])
+    assert [back.estimate, back.low, back.high] == pytest.approx([-d.estimate, -d.high, -d.low])
     # draw by draw, by hand
     theta, widen = np.array(fits["joint"].draws["random_effects"]), fits["joint"].diagnostics["draws"]["t_over_z"]
     many = [
@@ -308,28 +299,28 @@ def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(
         for t in theta
     ]
     low, middle, high = np.quantile(many, [0.05, 0.5, 0.95], method="weibull")
-    assert d["low"] == pytest.approx(middle + widen * (low - middle)) and d["high"] == pytest.approx(
+    assert d.low == pytest.approx(middle + widen * (low - middle)) and d.high == pytest.approx(
         middle + widen * (high - middle)
     )
 
 
 def test_proportional_shape_is_of_the_proportions_and_no_better(fits):
     found = best_shape(fits["joint"], BUDGET)
-    shape = Shape(**found.proportional["shape"])
+    shape = found.proportional.shape
     assert shape.mlp_dim == 4 * shape.width and shape.depth == max(1, round(shape.width / 64))
-    assert found.proportional["loss"] >= found.optimum_loss
-    assert found.proportional == proportional_shape(fits["joint"], BUDGET, reference=found.loss)
-    assert predicted_loss(fits["joint"], [shape], BUDGET)[0] == pytest.approx(found.proportional["loss"], rel=1e-12)
+    assert found.proportional.loss >= found.optimum_loss
+    assert found.proportional == proportional_shape(target(fits["joint"], BUDGET), 16, found.loss)
+    assert predicted_loss(fits["joint"], [shape], BUDGET)[0] == pytest.approx(found.proportional.loss, rel=1e-12)
 
 
 def test_a_dimension_without_gain_stays_within_the_values_run():
     table, trunk = planted.star()
     y = planted.loss(table, planted.AMPLITUDES * np.array([1, 1, 0]))
     found = best_shape(law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY), BUDGET)
-    if found.optimum["mlp_dim"]["status"] == "unidentified":
-        assert found.shape["mlp_dim"] >= 1088 and any("mlp_dim is unidentified" in w for w in found.warnings)
+    if found.optimum["mlp_dim"].status == "unidentified":
+        assert found.shape.mlp_dim >= 1088 and any("mlp_dim is unidentified" in w for w in found.warnings)
     else:
-        assert found.optimum["mlp_dim"]["status"] == "edge"
+        assert found.optimum["mlp_dim"].status == "edge"
 
 
 def test_forms_are_compared_on_each_others_shapes(fits):
@@ -346,8 +337,8 @@ def test_to_dict_is_json(fits):
 def test_a_fit_without_draws_predicts_without_intervals():
     table, trunk = planted.star()
     found = best_shape(law.fit("joint", table, planted.loss(table), clusters=trunk, geometry=planted.GEOMETRY), BUDGET)
-    assert found.proportional["loss_low"] is None and found.difference["low"] is None
-    assert found.loss_low is None and found.regret is None and "bootstrap=0" in found.optimum["width"]["note"]
+    assert found.proportional.loss_low is None and found.difference.low is None
+    assert found.loss_low is None and found.regret is None and "bootstrap=0" in found.optimum["width"].note
 
 
 @pytest.mark.parametrize(
@@ -400,4 +391,4 @@ def test_a_pool_that_the_rows_do_not_say_is_read_from_their_flops():
     found = law.fit("joint", table | dict(train_flops=per_image * table["num_examples"]), y)
     assert found.geometry["pool"] == "none" and found.geometry["flops_scale"] == 1.0
     chosen = best_shape(found, 1e11)
-    assert chosen.shape["pool"] == "none" and chosen.shape["mlp_dim"] == 64 and chosen.shape["head_dim"] == 8
+    assert chosen.shape.pool == "none" and chosen.shape.mlp_dim == 64 and chosen.shape.head_dim == 8

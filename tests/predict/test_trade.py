@@ -17,9 +17,9 @@ from sovit.law.geometry import Geometry
 from sovit.law.read import Fit
 from sovit.ledger.measurements import measurements
 from sovit.predict.integer_search import Rules
-from sovit.predict.law_at_budget import target
+from sovit.predict.law_at_budget import predicted_loss, target
 from sovit.predict.patch_tradeoff import FACTOR, by_value, trade
-from sovit.predict.recommend import best_shape, predicted_loss, rules_of
+from sovit.predict.recommend import best_shape, rules_of
 from sovit.report import figures as plot
 from sovit.report.build import fit_ledgers
 from sovit.report.text import trade_text
@@ -100,7 +100,7 @@ def test_the_best_shape_is_that_of_brute_force(exact):
     at = target(exact, FLOPS)
     shapes, loss = every_shape(at)
     best = best_shape(exact, FLOPS)
-    assert tuple(best.shape[n] for n in DIMENSIONS) == shapes[int(loss.argmin())]
+    assert tuple(getattr(best.shape, n) for n in DIMENSIONS) == shapes[int(loss.argmin())]
     assert best.loss == pytest.approx(loss.min(), rel=1e-12)
 
 
@@ -218,8 +218,8 @@ def test_a_patch_that_costs_nothing_is_unidentified_and_the_largest_run_is_named
     found = fit.exponents["patch_size"]
     assert found["status"] == "unidentified" and found["estimate"] is None
     best = best_shape(fit, FLOPS)
-    assert best.shape["patch_size"] == 8 and best.optimum["patch_size"]["estimate"] <= 8 * 4
-    assert best.regret["high"] < 0.05  # against what can be built, not against patches of no tokens
+    assert best.shape.patch_size == 8 and best.optimum["patch_size"].estimate <= 8 * 4
+    assert best.regret.high < 0.05  # against what can be built, not against patches of no tokens
     trade(fit, FLOPS, "patch_size")
 
 
@@ -251,7 +251,7 @@ def test_tokens_in_the_data_term_are_found_where_they_are_and_the_optimum_is_exa
         assert found.intervals[name]["low"] <= planted_value <= found.intervals[name]["high"], name
     at = target(found, FLOPS)
     shapes, loss = every_shape(at)
-    assert tuple(best_shape(found, FLOPS).shape[n] for n in DIMENSIONS) == shapes[int(loss.argmin())]
+    assert tuple(getattr(best_shape(found, FLOPS).shape, n) for n in DIMENSIONS) == shapes[int(loss.argmin())]
     v = at.optimum()
     for step in np.eye(5) * 1e-3:  # no real shape around the optimum is better
         for sign in (1, -1):

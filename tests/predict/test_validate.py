@@ -129,7 +129,7 @@ def test_two_laws_meet_by_their_own_choices(tmp_path):
         fit = law.fit("joint", data.columns, data.y, bootstrap=20)
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(fit.to_json())
-        chosen.append(best_shape(fit, 1e12).shape)
+        chosen.append(best_shape(fit, 1e12).shape.to_dict())
     made = write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json", paths[1])
     first, second = made["arms"].values()
     assert [first["shape"], second["shape"]] == chosen and chosen[0] != chosen[1]

@@ -73,7 +73,7 @@ def test_optimal_shape_bands_hold_the_line_and_the_recommendation(fit):
     assert len(figure.axes) == 3
     for dim, axis in zip(fit.model["dims"], figure.axes):
         star = next(line for line in axis.lines if line.get_marker() == "*")
-        assert star.get_ydata()[0] == recommendation.shape[dim]
+        assert star.get_ydata()[0] == getattr(recommendation.shape, dim)
         assert len(axis.collections) == 2  # headline and pairs
         solid, dashed = (line for line in axis.lines if line.get_linewidth() > 1 and line.get_marker() == "None")
         slope = np.polyfit(np.log(solid.get_xdata()), np.log(solid.get_ydata()), 1)[0]

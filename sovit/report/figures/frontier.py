@@ -32,29 +32,30 @@ MAX_LABELS = 9  # shapes that are named
 def frontier(fit, rows, data=None) -> Figure:
     """Loss, encoder parameters and images against training FLOPs, with both bands; dashed beyond the runs.
 
-    rows: of `sovit.predict.frontier.frontier`, budgets rising. data: the measurements of the law, drawn as points where given.
+    rows: recommendations, budgets rising. data: the measurements of the law, drawn as points where given.
     Lines are the real-valued optimum, markers the best whole shapes, of which at most MAX_LABELS are named.
     """
-    budgets = np.array([row["train_flops"] for row in rows])
+    budgets = np.array([row.train_flops for row in rows])
     largest = budgets_run(fit)[1]
     figure, axes = panels(1, 3, PAGE, 3.0, left=0.075, right=0.985, bottom=0.15, top=0.9, wspace=0.3)
     metric = data.metric if data is not None else fit.data.get("metric", "loss")
     series = [
-        ("optimum_loss", None, "loss", METRICS.get(metric, metric), OKABE_ITO[0]),
-        (None, "num_params", "num_params", "encoder parameters", OKABE_ITO[1]),
-        (None, "num_examples", "num_examples", "images seen", OKABE_ITO[2]),
+        (None, "loss", METRICS.get(metric, metric), OKABE_ITO[0]),
+        ("num_params", "num_params", "encoder parameters", OKABE_ITO[1]),
+        ("num_examples", "num_examples", "images seen", OKABE_ITO[2]),
     ]
-    for axis, (line, size, whole, label, colour) in zip(axes, series):
+    for axis, (size, whole, label, colour) in zip(axes, series):
         bands = [_ends(rows, size, prefix) for prefix in ("pairs_", "")]
         for band, alpha in zip(bands, (0.16, 0.32)):
             if band is not None:
                 axis.fill_between(budgets, *band, color=colour, alpha=alpha, lw=0, zorder=1)
-        values = np.array([row[line] if line else row["optimum_size"][size]["estimate"] for row in rows])
+        values = np.array([row.optimum_size[size].estimate if size else row.optimum_loss for row in rows])
         inside, beyond = budgets <= largest * (1 + 1e-9), budgets >= largest / (1 + 1e-9)
         first = max(0, int(np.argmax(beyond)) - 1) if beyond.any() else len(budgets)
         axis.plot(budgets[inside], values[inside], color=colour, zorder=3)
         axis.plot(budgets[first:], values[first:], color=colour, ls=(0, (3, 1.5)), zorder=3)
-        axis.plot(budgets, [row[whole] for row in rows], ls="", marker="D", ms=3.6, mfc="white", mec=colour, zorder=4)
+        shapes = [getattr(row, whole) for row in rows]
+        axis.plot(budgets, shapes, ls="", marker="D", ms=3.6, mfc="white", mec=colour, zorder=4)
         axis.axvline(largest, color=GREY, lw=0.6, ls=":", zorder=2)
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -65,7 +66,7 @@ def frontier(fit, rows, data=None) -> Figure:
                 flops = data.columns["train_flops"]
                 shade = GREY if whole == "loss" else PALE  # shapes are named on the other panels
                 axis.scatter(flops, column, s=7, color=shade, alpha=0.7, linewidths=0, zorder=0.5)
-    low, high = _ends(rows, None, "") or (np.array([row["loss"] for row in rows]),) * 2
+    low, high = _ends(rows, None, "") or (np.array([row.loss for row in rows]),) * 2
     top = high if data is None else np.append(high, data.y)
     loss_axis(axes[0], np.append(low, top), pad=1.06)
     _name(axes[1], rows)
@@ -88,9 +89,9 @@ def frontier(fit, rows, data=None) -> Figure:
 def _ends(rows, size: str | None, prefix: str):
     """Both ends of an interval at every budget, [T] each; None without draws."""
     if size is None:
-        ends = [[row[f"loss_{prefix}{end}"] for row in rows] for end in ("low", "high")]
+        ends = [[getattr(row, f"loss_{prefix}{end}") for row in rows] for end in ("low", "high")]
     else:
-        ends = [[row["optimum_size"][size][prefix + end] for row in rows] for end in ("low", "high")]
+        ends = [[getattr(row.optimum_size[size], prefix + end) for row in rows] for end in ("low", "high")]
     return None if ends[0][0] is None else (np.array(ends[0]), np.array(ends[1]))
 
 
@@ -98,10 +99,9 @@ def _name(axis, rows) -> None:
     """The shapes, width x depth x MLP dim, below their markers on the panel of sizes."""
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_LABELS)).round().astype(int))
     for i in shown:
-        shape = rows[i]["shape"]
         name = axis.annotate(
-            shape_label(shape, rows[i]["optimum"]).replace("x", "×"),
-            (rows[i]["train_flops"], rows[i]["num_params"]),
+            shape_label(rows[i].shape, rows[i].optimum).replace("x", "×"),
+            (rows[i].train_flops, rows[i].num_params),
             xytext=(3, -4),
             textcoords="offset points",
             fontsize=5.5,

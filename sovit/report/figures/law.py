@@ -224,7 +224,7 @@ def optimal_shape(fit, recommendation=None) -> Figure | None:
         if recommendation is not None:
             axis.plot(
                 np.exp(target),
-                recommendation.shape[dim],
+                getattr(recommendation.shape, dim),
                 marker="*",
                 ms=8,
                 color=INK,

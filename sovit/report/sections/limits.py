@@ -37,7 +37,7 @@ def not_shown_section(data, fits, headline, recommendation) -> str:
             f" {'more' if usual > high else 'less'}."
         )
     if recommendation is not None:
-        run = [row for row in data.rows if all(recommendation.shape[n] == row.get(n) for n in DIMENSIONS)]
+        run = [row for row in data.rows if all(getattr(recommendation.shape, n) == row.get(n) for n in DIMENSIONS)]
         spent = np.array([row["train_flops"] for row in run if row.get("train_flops")])
         there = np.abs(np.log(spent / recommendation.train_flops)) < LEVEL_WIDTH
         lines.append(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from sovit.report.sections.phrases import NAMES, flops, percent, sentence, with_interval
 from sovit.report.text import label, spend_lines, turn_words
+from sovit.spec.shape import Shape
 
 
 def trade_section(trades: Mapping) -> str:
@@ -28,7 +29,8 @@ def _one(found: Mapping) -> str:
             excess += f" ({percent(e['low'], True)} to {percent(e['high'], True)})"
         loss = with_interval(row["loss"], row["loss_low"], row["loss_high"])
         rows.append(
-            f"| {row['value']} | {label(row['shape'], [found['by']])} | {row['num_examples']:,} | {loss} | {excess} |"
+            f"| {row['value']} | {label(Shape(**row['shape']), [found['by']])} | {row['num_examples']:,} |"
+            f" {loss} | {excess} |"
         )
     turns = [f"- {sentence(turn_words(turn, name, found['level']))}" for turn in found["turns"]]
     spent = [f"- {sentence(line)}" for line in spend_lines(found)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sovit.law.diagnostics import SIGNIFICANT
+from sovit.spec.shape import Shape
 
 NAMES = {
     "width": "width",
@@ -79,9 +80,9 @@ def flops(value: float) -> str:
     return f"{head.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def shape_words(shape: dict) -> str:
-    text = f"width {shape['width']}, depth {shape['depth']}, MLP dim {shape['mlp_dim']}"
-    return text + f" (head dim {shape['head_dim']}, patch {shape['patch_size']}, image {shape['image_size']})"
+def shape_words(shape: Shape) -> str:
+    text = f"width {shape.width}, depth {shape.depth}, MLP dim {shape.mlp_dim}"
+    return text + f" (head dim {shape.head_dim}, patch {shape.patch_size}, image {shape.image_size})"
 
 
 def quality_section(fit) -> str:

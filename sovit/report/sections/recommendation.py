@@ -36,9 +36,9 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
         + (f" (pairs: {span(r.loss_pairs_low, r.loss_pairs_high)})." if r.loss_pairs_low is not None else "."),
     ]
     cells = "\n".join(
-        f"| {NAMES[n]} | {short(o['estimate'])} | {span(o['low'], o['high'])} |"
-        f" {span(o['pairs_low'], o['pairs_high'])} |"
-        f" {r.shape[n]} | {o['status']} | {o['grid']} |"
+        f"| {NAMES[n]} | {short(o.estimate)} | {span(o.low, o.high)} |"
+        f" {span(o.pairs_low, o.pairs_high)} |"
+        f" {getattr(r.shape, n)} | {o.status} | {o.grid} |"
         for n, o in r.optimum.items()
     )
     lines.append(
@@ -50,33 +50,33 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
     regret = f"- Rounding to {what} costs {percent(r.rounding_regret)} of the loss."
     if r.regret:
         regret += (
-            f" If a bootstrap draw were the truth, the shape would lose {percent(r.regret['median'])} (median) or"
-            f" {percent(r.regret['high'])} (95th percentile) to that draw's best."
+            f" If a bootstrap draw were the truth, the shape would lose {percent(r.regret.median)} (median) or"
+            f" {percent(r.regret.high)} (95th percentile) to that draw's best."
         )
     flat = r.flat_region
-    ranges = listed([f"{NAMES[n]} {number(low)} to {number(high)}" for n, (low, high) in flat["ranges"].items()])
+    ranges = listed([f"{NAMES[n]} {number(low)} to {number(high)}" for n, (low, high) in flat.ranges.items()])
     region = (
         f"- Flat region: {flat_words(flat)} within one noise s.d."
-        f" ({percent(flat['within'])}, from {flat['noise_source']}) of the best: {ranges}."
+        f" ({percent(flat.within)}, from {flat.noise_source}) of the best: {ranges}."
     )
-    if flat["open_above"]:
-        region += f" Its upper end was not reached in {listed([NAMES[n] for n in flat['open_above']])}."
+    if flat.open_above:
+        region += f" Its upper end was not reached in {listed([NAMES[n] for n in flat.open_above])}."
     p = r.proportional
     usual = (
         "- ViT-B proportions at the same FLOPs, at the width that the law itself thinks best"
-        f" ({shape_words(p['shape'])},"
-        f" {p['num_examples']:,} images): predicted {data.metric} {with_interval(p['loss'], p['loss_low'], p['loss_high'])},"
-        f" {percent(p['loss_excess'], True)} against the recommended shape."
+        f" ({shape_words(p.shape)},"
+        f" {p.num_examples:,} images): predicted {data.metric} {with_interval(p.loss, p.loss_low, p.loss_high)},"
+        f" {percent(p.loss_excess, True)} against the recommended shape."
     )
     d = r.difference
-    if d["low"] is not None:
+    if d.low is not None:
         usual += (
-            f" ln of recommended over usual: {percent(d['estimate'], True)} ({percent(d['low'], True)} to"
-            f" {percent(d['high'], True)})."
+            f" ln of recommended over usual: {percent(d.estimate, True)} ({percent(d.low, True)} to"
+            f" {percent(d.high, True)})."
         )
-    if abs(p["loss_excess"]) <= flat["within"]:
+    if abs(p.loss_excess) <= flat.within:
         usual += " That is within one noise s.d.: the law does not claim a difference that a run could show."
-    if misfits(fit) and flat["within"] < abs(p["loss_excess"]) <= fit.diagnostics["residual_rms"]:
+    if misfits(fit) and flat.within < abs(p.loss_excess) <= fit.diagnostics["residual_rms"]:
         usual += " That is within what the law itself misses by: only paired runs can settle it."
     lines.append("\n".join([regret, region, usual]))
     if rules:
@@ -112,13 +112,12 @@ def _rules(data, r, rules) -> str:
     titles = {"size_rule": "ViT-B proportions, size by the N-D law", "paper_rule": "SoViT's recipe (each by τ^(s/D))"}
     cells = [("the law's own", r.shape, r.num_params, r.num_examples, r.loss, "")]
     p = r.proportional
-    usual = Shape(**p["shape"]).num_params
-    more = _worse(r.difference, -1)
-    cells.append(("ViT-B proportions, size by this law", p["shape"], usual, p["num_examples"], p["loss"], more))
+    more = _worse(vars(r.difference), -1)
+    cells.append(("ViT-B proportions, size by this law", p.shape, p.shape.num_params, p.num_examples, p.loss, more))
     for name, title in titles.items():
         if rule := rules.get(name):
             more = _worse(rule["difference"]) + (f"; {rule['note']}" if rule["note"] else "")
-            cells.append((title, rule["shape"], rule["num_params"], rule["num_examples"], rule["loss"], more))
+            cells.append((title, Shape(**rule["shape"]), rule["num_params"], rule["num_examples"], rule["loss"], more))
     body = "\n".join(
         f"| {title} | {label(shape, r.optimum)} | {params:,} | {images:,} | {loss:.4g} | {more} |"
         for title, shape, params, images, loss, more in cells
@@ -145,10 +144,10 @@ def _worse(difference, sign: int = 1) -> str:
 def _frontier(data, fit, rows) -> str:
     """The best shape at a ladder of budgets."""
     body = "\n".join(
-        f"| {flops(row['train_flops'])} | {row['decades']:+.1f} | {label(row['shape'], row['optimum'])} |"
-        f" {row['num_params']:,} |"
-        f" {row['num_examples']:,} | {with_interval(row['loss'], row['loss_low'], row['loss_high'])} |"
-        f" {count_words(row['flat'])} |"
+        f"| {flops(row.train_flops)} | {row.decades:+.1f} | {label(row.shape, row.optimum)} |"
+        f" {row.num_params:,} |"
+        f" {row.num_examples:,} | {with_interval(row.loss, row.loss_low, row.loss_high)} |"
+        f" {count_words(row.flat_region)} |"
         for row in rows
     )
     return (

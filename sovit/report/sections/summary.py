@@ -7,6 +7,7 @@ from sovit.report.sections.extrapolation import held_out_words
 from sovit.report.sections.phrases import NAMES, flops, grows, listed, misfits, sentence, shape_words, with_interval
 from sovit.report.sections.sensitivity import movers
 from sovit.report.text import flat_words
+from sovit.spec.shape import Shape
 
 
 def found_section(data, fits, headline, why, recommendation, no_recommendation, facts) -> str:
@@ -63,7 +64,7 @@ def summary_text(summary: dict, no_recommendation: str) -> str:
         lines.append(f"no recommendation: {no_recommendation}")
     else:
         lines.append(
-            f"for {flops(r['train_flops'])} training FLOPs: {shape_words(r['shape'])}, {r['num_examples']:,}"
+            f"for {flops(r['train_flops'])} training FLOPs: {shape_words(Shape(**r['shape']))}, {r['num_examples']:,}"
             " images, predicted"
             f" {summary['metric']} {r['loss']:.4g}"
         )
