@@ -144,7 +144,7 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
     """
     from sovit.encoder.probe import compare, comparison_text, probe_ledger
     from sovit.ledger.few_shot_columns import column
-    from sovit.train.trainer import check_device
+    from sovit.train.device import check_device
 
     if bool(study) == bool(encoders):
         raise UserError("name encoders to probe, or one --study (not both)")

@@ -28,3 +28,13 @@ class Base:
     run: Run | None = None
     train_flops: int | None = None
     num_examples: int | None = None
+
+    @property
+    def columns(self) -> dict:
+        """What the row of a fine-tuning says of where it began."""
+        return {
+            "base_image_size": self.shape.image_size,
+            "base_patch_size": self.shape.patch_size,
+            "base_examples": self.num_examples,
+            "base_train_flops": self.train_flops,
+        }

@@ -27,7 +27,6 @@ from sovit.ledger.few_shot_columns import SHOTS, SUPPORT_SEEDS, about, columns, 
 from sovit.ledger.ledger import read_ledger, update_ledger
 from sovit.ledger.records import read_record, write_record
 from sovit.ledger.schema import is_vlm
-from sovit.spec.run import Run
 
 POOL = 65_536  # training samples that support sets are drawn from, at most; big_vision takes 65,000 of ImageNet
 POOL_STEP = 4096  # the pool grows by so many until every class has enough for support sets that need not overlap
@@ -180,12 +179,6 @@ def comparison_text(result: dict) -> str:
     return "\n".join([*lines, f"± s.d. over {n} support sets, the same for all; a guess is wrong in {guess:.4f}"])
 
 
-def probe_columns(encoder: Encoder, data: ProbeData, show: bool = False) -> dict:
-    """The columns that a probe adds to the row of a branch."""
-    what = dict(zip(about(data.name), (data.source.content_key, data.zero_line)))
-    return columns(data.name, probe(encoder, data, show)) | what
-
-
 def patch_size(encoder: Encoder) -> int:
     return encoder.preprocess.image_size // encoder.grid
 
@@ -214,17 +207,33 @@ def open_tower(name: str, runs_dir: Path | str = "runs", device: str = "cpu") ->
 # rows ----------------------------------------------------------------------------------------------------------------
 
 
-def probe_branches(run: Run, runs_dir: Path | str, device: str = "cpu") -> None:
-    """Add the columns of `run.probe` to the record of every branch that was trained and lacks them.
+def probe_branches(rows: Sequence[dict], name: str, runs_dir: Path | str, device: str = "cpu") -> list[dict]:
+    """The rows of trained branches with the columns of a probe on `name`, which are added to their records, too.
 
     Raises UserError for data that cannot be probed on.
     """
-    records = [read_record(runs_dir, run.trunk_id, run_id) for run_id in run.run_ids]
-    todo = [row for row in records if row and row["status"] == "ok" and not is_probed(row, run.probe)]
-    if todo:
-        data = open_probe(run.probe, run.shape.image_size, run.shape.patch_size, device)
-        for row in todo:
-            add_columns(runs_dir, row, probe_columns(open_encoder(row["run_id"], runs_dir, device), data))
+    todo = [row for row in rows if row["status"] == "ok" and not is_probed(row, name)]
+    found = {row["run_id"]: row for row in probed(todo, name, runs_dir, device)}
+    return [found.get(row["run_id"], row) for row in rows]
+
+
+def probed(rows: Iterable[dict], name: str, runs_dir: Path | str, device: str, known: Iterable[dict] = ()) -> Iterator:
+    """Probe the branch of each row; yield the row with the columns, when its record has them.
+
+    Raises UserError where one of the rows `known` was probed on other data of that name.
+    """
+    opened: dict[tuple[int, int], ProbeData] = {}
+    for row in rows:
+        encoder = open_encoder(row["run_id"], runs_dir, device)
+        size = encoder.preprocess.image_size, patch_size(encoder)
+        if size not in opened:
+            opened[size] = open_probe(name, *size, device)
+            check_same_data(known, opened[size])
+        data = opened[size]
+        what = dict(zip(about(name), (data.source.content_key, data.zero_line)))
+        found = columns(name, probe(encoder, data)) | what
+        add_columns(runs_dir, row, found)
+        yield row | found
 
 
 def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -> dict:
@@ -242,17 +251,8 @@ def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -
     here = [row for row in todo if (runs_dir / row["trunk_id"] / f"{row['run_id']}.safetensors").exists()]
     if todo and not here and len(todo) == len(trained):
         raise UserError(f"none of the {len(todo)} branches to probe has its weights in {runs_dir}; name their --runs")
-    opened: dict[tuple[int, int], ProbeData] = {}
-    for row in track(here, f"probing {name}", len(here)):
-        encoder = open_encoder(row["run_id"], runs_dir, device)
-        size = encoder.preprocess.image_size, patch_size(encoder)
-        if size not in opened:
-            opened[size] = open_probe(name, *size, device)
-            check_same_data(rows, opened[size])
-        data = opened[size]
-        found = probe_columns(encoder, data)
-        add_columns(runs_dir, row, found)
-        update_ledger(ledger, [{**row, **found}])
+    for row in probed(track(here, f"probing {name}", len(here)), name, runs_dir, device, rows):
+        update_ledger(ledger, [row])
     return {
         "ledger": str(ledger),
         "data": name,

@@ -31,9 +31,10 @@ from sovit import UserError
 from sovit.files import is_locked, locked
 from sovit.signals import stop_on_signal, this_command
 from sovit.spec.run import Run
+from sovit.train.device import check_device
 from sovit.train.loop import Interrupted, OutOfMemory
-from sovit.train.progress import progress_text, write_progress
-from sovit.train.trainer import check_device, say, train
+from sovit.train.progress import progress_text, say, write_progress
+from sovit.train.trainer import train
 
 
 def train_here(
@@ -58,7 +59,7 @@ def train_here(
         say(f"waiting for who trains {run.trunk_id} already")
     try:
         with locked(lock), stop_on_signal() as should_stop:
-            return train(run, runs_dir, device, show, should_stop=should_stop)
+            return train(run, runs_dir, device, on_progress=show, should_stop=should_stop)
     except Interrupted as stop:
         where = f"with the state in {Path(runs_dir) / run.trunk_id}; go on with: {this_command()}"
         raise KeyboardInterrupt(f"{stop}, {where}") from None

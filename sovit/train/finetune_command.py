@@ -16,9 +16,10 @@ from sovit.ledger.ledger import update_ledger
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import TRAINED
 from sovit.train.command import train_here
+from sovit.train.device import check_device
 from sovit.train.evaluate import validate
 from sovit.train.finetune import begin
-from sovit.train.trainer import check_device, check_readout
+from sovit.train.trainer import check_readout
 
 # peak rate of a fine-tuning over that of its base, as studies/finetune_rate.py found it; of a timm model the rate itself:
 # DeiT-III's at 384 px, the nearest that was published (facebookresearch/deit, README_revenge.md)

@@ -30,7 +30,7 @@ from sovit.encoder.model import build, parameter_groups
 from sovit.spec.named_shapes import stored_params
 from sovit.spec.shape import TRAINED, Shape
 from sovit.train.finetune import freeze
-from sovit.train.loop import OutOfMemory, fit
+from sovit.train.loop import OutOfMemory, Position, Task, fit
 from sovit.train.step_profile import (
     Settings,
     cast,
@@ -229,8 +229,8 @@ def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, dty
         raise MemoryError(f"out of memory: of {len(batch.images)} images {micro_batch} fit at a time")
 
     trainable = [p for p in model.parameters() if p.requires_grad]
+    task = Task(trainable, optimizer, lambda step: batch, loss_fn, lambda step: 1e-5, clip_norm=1.0)
     try:
-        at = range(count)
-        fit(trainable, optimizer, lambda step: batch, loss_fn, lambda step: 1e-5, at, clip_norm=1.0, on_split=on_split)
+        fit(task, Position(), count, on_split=on_split)
     except OutOfMemory as error:
         raise MemoryError(str(error)) from error

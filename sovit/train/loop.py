@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,98 +27,116 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A stop was asked for. No failure, so what catches errors lets it pass.
+    """A stop was asked for. No failure, so what catches errors lets it pass."""
 
-    `.step` is the next step to take, `.window` [k, 2] what `fit` must be given to go on as if nothing had happened, and
-    `.seconds` what the steps in it took.
+
+@dataclass(frozen=True)
+class Task:
+    """What is descended, and how.
+
+    `batch_at(step)` and `learning_rate_at(step)` are pure functions of the step, so that a resumed run repeats exactly
+    what the uninterrupted one did. The rate is one for all, or a list with one for each group of the optimiser. A batch is
+    a (named) tuple of tensors [B, ...], or None. `loss_fn(batch)`, which must not depend on chance, returns the sum of its
+    losses and the number of their terms; a step descends their mean. A loss that compares the rows of a batch with each
+    other (pairwise=True) cannot be taken in parts: `loss_fn(batch, rows)` then gets the whole batch, and itself holds what
+    is computed of no more than `rows` of them at a time.
     """
 
-    def __init__(self, step: int, window: Tensor | None, seconds: float):
-        super().__init__(f"stopped after {step} steps")
-        self.step, self.window, self.seconds = step, window, seconds
+    parameters: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+    batch_at: Callable[[int], Any]
+    loss_fn: Callable[..., tuple[Tensor, int]]
+    learning_rate_at: Callable[[int], float | list[float]]
+    clip_norm: float
+    pairwise: bool = False
+
+
+@dataclass
+class Position:
+    """Where training stands: `fit` moves it, a checkpoint holds it.
+
+    seconds: that all steps took; spent: those since the last record. window: loss and gradient norm [k, 2] of the k steps
+    since `on_window`. micro_batch: where a batch did not fit into memory, the rows that did.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    spent: float = 0.0
+    window: Tensor | None = None
+    micro_batch: int | None = None
+
+    def move(self, step: int, seconds: float, window: Tensor | None = None) -> None:
+        self.step, self.window = step, window
+        self.seconds, self.spent = self.seconds + seconds, self.spent + seconds
 
 
 def fit(
-    parameters: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    batch_at: Callable[[int], Any],
-    loss_fn: Callable[..., tuple[Tensor, int]],
-    learning_rate_at: Callable[[int], float | list[float]],
-    steps: range,
+    task: Task,
+    at: Position,
+    stop: int,
     *,
-    clip_norm: float,
-    on_window: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    window: Tensor | None = None,
-    micro_batch: int | None = None,
+    on_window: Callable[[float, int, float], None] = lambda loss, steps, seconds: None,
     on_split: Callable[[int], None] = lambda micro_batch: None,
-    pairwise: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Take one optimiser step for each number in `steps`.
+    """Take one optimiser step for each number from `at.step` to `stop`, and move `at` along.
 
-    `batch_at(step)` and `learning_rate_at(step)` are pure functions of the step, so that a run resumed from a
-    checkpoint repeats exactly what the uninterrupted one did; the rate is one for all, or a list with one for each of
-    the optimiser's groups. A batch is a (named) tuple of tensors [B, ...], or None;
-    `loss_fn(batch)`, which must not depend on chance, returns the sum of its losses and the number of their terms; the
-    step descends their mean.
-    `on_window(next_step, mean_loss, seconds)` is called at least every WINDOW steps, at multiples of WINDOW and at the
-    end, after the losses were found finite.
-
-    Where a batch does not fit into memory its step is taken again in two, four ... parts of at most `micro_batch` rows,
-    with the same gradient but for rounding, and so are all later steps; `on_split(micro_batch)` is told. A loss that
-    compares the rows of a batch with each other (pairwise=True) cannot be taken in parts: `loss_fn(batch, rows)` then gets
-    the whole batch, and must itself hold what is computed of no more than `rows` of them at a time.
+    `on_window(mean_loss, steps, seconds)` is called at least every WINDOW steps, at multiples of WINDOW and at the end,
+    after the losses were found finite. Where a batch does not fit into memory its step is taken again in two, four ...
+    parts of at most `at.micro_batch` rows, with the same gradient but for rounding, and so are all later steps;
+    `on_split(micro_batch)` is told.
 
     Raises Diverged at the end of the window that holds the first non-finite loss or gradient norm; Interrupted between
-    two steps, as soon as `should_stop()`; OutOfMemory where one row does not fit.
+    two steps, as soon as `should_stop()`, with `at` where it can go on; OutOfMemory where one row does not fit.
     """
-    parameters = list(parameters)
-    seen: list[Tensor] = [] if window is None else list(window)  # of [2]: loss, gradient norm
-    started = time.perf_counter()
+    seen: list[Tensor] = [] if at.window is None else list(at.window)  # of [2]: loss, gradient norm
+    steps, started = range(at.step, stop), time.perf_counter()
     for step in steps:
         if should_stop():
-            raise Interrupted(step, torch.stack(seen) if seen else None, time.perf_counter() - started)
-        rates = learning_rate_at(step)
-        for i, group in enumerate(optimizer.param_groups):
+            at.move(step, time.perf_counter() - started, torch.stack(seen) if seen else None)
+            raise Interrupted(f"stopped after {step} steps")
+        rates = task.learning_rate_at(step)
+        for i, group in enumerate(task.optimizer.param_groups):
             group["lr"] = rates[i] if isinstance(rates, list) else rates
-        batch = batch_at(step)
-        rows = min(micro_batch or len(batch[0]), len(batch[0]))
-        loss, fitting = within_memory(partial(_backward, loss_fn, parameters, batch, pairwise), rows)
+        batch = task.batch_at(step)
+        rows = min(at.micro_batch or len(batch[0]), len(batch[0]))
+        loss, fitting = within_memory(partial(_backward, task, batch), rows)
         if fitting < rows:
-            micro_batch = fitting
+            at.micro_batch = fitting
             on_split(fitting)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
-        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(task.parameters, task.clip_norm, foreach=True)
+        task.optimizer.step()
         seen.append(torch.stack((loss, norm.detach())))
-        if (step + 1) % WINDOW == 0 or step + 1 == steps.stop:
+        if (step + 1) % WINDOW == 0 or step + 1 == stop:
             values = torch.stack(seen)  # [window, 2]
             bad = (~values.isfinite()).any(1).nonzero()
             if len(bad):
                 raise Diverged(step + 1 - len(seen) + int(bad[0]))
-            now = time.perf_counter()
-            on_window(step + 1, values[:, 0].mean().item(), now - started)
+            taken, now = step + 1 - at.step, time.perf_counter()
+            at.move(step + 1, now - started)
+            on_window(values[:, 0].mean().item(), taken, now - started)
             seen, started = [], now
     if steps and should_stop():  # before whatever the caller does next, which may take long
-        raise Interrupted(steps.stop, None, 0.0)
+        raise Interrupted(f"stopped after {stop} steps")
 
 
-def _backward(loss_fn, parameters: list[Tensor], batch, pairwise: bool, rows: int) -> Tensor:
-    """Leave the gradient of the batch's mean loss in `parameters`, computed `rows` at a time; return that loss."""
-    for p in parameters:
+def _backward(task: Task, batch: Any, rows: int) -> Tensor:
+    """Leave the gradient of the batch's mean loss in the parameters, computed `rows` at a time; return that loss."""
+    for p in task.parameters:
         p.grad = None
-    if pairwise or rows >= len(batch[0]):
-        total, count = loss_fn(batch, rows) if pairwise else loss_fn(batch)
+    if task.pairwise or rows >= len(batch[0]):
+        total, count = task.loss_fn(batch, rows) if task.pairwise else task.loss_fn(batch)
         loss = total / (count or 1)  # a batch of which nothing is asked has no loss, and no gradient
         loss.backward()
         return loss.detach()
     sums, counts = [], []
     for part in parts_of(batch, rows):
-        total, count = loss_fn(part)
+        total, count = task.loss_fn(part)
         total.backward()
         sums.append(total.detach())
         counts.append(count)
     count = sum(counts) or 1
-    for p in parameters:
+    for p in task.parameters:
         if p.grad is not None:
             p.grad /= count  # parts may differ in their number of terms: only the whole batch's makes a mean
     return torch.stack(sums).sum() / count

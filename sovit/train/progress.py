@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def progress_text(progress: dict) -> str:
         f"  {progress['images_per_second']:6.0f} img/s  {progress['flops_per_second'] / 1e9:5.1f} GFLOP/s"
         f"  {int(left // 60)}:{int(left % 60):02d} left"
     )
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, over the progress that may stand there."""
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{clear}sovit: {line}", file=sys.stderr, flush=True)

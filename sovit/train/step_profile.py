@@ -42,8 +42,8 @@ from sovit.predict.recommend import best_shape
 from sovit.spec.named_shapes import named_shape
 from sovit.spec.shape import Shape
 from sovit.tables import text_table
+from sovit.train.device import check_device
 from sovit.train.loop import is_out_of_memory
-from sovit.train.trainer import check_device
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

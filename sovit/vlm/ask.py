@@ -10,7 +10,7 @@ from torch import Tensor
 from sovit import UserError
 from sovit.vlm.pictures import open_picture, to_tensor
 from sovit.vlm.questions.questions import open_questions
-from sovit.vlm.trainer import open_vlm, read_run
+from sovit.vlm.trained import open_vlm, read_run
 
 
 def ask(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sovit import UserError
 from sovit.vlm.pictures import to_tensor
-from sovit.vlm.trainer import open_vlm
+from sovit.vlm.trained import open_vlm
 
 
 def manifest() -> Any:

@@ -22,7 +22,7 @@ from sovit.spec.shape import Shape
 from sovit.spec.siglip_costs import EMBED_DIM, NUM_WORDS, pair_flops, text_flops, text_params
 from sovit.train.command import main
 from sovit.train.finetune import begin
-from sovit.train.loop import fit
+from sovit.train.loop import Position, Task, fit
 from sovit.train.siglip import (
     Pairs,
     build_pair,
@@ -128,17 +128,16 @@ def test_where_memory_runs_out_all_pairs_of_a_batch_still_count():
             return pair_loss(model, batch, rows)
 
         splits = []
-        fit(
-            model.parameters(),
+        task = Task(
+            [*model.parameters()],
             torch.optim.SGD(model.parameters(), lr=0.0),
             lambda step: Pairs(source.train(16 * step, 16).images, captions.train(16 * step, 16)),  # noqa: B023
             loss_fn,
             lambda step: 0.01,
-            range(5),
             clip_norm=1.0,
-            on_split=splits.append,
             pairwise=True,
         )
+        fit(task, Position(), 5, on_split=splits.append)
         assert splits == ([] if most == 16 else [4])
         trained.append(list(model.parameters()))
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from sovit.train.loop import WINDOW, Diverged, Interrupted, OutOfMemory, fit, schedule
+from sovit.train.loop import WINDOW, Diverged, Interrupted, OutOfMemory, Position, Task, fit, schedule
 
 # schedule ------------------------------------------------------------------------------------------------------------
 
@@ -56,8 +56,9 @@ def problem(seed=0):
     return model, optimizer, batches
 
 
-def run_fit(model, optimizer, batches, steps, limit=None, **more):
-    """`limit`: rows that fit into memory."""
+def run_fit(model, optimizer, batches, steps, limit=None, at=None, on_window=None, **more):
+    """Steps from `steps.start`, or from where `at` stands. `limit`: rows that fit into memory."""
+    at = at or Position(steps.start)
 
     def loss_fn(batch):
         if limit and len(batch[0]) > limit:
@@ -65,8 +66,10 @@ def run_fit(model, optimizer, batches, steps, limit=None, **more):
         errors = (model(batch[0]) - batch[1]).square()
         return errors.sum(), errors.numel()
 
-    kw = dict(clip_norm=0.5, **more)
-    fit(model.parameters(), optimizer, batches.__getitem__, loss_fn, lambda s: 0.01 / (s + 1), steps, **kw)
+    task = Task([*model.parameters()], optimizer, batches.__getitem__, loss_fn, lambda s: 0.01 / (s + 1), clip_norm=0.5)
+    if on_window:
+        more["on_window"] = lambda loss, taken, seconds: on_window(at.step, loss, seconds)
+    fit(task, at, steps.stop, **more)
 
 
 def test_steps_are_adamw_with_clipping():
@@ -123,17 +126,10 @@ def test_the_loss_of_a_window_is_its_mean():
         return errors.sum(), errors.numel()
 
     seen = []
-    fit(
-        model.parameters(),
-        optimizer,
-        batches.__getitem__,
-        loss_fn,
-        lambda s: 0.01,
-        range(60),
-        clip_norm=1.0,
-        on_window=lambda step, loss, seconds: seen.append(loss),
-    )
-    assert seen == pytest.approx([sum(losses[:50]) / 50, sum(losses[50:]) / 10])
+    task = Task([*model.parameters()], optimizer, batches.__getitem__, loss_fn, lambda s: 0.01, clip_norm=1.0)
+    fit(task, Position(), 60, on_window=lambda loss, taken, seconds: seen.append((loss, taken)))
+    assert [taken for _, taken in seen] == [50, 10]
+    assert [loss for loss, _ in seen] == pytest.approx([sum(losses[:50]) / 50, sum(losses[50:]) / 10])
 
 
 # divergence ----------------------------------------------------------------------------------------------------------
@@ -163,7 +159,7 @@ def test_a_gradient_that_is_not_finite_is_divergence_although_the_loss_is():
         return (torch.tensor([step]),)
 
     with pytest.raises(Diverged) as caught:
-        fit([parameter], optimizer, batch_at, loss_fn, lambda step: 0.0, range(WINDOW), clip_norm=1.0)
+        fit(Task([parameter], optimizer, batch_at, loss_fn, lambda step: 0.0, clip_norm=1.0), Position(), WINDOW)
     assert caught.value.step == 3
 
 
@@ -178,11 +174,11 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(steps_done):
     def should_stop():
         return parts[1].state and next(iter(parts[1].state.values()))["step"] == steps_done
 
-    kw = dict(on_window=lambda step, loss, seconds: seen.append((step, loss)))
-    with pytest.raises(Interrupted, match=f"stopped after {steps_done} steps") as caught:
+    kw = dict(at=Position(), on_window=lambda step, loss, seconds: seen.append((step, loss)))
+    with pytest.raises(Interrupted, match=f"stopped after {steps_done} steps"):
         run_fit(*parts, range(130), should_stop=should_stop, **kw)
-    assert caught.value.step == steps_done and caught.value.seconds >= 0
-    run_fit(*parts, range(steps_done, 130), window=caught.value.window, **kw)
+    assert kw["at"].step == steps_done and kw["at"].seconds > 0
+    run_fit(*parts, range(130), **kw)
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), parts[0].parameters()))
     assert seen == seen_whole
 
@@ -190,9 +186,10 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(steps_done):
 def test_a_stop_asked_for_before_the_first_step_takes_none():
     model, optimizer, batches = problem()
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(Interrupted) as caught:
-        run_fit(model, optimizer, batches, range(7, 60), should_stop=lambda: True)
-    assert (caught.value.step, caught.value.window) == (7, None)
+    at = Position(7)
+    with pytest.raises(Interrupted):
+        run_fit(model, optimizer, batches, range(7, 60), at=at, should_stop=lambda: True)
+    assert (at.step, at.window) == (7, None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
     run_fit(model, optimizer, batches, range(7, 7), should_stop=lambda: True)  # nothing to stop
 
@@ -201,10 +198,11 @@ def test_divergence_in_the_window_of_a_stop_keeps_its_step():
     model, optimizer, batches = problem()
     batches[3] = (batches[3][0], batches[3][1] * math.nan)
     calls = iter(range(60))
-    with pytest.raises(Interrupted) as caught:
-        run_fit(model, optimizer, batches, range(60), should_stop=lambda: next(calls) == 10)
+    at = Position()
+    with pytest.raises(Interrupted):
+        run_fit(model, optimizer, batches, range(60), at=at, should_stop=lambda: next(calls) == 10)
     with pytest.raises(Diverged, match="not finite at step 3$"):
-        run_fit(model, optimizer, batches, range(10, 60), window=caught.value.window)
+        run_fit(model, optimizer, batches, range(60), at=at)
 
 
 # memory --------------------------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def test_training_in_parts_ends_at_the_same_loss_and_keeps_to_its_parts():
     first = parts[0][0].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     kw = dict(on_split=said.append, on_window=lambda step, loss, seconds: seen.append(loss))
     run_fit(*parts, range(100), 4, **kw)
-    run_fit(*parts, range(100, 130), 4, micro_batch=said[0], **kw)
+    run_fit(*parts, range(130), 4, at=Position(100, micro_batch=said[0]), **kw)
     first.remove()
     assert said == [4] and set(sizes) == {4} and len(sizes) == 4 * 130  # only the first step was tried larger
     assert seen == pytest.approx(seen_whole, rel=1e-6)
@@ -270,7 +268,8 @@ def test_parts_with_different_numbers_of_terms_weigh_by_them():
             errors = (model(b.x) - b.y).square() * b.asked
             return errors.sum(), b.asked.sum()
 
-        fit(model.parameters(), optimizer, lambda step, b=batch: b, loss_fn, lambda s: 0.01, range(1), clip_norm=1e9)
+        task = Task([*model.parameters()], optimizer, lambda step, b=batch: b, loss_fn, lambda s: 0.01, clip_norm=1e9)
+        fit(task, Position(), 1)
         found.append([p.grad.clone() for p in model.parameters()])
     model = problem()[0]
     asked = torch.arange(16) % 5 == 0
@@ -303,7 +302,8 @@ def test_memory_that_runs_out_half_way_back_leaves_nothing_behind():
             errors = (model[2](FailsBackward.apply(hidden) if fails else hidden) - batch[1]).square()
             return errors.sum(), errors.numel()
 
-        fit(model.parameters(), optimizer, batches.__getitem__, loss_fn, lambda s: 0.01, range(1), clip_norm=1e9)
+        task = Task([*model.parameters()], optimizer, batches.__getitem__, loss_fn, lambda s: 0.01, clip_norm=1e9)
+        fit(task, Position(), 1)
         found.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
 
@@ -324,7 +324,7 @@ def test_other_errors_are_not_taken_for_memory():
 
 REAL = """
 import resource, torch
-from sovit.loop import fit
+from sovit.train.loop import Position, Task, fit
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 batch = (torch.randn(4096, 8, generator=generator), torch.randn(4096, 1, generator=generator))
@@ -336,8 +336,9 @@ def run(batch):
         errors = (model(b[0]) - b[1]).square()
         return errors.sum(), errors.numel()
     said, losses = [4096], []
-    fit(model.parameters(), torch.optim.AdamW(model.parameters()), lambda step: batch, loss_fn, lambda step: 1e-3,
-        range(2), clip_norm=1.0, on_split=said.append, on_window=lambda step, loss, seconds: losses.append(loss))
+    optimizer = torch.optim.AdamW(model.parameters())
+    task = Task([*model.parameters()], optimizer, lambda step: batch, loss_fn, lambda step: 1e-3, clip_norm=1.0)
+    fit(task, Position(), 2, on_split=said.append, on_window=lambda loss, taken, seconds: losses.append(loss))
     print(said[-1], losses[0])
 
 run([t[:4] for t in batch])  # imports what is imported late

@@ -17,6 +17,7 @@ from sovit.ledger.schema import INCIDENTAL
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 from sovit.spec.vlm_run import Part, Stage, VlmRun, preset_run
+from sovit.train.base import Hooks
 from sovit.train.checkpoint import Checkpoints
 from sovit.train.command import main
 from sovit.train.loop import Interrupted
@@ -27,7 +28,8 @@ pytest.importorskip("transformers")
 from sovit.vlm.evaluate import validate  # noqa: E402
 from sovit.vlm.packing import NO_LABEL  # noqa: E402
 from sovit.vlm.questions.questions import Question  # noqa: E402
-from sovit.vlm.trainer import VlmTrainer, build, check_validation, open_vlm, train, trained_names  # noqa: E402
+from sovit.vlm.trained import build, open_vlm, trained_names  # noqa: E402
+from sovit.vlm.trainer import VlmTrainer, check_validation, train  # noqa: E402
 
 SHAPE = Shape(16, 1, 32, head_dim=8, patch_size=4, image_size=16, pool="none")
 PROJECTOR = Stage(20, projector=Part("full", 0.01))
@@ -74,7 +76,7 @@ def test_a_stage_changes_what_it_trains_and_nothing_else(trained, tmp_path, stag
     runs_dir, _ = trained
     run = run_of(trained, *stages)
     before = weights_of(build(run, runs_dir))
-    trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    trainer = VlmTrainer(run, runs_dir, "cpu", Hooks())
     trainer.folder = tmp_path
     (row,) = train(run, runs_dir)
     after = weights_of(open_vlm(row["run_id"], runs_dir))
@@ -99,7 +101,7 @@ def test_adapters_change_nothing_before_they_are_trained(trained):
 def test_what_is_reopened_is_what_was_measured(trained):
     runs_dir, _ = trained
     (row,) = train(run_of(trained), runs_dir)
-    trainer = VlmTrainer(run_of(trained), runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    trainer = VlmTrainer(run_of(trained), runs_dir, "cpu", Hooks())
     again = validate(open_vlm(row["run_id"], runs_dir), trainer.all_questions, 4, 2048, TINY["families"])
     assert {k: row[k] for k in again} == again
     assert row["kind"] == row["objective"] == "vlm" and row["status"] == "ok" and row["control"] == "none"
@@ -138,7 +140,7 @@ def test_rates_are_each_parts_own(trained, monkeypatch):
     stage = Stage(40, projector=Part("full", 0.5, warmup=0.0), language_model=Part("full", 0.1, warmup=0.4))
     for schedule, last in (("cosine", 0.1), ("cooldown", 0.0)):
         run = run_of(trained, stage, schedule=schedule, final_lr=0.1)
-        trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+        trainer = VlmTrainer(run, runs_dir, "cpu", Hooks())
         of_projector = [trainer._factor(step, 10, stage.projector) for step in range(11)]
         of_words = [trainer._factor(step, 10, stage.language_model) for step in range(11)]
         assert of_words[:4] == [0.25, 0.5, 0.75, 1.0] and of_projector[0] == 1.0
@@ -152,7 +154,7 @@ def test_flops_are_those_of_the_matrix_products(trained):
     runs_dir, _ = trained
     counts = {}
     for name, stage in (("frozen", PROJECTOR), ("full", Stage(20, language_model=Part("full", 0.01)))):
-        trainer = VlmTrainer(run_of(trained, stage), runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+        trainer = VlmTrainer(run_of(trained, stage), runs_dir, "cpu", Hooks())
         for part in ("projector", "language_model"):
             for p in getattr(trainer.model, {"projector": "projector", "language_model": "lm"}[part]).parameters():
                 p.requires_grad_(stage.parts[part].mode == "full")
@@ -181,7 +183,7 @@ def test_a_frozen_language_model_in_half_precision_is_reopened_as_it_was_measure
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     exact = build(run_of(trained), runs_dir).lm.state_dict()
     assert all(torch.equal(t, exact[name].bfloat16().float()) for name, t in model.lm.state_dict().items())
-    trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    trainer = VlmTrainer(run, runs_dir, "cpu", Hooks())
     assert trainer.model.lm.dtype == torch.bfloat16 and trainer.model.projector.linear_1.weight.dtype == torch.float32
     again = validate(model, trainer.all_questions, 4, 2048, TINY["families"])
     assert {k: row[k] for k in again} == again
@@ -213,7 +215,7 @@ def test_validation_without_a_question_of_what_is_trained_is_refused(trained):
 def test_a_batch_of_which_nothing_is_asked_is_no_divergence(trained):
     runs_dir, _ = trained
     run = run_of(trained, families=("most",), batch_size=1)
-    trainer = VlmTrainer(run, runs_dir, "cpu", lambda p: None, lambda: False, 1e9)
+    trainer = VlmTrainer(run, runs_dir, "cpu", Hooks())
     assert any((trainer.batch_at(step).labels == NO_LABEL).all() for step in range(20))
     (row,) = train(run, runs_dir)
     assert row["status"] == "ok"
