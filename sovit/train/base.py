@@ -159,7 +159,7 @@ class Trainer:
         write_atomic(path, "".join(kept))
 
     def _log(self, branch: int | None, loss: float) -> None:
-        line = {"step": self.at.step, "examples": self.at.step * self.batch_size, "branch": branch}
+        line: dict = {"step": self.at.step, "examples": self.at.step * self.batch_size, "branch": branch}
         line |= {"train_loss": loss, "seconds": round(self.at.seconds, 3)}
         path = self.folder / "metrics.jsonl"
         try:
