@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import time
-from sovit.stop import stop_on_signal
+from sovit.signals import stop_on_signal
 with stop_on_signal() as should_stop:
     print("ready", flush=True)
     while not should_stop():

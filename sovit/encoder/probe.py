@@ -9,9 +9,10 @@ Both are opened at the encoder's own resolution: a larger encoder sees more deta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,7 +218,13 @@ def probe_branches(rows: Sequence[dict], name: str, runs_dir: Path | str, device
     return [found.get(row["run_id"], row) for row in rows]
 
 
-def probed(rows: Iterable[dict], name: str, runs_dir: Path | str, device: str, known: Iterable[dict] = ()) -> Iterator:
+def probed(
+    rows: Iterable[Mapping[str, Any]],
+    name: str,
+    runs_dir: Path | str,
+    device: str,
+    known: Iterable[Mapping[str, Any]] = (),
+) -> Iterator:
     """Probe the branch of each row; yield the row with the columns, when its record has them.
 
     Raises UserError where one of the rows `known` was probed on other data of that name.
@@ -262,7 +269,7 @@ def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -
     }
 
 
-def check_same_data(rows: Iterable[dict], data: ProbeData) -> None:
+def check_same_data(rows: Iterable[Mapping[str, Any]], data: ProbeData) -> None:
     """Raises UserError where one of `rows` of that resolution was probed on other samples under the same name."""
     key = data.source.content_key
     for row in rows:
@@ -273,7 +280,7 @@ def check_same_data(rows: Iterable[dict], data: ProbeData) -> None:
             )
 
 
-def add_columns(runs_dir: Path | str, row: dict, found: dict) -> None:
+def add_columns(runs_dir: Path | str, row: Mapping[str, Any], found: dict) -> None:
     """Put columns into the record of a branch, if it has one; what it holds of another probe stays."""
     folder = Path(runs_dir) / row["trunk_id"]
     with locked(folder / "probe.lock"):

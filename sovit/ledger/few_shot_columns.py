@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def columns(data: str, errors: dict[int, list[float]]) -> dict:
     return out
 
 
-def columns_of(row: dict, data: str) -> dict:
+def columns_of(row: Mapping[str, Any], data: str) -> dict:
     """The columns of a row that a probe on `data` gave it."""
     return {
         k: v
@@ -96,7 +97,7 @@ def is_spread(name: str) -> bool:
     return bool(re.match(r"val_error_\d+shot_(sd|seeds)/", name))
 
 
-def noise_of(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, dict] | None:
+def noise_of(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, dict] | None:
     """`support_noise` of the rows of a few-shot metric: from the error with each set where all rows have it, else from
     the s.d. over the sets, what they share included (shared_sd None). None where rows say neither.
 
@@ -125,6 +126,6 @@ def noise_of(rows: Sequence[dict], metric: str) -> tuple[np.ndarray, dict] | Non
     return None
 
 
-def is_probed(row: dict, data: str) -> bool:
+def is_probed(row: Mapping[str, Any], data: str) -> bool:
     """Whether the row holds every column of a probe on `data`."""
     return all(row.get(column(shots, data, kind)) is not None for shots in SHOTS for kind in ("", "sd", "seeds"))

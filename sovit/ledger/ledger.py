@@ -12,14 +12,15 @@ import csv
 import functools
 import glob
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from sovit import OUTPUTS, PUBLISHED, UserError
 from sovit.files import locked, write_atomic
 from sovit.ledger.merge import merge
 from sovit.ledger.records import _checked, _decoded, dump_row
-from sovit.ledger.schema import TEXT
+from sovit.ledger.schema import TEXT, LedgerRow
 
 
 def designed_ledger(design: dict) -> Path:
@@ -49,12 +50,12 @@ def study_ledger(study: str, results: Path | None = None, runs: Path = Path("run
     return published if published.exists() and not own.exists() else own
 
 
-def read_ledger(path: Path | str) -> list[dict]:
+def read_ledger(path: Path | str) -> list[LedgerRow]:
     """Rows of a ledger: JSON lines, or CSV with the same columns. Identical duplicates collapse.
 
     Raises UserError for a missing, empty or malformed file and for two different rows with one run_id.
     """
-    return merge(read_rows(path), str(path))
+    return cast(list[LedgerRow], merge(read_rows(path), str(path)))
 
 
 def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
@@ -101,14 +102,12 @@ def _csv_lines(file, path):
         yield table.line_num, functools.partial(_csv_row, row)
 
 
-def update_ledger(path: Path, rows: list[dict]) -> list[dict]:
+def update_ledger(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[LedgerRow]:
     """Merge `rows` into the ledger file, atomically and under a lock; calling it again changes nothing."""
-    return rewrite_rows(Path(path), read_ledger, lambda old: merge(old + rows, str(path)))
+    return rewrite_rows(Path(path), read_ledger, lambda old: merge([*old, *map(dict, rows)], str(path)))
 
 
-def rewrite_rows(
-    path: Path, read: Callable[[Path], list[dict]], change: Callable[[list[dict]], list[dict]]
-) -> list[dict]:
+def rewrite_rows(path: Path, read: Callable[[Path], list[Any]], change: Callable[[list[Any]], list[Any]]) -> list[Any]:
     """Replace the rows of a file by change(rows), atomically and under a lock; rows that stay are not written again.
 
     read: what reads the file, which may be absent or empty. Returns the rows that the file holds now.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sovit import UserError
 from sovit.files import write_atomic
 from sovit.ledger.schema import ANSWERED, REQUIRED, STATUSES
 
 
-def dump_row(row: dict) -> str:
+def dump_row(row: Mapping[str, Any]) -> str:
     """One line of JSON. Raises ValueError for a number that JSON does not have (NaN, infinity): write None instead."""
     return json.dumps(row, allow_nan=False)
 
 
-def write_record(runs_dir: Path, row: dict) -> None:
+def write_record(runs_dir: Path, row: Mapping[str, Any]) -> None:
     write_atomic(record_path(runs_dir, row["trunk_id"], row["run_id"]), dump_row(row) + "\n")
 
 
@@ -92,7 +94,7 @@ def _checked(row: object) -> dict:
         raise UserError("is not an object; each line holds one row")
     missing = [name for name in REQUIRED if row.get(name) in (None, "")]
     if missing:
-        raise UserError(f"lacks {', '.join(missing)}; see docs/law.md, Rows from elsewhere")
+        raise UserError(f"lacks {', '.join(missing)}; see docs/ledger-schema.md")
     wrong = [name for name in ("run_id", "trunk_id") if not isinstance(row[name], str)]
     if wrong:
         raise UserError(f"has {wrong[0]}={row[wrong[0]]!r}; it must be text in quotes")

@@ -131,6 +131,10 @@ class Run:
             what = "a base" if self.base else "patch_sizes"
             raise UserError(f"objective=siglip trains from scratch at one patch size; leave {what} out")
 
+    @property
+    def kind(self) -> typing.Literal["encoder"]:
+        return "encoder"
+
     @functools.cached_property
     def trunk_id(self) -> str:
         identity = {
@@ -206,12 +210,32 @@ class Run:
         return self.shape.label + how + sizes
 
     @property
+    def numbers(self) -> dict[str, int | float | str]:
+        """What tables and plots of a study show of the run."""
+        dims = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
+        values = {d: getattr(self.shape, d) for d in dims} | {"peak_lr": self.recipe.peak_lr}
+        seeds = {"init_seed": self.init_seed, "data_seed": self.data_seed}
+        return values | seeds | ({"trained": self.trained} if self.base else {})
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return {}
+
+    @property
     def total_flops(self) -> int:
         """FLOPs of all branches together, task head apart."""
         return sum(self.spent_flops(n) for n in self.budgets)
 
-    def replace(self, **changes) -> Run:
-        return dataclasses.replace(self, **changes)
+    def on_base(self, run_id: str) -> Run:
+        """The same fine-tuning, begun at another branch."""
+        return self.replace(base=run_id)
+
+    def with_budgets(self, budgets: typing.Sequence[int]) -> Run:
+        """The same trunk with some of its branches."""
+        return self.replace(budgets=tuple(budgets))
+
+    def replace(self, **changes: object) -> Run:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

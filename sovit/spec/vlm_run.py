@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from sovit import UserError
 from sovit.spec.config import _check_types, _from_dict, _non_default
@@ -158,6 +160,10 @@ class VlmRun:
     def num_examples(self) -> int:
         return sum(stage.num_examples for stage in self.stages)
 
+    @property
+    def kind(self) -> Literal["vlm"]:
+        return "vlm"
+
     @functools.cached_property
     def trunk_id(self) -> str:
         identity = {k: v for k, v in _non_default(self).items() if k != "study"}
@@ -187,8 +193,36 @@ class VlmRun:
         return ""
 
     @property
+    def numbers(self) -> dict[str, int | float | str]:
+        """What tables and plots of a study show of the run. A rate of 0.0: frozen."""
+        values: dict[str, int | float | str] = {"image_size": self.image_size, "num_examples": self.num_examples}
+        values |= {"init_seed": self.init_seed, "data_seed": self.data_seed}
+        for i, stage in enumerate(self.stages, 1):
+            values[f"stage{i}_num_examples"] = stage.num_examples
+            values |= {f"stage{i}_{part}_lr": how.peak_lr for part, how in stage.parts.items()}
+        return values
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return {name: getattr(self, name) for name in ("encoder", "language_model", "projector")}
+
+    @property
+    def total_examples(self) -> int:
+        return self.num_examples
+
+    def new_examples(self, num_examples: int) -> int:
+        return num_examples
+
+    def on_base(self, run_id: str) -> VlmRun:
+        """The same run with another encoder, trained or not as this one is."""
+        return self.replace(encoder=self.encoder.removesuffix(self.base) + run_id)
+
+    def with_budgets(self, budgets: Sequence[int]) -> VlmRun:
+        return self
+
+    @property
     def label(self) -> str:
-        """Short name for progress lines: the eye, and what reads it."""
+        """Short name for progress lines: the encoder and the language model."""
         return f"{self.encoder} {self.language_model}"
 
     def to_dict(self) -> dict:
@@ -212,8 +246,8 @@ class VlmRun:
         """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""
         return _from_dict(cls, {k: v for k, v in d.items() if k != "kind"}, "VLM run")
 
-    def replace(self, **changes) -> VlmRun:
-        return dataclasses.replace(self, **changes)
+    def replace(self, **changes: object) -> VlmRun:
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def _identity(stage: Stage) -> dict:
@@ -247,7 +281,7 @@ def nanovlm(num_examples: int, batch_size: int) -> dict:
 
 
 def projector_only(num_examples: int, batch_size: int) -> dict:
-    """The projector alone, between a frozen eye and a frozen language model, as in studies/vlm_transfer.py."""
+    """The projector alone, between a frozen encoder and a frozen language model, as in studies/vlm_transfer.py."""
     stage = Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))
     return {"stages": (stage,), "layout": "rows", "template": "short"}
 
@@ -258,9 +292,9 @@ PRESETS = {"projector": projector_only, "llava15": llava15, "nanovlm": nanovlm}
 def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more) -> VlmRun:
     """A run of PRESETS on `num_examples` images. Raises UserError for an unknown preset and what VlmRun refuses."""
     if name not in PRESETS:
-        raise UserError(f"--preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     if num_examples % batch_size or num_examples < 10 * batch_size:
         raise UserError(
-            f"--examples {num_examples} is no multiple of the batch of {batch_size}, or under {10 * batch_size}"
+            f"num_examples={num_examples} is no multiple of the batch of {batch_size}, or under {10 * batch_size}"
         )
     return VlmRun(encoder, **PRESETS[name](num_examples, batch_size), batch_size=batch_size, **more)

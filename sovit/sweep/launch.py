@@ -16,7 +16,6 @@ from pathlib import Path
 
 from sovit.files import locked, write_atomic
 from sovit.signals import stop_on_signal, this_command
-from sovit.spec.run import Run
 from sovit.sweep.queue import (
     CANNOT_WRITE,
     MAX_ATTEMPTS,
@@ -214,5 +213,5 @@ def _result(sweep: Sweep, trunk: str, last: dict) -> str:
     value, name = last.get(sweep.metric), "loss" if sweep.metric == "val_loss" else sweep.metric
     loss = f"{name} {value:.4f}" if value is not None else last["status"]
     cost = f"{last['train_flops']:.2e} FLOPs" if last["train_flops"] else f"{last['num_examples']:,} images"
-    rate = f" lr {run.recipe.peak_lr:g}" if isinstance(run, Run) else ""
+    rate = f" lr {run.numbers['peak_lr']:g}" if "peak_lr" in run.numbers else ""
     return f"{trunk} {run.label} seed {run.init_seed}{rate}: {loss} at {cost}, {last['seconds'] or 0:.0f} s"

@@ -29,10 +29,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,13 +152,13 @@ class ShownRow:
     """A row of a ledger as a run: params and tags are text, metrics finite numbers."""
 
     name: str
-    row: dict
+    row: Mapping[str, Any]
     params: dict[str, str]
     metrics: dict[str, float]
     tags: dict[str, str]
 
 
-def describe(study: str, rows: Sequence[dict], reasons: dict[str, str]) -> list[ShownRow]:
+def describe(study: str, rows: Sequence[Mapping[str, Any]], reasons: dict[str, str]) -> list[ShownRow]:
     """Show each row as a run. reasons: run_id -> why the row is excluded.
 
     A column that is not known here becomes a metric where it holds a number, in the group of its own name where it has
@@ -168,7 +169,7 @@ def describe(study: str, rows: Sequence[dict], reasons: dict[str, str]) -> list[
     return _told_apart([_shown(study, row, defaults, b, reasons) for row, b in zip(rows, _budgets(rows))])
 
 
-def _shown(study: str, row: dict, defaults: dict, budget: str | None, reasons: dict[str, str]) -> ShownRow:
+def _shown(study: str, row: Mapping[str, Any], defaults: dict, budget: str | None, reasons: dict[str, str]) -> ShownRow:
     params: dict = {column: None for column in PARAMS}  # which gives them their order
     metrics: dict[str, float] = {}
     tags: dict = {"status": row["status"], "shape": row_label(row), "budget": budget, "study": study}
@@ -177,7 +178,7 @@ def _shown(study: str, row: dict, defaults: dict, budget: str | None, reasons: d
     if row["status"] != "ok":
         tags["mlflow.note.content"] = f"{row['status']}: {row.get('error') or 'no reason given'}"
     tags["mlflow.source.name"], tags["mlflow.source.git.commit"] = study, row.get("commit")
-    for column, value in (row if row.get("kind") == "vlm" else defaults | row).items():
+    for column, value in (row if row.get("kind") == "vlm" else defaults | dict(row)).items():
         if column in PARAMS or column.startswith(STAGES):
             params[column] = value
         elif is_number(value) and column not in ("schema", "train_flops"):  # the curve ends at the training FLOPs
@@ -192,7 +193,7 @@ def _shown(study: str, row: dict, defaults: dict, budget: str | None, reasons: d
     return ShownRow(name, row, _texts(params), metrics, _texts(tags))
 
 
-def curve(row: dict, metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:
+def curve(row: Mapping[str, Any], metrics_file: Path) -> list[tuple[int, float | None, dict[str, float]]]:
     """(images seen, seconds, {metric: value}) along a row: its part of the trunk, then its own cooldown.
 
     A row that is ok ends at its budget, with or without a file; a line that a kill cut short is passed over. FLOPs are in
@@ -236,11 +237,11 @@ def _texts(values: dict) -> dict[str, str]:
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
 
 
-def _number(row: dict, column: str) -> float | None:
+def _number(row: Mapping[str, Any], column: str) -> float | None:
     return row[column] if is_number(row.get(column)) else None
 
 
-def _budgets(rows: Sequence[dict]) -> list[str | None]:
+def _budgets(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
     """The training FLOPs of each row to two digits, the same for rows that whole batches alone keep apart: 3.2e11."""
     known = [row for row in rows if (_number(row, "train_flops") or 0) > 0]
     if not known:

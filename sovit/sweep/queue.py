@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
@@ -21,9 +22,7 @@ from sovit.ledger.ledger import read_ledger, update_ledger
 from sovit.ledger.records import read_record, record_row, write_record
 from sovit.ledger.schema import ANSWERED
 from sovit.spec.any_run import AnyRun
-from sovit.spec.run import Run
 from sovit.spec.shape import TRAINED
-from sovit.spec.vlm_run import VlmRun
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
 
@@ -209,7 +208,7 @@ class Sweep:
             rows = dict(zip(base.run_ids, self.rows(base))) if base else {}
             row = rows.get(run.base, {"status": "missing"})
             if row and row["status"] != "diverged":  # of such a base each run on it says so, and the others go on
-                what = "begins at" if isinstance(run, Run) else "needs the encoder"
+                what = "needs the encoder" if run.kind == "vlm" else "begins at"
                 raise UserError(
                     f"{run.trunk_id} {what} {run.base}, whose weights are not in {self.runs_dir};"
                     " copy them there, or train anew with other --runs and --results"
@@ -218,7 +217,7 @@ class Sweep:
     def pending(self) -> list[AnyRun]:
         return [run for run in self.runs.values() if not self.is_done(run)]
 
-    def collect(self) -> list[dict]:
+    def collect(self) -> list[Any]:
         """Merge all records, failed ones too, into the ledger; return its rows."""
         rows = []
         for run in self.runs.values():
@@ -239,13 +238,13 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
             value = sweep.last(run).get(sweep.metric)
             if trunk not in answered and value is not None:  # the store was deleted: rebuild it
                 of = {"value": value, "user_attrs": _attributes(run, launch)}
-                study.add_trial(optuna.create_trial(params=params(run), distributions=distributions(run), **of))
+                study.add_trial(optuna.create_trial(params=run.numbers, distributions=distributions(run), **of))
         elif trunk not in given_up:
             base = run.base.rpartition("-")[0]
             if base in sweep.runs and base not in given_up and not sweep.is_done(sweep.runs[base]):
                 num_blocked += 1
             else:
-                study.enqueue_trial(params(run), user_attrs=_attributes(run, launch))
+                study.enqueue_trial(run.numbers, user_attrs=_attributes(run, launch))
     return num_blocked
 
 
@@ -288,7 +287,7 @@ def _state(study: optuna.Study, trial: optuna.Trial | int) -> TrialState:
 def _attributes(run: AnyRun, launch: str) -> dict:
     """What a trial says of its run: enough for a worker to train it."""
     found = {"trunk_id": run.trunk_id, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
-    return found | parts(run)
+    return found | run.parts
 
 
 @dataclass(frozen=True)
@@ -325,25 +324,6 @@ def is_waiting(study: optuna.Study) -> bool:
     return any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
-def params(run: AnyRun) -> dict:
-    """What Optuna's tables and plots show of a run as numbers."""
-    seeds = {"init_seed": run.init_seed, "data_seed": run.data_seed}
-    if isinstance(run, VlmRun):
-        values: dict = {"image_size": run.image_size, "num_examples": run.num_examples} | seeds
-        for i, stage in enumerate(run.stages, 1):
-            values[f"stage{i}_num_examples"] = stage.num_examples
-            values |= {f"stage{i}_{part}_lr": how.peak_lr for part, how in stage.parts.items()}  # 0.0: frozen
-        return values
-    dims = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")
-    values = {d: getattr(run.shape, d) for d in dims} | {"peak_lr": run.recipe.peak_lr} | seeds
-    return values | ({"trained": run.trained} if run.base else {})
-
-
-def parts(run: AnyRun) -> dict:
-    """What a vision-language model is made of, for a trial's attributes: the choices of a parameter may not grow."""
-    return {k: getattr(run, k) for k in ("encoder", "language_model", "projector")} if isinstance(run, VlmRun) else {}
-
-
 def distributions(run: AnyRun) -> dict:
     """One fixed range for each parameter, wide enough for any study: a trial's values are given, never sampled."""
     of_type = {
@@ -351,7 +331,7 @@ def distributions(run: AnyRun) -> dict:
         float: optuna.distributions.FloatDistribution(0.0, 1e3),
         str: optuna.distributions.CategoricalDistribution(TRAINED),
     }
-    return {name: of_type[type(value)] for name, value in params(run).items()}
+    return {name: of_type[type(value)] for name, value in run.numbers.items()}
 
 
 def _try_lock(file) -> bool:

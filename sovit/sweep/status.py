@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sovit import OUTPUTS, PUBLISHED, UserError
 from sovit.encoder.few_shot import lacks_probe
@@ -176,7 +177,7 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
     amount = {
         trunk: left[trunk]
         if isinstance(run, Run)
-        else run.num_examples * (1 - progress.get(trunk, {}).get("share", 0.0)) * bool(study.missing[trunk])
+        else run.total_examples * (1 - progress.get(trunk, {}).get("share", 0.0)) * bool(study.missing[trunk])
         for trunk, run in design.runs.items()
     }
     seconds = trunk_seconds(design.runs, amount, progress, rows.values())
@@ -285,7 +286,7 @@ def _read_json(path: Path) -> dict | None:
     return found if isinstance(found, dict) else None
 
 
-def _ledger_rows(path: Path) -> dict[str, dict]:
+def _ledger_rows(path: Path) -> dict[str, Any]:
     return {row["run_id"]: row for row in read_ledger(path)} if path.exists() and path.stat().st_size else {}
 
 
@@ -376,7 +377,7 @@ def _costs(study: _Study) -> dict[str, float]:
     return {
         trunk: _per_image(run, num_classes.get((run.data, run.preset), 0))
         if isinstance(run, Run)
-        else said_of.get(trunk, like.get(run.language_model, 0.0))
+        else said_of.get(trunk, like.get(run.parts["language_model"], 0.0))
         for trunk, run in study.design.runs.items()
     }
 
@@ -474,7 +475,7 @@ def _paces(runs: Mapping[str, AnyRun], progress: Mapping[str, dict], rows: Itera
         if isinstance(run, Run):
             live[run.shape.forward_flops] = said.get("flops_per_second")
         else:
-            live[run.language_model] = said.get("images_per_second")
+            live[run.parts["language_model"]] = said.get("images_per_second")
     spent: dict[int, tuple[float, float]] = {}
     measured: dict[int | str, float | None] = {}
     for row in rows:
@@ -489,16 +490,16 @@ def _paces(runs: Mapping[str, AnyRun], progress: Mapping[str, dict], rows: Itera
 
 
 def _seconds(amount: float, run: AnyRun, paces: dict[int | str, float]) -> float | None:
-    if isinstance(run, VlmRun):
-        pace = paces.get(run.language_model)
-    else:
+    if isinstance(run, Run):
         encoders = [kind for kind in paces if isinstance(kind, int)]
         nearest = min(encoders, key=lambda f: abs(math.log(f / run.shape.forward_flops)), default=None)
         pace = None if nearest is None else paces[nearest]
+    else:
+        pace = paces.get(run.parts["language_model"])
     return None if pace is None else amount / pace
 
 
-def row_label(row: dict) -> str:
+def row_label(row: Mapping[str, Any]) -> str:
     """The shape of a row, or of a vision-language model its encoder and its language model."""
     if row.get("kind") == "vlm":
         return f"{row.get('encoder')} {row.get('language_model')}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sovit import OUTPUTS, UserError
-from sovit.spec.any_run import AnyRun, on_base, vlm_runs
+from sovit.spec.any_run import AnyRun, encoder_runs, vlm_runs
 from sovit.spec.config import keys, override
 from sovit.spec.run import Run
 from sovit.spec.vlm_run import VlmRun
@@ -128,7 +128,7 @@ def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRu
                     f"{' '.join(assignments)} takes away {run.base}, at which other runs of this study begin;"
                     " leave budgets as they are"
                 )
-            new = on_base(new, base.run_id(num_examples))
+            new = new.on_base(base.run_id(num_examples))
         changed[run.trunk_id] = new
         return new
 
@@ -147,7 +147,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     sweep.refuse_missing_bases()
     pending = sweep.pending()
     if pending:
-        _open_data(sweep, [run for run in sweep.runs.values() if isinstance(run, Run)], device)
+        _open_data(sweep, encoder_runs(list(sweep.runs.values())), device)
         _open_parts(vlm_runs(pending), sweep.runs_dir, device)
     if not pending:
         print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)

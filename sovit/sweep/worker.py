@@ -31,13 +31,11 @@ from optuna.trial import TrialState
 
 from sovit import UserError
 from sovit.files import CannotWrite
-from sovit.ledger.failed_row import failed_row
 from sovit.ledger.provenance import provenance
 from sovit.ledger.records import read_record, write_record
+from sovit.ledger.schema import failed_row
 from sovit.signals import stop_on_signal
 from sovit.spec.any_run import AnyRun, run_from_dict
-from sovit.spec.run import Run
-from sovit.spec.vlm_run import VlmRun
 from sovit.sweep.queue import (
     CANNOT_WRITE,
     NOTHING_WAITS,
@@ -140,7 +138,7 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyR
 
     # branches that have a record stay in the run, which says what of the trunk is paid for
     budgets = tuple(n for n in run.budgets if not only_in_ledger(n))
-    todo = run.replace(budgets=budgets) if isinstance(run, Run) and budgets else run
+    todo = run.with_budgets(budgets) if budgets else run
     try:
         if not sweep.is_done(run):
             train(todo, sweep.runs_dir, on_progress=partial(write_progress, sweep.runs_dir))
@@ -178,7 +176,7 @@ def trainer(run: AnyRun) -> Callable[..., list[dict]]:
     import torch
 
     torch.set_num_threads(1)
-    if isinstance(run, VlmRun):
+    if run.kind == "vlm":
         from sovit.vlm.trainer import train as train_vlm
 
         return train_vlm

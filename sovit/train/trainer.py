@@ -214,7 +214,7 @@ class EncoderTrainer(Trainer):
             **provenance(device_name(self.device)),
         )
         self.at.spent = 0.0
-        return row
+        return dict(row)
 
 
 def check_readout(run: Run, readout: str) -> None:

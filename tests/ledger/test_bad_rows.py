@@ -196,7 +196,7 @@ def test_csv_from_elsewhere(tmp_path):
     path.write_text(f'\ufeff{head}\na,t,ok,1,1.5,"two\nlines"\nb,t,ok\nc,t,ok,2,1.4,\n', encoding="utf-8")
     bad: list = []
     assert [row["run_id"] for row in read_rows(path, bad)] == ["a", "c"]  # a mark of Excel's, and a quoted line break
-    assert bad == [("x.csv:4", "lacks num_examples; see docs/law.md, Rows from elsewhere")]
+    assert bad == [("x.csv:4", "lacks num_examples; see docs/ledger-schema.md")]
     path.write_text(f"{head},val_loss\n")
     with pytest.raises(UserError, match="has two columns 'val_loss'"):
         read_rows(path)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import stat
@@ -20,7 +21,7 @@ from sovit.ledger.ledger import read_exclusions, read_ledger, update_ledger
 from sovit.ledger.merge import merge
 from sovit.ledger.provenance import provenance
 from sovit.ledger.records import dump_row, read_record, record_path, write_record
-from sovit.ledger.schema import new_row
+from sovit.ledger.schema import FAMILIES, LedgerRow, new_row, schema_text
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 
@@ -136,7 +137,7 @@ def test_provenance_sees_changed_code_and_nothing_of_a_foreign_repository(tmp_pa
         subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True)
 
     def asked():
-        code = "import json; from sovit.ledger.ledger import provenance; print(json.dumps(provenance('cpu')))"
+        code = "import json; from sovit.ledger.provenance import provenance; print(json.dumps(provenance('cpu')))"
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "clone", capture_output=True, text=True)
         return json.loads(done.stdout)
 
@@ -148,11 +149,11 @@ def test_provenance_sees_changed_code_and_nothing_of_a_foreign_repository(tmp_pa
     git("commit", "-q", "-m", "ours")
     assert asked()["commit"] and asked()["commit_dirty"] is False
     # an index whose dates are old is not brought up to date: git locks it for that, and a kill would leave the lock
-    os.utime(tmp_path / "clone" / "sovit" / "model.py", (1, 1))
+    os.utime(tmp_path / "clone" / "sovit" / "encoder" / "model.py", (1, 1))
     index = (tmp_path / "clone" / ".git" / "index").read_bytes()
     assert asked()["commit_dirty"] is False
     assert (tmp_path / "clone" / ".git" / "index").read_bytes() == index
-    with (tmp_path / "clone" / "sovit" / "model.py").open("a") as file:
+    with (tmp_path / "clone" / "sovit" / "encoder" / "model.py").open("a") as file:
         file.write("# changed\n")
     assert asked()["commit_dirty"] is True
 
@@ -358,3 +359,17 @@ def test_schema_names_are_pinned():
     )
     assert set(names.split()) <= set(row())
     assert schema.SCHEMA == 1
+
+
+def test_every_column_of_the_committed_ledgers_is_explained():
+    families = [name.strip() for names in FAMILIES for name in names.split(",")]
+    varying = "|".join(re.sub("[A-Z]+", ".+", re.escape(name)) for name in families)
+    known = LedgerRow.__annotations__.keys()
+    for path in sorted((ROOT / "results").glob("*.jsonl")):
+        if "run_id" in json.loads(path.read_text().partition("\n")[0]):
+            columns = {name for row in read_ledger(path) for name in row}
+            assert [n for n in columns - known if not re.fullmatch(varying, n)] == [], path.name
+
+
+def test_the_page_of_columns_is_written_from_the_schema():
+    assert (ROOT / "docs" / "ledger-schema.md").read_text() == schema_text()

@@ -123,10 +123,10 @@ def test_while_it_runs_and_when_it_is_done(tmp_path, capsys):
 STUDY = """
 import os
 from pathlib import Path
-from sovit.launch import launch
-from sovit.run import Recipe, Run
-from sovit.shape import Shape
-from sovit.sweep import Sweep
+from sovit.sweep.launch import launch
+from sovit.spec.run import Recipe, Run
+from sovit.spec.shape import Shape
+from sovit.sweep.queue import Sweep
 
 shapes = [Shape(w, 1, 2 * w, head_dim=8, patch_size=4, image_size=16, pool="none") for w in (16, 8)]
 runs = [Run(s, Recipe(peak_lr=0.008, warmup_examples=160), (1600, 6400), study="tiny") for s in shapes]

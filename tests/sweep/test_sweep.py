@@ -367,12 +367,13 @@ def test_a_worker_that_crashes_is_said_and_replaced(tmp_path, capfd):
     crashing = tmp_path / "crashing.py"
     crashing.write_text(
         "import sys\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[1])\nimport fake_sweep\n"
+        "from sovit.sweep.worker import work\n"
         "def crash(*_, **__): raise SystemExit('no more')\n"
         "mark = Path(__file__).with_name('crashed')\n"
         "train = fake_sweep.fake_train if mark.exists() else crash\nmark.touch()\n"
-        "sys.exit(fake_sweep.sweep.work(Path(sys.argv[2]), train))\n"
+        "sys.exit(work(Path(sys.argv[2]), train))\n"
     )
-    command = [sys.executable, str(crashing), str(Path(__file__).parents[1])]
+    command = [sys.executable, str(crashing), str(Path(__file__).parents[1] / "helpers")]
     rows = launch.launch(fake_sweep.opened(tmp_path, runs(3)), 1, worker_command=command)
     assert len(rows) == 3 and set(executions(tmp_path).values()) == {1}
     said = [line for line in capfd.readouterr().err.splitlines() if "died" in line]
@@ -530,7 +531,7 @@ def test_the_journals_lock_dies_with_its_process(tmp_path):
     path = tmp_path / "j"
     queue.open_storage(f"journal:{path}")
     code = (
-        "import sys, time; from sovit.sweep.worker import JournalLock\n"
+        "import sys, time; from sovit.sweep.queue import JournalLock\n"
         "lock = JournalLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
@@ -720,9 +721,9 @@ def test_a_study_from_the_command_line_with_real_training(tmp_path, capsys):
 LAUNCH = """
 import json, sys
 from pathlib import Path
-from sovit.launch import launch
-from sovit.run import Run
-from sovit.sweep import Sweep
+from sovit.sweep.launch import launch
+from sovit.spec.run import Run
+from sovit.sweep.queue import Sweep
 try:
     launch(Sweep("tiny", [Run.from_dict(json.loads(Path("run.json").read_text()))], Path("runs"), Path("tiny.jsonl")), 1)
 except KeyboardInterrupt as stop:

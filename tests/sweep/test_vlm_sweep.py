@@ -17,10 +17,9 @@ import pytest
 
 from sovit import UserError
 from sovit.files import locked
-from sovit.ledger.failed_row import failed_row
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
-from sovit.ledger.schema import INCIDENTAL
+from sovit.ledger.schema import INCIDENTAL, failed_row
 from sovit.spec.any_run import run_from_dict
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
