@@ -240,7 +240,7 @@ def probed(
         what = dict(zip(about(name), (data.source.content_key, data.zero_line)))
         found = columns(name, probe(encoder, data)) | what
         add_columns(runs_dir, row, found)
-        yield row | found
+        yield dict(row) | found
 
 
 def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -> dict:
