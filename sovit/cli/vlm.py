@@ -21,7 +21,7 @@ def show(system: str = "", /, *, json: bool = False) -> None:
     Args:
         system: one in full, such as llava-1.5-7b (default: a table of all)
     """
-    from sovit.vlm.systems.table import compare, compare_text, describe, describe_text
+    from sovit.vlm.systems import compare, compare_text, describe, describe_text
 
     if system:
         show_result(describe(system), describe_text, json)

@@ -220,12 +220,13 @@ def systems_row(found):
 
 
 if __name__ == "__main__":
-    from sovit.vlm.systems import table as show
+    from sovit.vlm.systems import compare as compare_systems
+    from sovit.vlm.systems import describe
 
     rows = table()
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
     TABLE.write_text(json.dumps(dict(versions=versions, rows=rows), indent=2) + "\n")
     for r in rows:
         print(f"{r['projector']:21} {r['system']:17} {r['num_cases']} cases  {r['max_difference']:.1e}  {r['oracle']}")
-    systems = [systems_row(show.describe(row["system"])) for row in show.compare()]
+    systems = [systems_row(describe(row["system"])) for row in compare_systems()]
     SYSTEMS_TABLE.write_text(json.dumps(dict(versions=versions, rows=systems), indent=1) + "\n")

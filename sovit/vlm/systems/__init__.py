@@ -1,1 +1,0 @@
-"""Published vision-language models as tables of parts."""
