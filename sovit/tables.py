@@ -20,3 +20,14 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Colle
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def clock(seconds: float) -> str:
+    """A duration in words of two digits: 45 s, 12 min, 3.4 h, 5 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 3 * 86400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:,.0f} days"

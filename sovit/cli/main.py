@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 from sovit import UserError, __version__
 
 COMMANDS = {  # name -> file of this package, imported when the command runs; one line of help
-    "demo": ("study", "Run the whole pipeline, small: study, law, prediction, validation, export."),
+    "demo": ("demo", "Run the whole pipeline, small: study, law, prediction, validation, export."),
     "count": ("train", "Count parameters and FLOPs of one shape, or of several as a table."),
     "fit": ("law", "Fit shape laws to ledgers: law.json, report.md and figures."),
     "report": ("law", "Write the law of ledgers as one HTML file, figures and tables in it."),

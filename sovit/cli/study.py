@@ -1,4 +1,4 @@
-"""`sovit demo`, `status`, `track` and `ui`: launch a small study, look at any."""
+"""`sovit status`, `track` and `ui`: look at a study."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,20 +7,6 @@ from cyclopts import Parameter
 
 from sovit import UserError
 from sovit.cli.common import Folders, Whole, show
-
-
-def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
-    """Run the whole pipeline, small: study, law, prediction, validation, export.
-
-    Args:
-        workers: worker processes, one thread each
-        out: folder for everything that it makes
-    """
-    from sovit.sweep.demo import demo as run
-
-    if workers < 1:
-        raise UserError(f"--workers {workers} must be at least 1")
-    return run(out, workers)
 
 
 def status(
@@ -42,7 +28,7 @@ def status(
 
     if watch is None:
         found = library.study_status(study, folders.runs, folders.results)
-        return show(found.to_dict() if json else found, status_text.status_text, json)
+        return show(vars(found) if json else found, status_text.status_text, json)
     if json:
         raise UserError("--watch draws on a terminal; leave out --json")
     (seconds,) = watch or [2.0]

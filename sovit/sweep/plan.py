@@ -9,7 +9,7 @@ from sovit import UserError
 from sovit.spec.any_run import vlm_runs
 from sovit.spec.run import Run
 from sovit.spec.vlm_run import VlmRun
-from sovit.tables import text_table
+from sovit.tables import clock, text_table
 
 GPUS = {"H100": 989e12, "A100": 312e12}  # FLOP/s: dense bf16 peak, by their data sheets (SXM)
 UTILISATION = 0.4  # of that peak: an assumption, about what a well-fed ViT reaches in bf16
@@ -242,16 +242,6 @@ def matmul_rate(device: str) -> float:
 
     a = torch.randn(1024, 1024, device=device)
     return 2 * 1024**3 / Timer("a @ a", globals={"a": a}, num_threads=1).timeit(5).median
-
-
-def clock(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 3 * 86400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:,.0f} days"
 
 
 def _short(n: int) -> str:

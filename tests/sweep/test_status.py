@@ -22,7 +22,7 @@ from sovit.ledger.schema import new_row
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 from sovit.sweep import worker as sweep
-from sovit.sweep.status import RowCounts, TrunkCounts, study_status
+from sovit.sweep.status import study_status
 from sovit.sweep.status_text import status_text, watch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +60,10 @@ def test_what_is_trained_but_not_probed_is_not_done(tmp_path):
     probed = [run.replace(probe="icons:single40").to_dict() for run in design]
     write_atomic(path, json.dumps(written | dict(runs=probed)))
     s = status(tmp_path)
-    assert s.state == "stopped" and s.trunks.waiting == 2 and s.train_flops.left == 0 and s.resume
+    assert s.state == "stopped" and s.trunks["waiting"] == 2 and s.train_flops["left"] == 0 and s.resume
     with locked(tmp_path / "runs" / design[0].trunk_id / "lock"):
         (worker,) = status(tmp_path).workers
-        assert worker.phase == "probing"
+        assert worker["phase"] == "probing"
 
 
 def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
@@ -75,19 +75,19 @@ def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
     write_atomic(path, json.dumps(written | dict(runs=[r.to_dict() for r in design])))  # as if it had grown
     sweep._record_failure(fake_sweep.opened(tmp_path, design), bad, "RuntimeError: out of memory")
     s = status(tmp_path)
-    assert s.state == "stopped" and s.trunks == TrunkCounts(total=5, done=4, running=0, waiting=0, failed=1)
-    assert s.measurements == RowCounts(total=10, ok=6, diverged=2, failed=2, missing=0)
+    assert s.state == "stopped" and s.trunks == dict(total=5, done=4, running=0, waiting=0, failed=1)
+    assert s.measurements == dict(total=10, ok=6, diverged=2, failed=2, missing=0)
     cost = per_image(design[0])
-    assert s.train_flops.left == cost * design[0].total_examples
-    assert s.train_flops.done == 3 * cost * design[0].total_examples  # nobody knows what a divergence has spent
+    assert s.train_flops["left"] == cost * design[0].total_examples
+    assert s.train_flops["done"] == 3 * cost * design[0].total_examples  # nobody knows what a divergence has spent
     assert s.flops_per_second == 0 and s.seconds_left is None and not s.workers
-    assert {(p.status, p.init_seed, p.error) for p in s.problems} == {
+    assert {(p["status"], p["init_seed"], p["error"]) for p in s.problems} == {
         ("failed", 666, "RuntimeError: out of memory"),
         ("diverged", 777, "trunk: not finite at step 3"),
     }
     best = s.best
-    assert [b.value for b in best] == [fake_sweep.loss_of(design[2], n) for n in (3200, 1600)]
-    assert [(b.num_rows, b.num_shapes, b.shape) for b in best] == [(3, 1, "16x1x32")] * 2
+    assert [b["val_loss"] for b in best] == [fake_sweep.loss_of(design[2], n) for n in (3200, 1600)]
+    assert [(b["num_rows"], b["num_shapes"], b["shape"]) for b in best] == [(3, 1, "16x1x32")] * 2
     text = status_text(s)
     assert f"failed: {bad.trunk_id} 16x1x32 seed 666 at 1,600, 3,200 images: RuntimeError: out of memory" in text
     assert s.resume and text.endswith(s.resume)
@@ -100,7 +100,7 @@ def test_a_study_that_ended_with_a_failure_and_a_divergence(tmp_path):
     with locked(held):
         again = status(tmp_path)
         assert again.state == "running" and again.launches == 1
-        assert again.trunks.waiting == 1 and again.trunks.failed == 0
+        assert again.trunks["waiting"] == 1 and again.trunks["failed"] == 0
         assert status_text(again).splitlines()[2] == "  time   workers are starting"
 
 
@@ -109,15 +109,15 @@ def test_while_it_runs_and_when_it_is_done(tmp_path, capsys):
     launcher = subprocess.Popen(command, env=os.environ | {"SOVIT_TEST_PAUSE": "0.4"}, stderr=subprocess.DEVNULL)
     seen = status_when(lambda s: s.workers, tmp_path)
     assert seen.state == "running" and seen.launches == 1
-    assert seen.trunks.total == 6 == seen.trunks.done + seen.trunks.running + seen.trunks.waiting
+    assert seen.trunks["total"] == 6 == seen.trunks["done"] + seen.trunks["running"] + seen.trunks["waiting"]
     for worker in seen.workers:
-        assert worker.phase == "starting" and worker.silent_seconds < 30 and not worker.stale
+        assert worker["phase"] == "starting" and worker["silent_seconds"] < 30 and not worker["stale"]
     watch("s", tmp_path / "runs", None, 0.1)  # returns when nothing runs any more
     assert launcher.wait(60) == 0
     assert "s: done; 6 of 6 trunks done, 6 of 6 measurements" in capsys.readouterr().out
     s = status(tmp_path)
     assert s.state == "done" and s.resume is None
-    assert s.train_flops.done == s.train_flops.total == 6 * 1600 * per_image(runs(1)[0])
+    assert s.train_flops["done"] == s.train_flops["total"] == 6 * 1600 * per_image(runs(1)[0])
 
 
 STUDY = """
@@ -142,35 +142,35 @@ def test_real_training_watched_killed_and_resumed_by_the_command_that_it_names(t
     command = [sys.executable, "study.py", "and arguments"]
     launcher = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        s = status_when(lambda s: any(w.share for w in s.workers), ".", "tiny")
+        s = status_when(lambda s: any(w["share"] for w in s.workers), ".", "tiny")
     finally:
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
     shapes = {f"{w}x1x{2 * w}": Shape(w, 1, 2 * w, 8, 4, 16, "none") for w in (16, 8)}
     cost = {label: shape.train_flops_per_image(16) for label, shape in shapes.items()}
     total = sum(cost.values()) * (6400 + 1600 - 1280)  # the trunk once, up to 80 % of 6400, and two cooldowns
-    assert s.state == "running" and s.train_flops.head_counted
-    assert s.train_flops.total == pytest.approx(total, rel=1e-9)
+    assert s.state == "running" and s.train_flops["head_counted"]
+    assert s.train_flops["total"] == pytest.approx(total, rel=1e-9)
     (worker,) = s.workers
-    assert worker.flops_per_second / worker.images_per_second == pytest.approx(cost[worker.shape])
-    assert 0 < worker.share <= 1 and 0 < worker.loss < 3.5 and worker.phase in ("trunk", "cooldown")
-    assert worker.train_flops_left == pytest.approx((1 - worker.share) * cost[worker.shape] * 6720)
-    assert s.flops_per_second == worker.flops_per_second and s.seconds_left > worker.seconds_left
+    assert worker["flops_per_second"] / worker["images_per_second"] == pytest.approx(cost[worker["shape"]])
+    assert 0 < worker["share"] <= 1 and 0 < worker["loss"] < 3.5 and worker["phase"] in ("trunk", "cooldown")
+    assert worker["train_flops_left"] == pytest.approx((1 - worker["share"]) * cost[worker["shape"]] * 6720)
+    assert s.flops_per_second == worker["flops_per_second"] and s.seconds_left > worker["seconds_left"]
     assert max(map(len, status_text(s).splitlines())) <= 100
 
     s = status_when(lambda s: s.state == "stopped", ".", "tiny")
     records = [json.loads(p.read_text()) for p in Path("runs").glob("*/records/*.json")]
-    assert s.launches == 0 and s.trunks.running == 0 and s.measurements.ok == len(records)
-    assert s.train_flops.done == sum(r["spent_flops"] for r in records)
+    assert s.launches == 0 and s.trunks["running"] == 0 and s.measurements["ok"] == len(records)
+    assert s.train_flops["done"] == sum(r["spent_flops"] for r in records)
     assert s.resume.endswith("study.py 'and arguments'")
     quick = os.environ | {"SOVIT_TEST_WORKER": f"{sys.executable} {fake_sweep.__file__}"}  # what is left is made up
     subprocess.run(s.resume, shell=True, check=True, capture_output=True, env=quick)
     s = status(".", "tiny")
-    assert s.state == "done" and s.train_flops.done == total and s.ledger == str(Path("mine/tiny.jsonl"))
+    assert s.state == "done" and s.train_flops["done"] == total and s.ledger == str(Path("mine/tiny.jsonl"))
     rows = [json.loads(line) for line in Path("mine/tiny.jsonl").read_text().splitlines()]
     for n in (6400, 1600):
         best = min((r for r in rows if r["num_examples"] == n), key=lambda r: r["val_loss"])
-        assert best["val_loss"] in [b.value for b in s.best]
+        assert best["val_loss"] in [b["val_loss"] for b in s.best]
     assert f"cd {tmp_path} && " in study_status_from("/", tmp_path, monkeypatch)
 
 
@@ -224,9 +224,9 @@ def test_time_left_is_that_of_the_workers_that_run(tmp_path):
     assert s.seconds_left == pytest.approx(30 + wide / live + small / slow)
     assert s.flops_per_second == live
     flight = 0.25 * per_image(design[1]) * design[1].total_examples
-    assert s.train_flops.done == pytest.approx(per_image(design[0]) * 1600 + flight)
-    assert s.train_flops.total == pytest.approx(sum(per_image(r) * r.total_examples for r in design))
-    assert [w.shape for w in s.waiting] == ["64x1x32", "8x1x16"]
+    assert s.train_flops["done"] == pytest.approx(per_image(design[0]) * 1600 + flight)
+    assert s.train_flops["total"] == pytest.approx(sum(per_image(r) * r.total_examples for r in design))
+    assert [w["shape"] for w in s.waiting] == ["64x1x32", "8x1x16"]
     assert "no launch of it is alive" in status_text(s)
 
 
@@ -234,14 +234,14 @@ def test_a_lock_that_is_held_in_silence_is_said(tmp_path):
     _, lock, paths = planted(tmp_path)
     with lock:
         backdate(paths, 50)
-        assert not status(tmp_path).workers[0].stale
+        assert not status(tmp_path).workers[0]["stale"]
         backdate(paths, 200)
         s = status(tmp_path)
-        assert s.workers[0].stale and s.workers[0].silent_seconds == pytest.approx(200, abs=5)
+        assert s.workers[0]["stale"] and s.workers[0]["silent_seconds"] == pytest.approx(200, abs=5)
         assert s.flops_per_second == 0  # it may be dead: it is not counted
         assert "silent for 3 min" in status_text(s) and "no estimate while one is silent" in status_text(s)
         backdate(paths[:1], 300)  # what an earlier attempt said is not what this one does
-        assert status(tmp_path).workers[0].phase == "starting"
+        assert status(tmp_path).workers[0]["phase"] == "starting"
 
 
 def test_damaged_files_count_as_missing(tmp_path):
@@ -250,14 +250,14 @@ def test_damaged_files_count_as_missing(tmp_path):
     record_path(tmp_path / "runs", design[0].trunk_id, design[0].run_ids[0]).write_text("[]")
     with lock:
         s = status(tmp_path)
-    assert s.workers[0].phase == "starting" and s.measurements.missing == 5
+    assert s.workers[0]["phase"] == "starting" and s.measurements["missing"] == 5
 
 
 def test_progress_of_the_dead_is_no_progress(tmp_path):
     design, _, _ = planted(tmp_path)
     s = status(tmp_path)
-    assert s.state == "stopped" and not s.workers and s.trunks.waiting == 3
-    assert s.train_flops.done == per_image(design[0]) * 1600
+    assert s.state == "stopped" and not s.workers and s.trunks["waiting"] == 3
+    assert s.train_flops["done"] == per_image(design[0]) * 1600
     assert s.resume == f"cd {tmp_path} && make s"
 
 
@@ -265,10 +265,10 @@ def test_branches_that_only_the_ledger_knows_have_no_trunk_to_go_on_from(tmp_pat
     design, _, _ = planted(tmp_path)
     row = new_row(design[1], 1600, status="ok", val_loss=2.1, num_classes=16)
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
-    left = {w.trunk_id: w.train_flops_left for w in status(tmp_path).waiting}
+    left = {w["trunk_id"]: w["train_flops_left"] for w in status(tmp_path).waiting}
     assert left[design[1].trunk_id] == per_image(design[1]) * 3200
     write_record(tmp_path / "runs", row)
-    left = {w.trunk_id: w.train_flops_left for w in status(tmp_path).waiting}
+    left = {w["trunk_id"]: w["train_flops_left"] for w in status(tmp_path).waiting}
     assert left[design[1].trunk_id] == per_image(design[1]) * (3200 - 1280)
 
 
@@ -278,8 +278,8 @@ def test_rows_of_another_results_folder_are_not_taken_for_its_own(tmp_path, monk
     design, _, _ = planted(tmp_path)
     row = new_row(design[2], 1600, status="ok", val_loss=2.1, num_classes=16)
     write_atomic(Path("results/s.jsonl"), json.dumps(row) + "\n")
-    assert status(".").measurements.ok == 1 and status(".").ledger == "s.jsonl"
-    assert status(".", results_dir=Path("results")).measurements.ok == 2
+    assert status(".").measurements["ok"] == 1 and status(".").ledger == "s.jsonl"
+    assert status(".", results_dir=Path("results")).measurements["ok"] == 2
 
 
 def test_without_a_design_file_what_is_there_is_told_and_no_more(tmp_path):
@@ -288,8 +288,8 @@ def test_without_a_design_file_what_is_there_is_told_and_no_more(tmp_path):
     (tmp_path / "runs" / "s.design.json").unlink()
     write_atomic(tmp_path / "runs" / design[0].trunk_id / "config.json", json.dumps(design[0].to_dict()))
     s = status(tmp_path, results_dir=tmp_path)
-    assert s.state == "unknown" and not s.design_known and s.measurements.ok == 3
-    assert s.trunks == TrunkCounts(total=3, done=3, running=0, waiting=0, failed=0)
+    assert s.state == "unknown" and not s.design_known and s.measurements["ok"] == 3
+    assert s.trunks == dict(total=3, done=3, running=0, waiting=0, failed=0)
     assert "what else is asked for is not known without" in status_text(s)
 
 

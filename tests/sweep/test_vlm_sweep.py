@@ -242,8 +242,8 @@ def test_the_plan_tells_the_flops_that_the_row_will_have(swept, tmp_path, capsys
 
 def test_status_of_a_study_with_models(swept):
     found = study_status("s", swept.folder / "runs")
-    assert found.state == "stopped" and found.trunks.done == 3 and found.trunks.failed == 1
-    assert {row.run_id for row in found.best} == {EYE, GOOD.run_ids[0]}
+    assert found.state == "stopped" and found.trunks["done"] == 3 and found.trunks["failed"] == 1
+    assert {row["run_id"] for row in found.best} == {EYE, GOOD.run_ids[0]}
     assert f"{EYE} random:1x32" in status_text(found)
 
 
@@ -255,7 +255,7 @@ def test_status_of_a_model_in_training(tmp_path):
     design = dict(runs=[r.to_dict() for r in (GOOD, waiting)], command=["x"], folder=str(tmp_path), metric="val_loss")
     (runs / "s.design.json").write_text(json.dumps(design | {"ledger": str(tmp_path / "s.jsonl")}))
     before = study_status("s", runs)
-    assert before.train_flops.uncounted == 2 and "2 vision-language models not counted" in status_text(before)
+    assert before.train_flops["uncounted"] == 2 and "2 vision-language models not counted" in status_text(before)
     assert before.worker_seconds_left is None
     with locked(folder / "lock"):
         time.sleep(0.02)  # a file's date has the kernel's tick
@@ -263,7 +263,7 @@ def test_status_of_a_model_in_training(tmp_path):
         paces = dict(images_per_second=2.0, flops_per_second=6e9, seconds_left=75.0)
         (folder / "progress.json").write_text(json.dumps(progress | paces))
         found = study_status("s", runs)
-    assert found.train_flops.left == pytest.approx(3e9 * (150 + 100)) and not found.train_flops.uncounted
+    assert found.train_flops["left"] == pytest.approx(3e9 * (150 + 100)) and not found.train_flops["uncounted"]
     assert found.worker_seconds_left == pytest.approx(75 + 50) and found.seconds_left == pytest.approx(125)
     assert "stage 1" in status_text(found)
 

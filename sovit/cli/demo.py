@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from sovit import UserError
+from sovit.cli.common import Whole
 from sovit.spec.design import star, to_runs
 from sovit.spec.run import Recipe, Run, learning_rate
 from sovit.spec.shape import Shape
@@ -31,13 +33,20 @@ def star_runs() -> list[Run]:
     return sorted(runs, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 
 
-def demo(out: Path, workers: int) -> int:
-    """Everything under `out`; a second call resumes what a first left undone. Returns the exit status."""
+def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
+    """Run the whole pipeline, small: study, law, prediction, validation, export. A second call goes on with a first.
+
+    Args:
+        workers: worker processes, one thread each
+        out: folder for everything that it makes
+    """
     from sovit.encoder.export import export_encoder
     from sovit.predict.validation import runs_of, verdict_text, write_prediction
     from sovit.report.build import fit_ledgers
     from sovit.report.validation import validation_report
 
+    if workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
     started, step = time.monotonic(), _Steps()
     step("1/5  a star of shapes at three budgets")
     star_sweep = Sweep("demo_star", star_runs(), out / "runs", out / "star.jsonl")
