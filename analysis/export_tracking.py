@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.ledger.ledger import read_exclusions, read_ledger
-from sovit.sweep.mlflow_log import curve, describe
+from sovit.report.shown_rows import curve, describe
 
 
 def export(tracker, ledger: Path, runs: Path) -> int:

@@ -226,6 +226,13 @@ def is_vlm(row: Mapping[str, Any]) -> bool:
     return row.get("objective") == "vlm"
 
 
+def row_label(row: Mapping[str, Any]) -> str:
+    """The shape of a row, or of a vision-language model its encoder and its language model."""
+    if row.get("kind") == "vlm":
+        return f"{row.get('encoder')} {row.get('language_model')}"
+    return "x".join(str(row.get(name, "?")) for name in ("width", "depth", "mlp_dim"))
+
+
 def is_number(value) -> bool:
     """Whether a value of a row is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):

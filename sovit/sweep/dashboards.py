@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sovit import UserError
 from sovit.ledger.ledger import study_ledger
-from sovit.sweep.mlflow_log import beside, fill, fill_text, store_path, store_uri
+from sovit.sweep.mlflow_log import beside, fill, fill_text
 
 HOST = "127.0.0.1"
 ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -28,10 +28,19 @@ def serve(study: str, results: Path | None, runs: Path, store: Path | None = Non
     if port is not None and not 0 < port < 65535:
         raise UserError(f"invalid port {port}; use 1 to 65534")
     port = _free_port(range(5000, 5100) if port is None else range(port, port + 1))
-    store, ledger = store_path(store, runs), study_ledger(study, results, runs)
+    store, ledger = store or runs / "mlflow.db", study_ledger(study, results, runs)
     seen = ledger.stat().st_mtime_ns if ledger.exists() else 0  # before the fill, which takes its time
     done = fill(study, results, runs, store)
-    where = ["--backend-store-uri", store_uri(store), "--host", HOST, "--port", str(port), "--workers", "1"]
+    where = [
+        "--backend-store-uri",
+        f"sqlite:///{store.resolve()}",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     commands = {"MLflow": [sys.executable, "-m", "mlflow", "ui", *where]}
     print(f"{fill_text(done)}\nMLflow  http://{HOST}:{port}/#/experiments/{done['experiment_id']}/runs")
     journal, dashboard = runs / f"{done['study']}.journal", shutil.which("optuna-dashboard")

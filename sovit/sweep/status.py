@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sovit import OUTPUTS, PUBLISHED, UserError
 from sovit.files import is_locked
 from sovit.ledger.ledger import designed_ledger, read_ledger, study_ledger
 from sovit.ledger.records import record_path
+from sovit.ledger.schema import row_label
 from sovit.spec.any_run import AnyRun, run_from_dict
 from sovit.sweep.trunks import Costs, Trunk, date_of, is_answered, read_json, read_trunk
 
@@ -143,10 +145,12 @@ def _design(name: str, runs_dir: Path, results_dir: Path | None) -> _Design:
     return _Design({run.trunk_id: run for run in runs}, True, ledger, metric, resume)
 
 
-def _read_rows(design: _Design, runs_dir: Path) -> dict[str, dict]:
+def _read_rows(design: _Design, runs_dir: Path) -> dict[str, Any]:
     """run_id -> its row: the records before the ledger."""
     ledger = design.ledger
-    rows = {row["run_id"]: row for row in read_ledger(ledger)} if ledger.exists() and ledger.stat().st_size else {}
+    rows: dict[str, Any] = (
+        {row["run_id"]: row for row in read_ledger(ledger)} if ledger.exists() and ledger.stat().st_size else {}
+    )
     for trunk, run in design.runs.items():
         for run_id in run.run_ids:
             row = read_json(record_path(runs_dir, trunk, run_id))
@@ -194,7 +198,7 @@ def _finish_seconds(running: Sequence[float | None], waiting: Sequence[float | N
     return max(total / len(running), *(each or 0.0 for each in running)) if running and total is not None else None
 
 
-def _count_trunks(trunks: Sequence[Trunk], rows: Mapping[str, dict]) -> dict[str, int]:
+def _count_trunks(trunks: Sequence[Trunk], rows: Mapping[str, Any]) -> dict[str, int]:
     states = {row["trunk_id"]: "done" for row in rows.values()}
     states |= {row["trunk_id"]: "failed" for row in rows.values() if row["status"] == "failed"}
     states |= {trunk.run.trunk_id: trunk.state for trunk in trunks}  # of a design they know better
@@ -202,18 +206,11 @@ def _count_trunks(trunks: Sequence[Trunk], rows: Mapping[str, dict]) -> dict[str
     return {"total": len(found)} | {s: found.count(s) for s in ("done", "running", "waiting", "failed")}
 
 
-def _count_rows(design: _Design, rows: Mapping[str, dict]) -> dict[str, int]:
+def _count_rows(design: _Design, rows: Mapping[str, Any]) -> dict[str, int]:
     statuses = [row["status"] for row in rows.values()]
     total = len(design.asked if design.known else rows)
     counts = {status: statuses.count(status) for status in ("ok", "diverged", "failed")}
     return {"total": total, **counts, "missing": total - len(rows)}
-
-
-def row_label(row: dict) -> str:
-    """The shape of a row, or of a vision-language model its encoder and its language model."""
-    if row.get("kind") == "vlm":
-        return f"{row.get('encoder')} {row.get('language_model')}"
-    return "x".join(str(row.get(name, "?")) for name in ("width", "depth", "mlp_dim"))
 
 
 def _problem(row: dict) -> dict:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sovit.encoder.few_shot import lacks_probe
 from sovit.files import is_locked
@@ -33,7 +34,7 @@ class Trunk:
     left: float
 
 
-def read_trunk(run: AnyRun, rows: Mapping[str, dict], runs_dir: Path, since: float) -> Trunk:
+def read_trunk(run: AnyRun, rows: Mapping[str, Any], runs_dir: Path, since: float) -> Trunk:
     """A launch, the first of which began at `since`, tries earlier failures again."""
     folder = runs_dir / run.trunk_id
     own = {n: rows.get(run.run_id(n)) for n in run.budgets}
@@ -86,7 +87,7 @@ class Costs:
     vision-language model they are what its row or its worker says, else another on the same language model; 0: unknown.
     """
 
-    def __init__(self, trunks: Sequence[Trunk], rows: Mapping[str, dict]):
+    def __init__(self, trunks: Sequence[Trunk], rows: Mapping[str, Any]):
         found = []  # (trunk_id, language model, FLOPs of an image, FLOP/s)
         for row in rows.values():
             if row.get("train_flops"):
@@ -97,7 +98,14 @@ class Costs:
         for trunk in trunks:
             if trunk.said.get("images_per_second"):
                 pace = trunk.said["flops_per_second"]
-                found.append((trunk.run.trunk_id, _words(trunk.run), pace / trunk.said["images_per_second"], pace))
+                found.append(
+                    (
+                        trunk.run.trunk_id,
+                        trunk.run.parts.get("language_model", ""),
+                        pace / trunk.said["images_per_second"],
+                        pace,
+                    )
+                )
         self.each = {key: each for trunk_id, words, each, _ in found for key in (words, trunk_id)}
         self.paces = {(words, each): pace for _, words, each, pace in found if pace}
         self.num_classes: dict[tuple, int] = {
@@ -109,7 +117,7 @@ class Costs:
 
     def per_image(self, run: AnyRun) -> float:
         if not isinstance(run, Run):
-            return self.each.get(run.trunk_id, self.each.get(_words(run), 0.0))
+            return self.each.get(run.trunk_id, self.each.get(run.parts.get("language_model", ""), 0.0))
         return run.train_flops(run.budgets[-1], self.num_classes.get((run.data, run.preset), 0)) // run.budgets[-1]
 
     def flops(self, trunk: Trunk, images: float) -> float:
@@ -123,11 +131,11 @@ class Costs:
         near = [
             (abs(math.log(known / each)), pace)
             for (words, known), pace in self.paces.items()
-            if each and words == _words(trunk.run)
+            if each and words == trunk.run.parts.get("language_model", "")
         ]
         return self.flops(trunk, trunk.left) / min(near)[1] if near else None if trunk.left else 0.0
 
-    def totals(self, trunks: Sequence[Trunk], rows: Mapping[str, dict]) -> dict[str, float]:
+    def totals(self, trunks: Sequence[Trunk], rows: Mapping[str, Any]) -> dict[str, float]:
         billed = sum(row["spent_flops"] for row in rows.values() if is_number(row.get("spent_flops")))
         done = billed + sum(self.flops(trunk, trunk.images - trunk.left) for trunk in trunks)
         left = sum(self.flops(trunk, trunk.left) for trunk in trunks)
@@ -139,7 +147,3 @@ class Costs:
             "head_counted": all((run.data, run.preset) in self.num_classes for run in heads),
             "uncounted": sum(not self.per_image(trunk.run) for trunk in trunks if trunk.missing),
         }
-
-
-def _words(run: AnyRun) -> str:
-    return "" if isinstance(run, Run) else run.language_model

@@ -20,8 +20,9 @@ from planted_study import lines, plant, planted_row, planted_runs, write_metrics
 from sovit import UserError
 from sovit.cli.main import main
 from sovit.ledger.ledger import read_ledger, study_ledger
+from sovit.report.shown_rows import CURVE, describe
 from sovit.sweep.dashboards import serve
-from sovit.sweep.mlflow_log import CURVE, describe, fill, open_store
+from sovit.sweep.mlflow_log import fill, open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload``")  # MLflow's use of SQLAlchemy
 RESULTS = Path(__file__).resolve().parents[2] / "results"

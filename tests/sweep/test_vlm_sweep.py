@@ -20,12 +20,12 @@ from sovit.files import locked
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
 from sovit.ledger.schema import INCIDENTAL, failed_row
+from sovit.report.shown_rows import curve, describe
 from sovit.spec.any_run import run_from_dict
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 from sovit.spec.vlm_run import Part, Stage, VlmRun
 from sovit.sweep import launch, queue, study_main
-from sovit.sweep.mlflow_log import curve, describe
 from sovit.sweep.plan import plan_of, print_plan
 from sovit.sweep.status import study_status
 from sovit.sweep.status_text import status_text
