@@ -12,125 +12,89 @@ import math
 import numpy as np
 
 from analysis.resolution.curves import SCRATCH, Study
-from analysis.resolution.law import Cell, TransferFit
+from analysis.resolution.law import TransferFit
+from analysis.resolution.law_rows import Cell
 from sovit import UserError
-from sovit.law.bootstrap import interval
 
 GRID = 481  # splits tried at a time
 TOLERANCE = 1e-6  # of a share: this near to its end it is at the end
+LEVEL = 0.03  # as far as whole batches miss a budget
 
 
 def budgets(cell: Cell) -> list[float]:
     """Budgets to split: those run from scratch that a fine-tuning inside the data can cost, and 3/4 of the most of these."""
-    ends = [span(cell, mode) for mode in cell.modes]
-    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    low, high = (end(ends) for end, ends in zip((min, max), zip(*(span(cell, mode) for mode in cell.modes))))
     every = {float(n) * cell.flops_per_image[SCRATCH] for n in cell.n1[cell.mode < 0]}
     return sorted({*(c for c in every if low <= c <= high), 0.75 * high})
 
 
 def span(cell: Cell, mode: str) -> tuple[float, float]:
     """Least and largest total FLOPs of the n0 and n1 that were run in a mode."""
-    mine = cell.mode == cell.modes.index(mode)
-    f0, f1 = cell.flops_per_image["base"], cell.flops_per_image[mode]
-    return (
-        f0 * cell.n0[mine].min() + f1 * cell.n1[mine].min(),
-        f0 * cell.n0[mine].max() + f1 * cell.n1[mine].max(),
-    )
+    f0, f1, n0, n1 = cell.of(mode)
+    return f0 * n0.min() + f1 * n1.min(), f0 * n0.max() + f1 * n1.max()
 
 
 def window(cell: Cell, mode: str, train_flops: float) -> tuple[float, float] | None:
     """Shares of the budget whose n0 and n1 both lie within what was run; None where there are none."""
-    mine = cell.mode == cell.modes.index(mode)
-    f0, f1 = cell.flops_per_image["base"], cell.flops_per_image[mode]
-    low = max(f0 * cell.n0[mine].min(), train_flops - f1 * cell.n1[mine].max()) / train_flops
-    high = min(f0 * cell.n0[mine].max(), train_flops - f1 * cell.n1[mine].min()) / train_flops
-    return (low, high) if low < high else None
+    f0, f1, n0, n1 = cell.of(mode)
+    low = max(f0 * n0.min(), train_flops - f1 * n1.max()) / train_flops
+    high = min(f0 * n0.max(), train_flops - f1 * n1.min()) / train_flops
+    return (float(low), float(high)) if low < high else None
 
 
 def best_split(fit: TransferFit, mode: str, train_flops: float, noise_sd: float | None) -> dict:
     """The best share of pre-training, with its interval, its loss, the flat region and what to be warned of.
 
-    Splits are sought where both n0 and n1 were run; where the budget reaches none of these, everywhere, with a warning.
     flat: shares whose loss lies within one noise s.d. of the best. status: `edge` where the best is the end of what was
-    sought, `ok` otherwise; `beyond` is then what the law would have without that end, which no run supports. Ends of
-    intervals are None without draws. Raises UserError for a budget that buys no image.
+    run, `ok` otherwise; `beyond` is then what the law would have without that end, which no run supports. Ends of
+    intervals are None without draws. Raises UserError for a budget that no split within the data costs.
     """
     cell = fit.cell
-    if not train_flops > 0 or not math.isfinite(train_flops):
-        raise UserError(f"train_flops={train_flops} is no budget; give a number above 0")
-    f0, f1 = cell.flops_per_image["base"], cell.flops_per_image[mode]
-    if train_flops < 2 * max(f0, f1):
-        raise UserError(f"train_flops={train_flops:.3g} does not pay for two images at {cell.image_size} px; give more")
-    found, everywhere = window(cell, mode, train_flops), (f0 / train_flops, 1 - f1 / train_flops)
-    low, high = found or everywhere
+    ends = window(cell, mode, train_flops) if train_flops > 0 else None
+    if ends is None:
+        least, most = span(cell, mode)
+        raise UserError(
+            f"train_flops={train_flops:.3g} is none that {mode} was run for; give {least:.3g} to {most:.3g}"
+        )
+    low, high = ends
+    f0, f1, *_ = cell.of(mode)
 
     def loss(share, theta=None):
         return fit.loss(share * train_flops / f0, (1 - share) * train_flops / f1, mode, theta)
 
-    share, least = _least_at(loss, low, high)
+    def spent(share: float, least: float) -> dict:
+        images = {"base_examples": share * train_flops / f0, "examples": (1 - share) * train_flops / f1}
+        return {"share": share} | images | {"loss": least}
+
+    share, least = _least(loss, low, high)
     shares = _grid(low, high)
     at_end = min(share - low, high - share) < TOLERANCE * (high - low)
-    flat = shares[loss(shares)[0] <= least * math.exp(noise_sd)] if noise_sd else np.array([share])
-    out = dict(
-        mode=mode,
-        train_flops=float(train_flops),
-        share=share,
-        base_examples=share * train_flops / f0,
-        examples=(1 - share) * train_flops / f1,
-        loss=least,
-        searched=[float(low), float(high)],
-        status="edge" if at_end else "ok",
-        flat=[float(min(flat.min(initial=share), share)), float(max(flat.max(initial=share), share))],
-        beyond=None,
-        warnings=_warnings(cell, mode, train_flops, found, share, (low, high) if at_end else None),
-    )
-    if found and at_end:
-        further, lower = _least_at(loss, *everywhere)
-        out["beyond"] = dict(
-            share=further,
-            base_examples=further * train_flops / f0,
-            examples=(1 - further) * train_flops / f1,
-            loss=lower,
-        )
+    flat = [*shares[loss(shares)[0] <= least * math.exp(noise_sd)], share] if noise_sd else [share]
     scratch = train_flops / cell.flops_per_image[SCRATCH]
     known = float(fit.loss(1.0, scratch, SCRATCH)[0])
-    out["scratch_loss"] = known
-    for name, prefix in (("random_effects", ""), ("seeds", "seeds_")):
-        ends: dict = dict.fromkeys(("share", "loss", "against_scratch"), (None, None))
-        if name in fit.draws:
-            theta, widen = fit.draws[name], fit.widen[name]
-            drawn = loss(shares, theta)  # [R, GRID]
-            ends["share"] = interval(shares[drawn.argmin(1)], widen, None)
-            ends["loss"] = interval(drawn.min(1), widen)
-            against = np.log(drawn.min(1) / fit.loss(1.0, scratch, SCRATCH, theta))
-            ends["against_scratch"] = interval(against, widen, None)
-            ends["share"] = tuple(float(np.clip(x, low, high)) for x in ends["share"])
-        for quantity, (lower, upper) in ends.items():
-            out |= {f"{quantity}_{prefix}low": lower, f"{quantity}_{prefix}high": upper}
-    out["against_scratch"] = math.log(least / known)
-    return out
+    out = {"mode": mode, "train_flops": float(train_flops), **spent(share, least), "searched": [low, high]}
+    out |= {"status": "edge" if at_end else "ok", "flat": [float(min(flat)), float(max(flat))], "beyond": None}
+    out |= {"warnings": [], "scratch_loss": known, "against_scratch": math.log(least / known)}
+    if at_end:
+        out["beyond"] = spent(*_least(loss, f0 / train_flops, 1 - f1 / train_flops))
+        more = "more" if share > (low + high) / 2 else "less"
+        out["warnings"].append(f"the law would have {more} pre-training than any run within this budget had")
+    run = cell.n1[cell.mode < 0] * cell.flops_per_image[SCRATCH]
+    if not run.min() * (1 - LEVEL) <= train_flops <= run.max() * (1 + LEVEL):
+        out["warnings"].append("training from scratch is extrapolated")
+    found: dict = dict.fromkeys(("share", "loss", "against_scratch"), (None, None))
+    if fit.draws is not None:
+        drawn = loss(shares, fit.draws)  # [R, GRID]
+        against = np.log(drawn.min(1) / fit.loss(1.0, scratch, SCRATCH, fit.draws))
+        found = {"share": np.clip(fit.interval(shares[drawn.argmin(1)]), low, high).tolist()}
+        found |= {"loss": fit.interval(drawn.min(1), 1e-300), "against_scratch": fit.interval(against)}
+    return out | {f"{name}_{end}": x for name, pair in found.items() for end, x in zip(("low", "high"), pair)}
 
 
-def compare_modes(fit: TransferFit, train_flops: float, noise_sd: float | None) -> dict:
-    """The best split of every mode at one budget, and ln(loss of the first mode / loss of the second) with its interval."""
-    splits = {mode: best_split(fit, mode, train_flops, noise_sd) for mode in fit.cell.modes}
-    out: dict = dict(train_flops=float(train_flops), splits=splits, between=None)
-    if len(splits) == 2:
-        first, second = splits
-
-        def difference(theta):
-            return np.log(_least(fit, splits[first], theta) / _least(fit, splits[second], theta))
-
-        out["between"] = dict(ours=first, theirs=second) | fit.interval(difference)
-    return out
-
-
-def _least(fit: TransferFit, split: dict, theta: np.ndarray) -> np.ndarray:
-    """The least loss of each draw over the splits that were sought, [R]."""
-    f0, f1 = fit.cell.flops_per_image["base"], fit.cell.flops_per_image[split["mode"]]
-    low, high = split["searched"]
-    shares, c = _grid(low, high), split["train_flops"]
-    return fit.loss(shares * c / f0, (1 - shares) * c / f1, split["mode"], theta).min(1)
+def splits(fit: TransferFit, train_flops: float, noise_sd: float | None) -> dict:
+    """The best split of every mode that was run for a budget; UserError where none was."""
+    able = [mode for mode in fit.cell.modes if window(fit.cell, mode, train_flops)]
+    return {mode: best_split(fit, mode, train_flops, noise_sd) for mode in able or fit.cell.modes[:1]}
 
 
 def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 60) -> dict:
@@ -138,18 +102,14 @@ def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 60) -> di
 
     inside: the shares whose n0 and n1 were both run, None where there are none.
     """
-    f0, f1 = fit.cell.flops_per_image["base"], fit.cell.flops_per_image[mode]
+    f0, f1, *_ = fit.cell.of(mode)
     inside = window(fit.cell, mode, train_flops)
-    ends = f0 / train_flops, 1 - f1 / train_flops
-    shares = np.unique(np.concatenate([_grid(*ends, num), inside or ()]))
+    shares = np.unique(np.concatenate([_grid(f0 / train_flops, 1 - f1 / train_flops, num), inside or ()]))
     n0, n1 = shares * train_flops / f0, (1 - shares) * train_flops / f1
-    out: dict = dict(share=shares.tolist(), loss=fit.loss(n0, n1, mode)[0].tolist(), low=None, high=None)
-    out["inside"] = None if inside is None else [float(x) for x in inside]
-    if "random_effects" in fit.draws:
-        drawn = fit.loss(n0, n1, mode, fit.draws["random_effects"])
-        ends_of = [interval(column, fit.widen["random_effects"]) for column in drawn.T]
-        out |= dict(low=[e[0] for e in ends_of], high=[e[1] for e in ends_of])
-    return out
+    out: dict = {"share": shares.tolist(), "loss": fit.loss(n0, n1, mode)[0].tolist(), "low": None, "high": None}
+    if fit.draws is not None:
+        out["low"], out["high"] = zip(*(fit.interval(column, 1e-300) for column in fit.loss(n0, n1, mode, fit.draws).T))
+    return out | {"inside": None if inside is None else list(inside)}
 
 
 def measured(study: Study, cell: Cell, train_flops: float, metric: str = "val_loss") -> list[dict]:
@@ -159,18 +119,15 @@ def measured(study: Study, cell: Cell, train_flops: float, metric: str = "val_lo
     """
     out = []
     for arm, curves in study.arms().items():
-        here = (arm.network, arm.patch_size, arm.image_size) == (cell.network, cell.patch_size, cell.image_size)
-        if not here or arm.mode not in cell.modes:
-            continue
         able = [c for c in curves.values() if c.total_flops[0] <= train_flops <= c.total_flops[-1]]
-        if able:
+        if arm.shape == cell.shape and arm.mode in cell.modes and able:
             loss = math.exp(float(np.mean([math.log(c.at("total_flops", train_flops, metric)) for c in able])))
-            share = able[0].base_flops / train_flops
-            out.append(dict(mode=arm.mode, base_examples=arm.base_examples, share=share, loss=loss, n=len(able)))
+            named = {"mode": arm.mode, "base_examples": arm.base_examples}
+            out.append(named | {"share": able[0].base_flops / train_flops, "loss": loss, "n": len(able)})
     return out
 
 
-def _least_at(loss, low: float, high: float) -> tuple[float, float]:
+def _least(loss, low: float, high: float) -> tuple[float, float]:
     """Share of the least loss between low and high, and that loss: a grid, and a finer one around its best."""
     shares = _grid(low, high)
     i = int(loss(shares)[0].argmin())
@@ -182,31 +139,3 @@ def _least_at(loss, low: float, high: float) -> tuple[float, float]:
 def _grid(low: float, high: float, num: int = GRID) -> np.ndarray:
     """Shares from low to high, closer together at both ends, where the number of images changes fastest."""
     return low + (high - low) * np.sin(np.linspace(0, np.pi / 2, num)) ** 2
-
-
-def _warnings(cell: Cell, mode: str, train_flops: float, found, share: float, ends) -> list[str]:
-    out = []
-    mine = cell.mode == cell.modes.index(mode)
-    f0, f1 = cell.flops_per_image["base"], cell.flops_per_image[mode]
-    if found is None:
-        low, high = span(cell, mode)
-        out.append(
-            f"no split of {train_flops:.2g} FLOPs lies within the data ({low:.2g} to {high:.2g} by {mode}); what follows is"
-            " the law's word beyond its data"
-        )
-        for name, value, known in (
-            ("pre-training", share * train_flops / f0, cell.n0[mine]),
-            ("fine-tuning", (1 - share) * train_flops / f1, cell.n1[mine]),
-        ):
-            if value < known.min() or value > known.max():
-                out.append(f"{value:,.0f} images of {name}, run from {known.min():,.0f} to {known.max():,.0f}")
-    elif ends is not None:
-        more = "more" if share > sum(ends) / 2 else "less"
-        out.append(f"the law would have {more} pre-training than any run within this budget had")
-    from_scratch = cell.n1[cell.mode < 0] * cell.flops_per_image[SCRATCH]
-    if not from_scratch.min() * 0.97 <= train_flops <= from_scratch.max() * 1.03:
-        decades = abs(
-            math.log10(train_flops / (from_scratch.max() if train_flops > from_scratch.max() else from_scratch.min()))
-        )
-        out.append(f"training from scratch is extrapolated by {decades:.1f} decades")
-    return out

@@ -1,18 +1,15 @@
 """One trunk of several patch sizes against trunks of one: planted differences, what is equal in each way, bad input."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import planted_transfer as planted
 import pytest
 
+from analysis.flexivit import tables
 from analysis.flexivit.cost import WAYS, sizes_text, summarise_sizes
 from analysis.resolution.curves import read_study
 from sovit import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def found_in(tmp_path, **more):
@@ -95,12 +92,9 @@ def test_trunks_of_several_sizes_are_left_out_of_the_study_of_resolutions(tmp_pa
 
 
 def test_the_analysis_writes_what_it_says(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("flexivit", ROOT / "analysis" / "flexivit" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     path = planted.write_ledger(tmp_path / "a.jsonl", planted.flexi_rows())
-    assert module.main([str(path), "--out", str(tmp_path)]) == 0
+    assert tables.main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "flexivit" / "report.md").read_text() == capsys.readouterr().out
     assert json.loads((tmp_path / "flexivit.json").read_text())["shapes"][0]["patch_sizes"] == [2, 4, 8]
     assert (tmp_path / "flexivit" / "loss_by_flops.png").stat().st_size > 10_000
-    assert module.main([str(tmp_path / "no.jsonl")]) == 2
+    assert tables.main([str(tmp_path / "no.jsonl")]) == 2
