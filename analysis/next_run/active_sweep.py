@@ -1,7 +1,6 @@
 """Does choosing each run by what it tells pay? Strategies against each other on planted laws, by actual regret.
 
-    nice -n 10 python -m analysis.next_run.active_sweep [--workers N] [--quick] [--out results/active_sweep.jsonl] [--also FILE]
-    python -m analysis.next_run.active_sweep --scalebench FOLDER     # the public pools of arXiv 2604.22753 instead
+    nice -n 10 python -m analysis.next_run.active_sweep [--workers N] [--quick] [--out FILE.jsonl] [--also FILE]
 
 Every episode (truth, strategy, seed) that is done is one line of OUT, so that a killed sweep goes on where it was. Beside
 OUT stand the summary (.json) and the figure (a folder of that name). --also: lines of other strategies in the same
@@ -19,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from analysis.next_run import simulated_contest as contest
+from analysis.next_run import summary
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
 
@@ -55,8 +55,8 @@ def read(path: Path) -> list[dict]:
     return found
 
 
-def run(todo: Sequence[tuple], out: Path, workers: int, call) -> None:
-    """Append each episode as it ends; `call(*episode)` in worker processes where there are several."""
+def run(todo: Sequence[tuple[str, str, int]], out: Path, workers: int) -> None:
+    """Append each episode as it ends; several workers are processes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not out.read_text().endswith("\n"):  # what a kill cut short goes
         write_atomic(out, "".join(json.dumps(line) + "\n" for line in read(out)))
@@ -69,10 +69,10 @@ def run(todo: Sequence[tuple], out: Path, workers: int, call) -> None:
 
         if workers == 1:
             for i, one in enumerate(todo, 1):
-                keep(i, call(*one))
+                keep(i, contest.episode(*one))
             return
         with ProcessPoolExecutor(workers) as pool:
-            jobs = [pool.submit(call, *one) for one in todo]
+            jobs = [pool.submit(contest.episode, *one) for one in todo]
             for i, job in enumerate(as_completed(jobs), 1):
                 keep(i, job.result())
 
@@ -81,44 +81,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument(
-        "--out", type=Path, default=None, help=f"default {OUTPUTS}/active_sweep.jsonl (or active_scalebench)"
-    )
+    parser.add_argument("--out", type=Path, default=OUTPUTS / "active_sweep.jsonl", help="default %(default)s")
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="episodes of other strategies")
-    parser.add_argument("--scalebench", type=Path, help="the folder benchmark/dataset of PlanarG/active-sl")
     options = parser.parse_args(argv)
-    public = options.scalebench is not None
-    out = options.out or OUTPUTS / ("active_scalebench.jsonl" if public else "active_sweep.jsonl")
+    out = options.out
     try:
         if options.workers < 1:
             raise UserError(f"--workers {options.workers} is too few; give 1 or more")
         missing = [path for path in options.also if not path.exists()]
         if missing:
             raise UserError(f"--also {missing[0]} does not exist; leave it out or make it first")
-        if public:
-            from analysis.next_run import published_contest as scalebench
-
-            tables = scalebench.load(options.scalebench)
-            todo = scalebench.episodes(tables, options.quick)
-            call = scalebench.episode
-        else:
-            todo, call = episodes(options.quick), contest.episode
+        todo = episodes(options.quick)
         done = {(e["truth"], e["strategy"], e["seed"]) for e in read(out)}
-        left = [one for one in todo if tuple(one[:3]) not in done]
+        left = [one for one in todo if one not in done]
         print(f"{len(todo)} episodes, {len(todo) - len(left)} of them done", flush=True)
-        run(left, out, options.workers, call)
+        run(left, out, options.workers)
         lines = read(out) + [line for path in options.also for line in read(path)]
-        summary = scalebench.summary(lines) if public else contest.summary(lines)
-        write_atomic(out.with_suffix(".json"), json.dumps(summary, indent=1, allow_nan=False) + "\n")
-        from analysis.next_run import figures as next_run_figures
-        from sovit.report import figures as plot
+        found = summary.summary(lines)
+        write_atomic(out.with_suffix(".json"), json.dumps(found, indent=1, allow_nan=False) + "\n")
+        from analysis.next_run.figures import active
+        from sovit.report.figures import save
 
-        figure = next_run_figures.scalebench(summary) if public else next_run_figures.active(summary)
-        plot.save(figure, out.with_suffix("") / ("scalebench" if public else "regret"))
+        save(active(found), out.with_suffix("") / "regret")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    print(scalebench.table(summary) if public else contest.table(summary))
+    print(summary.table(found))
     return 0
 
 

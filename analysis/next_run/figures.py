@@ -1,4 +1,4 @@
-"""What each strategy of choosing runs has bought: regret against compute on planted laws, error on public pools."""
+"""What each strategy of choosing runs has bought: regret against compute on simulated laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ LINES = {
     "star": (OKABE_ITO[6], "-", "SoViT's star"),
     "isoflop": (OKABE_ITO[4], "-", "isoFLOP"),
     "v_optimal": (OKABE_ITO[3], "-", "V-optimal, form trusted"),
-    "d_optimal": (OKABE_ITO[2], "-", "D-optimal"),
     "tpe-24-scaled": (OKABE_ITO[2], "--", "TPE below, scaled to the target"),
     "gp-24-scaled": (GREY, "--", "GP below, scaled to the target"),
     "tpe-at-target": (OKABE_ITO[2], ":", "TPE at the target"),
@@ -31,16 +30,7 @@ def active(summary: dict):
     measure = summary["measure"]
     multiple = measure.rpartition("_")[2].replace("x", " ×")
     label = f"regret at {multiple} (%)"
-    return _panels(summary["truths"], measure, "compute spent (SoViT stars)", label, 100.0)
-
-
-@styled
-def scalebench(summary: dict):
-    """Median log-RMSE on the held-out expensive region against the share of the pool's cost, a panel an instance."""
-    return _panels(summary["truths"], "rmse", "share of the pool's cost", "log-RMSE on the target (%)", 100.0)
-
-
-def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
+    truths = summary["truths"]
     columns = min(3, len(truths))
     rows = -(-len(truths) // columns)
     figure, axes = panels(
@@ -52,13 +42,13 @@ def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
         for name, strategy in entry["strategies"].items():
             if measure not in strategy or name not in LINES:
                 continue
-            colour, dashes, label = LINES[name]
-            x, curve = np.array(strategy["levels"]), {k: scale * np.array(v) for k, v in strategy[measure].items()}
+            colour, dashes, named = LINES[name]
+            x, curve = np.array(strategy["levels"]), {k: 100 * np.array(v) for k, v in strategy[measure].items()}
             front = 3 if name in BANDS else 2
             axis.plot(x, curve["median"], color=colour, ls=dashes, lw=1.6 if name == "next_run" else 1.1, zorder=front)
             if name in BANDS:
                 axis.fill_between(x, curve["low"], curve["high"], color=colour, alpha=0.15, lw=0, zorder=1)
-            shown[name] = Line2D([], [], color=colour, ls=dashes, label=label)
+            shown[name] = Line2D([], [], color=colour, ls=dashes, label=named)
         axis.set_xscale("log")
         axis.set_yscale("log")
         for side, steps in ((axis.xaxis, (1.0,)), (axis.yaxis, (1.0, 2.0, 5.0))):
@@ -67,9 +57,9 @@ def _panels(truths: dict, measure: str, xlabel: str, ylabel: str, scale: float):
             side.set_minor_formatter(NullFormatter())
         axis.set_title(truth)
         if i % columns == 0:
-            axis.set_ylabel(ylabel)
+            axis.set_ylabel(label)
         if i >= len(truths) - columns:
-            axis.set_xlabel(xlabel)
+            axis.set_xlabel("compute spent (SoViT stars)")
     for axis in axes[len(truths) :]:
         axis.set_axis_off()
     legend_row(figure, list(shown.values()), 0.07, ncols=4)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from analysis.next_run import simulated_contest as contest
-from analysis.next_run.simulated_contest import World, compute_to
+from analysis.next_run import summary
+from analysis.next_run.simulated_contest import World
 from sovit.law import simulate as planted
 from sovit.predict.candidates import Candidate
 
@@ -46,10 +47,10 @@ def test_episodes_spend_up_to_each_checkpoint_and_no_further(monkeypatch):
 
 def test_compute_to_a_regret():
     levels = np.array([1.0, 2.0, 4.0, 8.0])
-    assert compute_to(levels, np.array([4.0, 2.0, 1.0, 0.5]), 1.0) == pytest.approx(4)
-    assert compute_to(levels, np.array([4.0, 0.5, 2.0, 0.5]), 1.0) == pytest.approx(4 * 2**0.5)  # to stay there
-    assert compute_to(levels, np.array([4.0, 2.0, 1.0, 0.5]), 0.1) == np.inf
-    assert compute_to(levels, np.array([0.1, 0.1, 0.1, 0.1]), 1.0) == 1.0
+    assert summary.compute_to(levels, np.array([4.0, 2.0, 1.0, 0.5]), 1.0) == pytest.approx(4)
+    assert summary.compute_to(levels, np.array([4.0, 0.5, 2.0, 0.5]), 1.0) == pytest.approx(4 * 2**0.5)  # to stay there
+    assert summary.compute_to(levels, np.array([4.0, 2.0, 1.0, 0.5]), 0.1) == np.inf
+    assert summary.compute_to(levels, np.array([0.1, 0.1, 0.1, 0.1]), 1.0) == 1.0
 
 
 def lines():
@@ -63,11 +64,11 @@ def lines():
 
 
 def test_summary_finds_a_planted_ratio():
-    found = contest.summary(lines())["truths"]["joint"]
+    found = summary.summary(lines())["truths"]["joint"]
     assert [one["ratio"] for one in found["same_regret"]] == pytest.approx([0.5, 0.5, 0.5])
     assert [one["low"] for one in found["same_regret"]] == pytest.approx([0.5, 0.5, 0.5])
     assert all(one["ratio"] == pytest.approx(0.5) and one["share_better"] == 1 for one in found["same_compute"])
-    assert "next_run takes 0.50 [0.50, 0.50]" in contest.table(contest.summary(lines()))
+    assert "next_run takes 0.50 [0.50, 0.50]" in summary.table(summary.summary(lines()))
 
 
 def sweep():
@@ -105,7 +106,7 @@ def test_a_killed_sweep_repeats_nothing_and_reads_other_strategies(tmp_path, mon
 
 def test_a_curve_that_rises_again_first_has_what_it_does_not_keep():
     levels, regret = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.4, 0.1, 0.2, 0.05])
-    assert contest.compute_to(levels, regret, 0.1, first=True) == pytest.approx(2)
-    assert contest.compute_to(levels, regret, 0.1) == pytest.approx(np.sqrt(32))
-    assert contest.compute_to(levels, regret, 0.5, first=True) == contest.compute_to(levels, regret, 0.5) == 1
-    assert contest.compute_to(levels, regret, 0.01, first=True) == contest.compute_to(levels, regret, 0.01) == np.inf
+    assert summary.compute_to(levels, regret, 0.1, first=True) == pytest.approx(2)
+    assert summary.compute_to(levels, regret, 0.1) == pytest.approx(np.sqrt(32))
+    assert summary.compute_to(levels, regret, 0.5, first=True) == summary.compute_to(levels, regret, 0.5) == 1
+    assert summary.compute_to(levels, regret, 0.01, first=True) == summary.compute_to(levels, regret, 0.01) == np.inf
