@@ -1,7 +1,8 @@
 """How far does each law see? Fitted below a compute cut, scored above it, for every cut, on studies and published sweeps.
 
-    python -m analysis.published.extrapolation results/stream_star.jsonl results/icons_star.jsonl results/stream_isoflop.jsonl
-        [--public FOLDER] [--out results/extrapolation.json]
+    python -m analysis.published.extrapolation LEDGER ... [--public FOLDER] [--out FILE.json]
+
+The committed scores are of results/stream_star.jsonl, icons_star.jsonl and stream_isoflop.jsonl.
 
 The headline at a cut is the form that `sovit fit` would have chosen from the rows below it, by its own test inside them:
 no row that is scored has a say. Its baselines are the N-D law (`chinchilla`), constant proportions (`compute_only`) and the
@@ -17,111 +18,20 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from analysis.published import sweeps as public
+from analysis.published.compare import BASELINES, compare
+from analysis.published.data_sets import LEVEL_GAP, MIN_FITTED, MIN_SCORED, Data, cuts_of, of_ledger, of_public
+from analysis.published.learning_curves import curves
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.law import fit as law
 from sovit.law import read
 from sovit.law.forms import LAWS
-from sovit.ledger.measurements import measurements
 from sovit.report.build import FORMS, FORMS_WITHOUT_LINE, choose_headline
 
-METRICS = ("val_loss", "val_error")
-TRIED = ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit")
 CHOSEN = ("headline", "of_all")  # no forms but choices: among those `sovit fit` tries, among all of TRIED
-BASELINES = ("chinchilla", "compute_only", "nearest")
-CURVE_FORMS = ("shifted", "bounded")  # of a learning curve, beside the power law in its images, `compute_only`
-HALF_DECADE = 0.5 * np.log(10)
-LEVEL_GAP = 0.2  # runs on budgets lie closer than this in ln compute within one, and wider apart between two
-MIN_FITTED, MIN_SCORED, MIN_TRUNKS = 16, 4, 3
-NUM_DRAWS, LEVEL = 2000, 0.90
-
-
-@dataclass(frozen=True)
-class Data:
-    """columns (with `compute`), y and clusters [n]. dims: of the law where the rows tell no shape; None = what varies."""
-
-    name: str
-    metric: str
-    columns: dict
-    y: np.ndarray
-    clusters: np.ndarray
-    zero_line: float | None = None
-    measurement_sd: np.ndarray | None = None
-    dims: tuple[str, ...] | None = None
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """Those of TRIED that mean something here: without shapes no star and no interaction of theirs."""
-        return tuple(form for form in TRIED if self.dims is None or form not in ("joint_n", "sovit"))
-
-    def fit(self, form: str, rows=None, **options) -> read.Fit:
-        """The law `form` of the rows given (all of them for None). Raises UserError where it cannot be fitted."""
-        rows = np.arange(len(self.y)) if rows is None else rows
-        if form == "bounded":
-            options["zero_line"] = self.zero_line
-        if LAWS[form].uses_dims:
-            options["dims"] = self.dims
-        sd = None if self.measurement_sd is None else self.measurement_sd[rows]
-        columns = {name: column[rows] for name, column in self.columns.items()}
-        return law.fit(form, columns, self.y[rows], clusters=self.clusters[rows], measurement_sd=sd, **options)
-
-
-def of_ledger(path: Path) -> list[Data]:
-    """Each metric of METRICS that the rows have."""
-    out = []
-    for metric in METRICS:
-        try:
-            data = measurements([path], metric)
-        except UserError:
-            if metric == METRICS[0]:
-                raise
-            continue
-        columns = {n: c for n, c in data.columns.items() if n != "trunk_id"}
-        if "compute" not in columns:
-            raise UserError(f"{path}: the rows say neither compute nor a shape to count it from; nothing orders them")
-        trunk = data.columns.get("trunk_id", np.arange(len(data.y)).astype(str))
-        out.append(Data(path.stem, metric, columns, data.y, trunk, data.zero_line, data.measurement_sd))
-    return out
-
-
-def of_public(folder: Path) -> list[Data]:
-    """The published sweeps that an order by compute makes sense for; compute = 2 N x tokens."""
-    out = []
-    for file in public.GEMSTONES:
-        sweep = public.gemstones(folder, file)
-        columns = {name: sweep.columns[name] for name in ("width", "depth", "num_params")}
-        out.append(_language(f"gemstones {file}", columns, sweep.columns["tokens"], sweep))
-    for family, own in (("farseer", ()), ("data_constrained", ("unique_tokens",))):
-        for sweep in public.scalebench(folder, family).values():
-            size, tokens = (sweep.columns[name] for name in public.POWER_SUMS[family][0][:2])
-            columns = dict(num_params=size) | {name: sweep.columns[name] for name in own}
-            out.append(_language(family, columns, tokens, sweep, ("num_params", *own)))
-    return out
-
-
-def _language(name: str, columns: dict, tokens: np.ndarray, sweep: public.Sweep, dims=None) -> Data:
-    columns = columns | dict(num_examples=tokens, compute=2 * columns["num_params"] * tokens)
-    return Data(name, "loss", columns, sweep.y, sweep.clusters, dims=dims)
-
-
-def cuts_of(compute: np.ndarray) -> list[float]:
-    """Computes to cut at: between budgets where runs stand on budgets, else every half decade down from the dearest."""
-    logs = np.sort(np.log(compute))
-    ends = np.flatnonzero(np.diff(logs) > LEVEL_GAP) + 1
-    spans = [np.ptp(level) for level in np.split(logs, ends)]
-    if len(spans) > 1 and max(spans) < LEVEL_GAP:
-        between = (logs[ends] + logs[ends - 1]) / 2
-    else:
-        between = np.arange(logs[-1] - HALF_DECADE, logs[0], -HALF_DECADE)[::-1]
-    fitted = np.searchsorted(logs, between)
-    enough = (fitted >= MIN_FITTED) & (len(logs) - fitted >= MIN_SCORED)
-    return np.exp(between[enough]).tolist()
 
 
 def tried(data: Data) -> tuple[str, ...]:
@@ -161,86 +71,10 @@ def predictions(data: Data, fits: Mapping[str, read.Fit], cut: float) -> dict[st
     return found
 
 
-def curves(folder: Path, say=lambda line: None) -> dict:
-    """The vision learning curves, one fit a curve and cut, as one data set: every curve, cut and half decade counts once.
-
-    A curve is one run of one model, whose compute is in proportion to the images. Forms are compared with the power law
-    by resampling models, six of them.
-    """
-    cells = []
-    found = public.vision(folder)
-    for (model, task), sweep in found.items():
-        images = sweep.columns["num_examples"]
-        for cut in cuts_of(images):
-            above = np.flatnonzero(images >= cut)
-            predicted = {}
-            for form in CURVE_FORMS:
-                options = dict(terms=("num_examples",), cut=cut, loss="log_squares", whiten=False)
-                if form == "bounded":
-                    options["zero_line"] = sweep.zero_line
-                fitted = law.fit(
-                    form, sweep.columns | dict(compute=images), sweep.y, clusters=sweep.clusters, **options
-                )
-                scored = fitted.extrapolation["forms"]
-                predicted |= {name: np.array(s["predicted"]) for name, s in scored.items()}
-            decades = np.log10(images[above] / images[images < cut].max())
-            bins = np.round(decades * 2).astype(int)
-            for b in np.unique(bins):
-                cell = {form: np.log(p / sweep.y[above])[bins == b] for form, p in predicted.items()}
-                cells.append(
-                    (model, decades[bins == b].mean(), {form: (r @ r / len(r), r.mean()) for form, r in cell.items()})
-                )
-        say(f"curve of {model} on {task}")
-    models, decades = np.array([c[0] for c in cells]), np.array([c[1] for c in cells])
-    mean = {form: np.array([c[2][form] for c in cells]) for form in cells[0][2]}  # [cells, (square, residual)]
-    bins = np.round(decades * 2).astype(int)
-
-    def pooled(rows):
-        return {
-            form: dict(rmse=float(np.sqrt(m[rows, 0].mean())), bias=float(m[rows, 1].mean()), n=int(rows.sum()))
-            for form, m in mean.items()
-        }
-
-    forms = pooled(np.ones(len(bins), bool))
-    for b in np.unique(bins):
-        for form, scored in pooled(bins == b).items():
-            forms[form].setdefault("by_distance", []).append(dict(decades=float(decades[bins == b].mean())) | scored)
-    root = {form: np.sqrt(m[:, 0]) for form, m in mean.items()}
-    comparisons = {form: {b: compare(root[form], root[b], models) for b in BASELINES[1:]} for form in CURVE_FORMS}
-    best = min(forms, key=lambda form: forms[form]["rmse"])
-    return dict(
-        name="vision curves",
-        metric="few-shot error",
-        n=len(cells),
-        num_trunks=len(found),
-        cuts=[],
-        pooled=dict(num_cuts=None, forms=forms, winner=best, against=comparisons),
-    )
-
-
 def score(residual: np.ndarray) -> dict:
     """RMSE, signed bias and number of residuals ln(predicted / measured), nan left out."""
     known = residual[np.isfinite(residual)]
     return dict(rmse=float(np.sqrt((known**2).mean())), bias=float(known.mean()), n=len(known))
-
-
-def compare(ours: np.ndarray, theirs: np.ndarray, trunks: np.ndarray, seed: int = 0) -> dict:
-    """Ratio of our RMSE to theirs over the rows that both predict, with an interval from resampling whole trunks.
-
-    ours, theirs [n]: residuals; trunks [n]. The verdict is `better` or `worse` where the interval leaves 1 out.
-    """
-    both = np.isfinite(ours) & np.isfinite(theirs)
-    index = np.unique(trunks[both], return_inverse=True)[1]
-    sums = np.stack([np.bincount(index, residual[both] ** 2) for residual in (ours, theirs)])  # [2, G]
-    num = sums.shape[1]
-    ratio = float(np.sqrt(sums[0].sum() / sums[1].sum()))
-    if num < MIN_TRUNKS:
-        return dict(ratio=ratio, low=None, high=None, num_trunks=num, verdict="too few trunks")
-    weights = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), NUM_DRAWS)
-    drawn = np.sqrt((weights @ sums[0]) / (weights @ sums[1]))
-    low, high = (float(q) for q in np.quantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]))
-    verdict = "better" if high < 1 else "worse" if low > 1 else "not distinguishable"
-    return dict(ratio=ratio, low=low, high=high, num_trunks=num, verdict=verdict)
 
 
 def distance_bins(decades: np.ndarray) -> np.ndarray:
@@ -321,49 +155,10 @@ def winner(forms: Mapping, num_rows: int) -> str | None:
     return min(able, key=lambda form: able[form]) if able else None
 
 
-def text(found: Sequence[Mapping]) -> str:
-    """Every cut, and at the end one line a data set."""
-    lines = []
-    for data in found:
-        lines.append(f"{data['name']} {data['metric']}: {data['n']} rows, {data['num_trunks']} trunks")
-        for row in data["cuts"]:
-            lines.append(
-                f"  below {row['cut']:.2e}: {row['n_fit']} rows, above: {row['n']}, up to {row['decades']:.2f} decades;"
-                f" headline {row['headline']}, lowest {row['winner']}"
-            )
-            lines.append(f"    {_scores(row['forms'])}")
-        if "pooled" not in data:
-            lines.append(f"  {data['note']}")
-            continue
-        pooled = data["pooled"]
-        lines.append(f"  all cuts: {_scores(pooled['forms'])}")
-        for choice, baselines in pooled["against"].items():
-            for name, c in baselines.items():
-                ends = "" if c["low"] is None else f" ({c['low']:.2f}-{c['high']:.2f})"
-                lines.append(f"    {choice} / {name}: RMSE x {c['ratio']:.2f}{ends}, {c['verdict']}")
-    shown = ("headline", "of_all", *BASELINES)
-    lines.append(f"\n{'RMSE, all cuts':<30}" + "".join(f"{form:>14}" for form in shown) + "  lowest form")
-    for data in found:
-        if "pooled" in data:
-            forms = data["pooled"]["forms"]
-            cells = [f"{100 * forms[form]['rmse']:.2f} %" if form in forms else "-" for form in shown]
-            best = data["pooled"]["winner"]
-            name = f"{data['name']} {data['metric']}"
-            lines.append(
-                f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells) + f"  {best} {100 * forms[best]['rmse']:.2f} %"
-            )
-    return "\n".join(lines)
-
-
-def _scores(forms: Mapping) -> str:
-    return "  ".join(f"{form} {100 * s['rmse']:.2f} % ({100 * s['bias']:+.2f})" for form, s in forms.items())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
     parser.add_argument("--public", type=Path, metavar="FOLDER", help="published sweeps, see analysis.published.sweeps")
-    parser.add_argument("--json", action="store_true", help="print what is written instead of tables")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "extrapolation.json")
     options = parser.parse_args(argv)
 
@@ -378,14 +173,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = json.dumps(found, indent=1, allow_nan=False)
         written = re.sub(r"\{[^{}\[\]]*\}", lambda flat: " ".join(flat[0].split()), written) + "\n"  # a score a line
         write_atomic(options.out, written)
-        from analysis.published import figures as published_figures
-        from sovit.report import figures as plot
+        from analysis.published.figures import extrapolation_distance
+        from sovit.report.figures import save
 
-        plot.save(published_figures.extrapolation_distance(found), options.out.with_suffix("") / "by_distance")
+        save(extrapolation_distance(found), options.out.with_suffix("") / "by_distance")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    print(written if options.json else text(found))
+    for data in found:
+        if "pooled" in data:
+            forms = data["pooled"]["forms"]
+            shown = [f"{form} {100 * forms[form]['rmse']:.2f} %" for form in ("headline", *BASELINES) if form in forms]
+            print(f"{data['name']} {data['metric']}, RMSE over all cuts: {', '.join(shown)}")
+        else:
+            print(f"{data['name']} {data['metric']}: {data['note']}")
+    print(options.out)
     return 0
 
 

@@ -203,7 +203,7 @@ def test_a_folder_without_the_sweeps_is_said_in_one_line(analysis, tmp_path, cap
 @pytest.fixture
 def few_forms(monkeypatch):
     """The forms that the tests of choices need: the others cost time and change nothing here."""
-    monkeypatch.setattr(extrapolation, "TRIED", ("joint", "bounded"))
+    monkeypatch.setattr("analysis.published.data_sets.TRIED", ("joint", "bounded"))
     monkeypatch.setattr(extrapolation, "FORMS", ("joint", "bounded"))
 
 
