@@ -21,9 +21,10 @@ import numpy as np
 
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.ledger.measurements import levels, measurements
+from sovit.ledger.measurements import Measurements, levels, measurements
 from sovit.spec.run import learning_rate
 from sovit.spec.shape import Shape
+from sovit.tables import text_table
 
 REFERENCE = dict(width=32, depth=2, mlp_dim=128)  # where the rule's base stands, as in sovit.spec.run.learning_rate
 POWERS = {"width": "width_power", "depth": "depth_power"}
@@ -90,73 +91,69 @@ def fit_rule(shapes: Sequence[dict], rates: Sequence[float], powers: Mapping = P
     )
 
 
-def recipe_rule(paths: Sequence[Path], metric: str = "val_loss") -> dict:
-    """Best rate of each shape and budget, the rule at each budget, and what the rule costs each shape. Plain data."""
-    data = measurements(paths, metric)
+def best_rates(data: Measurements) -> tuple[list[dict], int]:
+    """Return the best rate of each shape and budget, and how many of them had under three rates.
+
+    Seeds of one rate are averaged. Raises UserError where the rows lack a column, or no shape has three rates.
+    """
     missing = [n for n in ("width", "depth", "mlp_dim", "peak_lr", "train_flops") if n not in data.columns]
     if missing:
-        raise UserError(
-            f"the rows lack {missing[0]}; a learning-rate rule needs width, depth, mlp_dim, peak_lr and train_flops"
-        )
+        raise UserError(f"the rows lack {missing[0]}; a learning-rate rule needs the shape, peak_lr and train_flops")
     group, budgets = levels(data.columns["train_flops"])
     table: dict = {}
     for row, g, loss in zip(data.rows, group, data.y):
         shape = tuple(row[n] for n in ("width", "depth", "mlp_dim"))
         table.setdefault((shape, int(g)), {}).setdefault(row["peak_lr"], []).append(loss)
-    cases, thin = [], 0
+    cases = []
     for (shape, g), found in sorted(table.items()):
         rates = sorted(found)
         if len(rates) < 3:
-            thin += 1
             continue
-        losses = [float(np.mean(found[rate])) for rate in rates]  # seeds of one rate are averaged
+        losses = [float(np.mean(found[rate])) for rate in rates]
         rate, loss, edge = best_rate(rates, losses)
-        cases.append(
-            dict(
-                shape=" × ".join(map(str, shape)),
-                width=shape[0],
-                depth=shape[1],
-                mlp_dim=shape[2],
-                train_flops=float(f"{budgets[g]:.3g}"),
-                rates=rates,
-                losses=losses,
-                best_rate=rate,
-                best_loss=loss,
-                edge=edge,
-                num_seeds=min(map(len, found.values())),
-            )
-        )
+        case = dict(shape=" × ".join(map(str, shape)), width=shape[0], depth=shape[1], mlp_dim=shape[2])
+        case |= dict(train_flops=float(f"{budgets[g]:.3g}"), rates=rates, losses=losses, best_rate=rate, best_loss=loss)
+        cases.append(case | dict(edge=edge, num_seeds=min(map(len, found.values()))))
     if not cases:
         raise UserError("no shape was run at three learning rates or more; run studies/recipe_search.py")
+    return cases, len(table) - len(cases)
+
+
+def rules_of(cases: Sequence[dict]) -> list[dict]:
+    """Fit the rule at each budget, best rates at an edge left out. Raises UserError where the largest budget has none."""
     rules = []
     for budget in sorted({case["train_flops"] for case in cases}):
         mine = [case for case in cases if case["train_flops"] == budget]
         inside = [case for case in mine if not case["edge"]]
+        rates = [case["best_rate"] for case in inside]
         try:
-            rule = fit_rule(inside, [case["best_rate"] for case in inside])
+            rule = fit_rule(inside, rates)
         except UserError as error:
             if budget == max(case["train_flops"] for case in cases):
                 raise
             rule = dict(note=str(error), n=len(inside))
         with contextlib.suppress(UserError):
-            wider = fit_rule(inside, [case["best_rate"] for case in inside], CHECKED)
+            wider = fit_rule(inside, rates, CHECKED)
             rule |= dict(mlp_dim_power=wider["mlp_dim_power"], mlp_dim_error=wider["standard_errors"]["mlp_dim_power"])
         rules.append(dict(train_flops=budget, edges=len(mine) - len(inside), **rule))
+    return rules
+
+
+def recipe_rule(paths: Sequence[Path], metric: str = "val_loss") -> dict:
+    """Best rate of each shape and budget, the rule at each budget, and what the rule costs each shape. Plain data."""
+    data = measurements(paths, metric)
+    cases, thin = best_rates(data)
+    rules = rules_of(cases)
     used = rules[-1]
     for case in cases:
-        shape = Shape(
-            case["width"], case["depth"], case["mlp_dim"], head_dim=case["width"]
-        )  # the rule reads width and depth
+        shape = Shape(case["width"], case["depth"], case["mlp_dim"], head_dim=case["width"])
         case["rule_rate"] = learning_rate(shape, used["base"], used["width_power"], used["depth_power"])
         at = loss_at(case["rule_rate"], case["rates"], case["losses"])
         case["penalty"] = None if at is None else max(0.0, at / case["best_loss"] - 1)
     last = [case for case in cases if case["train_flops"] == used["train_flops"]]
     known = [case["penalty"] for case in last if case["penalty"] is not None]
     return dict(
-        base=used["base"],
-        width_power=used["width_power"],
-        depth_power=used["depth_power"],
-        standard_errors=used["standard_errors"],
+        **{name: used[name] for name in ("base", "width_power", "depth_power", "standard_errors")},
         reference={d: REFERENCE[d] for d in POWERS},
         train_flops=used["train_flops"],
         metric=metric,
@@ -170,19 +167,16 @@ def recipe_rule(paths: Sequence[Path], metric: str = "val_loss") -> dict:
     )
 
 
-def table_text(rule: dict) -> str:
-    """The rule in words: one line a shape and budget, one a budget, and what it costs."""
-    lines = [
-        f"{'width × depth × MLP dim':<24}{'train FLOPs':>12}{'best rate':>12}"
-        f"{'rule':>10}{'best loss':>11}{'penalty':>9}"
-    ]
+def rule_text(rule: dict) -> str:
+    """A table of the best rates, and a line on each budget's rule and on its price."""
+    rows = []
     for case in rule["cases"]:
-        rate = f"{case['best_rate']:.4g}" + (" edge" if case["edge"] else "")
         penalty = "-" if case["penalty"] is None else f"{100 * case['penalty']:.2f} %"
-        lines.append(
-            f"{case['shape']:<24}{case['train_flops']:>12.3g}{rate:>12}{case['rule_rate']:>10.4g}{case['best_loss']:>11.4f}{penalty:>9}"
-        )
-    lines.append("")
+        best = f"{case['best_rate']:.4g}" + (" edge" if case["edge"] else "")
+        loss = f"{case['best_loss']:.4f}"
+        rows.append((case["shape"], f"{case['train_flops']:.3g}", best, f"{case['rule_rate']:.4g}", loss, penalty))
+    head = ("width × depth × MLP dim", "train FLOPs", "best rate", "rule", "best loss", "penalty")
+    lines = [text_table(head, rows), ""]
     for at in rule["rules"]:
         if "base" not in at:
             lines.append(f"at {at['train_flops']:.3g} training FLOPs: no rule ({at['note']})")
@@ -190,27 +184,18 @@ def table_text(rule: dict) -> str:
         errors = at["standard_errors"]
         powers = ", ".join(f"{name} {at[name]:.3f}{_error(errors[name])}" for name in POWERS.values())
         lines.append(
-            f"at {at['train_flops']:.3g} training FLOPs: base"
-            f" {at['base']:.4g}{_error(errors['ln_base'], at['base'])}, {powers}"
-            f" ({at['n']} shapes, {at['edges']} at an edge left out)"
-            + (
-                f"; a term in the MLP dim would have power {at['mlp_dim_power']:.3f}{_error(at['mlp_dim_error'])}"
-                if "mlp_dim_power" in at
-                else ""
-            )
+            f"at {at['train_flops']:.3g} training FLOPs: base {at['base']:.4g}{_error(errors['ln_base'], at['base'])},"
+            f" {powers} ({at['n']} shapes, {at['edges']} at an edge left out)"
         )
+        if "mlp_dim_power" in at:
+            lines.append(f"  a power of the MLP dim would be {at['mlp_dim_power']:.3f}{_error(at['mlp_dim_error'])}")
     p = rule["penalty"]
-    cost = (
-        f"costs {100 * p['median']:.2f} % of the loss in the median and {100 * p['largest']:.2f} % at most"
-        if p["n"]
-        else "cannot be priced"
-    )
-    lines.append(f"the rule of {rule['train_flops']:.3g} {cost} against each shape's own best rate ({p['n']} shapes)")
-    if rule["left_out"] or rule["thin"]:
+    if p["n"]:
         lines.append(
-            f"left out: {rule['left_out']} rows excluded, diverged or failed; {rule['thin']} shapes and budgets with"
-            " under three rates"
+            f"the rule of {rule['train_flops']:.3g} costs {100 * p['median']:.2f} % of the loss in the median and"
+            f" {100 * p['largest']:.2f} % at most against each shape's own best rate ({p['n']} shapes)"
         )
+    lines.append(f"left out: {rule['left_out']} rows, and {rule['thin']} shapes and budgets with under three rates")
     return "\n".join(lines)
 
 
@@ -233,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
-    print(table_text(rule))
+    print(rule_text(rule))
     return 0
 
 
