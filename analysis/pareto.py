@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.law.read import read_law
+from sovit.law.fitted_law import read_law
 from sovit.ledger.profiles import read_profiles
 from sovit.predict.pareto import pareto
 

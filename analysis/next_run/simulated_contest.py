@@ -16,7 +16,7 @@ import numpy as np
 
 from sovit.law import simulate as planted
 from sovit.law.design_matrix import prepare
-from sovit.law.diagnostics import optimum_of
+from sovit.law.exponents import optimum_of
 from sovit.predict.belief import Belief, learn
 from sovit.predict.candidates import Candidate, candidates
 from sovit.predict.next_run import choose

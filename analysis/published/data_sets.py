@@ -10,7 +10,7 @@ import numpy as np
 from analysis.published import sweeps as public
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import read
+from sovit.law import fitted_law
 from sovit.law.forms import LAWS
 from sovit.ledger.measurements import measurements
 
@@ -39,7 +39,7 @@ class Data:
         """Those of TRIED that mean something here: without shapes no star and no interaction of theirs."""
         return tuple(form for form in TRIED if self.dims is None or form not in ("joint_n", "sovit"))
 
-    def fit(self, form: str, rows=None, **options) -> read.Fit:
+    def fit(self, form: str, rows=None, **options) -> fitted_law.Fit:
         """The law `form` of the rows given (all of them for None). Raises UserError where it cannot be fitted."""
         rows = np.arange(len(self.y)) if rows is None else rows
         if form == "bounded":

@@ -27,7 +27,7 @@ from analysis.published.data_sets import LEVEL_GAP, MIN_FITTED, MIN_SCORED, Data
 from analysis.published.learning_curves import curves
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.law import read
+from sovit.law import fitted_law
 from sovit.law.forms import LAWS
 from sovit.report.build import FORMS, FORMS_WITHOUT_LINE, choose_headline
 
@@ -39,7 +39,7 @@ def tried(data: Data) -> tuple[str, ...]:
     return FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
 
 
-def fits_below(data: Data, below: np.ndarray) -> tuple[dict[str, read.Fit], dict[str, str]]:
+def fits_below(data: Data, below: np.ndarray) -> tuple[dict[str, fitted_law.Fit], dict[str, str]]:
     """Every form that the rows below a cut allow, fitted to them and to nothing else; why each other one is not."""
     fits, refused = {}, {}
     for form in dict.fromkeys((*tried(data), *data.forms)):
@@ -50,13 +50,13 @@ def fits_below(data: Data, below: np.ndarray) -> tuple[dict[str, read.Fit], dict
     return fits, refused
 
 
-def choose(fits: Mapping[str, read.Fit], forms: Sequence[str]) -> str | None:
+def choose(fits: Mapping[str, fitted_law.Fit], forms: Sequence[str]) -> str | None:
     """The one of `forms` that `sovit fit` would choose; None where none of those fitted describes shapes."""
     able = {form: fits[form] for form in forms if form in fits}
     return choose_headline(able, None)[0] if any(LAWS[form].uses_dims for form in able) else None
 
 
-def predictions(data: Data, fits: Mapping[str, read.Fit], cut: float) -> dict[str, np.ndarray]:
+def predictions(data: Data, fits: Mapping[str, fitted_law.Fit], cut: float) -> dict[str, np.ndarray]:
     """Form -> predicted losses of the rows from the cut up [n], nan where it says nothing; baselines included.
 
     The baselines are those of `law.fit`'s own extrapolation test; `chinchilla` is one of them.
@@ -64,10 +64,10 @@ def predictions(data: Data, fits: Mapping[str, read.Fit], cut: float) -> dict[st
     above = np.flatnonzero(data.columns["compute"] >= cut)
     columns = {name: column[above] for name, column in data.columns.items()}
     found = {form: fits[form].predict(columns) for form in data.forms if form in fits}
-    for name, scored in data.fit("joint", cut=cut).extrapolation["forms"].items():
-        if name in BASELINES and scored["n"]:
+    for name, scored in data.fit("joint", cut=cut).extrapolation.scores.items():
+        if name in BASELINES and scored.n:
             found[name] = np.full(len(above), np.nan)
-            found[name][np.searchsorted(above, scored["rows"])] = scored["predicted"]
+            found[name][np.searchsorted(above, scored.rows)] = scored.predicted
     return found
 
 

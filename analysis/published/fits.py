@@ -83,9 +83,9 @@ def intervals(folder: Path, num_draws: int = NUM_DRAWS) -> dict:
     for kind, clusters in (("models", sweep.clusters), ("rows", np.arange(len(sweep.y)))):
         options = dict(terms=terms, clusters=clusters, huber_delta=HUBER_DELTA, bootstrap=num_draws, extrapolate=False)
         fitted = law.fit("additive", sweep.columns, sweep.y, **options)
-        ends = [(fitted.intervals[f"a_{t}"]["pairs_low"], fitted.intervals[f"a_{t}"]["pairs_high"]) for t in terms]
+        ends = [(fitted.intervals[f"a_{t}"].pairs_low, fitted.intervals[f"a_{t}"].pairs_high) for t in terms]
         out[kind] = dict(zip(terms, ends))
-        out[f"{kind}_converged"] = fitted.diagnostics["draws"]["pairs"]["converged"]
+        out[f"{kind}_converged"] = fitted.diagnostics.draws.pairs["converged"]
     out["width_ratio"] = {t: float(np.ptp(out["models"][t]) / np.ptp(out["rows"][t])) for t in terms}
     return out
 

@@ -34,8 +34,8 @@ def curves(folder: Path, say=lambda line: None) -> dict:
                 fitted = law.fit(
                     form, sweep.columns | dict(compute=images), sweep.y, clusters=sweep.clusters, **options
                 )
-                scored = fitted.extrapolation["forms"]
-                predicted |= {name: np.array(s["predicted"]) for name, s in scored.items()}
+                scored = fitted.extrapolation.scores
+                predicted |= {name: np.array(s.predicted) for name, s in scored.items()}
             decades = np.log10(images[above] / images[images < cut].max())
             bins = np.round(decades * 2).astype(int)
             for b in np.unique(bins):

@@ -126,7 +126,7 @@ def predict(
         law: law.json of sovit fit
     """
     from sovit.law.fit import read_siblings
-    from sovit.law.read import read_law
+    from sovit.law.fitted_law import read_law
     from sovit.predict import growth_rules as growth
     from sovit.predict.patch_tradeoff import trade
     from sovit.predict.recommend import best_shape
@@ -153,7 +153,7 @@ def predict(
 
 
 def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
-    from sovit.law.read import read_law
+    from sovit.law.fitted_law import read_law
     from sovit.predict.law_at_budget import ladder
     from sovit.predict.recommend import frontier
     from sovit.report.text import frontier_text

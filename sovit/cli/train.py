@@ -254,7 +254,7 @@ def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(
 
 def _export_config(law: Path, out: Path, options: ExportOptions) -> int:
     from sovit.encoder.export import write_config
-    from sovit.law.read import read_law
+    from sovit.law.fitted_law import read_law
     from sovit.predict.recommend import best_shape
 
     if options.train_flops is None:

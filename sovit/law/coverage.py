@@ -17,7 +17,7 @@ from sovit import UserError
 from sovit.law import simulate as planted
 from sovit.law.bootstrap import LEVEL, both, interval, pairs_stretch, strata_of, stretch
 from sovit.law.design_matrix import Rows, prepare, star
-from sovit.law.diagnostics import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
+from sovit.law.exponents import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
 from sovit.law.fitter import Solved, solve
 
 KINDS = ("random_effects", "pairs")

@@ -287,3 +287,15 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
         tried.append((round(sum(off), 9), len(tried), candidate, off[0], float(np.exp(ratio.mean()))))
     _, _, geometry, off, scale = min(tried, key=lambda t: t[:2])
     return scaled(geometry, 1.0 if off < 1e-6 or "flops_scale" in known else scale)
+
+
+def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
+    """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
+    if not form.arms:
+        logs = np.log(np.stack([positive(table, n) for n in form.terms]))
+        return logs - centre[:, None], np.arange(logs.shape[1])
+    picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]
+    source, arm = np.concatenate(picks), np.repeat(np.arange(len(picks)), [len(p) for p in picks])
+    own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(form.terms, picks, facing(form.terms))]))
+    t = np.log(positive(table, "compute")[source])
+    return np.stack([own - centre[arm], t - centre[-1], arm.astype(float)]), source

@@ -2,7 +2,7 @@
 
     data = measurements(["results/stream_star.jsonl"])
     fit = law.fit("joint", data.columns, data.y, bootstrap=1000)
-    fit.exponents["width"]      # {estimate, low, high, status, ...} of width* ~ compute^s
+    fit.exponents["width"]      # its estimate, low, high, status of width* ~ compute^s
     fit.predict(columns)        # losses
     Fit.from_json(fit.to_json())
 
@@ -20,11 +20,13 @@ import numpy as np
 from sovit import UserError
 from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, strata_of, stretch
 from sovit.law.design_matrix import geometry_of, positive, prepare_fit
-from sovit.law.diagnostics import describe, exponents, extrapolation, seed_noise
+from sovit.law.diagnostics import Diagnostics, Draws, describe, seed_noise
+from sovit.law.exponents import Growth, Interval, exponents
+from sovit.law.extrapolation import Extrapolation, extrapolation
+from sovit.law.fitted_law import Data, Fit, Model, read_law
 from sovit.law.fitter import solve
 from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
-from sovit.law.read import Fit, read_law
 
 __all__ = ["LAWS", "Fit", "fit"]
 
@@ -106,7 +108,7 @@ def fit(
     noise = seed_noise(table, y, index, solved)
     diagnostics = describe(rows, solved, noise, table)
     known = geometry_of(table, geometry) if shaped else None
-    data = _data(table, dims, ready.centre) | (dict(metric=metric) if metric else {})
+    data = _data(table, dims, ready.centre, metric)
     draws, widen = {}, (1.0, 1.0)
     if bootstrap:
         rng = np.random.default_rng(seed)
@@ -117,15 +119,16 @@ def fit(
         )
         draws = {kind: _rounded(done.theta) for kind, done in made.items()}
         widen = stretch(solved.dof), pairs_stretch(strata)
-        diagnostics["draws"] = {
+        went = {
             kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
             for kind, done in made.items()
-        } | dict(num=bootstrap, seed=seed, t_over_z=widen[0], pairs_stretch=widen[1])
+        }
+        diagnostics["draws"] = Draws(num=bootstrap, seed=seed, t_over_z=widen[0], pairs_stretch=widen[1], **went)
     params, intervals = _params(rows, solved.theta, draws, widen)
     growths: dict = {}
     absent: dict = {}
     countable = rows.form.arms or known is not None
-    if dims and countable and "compute_range" in data:
+    if dims and countable and data.compute_range:
         growths, absent = exponents(
             rows.form,
             rows.centre,
@@ -134,25 +137,25 @@ def fit(
             draws.get("pairs"),
             widen,
             known,
-            data["grid"],
-            data["compute_range"],
+            data.grid,
+            data.compute_range,
         )
     elif form == "chinchilla":
         growths = _size_growth(rows, solved.theta, draws, widen, data)
     diagnostics["absent_share"] = absent
     diagnostics["interval_ratio"] = {
-        d: float(abs(np.log(e["pairs_high"] / e["pairs_low"])) / max(abs(np.log(e["high"] / e["low"])), 1e-12))
+        d: float(abs(np.log(e.pairs_high / e.pairs_low)) / max(abs(np.log(e.high / e.low)), 1e-12))
         for d, e in growths.items()
-        if e["low"] is not None
+        if e.low is not None
     }
     if coverage:
         diagnostics["coverage"] = _coverage(rows, solved, own, arms, known, data, growths, coverage, seed, solver)
     diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
-    extra = {}
+    extra = Extrapolation()
     if extrapolate:
         options = dict(zero_line=zero_line, terms=terms, solver=solver, known_sd=ready.log_sd)
         extra = extrapolation(form, table, y, dims, index, arms, options, cut)
-    model = dict(
+    model = Model(
         dims=list(dims),
         terms=list(rows.form.terms),
         names=list(rows.form.names),
@@ -173,10 +176,10 @@ def fit(
         num_clusters,
         solved.objective,
         extra,
-        diagnostics,
+        Diagnostics(**diagnostics),
         model,
         data,
-        known.to_dict() if known else None,
+        known,
         draws={kind: theta.tolist() for kind, theta in draws.items()},
     )
 
@@ -184,10 +187,10 @@ def fit(
 def _coverage(rows, solved, own, arms, known, data, growths, num, seed, solver) -> dict:
     from sovit.law import coverage
 
-    if not growths or set(data["grid"]) & set(FALLING) or "compute_range" not in data:
+    if not growths or set(data.grid) & set(FALLING) or not data.compute_range:
         raise UserError(f"coverage={num} needs growth exponents of width, depth or MLP dim; this law has none")
     strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
-    setup = coverage.Setup(rows, own, strata, known, data["grid"], tuple(data["compute_range"]), solver, (10.0,))
+    setup = coverage.Setup(rows, own, strata, known, data.grid, tuple(data.compute_range), solver, (10.0,))
     return coverage.of_fit(setup, solved, num, seed=seed)
 
 
@@ -209,23 +212,24 @@ def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
         # on the plain scale: a parameter on its bound 0 in some draws has no log; none of them can be negative
         low, high = interval(spread["random_effects"][:, i], widen[0], floor=None)
         pairs_low, pairs_high = interval(spread["pairs"][:, i], widen[1], floor=None)
-        intervals[name] = dict(low=max(low, 0.0), high=high, pairs_low=max(pairs_low, 0.0), pairs_high=pairs_high)
+        intervals[name] = Interval(low=max(low, 0.0), high=high, pairs_low=max(pairs_low, 0.0), pairs_high=pairs_high)
     return params, intervals
 
 
-def _data(table, dims, centre) -> dict:
-    """What was run: the grid and centre of each dimension, and the ranges of the budgets."""
-    out = dict(grid={d: np.unique(positive(table, d)).tolist() for d in dims}, centre=centre)
+def _data(table, dims, centre, metric) -> Data:
+    ranges: dict = {}
     for name in ("compute", "num_examples", "train_flops"):
         if name in table:
-            out[f"{name}_range"] = [float(positive(table, name).min()), float(positive(table, name).max())]
+            ranges[f"{name}_range"] = [float(positive(table, name).min()), float(positive(table, name).max())]
+    sides = None
     if {"patch_size", "image_size"} & set(dims) and {"patch_size", "image_size"} <= set(table):
-        sides = positive(table, "image_size") / positive(table, "patch_size")
-        out["grid_sides"] = np.unique(np.rint(sides).astype(int)).tolist()
-    return out
+        count = positive(table, "image_size") / positive(table, "patch_size")
+        sides = np.unique(np.rint(count).astype(int)).tolist()
+    grid = {d: np.unique(positive(table, d)).tolist() for d in dims}
+    return Data(grid=grid, centre=centre, grid_sides=sides, metric=metric or None, **ranges)
 
 
-def _size_growth(rows, theta, draws, widen, data) -> dict:
+def _size_growth(rows, theta, draws, widen, data) -> dict[str, Growth]:
     """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
 
     def share(many):
@@ -237,19 +241,18 @@ def _size_growth(rows, theta, draws, widen, data) -> dict:
         pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
     absent = min(theta[:2]) <= 0
     note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
-    return dict(
-        num_params=dict(
-            estimate=None if absent else float(share(theta[None])[0]),
-            low=low,
-            high=high,
-            kind="joint",
-            compute_range=data.get("compute_range"),
-            status="unidentified" if absent else "ok",
-            pairs_low=pairs_low,
-            pairs_high=pairs_high,
-            note=note,
-        )
+    found = Growth(
+        estimate=None if absent else float(share(theta[None])[0]),
+        low=low,
+        high=high,
+        kind="joint",
+        compute_range=data.compute_range,
+        status="unidentified" if absent else "ok",
+        pairs_low=pairs_low,
+        pairs_high=pairs_high,
+        note=note,
     )
+    return dict(num_params=found)
 
 
 def read_siblings(path: Path, forms: Sequence[str]) -> dict[str, Fit]:

@@ -16,9 +16,10 @@ from math import comb
 import numpy as np
 
 from sovit import UserError
-from sovit.law import read
 from sovit.law.design_matrix import Prepared, positive, prepare_fit
-from sovit.law.diagnostics import amplitudes, extrapolation, growth, optimum_of
+from sovit.law.exponents import amplitudes, growth, optimum_of
+from sovit.law.extrapolation import extrapolation
+from sovit.law.fitted_law import Fit, plain
 from sovit.law.fitter import polish, solve
 from sovit.law.form import FALLING, Form
 from sovit.law.forms import LAWS
@@ -41,7 +42,7 @@ LOSSES: dict[str, dict] = {
 
 
 def sensitivity(
-    data: Measurements, fit: read.Fit, train_flops: float | None, *, fits: Mapping[str, read.Fit] | None = None, seed=0
+    data: Measurements, fit: Fit, train_flops: float | None, *, fits: Mapping[str, Fit] | None = None, seed=0
 ) -> dict:
     """What the headline law `fit` of `data` says under every alteration of one choice. Plain data throughout.
 
@@ -54,7 +55,7 @@ def sensitivity(
     out, and `dimensions` says by dimension what moves the exponent how far, and what moves it out of its own interval.
     A law without dimensions (a law of size) has none of this: {} with a note.
     """
-    if not fit.model["dims"] or not fit.exponents:
+    if not fit.model.dims or not fit.exponents:
         return dict(note="the law has no shape dimension with a growth exponent, so that there is nothing to alter")
     if len(data.y) > MAX_ROWS:
         return dict(note=f"{len(data.y):,} rows: refits under altered choices are made for at most {MAX_ROWS:,}")
@@ -76,7 +77,7 @@ def sensitivity(
         headline=headline,
         alterations=single,
         drops=drops,
-        dimensions={dim: _moves(dim, fit, headline, single, drops) for dim in fit.model["dims"]},
+        dimensions={dim: _moves(dim, fit, headline, single, drops) for dim in fit.model.dims},
     )
 
 
@@ -94,10 +95,10 @@ class _Solved:
 class _Frame:
     """The headline law and what every alteration is asked: exponents over its range, the optimum at its budget."""
 
-    def __init__(self, data: Measurements, fit: read.Fit, train_flops: float | None) -> None:
-        self.data, self.fit, self.dims = data, fit, list(fit.model["dims"])
-        self.grid, self.ends = fit.data["grid"], tuple(fit.data["compute_range"])
-        self.geometry = Geometry(**fit.geometry) if fit.geometry else None
+    def __init__(self, data: Measurements, fit: Fit, train_flops: float | None) -> None:
+        self.data, self.fit, self.dims = data, fit, list(fit.model.dims)
+        self.grid, self.ends = fit.data.grid, fit.data.compute_range or (1.0, 1.0)
+        self.geometry = fit.geometry
         self.log_budget = None if train_flops is None else float(np.log(train_flops / 3))
         self.choice = _choice(fit)
         self.best: dict = {}
@@ -109,7 +110,7 @@ class _Frame:
         The polish starts from the STARTS best points of the form's grid and, for the headline's own form, from its theta.
         """
         fit, data, form = self.fit, data or self.data, form or self.fit.form
-        zero_line = fit.model["zero_line"] if form == fit.form and zero_line is None else zero_line
+        zero_line = fit.model.zero_line if form == fit.form and zero_line is None else zero_line
         choice = self.choice | options
         rows = np.ones(len(data.y), bool) if keep is None else keep
         known = data.measurement_sd if choice["whiten"] else None
@@ -121,7 +122,7 @@ class _Frame:
         off = ((made.form.evaluate(starts, made.u)[0] - np.log(made.y)) ** 2).sum(1)
         starts = starts[np.argsort(off, kind="stable")[:STARTS]]
         if form == fit.form:  # the headline's theta about the centre of these rows: `raw` shifts by a centre
-            shift = made.centre - np.array(fit.model["centres"])
+            shift = made.centre - fit.centre
             starts = np.concatenate([made.form.raw(fit.theta[None], -shift), starts])
         solved = solve(
             made.form,
@@ -134,10 +135,10 @@ class _Frame:
         )
         return _Solved(made.form, made.centre, solved.theta, len(np.unique(made.source)), int(own.max()) + 1)
 
-    def row(self, what: str, setting: str, fit: read.Fit | _Solved, *, note="", **counted) -> dict:
+    def row(self, what: str, setting: str, fit: Fit | _Solved, *, note="", **counted) -> dict:
         """What `fit` answers; counted: geometry, ends and head, as `answers` takes them."""
-        if isinstance(fit, read.Fit):
-            centre = np.array(fit.model["centres"])
+        if isinstance(fit, Fit):
+            centre = fit.centre
             fit = _Solved(fit.shape_form, centre, fit.theta, fit.num_rows, fit.num_clusters)
         (found,) = self.answers(fit.form, fit.centre, fit.theta[None], **counted)
         kind = "marginal" if fit.form.arms else "joint"
@@ -184,7 +185,7 @@ class _Frame:
         assert self.geometry is not None and self.log_budget is not None
         table = {d: np.array([x]) for d, x in shape.items()}
         table["num_examples"] = np.exp(self.log_budget) / self.geometry.flops(table, head=True)
-        if "num_params" in self.fit.model["terms"]:
+        if "num_params" in self.fit.model.terms:
             table["num_params"] = self.geometry.num_params(table)
         return float(self.fit.predict(table)[0])
 
@@ -229,24 +230,24 @@ class _Frame:
         return out
 
 
-def _choice(fit: read.Fit) -> dict:
+def _choice(fit: Fit) -> dict:
     """How the law was fitted, as options of `fitter.solve`."""
     model = fit.model
-    delta = None if model["whitened"] else model["huber_delta"]
-    return dict(loss=model["loss"], huber_delta=delta, whiten=model["whitened"])
+    delta = None if model.whitened else model.huber_delta
+    return dict(loss=model.loss, huber_delta=delta, whiten=model.whitened)
 
 
-def _ready(data: Measurements, fit: read.Fit) -> Prepared:
+def _ready(data: Measurements, fit: Fit) -> Prepared:
     """The rows of `fit` as `law.fit` makes them."""
     model = fit.model
     return prepare_fit(
         fit.form,
         data.columns,
         data.y,
-        dims=model["dims"] or None,
-        zero_line=model["zero_line"],
+        dims=model.dims or None,
+        zero_line=model.zero_line,
         measurement_sd=data.measurement_sd,
-        whiten=model["whitened"],
+        whiten=model.whitened,
     )
 
 
@@ -257,7 +258,7 @@ def _row(what: str, setting: str, kind: str, num_rows: int, num_trunks: int | No
     return dict(what=what, setting=setting, kind=kind, num_rows=num_rows, num_trunks=num_trunks, **found, note=note)
 
 
-def _kind(fit: read.Fit) -> str:
+def _kind(fit: Fit) -> str:
     """Whether exponents are those of one dimension alone, or of all dimensions optimised together."""
     return "marginal" if fit.shape_form.arms else "joint"
 
@@ -375,14 +376,14 @@ def _losses(frame: _Frame) -> list[dict]:
     out = []
     for setting, options in LOSSES.items():
         whitened = options.get("whiten", options["huber_delta"] is None)
-        if (model["loss"], model["whitened"]) == (options["loss"], whitened) and whitened:
+        if (model.loss, model.whitened) == (options["loss"], whitened) and whitened:
             continue  # the headline's own
         note = "" if whitened or frame.data.measurement_sd is None else "the known noise of each row is left out"
         out.append(frame.attempt("loss", setting, note, **(dict(whiten=whitened) | options)))
     return out
 
 
-def _forms(frame: _Frame, fits: Mapping[str, read.Fit]) -> list[dict]:
+def _forms(frame: _Frame, fits: Mapping[str, Fit]) -> list[dict]:
     """Every other form of LAWS that reads shape dimensions: as it was fitted already, else fitted for this."""
     out = []
     for name, entry in LAWS.items():
@@ -390,7 +391,7 @@ def _forms(frame: _Frame, fits: Mapping[str, read.Fit]) -> list[dict]:
             continue
         if entry.needs_tokens and not {"patch_size", "image_size"} & set(frame.dims):
             continue
-        if name in fits and list(fits[name].model["dims"]) == frame.dims:
+        if name in fits and list(fits[name].model.dims) == frame.dims:
             row = frame.row("form", f"`{name}`", fits[name])
         elif entry.bounded and frame.data.zero_line is None:
             continue
@@ -417,7 +418,7 @@ def _metrics(frame: _Frame) -> list[dict]:
             continue
         y = np.array(values, float)
         noise, support = noise_of(rows, name) or (None, None)
-        known = noise * y if noise is not None and noise.any() and frame.fit.model["whitened"] else None
+        known = noise * y if noise is not None and noise.any() and frame.fit.model.whitened else None
         data = dataclasses.replace(frame.data, metric=name, y=y, measurement_sd=known, support=support)
         form, note = frame.fit.form, ""
         if LAWS[form].bounded and data.zero_line is None:
@@ -427,20 +428,20 @@ def _metrics(frame: _Frame) -> list[dict]:
     return out
 
 
-def _moves(dim: str, fit: read.Fit, headline: dict, single: Sequence[dict], drops: Sequence[dict]) -> dict:
+def _moves(dim: str, fit: Fit, headline: dict, single: Sequence[dict], drops: Sequence[dict]) -> dict:
     """What moves one exponent: least and greatest, the largest mover, and all that leave the headline interval.
 
     A form that answers another question (each dimension alone, or all together) is not held against the interval.
     """
     own, known = headline["exponents"][dim], fit.exponents[dim]
-    out: dict = dict(estimate=own, low=known["low"], high=known["high"], status=known["status"])
+    out: dict = dict(estimate=own, low=known.low, high=known.high, status=known.status)
     for key, rows in (
         ("choices", [r for r in single if r["what"] != "metric" and r["kind"] == headline["kind"]]),
         ("metrics", [r for r in single if r["what"] == "metric"]),
     ):
         found = [(r["exponents"][dim], f"{r['what']}: {r['setting']}") for r in rows if r["exponents"][dim] is not None]
         mover = max(found, key=lambda f: abs(f[0] - (own or 0.0)), default=(None, ""))
-        low, high = known["low"], known["high"]
+        low, high = known.low, known.high
         outside = [dict(setting=s, exponent=v) for v, s in found if low is not None and not low <= v <= high]
         out[key] = dict(
             num=len(rows),
@@ -457,7 +458,7 @@ def _moves(dim: str, fit: read.Fit, headline: dict, single: Sequence[dict], drop
 # extrapolation from every budget ---------------------------------------------------------------------------------------
 
 
-def extrapolation_cuts(data: Measurements, fits: Mapping[str, read.Fit]) -> list[dict]:
+def extrapolation_cuts(data: Measurements, fits: Mapping[str, Fit]) -> list[dict]:
     """The extrapolation test of every form at every budget that can be its cut, rising.
 
     Returns rows {cut, largest, n_fit, n, forms: {form or baseline: {rmse, bias, n, note}}}: the laws are fitted to the
@@ -482,12 +483,11 @@ def extrapolation_cuts(data: Measurements, fits: Mapping[str, read.Fit]) -> list
         forms: dict = {}
         for name, fit in fits.items():
             made = _ready(data, fit)
-            options = dict(zero_line=fit.model["zero_line"], terms=None, solver=_choice(fit), known_sd=made.log_sd)
+            options = dict(zero_line=fit.model.zero_line, terms=None, solver=_choice(fit), known_sd=made.log_sd)
             found = extrapolation(name, made.table, made.y, made.dims, made.index, made.arms, options, cut)
-            for label, score in found["forms"].items():
+            for label, score in found.scores.items():
                 if label == name or label not in fits:
-                    short = {k: v for k, v in score.items() if k not in ("rows", "predicted")}
-                    forms.setdefault(label, short)
+                    forms.setdefault(label, plain(dataclasses.replace(score, rows=None, predicted=None)))
         scored = int((~below).sum())
         out.append(dict(cut=cut, largest=float(centres[last]), n_fit=len(compute) - scored, n=scored, forms=forms))
     return out

@@ -10,12 +10,12 @@ import numpy as np
 from sovit import UserError
 from sovit.law.compute_optimum import curvature, loss_along_budget
 from sovit.law.design_matrix import check, geometry_of, positive, trunks, varied_dims
-from sovit.law.diagnostics import box, optimum_of
+from sovit.law.exponents import box, optimum_of
+from sovit.law.fitted_law import Fit
 from sovit.law.fitter import HUBER, Groups, polish
 from sovit.law.form import DATA_COLUMNS, Form
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.law.read import Fit
 from sovit.predict.candidates import Candidate
 from sovit.spec.shape import DIMENSIONS
 
@@ -291,14 +291,14 @@ def expected_regret(fit: Fit, train_flops: float) -> float:
     """Mean relative excess loss of the recommended (real-valued) shape if each bootstrap draw were the truth."""
     if not fit.draws or fit.geometry is None:
         raise UserError("the law has no draws to expect a regret over; fit it with bootstrap=1000")
-    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
+    if not (LAWS[fit.form].ranks_shapes and fit.model.dims):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' to the same rows")
-    geometry, centre, form = Geometry(**fit.geometry), np.array(fit.model["centres"]), fit.shape_form
+    geometry, centre, form = fit.geometry, fit.centre, fit.shape_form
     draws, log_budget = np.array(fit.draws["random_effects"]), float(np.log(train_flops / 3))
-    dims = tuple(fit.model["dims"])
+    dims = tuple(fit.model.dims)
 
     def best(theta):
-        return optimum_of(form, centre, theta, geometry, fit.data["grid"], log_budget, head=True)
+        return optimum_of(form, centre, theta, geometry, fit.data.grid, log_budget, head=True)
 
     ours = best(fit.theta[None])
     regret = []

@@ -43,7 +43,7 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
     near: sizes of the real optimum; least [R]: the loss of each of the first draws' own optimum, None without.
     """
     at, noise = grid.target, grid.target.fit.noise
-    most = best_loss * float(np.exp(noise["sd"]))
+    most = best_loss * float(np.exp(noise.sd))
     boxes = region(grid, most)
     if boxes is None or (count := int(np.prod(boxes[1] - boxes[0] + 1, axis=1).sum())) > MAX_COMPARED:
         index, pair = _survey(grid, near)
@@ -65,8 +65,8 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
         some = {n: np.array([s[n] for s in shapes], float) for n in best}
         worst = np.quantile(at.loss(some, at.draws()[0][: len(least)]) / least[:, None] - 1, 0.95, axis=0).tolist()
     return FlatRegion(
-        within=noise["sd"],
-        noise_source=noise["source"],
+        within=noise.sd,
+        noise_source=noise.source,
         count=count,
         exact=boxes is not None,
         surveyed=None if boxes is not None else len(index),

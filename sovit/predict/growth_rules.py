@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from sovit import UserError
-from sovit.law.read import Fit
+from sovit.law.fitted_law import Fit
 from sovit.predict.integer_search import SIZES, Rules
 from sovit.predict.law_at_budget import TOKENS, Target, budgets_run, columns, estimated, predicted_difference, target
 from sovit.predict.recommend import Recommendation, best_shape, proportional_family
@@ -114,7 +114,7 @@ def other_rules(fit: Fit, best: Recommendation, fits: Mapping[str, Fit]) -> dict
         {paper_rule, size_rule}, each only where the laws can say it.
     """
     found, budget = {}, best.train_flops
-    if set(SIZES) & set(fit.model["dims"]):
+    if set(SIZES) & set(fit.model.dims):
         found["paper_rule"] = paper_rule(fit, budget, fits.get("sovit"), best)
     if "chinchilla" in fits:
         found["size_rule"] = size_rule(fit, budget, fits["chinchilla"], best)
@@ -149,7 +149,7 @@ def _marginal(names: list[str], marginal: Fit | None) -> tuple[dict, str]:
     if marginal is not None:
         if marginal.form != "sovit":
             raise UserError(f"form={marginal.form!r} has no marginal exponents; give a fit of form 'sovit'")
-        found = {n: marginal.exponents.get(n, {}).get("estimate") for n in names}
+        found = {n: marginal.exponents[n].estimate if n in marginal.exponents else None for n in names}
         if all(s is not None for s in found.values()):
             return found, "Eq. 2 fitted to the same rows"
     lack = "" if marginal is None else "; Eq. 2 fitted to the same rows does not determine them all"

@@ -81,7 +81,7 @@ class Lattice:
 
 def lattice(target: Target, rules: Rules, held: Mapping | None = None) -> Lattice:
     """held: patch_size or image_size that all shapes have. Raises UserError where no shape keeps the rules."""
-    geometry, dims, grid = target.geometry, target.dims, target.fit.data["grid"]
+    geometry, dims, grid = target.geometry, target.dims, target.fit.data.grid
     steps = np.array(list(rules.steps.values()))
     low = np.ones(len(SIZES), int)
     for k, name in enumerate(SIZES):

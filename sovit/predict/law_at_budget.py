@@ -15,11 +15,11 @@ import numpy as np
 from sovit import UserError
 from sovit.law.bootstrap import interval
 from sovit.law.compute_optimum import law_columns
-from sovit.law.diagnostics import amplitudes, optimum_of
+from sovit.law.exponents import amplitudes, optimum_of
+from sovit.law.fitted_law import Fit
 from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.law.read import Fit
 from sovit.spec.design import geometric
 from sovit.spec.shape import DIMENSIONS, Shape
 
@@ -55,7 +55,7 @@ class Target:
 
     @property
     def dims(self) -> list[str]:
-        return self.fit.model["dims"]
+        return self.fit.model.dims
 
     @property
     def log_budget(self) -> float:
@@ -70,7 +70,7 @@ class Target:
         """Predicted loss, [S], or [R, S] for theta [R, P]; trained for the budget unless `images` [S] are given."""
         images = self.images(table) if images is None else images
         form = self.fit.shape_form
-        u = law_columns(form.terms, table, images, self.geometry) - np.array(self.fit.model["centres"])[:, None]
+        u = law_columns(form.terms, table, images, self.geometry) - self.fit.centre[:, None]
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
 
@@ -99,7 +99,7 @@ class Target:
         """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
         fit = self.fit
         many = fit.theta[None] if theta is None else theta
-        centre, grid = np.array(fit.model["centres"]), fit.data["grid"]
+        centre, grid = fit.centre, fit.data.grid
         v = optimum_of(fit.shape_form, centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
         return v[0] if theta is None else v
 
@@ -109,7 +109,7 @@ class Target:
         A law of patch and image size apart says nothing of grids coarser or finer than any that it was fitted to; and a
         side is a multiple of what all sides run have in common, as where labels lie on a grid of cells.
         """
-        grid, sides = self.fit.data["grid"], self.fit.data.get("grid_sides")
+        grid, sides = self.fit.data.grid, self.fit.data.grid_sides
         whole = [np.rint(grid.get(n, [getattr(self.geometry, n)])).astype(int).tolist() for n in TOKENS]
         pairs = [(p, s) for p in whole[0] for s in whole[1] if s % p == 0]
         if sides:
@@ -121,7 +121,7 @@ class Target:
         """Loss of each theta [R, P] at its own ln x [R, K]: [R]; trained for the budget unless `images` [R] are given."""
         table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
         images = self.images(table) if images is None else images
-        u = law_columns(form.terms, table, images, self.geometry).T - np.array(self.fit.model["centres"])
+        u = law_columns(form.terms, table, images, self.geometry).T - self.fit.centre
         return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
 
     def least(self, theta: np.ndarray, held: Mapping | None = None) -> np.ndarray:
@@ -140,9 +140,10 @@ class Target:
     def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
         """Bootstrap draws theta [R, P] and the widening of their percentiles; [0, P] where the law has none."""
         theta = np.array(self.fit.draws.get(kind, np.empty((0, len(self.fit.theta)))))
-        name = "t_over_z" if kind == "random_effects" else "pairs_stretch"
-        widen = self.fit.diagnostics["draws"].get(name, 1.0) if len(theta) else 1.0  # laws of before had no stretch
-        return theta, widen
+        made = self.fit.diagnostics.draws
+        if not len(theta) or made is None:
+            return theta, 1.0
+        return theta, made.t_over_z if kind == "random_effects" else made.pairs_stretch
 
     def absent(self) -> list[str]:
         """Dimensions whose amplitude is 0: the law has nothing to say for them, so they stay within the values run."""
@@ -151,12 +152,12 @@ class Target:
 
     def within(self, name: str, value: float) -> float:
         """A value of a dimension, or the nearest that was run to where it costs nothing."""
-        run = self.fit.data["grid"][name]
+        run = self.fit.data.grid[name]
         return min(value, max(run)) if name in FALLING else max(value, min(run))
 
     def fixed(self, name: str) -> float:
         """The value of a dimension that the law has no term for, or else its centre."""
-        return self.fit.data["centre"].get(name, getattr(self.geometry, name))
+        return self.fit.data.centre.get(name, getattr(self.geometry, name))
 
     def shape(self, values: Mapping, head_dim: int) -> Shape:
         """The Shape of whole values by dimension."""
@@ -170,11 +171,11 @@ class Target:
 def target(fit: Fit, train_flops: float) -> Target:
     """Raises UserError for a law that cannot rank shapes or price them, and for a budget that is no number, not
     positive, or more than MAX_DECADES from the budgets run."""
-    if not (LAWS[fit.form].ranks_shapes and fit.model["dims"]):
+    if not (LAWS[fit.form].ranks_shapes and fit.model.dims):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
     if fit.geometry is None:
         raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
-    if "compute_range" not in fit.data:
+    if not fit.data.compute_range:
         raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
@@ -184,14 +185,17 @@ def target(fit: Fit, train_flops: float) -> Target:
             f"train_flops={train_flops:g} is more than {MAX_DECADES:g} decades from the budgets run, {low:.3g} to"
             f" {high:.3g}; name one nearer to them"
         )
-    return Target(fit, float(train_flops), Geometry(**fit.geometry))
+    return Target(fit, float(train_flops), fit.geometry)
 
 
 def budgets_run(fit: Fit) -> tuple[float, float]:
     """Least and largest training FLOPs in the data; from its compute where the rows do not carry train_flops."""
-    if "train_flops_range" in fit.data:
-        return tuple(fit.data["train_flops_range"])
-    low, high = fit.data["compute_range"]
+    if fit.data.train_flops_range:
+        low, high = fit.data.train_flops_range
+        return low, high
+    if not fit.data.compute_range:
+        raise UserError("the law does not know the compute of its rows; fit it to rows with forward_flops")
+    low, high = fit.data.compute_range
     return 3 * low, 3 * high
 
 

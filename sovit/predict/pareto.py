@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
+from sovit.law.fitted_law import Fit
 from sovit.law.geometry import Geometry
-from sovit.law.read import Fit
 from sovit.ledger.profiles import shape_of
 from sovit.predict.recommend import predicted_loss
 from sovit.spec.shape import Shape
@@ -67,9 +67,9 @@ def pareto(fit: Fit, rows: Sequence[dict], train_flops: float | None = None) -> 
     image's forward pass, and peak bytes of a training step; the loss of the last two is that of the budget in FLOPs.
     Losses are the law's predictions; nothing is trained. Raises UserError where rows and law do not fit together.
     """
-    if "train_flops_range" not in fit.data or fit.geometry is None:
+    if not fit.data.train_flops_range or fit.geometry is None:
         raise UserError("the law does not know the training FLOPs of its rows; fit it to rows with a whole shape")
-    budget = float(train_flops or fit.data["train_flops_range"][1])
+    budget = float(train_flops or fit.data.train_flops_range[1])
     rows, device = _one_device(rows)
     costs = _costs(fit, rows)
     shapes, flops, step = costs.shapes, costs.flops, costs.step
@@ -108,7 +108,7 @@ def pareto(fit: Fit, rows: Sequence[dict], train_flops: float | None = None) -> 
         ),
         rate_range=[float(rate.min()), float(rate.max())],
         curves={name: dict(budget=budgets[name].tolist(), loss=losses[name].T.tolist()) for name in budgets},
-        noise_sd=fit.noise["sd"],
+        noise_sd=fit.noise.sd,
         left_out=costs.left_out,
     )
 
@@ -134,7 +134,7 @@ def _costs(fit: Fit, rows: Sequence[dict]) -> Costs:
         step=np.array([row["train_step_seconds"] / batch for row in at]),
         latency=np.array(single, float),  # None becomes NaN
         memory=np.array([row["train_bytes"] for row in at], float),
-        flops=3 * Geometry(**fit.geometry or {}).flops(_columns(shapes), head=True),
+        flops=3 * (fit.geometry or Geometry()).flops(_columns(shapes), head=True),
         left_out=[*strangers, *(f"{s.label}: no training step at batch {batch}" for s in by_shape if s not in shapes)],
     )
 
@@ -172,7 +172,7 @@ def loss_of_images(fit: Fit, shapes: Sequence[Shape], images: np.ndarray) -> np.
 
 def shape_label(shape: Shape, fit: Fit) -> str:
     """width x depth x MLP dim, and the head dim where it is not the law's."""
-    usual = (fit.geometry or {}).get("head_dim")
+    usual = fit.geometry and fit.geometry.head_dim
     return shape.label + (f" (head {shape.head_dim})" if shape.head_dim != usual else "")
 
 
@@ -192,10 +192,10 @@ def _one_device(rows: Sequence[dict]) -> tuple[list[dict], dict]:
 
 def _of_law(fit: Fit, rows: Sequence[dict]) -> tuple[list[dict], list[str]]:
     """The rows of shapes that the law speaks of, and why the others are none."""
-    geometry, dims = fit.geometry or {}, fit.model["dims"]
+    geometry, dims = fit.geometry or Geometry(), fit.model.dims
     kept, strangers = [], []
     for row in rows:
-        fixed = {n: geometry[n] for n in ("patch_size", "image_size", "pool") if n not in dims}
+        fixed = {n: getattr(geometry, n) for n in ("patch_size", "image_size", "pool") if n not in dims}
         off = next((n for n, value in fixed.items() if row[n] != value), None)
         if row["status"] != "ok":
             strangers.append(f"{shape_of(row).label} at batch {row['batch_size']}: {row['status'].replace('_', ' ')}")

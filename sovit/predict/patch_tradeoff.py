@@ -15,8 +15,8 @@ import numpy as np
 
 from sovit import UserError
 from sovit.law.bootstrap import interval
+from sovit.law.fitted_law import Fit
 from sovit.law.form import FALLING
-from sovit.law.read import Fit
 from sovit.predict.integer_search import SIZES, Rules, lattice, minimise
 from sovit.predict.law_at_budget import TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, target
 from sovit.predict.recommend import rules_of
@@ -46,7 +46,7 @@ def trade(fit: Fit, train_flops: float, name: str, **rules) -> dict:
     curves = along(at, name, [row["value"] for row in values])
     return dict(
         form=fit.form,
-        metric=fit.data.get("metric", "loss"),
+        metric=fit.data.metric or "loss",
         level=fit.level,
         train_flops=float(train_flops),
         by=name,

@@ -15,7 +15,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.law.bootstrap import interval
-from sovit.law.read import Fit
+from sovit.law.fitted_law import Fit
 from sovit.predict.flat_region import FlatRegion, flat_region
 from sovit.predict.integer_search import SIZES, Rules, lattice, minimise
 from sovit.predict.law_at_budget import (
@@ -157,7 +157,7 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
     pairs_low, pairs_high = at.loss_interval(best, "pairs")
     return Recommendation(
         form=fit.form,
-        metric=fit.data.get("metric", "loss"),
+        metric=fit.data.metric or "loss",
         train_flops=float(train_flops),
         level=fit.level,
         rules=given,
@@ -274,12 +274,12 @@ def _both_intervals(at: Target, least: Mapping, measure: Callable[[dict], np.nda
 
 
 def _optimum_by_dimension(at: Target, real: Mapping, least: Mapping) -> dict[str, Optimum]:
-    grid, exponents = at.fit.data["grid"], at.fit.exponents
+    grid, exponents = at.fit.data.grid, at.fit.exponents
     return {
         n: Optimum(
             estimate=float(x),
-            status=exponents[n]["status"],
-            note=exponents[n]["note"],
+            status=exponents[n].status,
+            note=exponents[n].note,
             grid="below" if x <= min(grid[n]) else "above" if x >= max(grid[n]) else "inside",
             **_both_intervals(at, least, lambda table, n=n: table[n]),  # type: ignore[misc]
         )
@@ -307,12 +307,12 @@ def _warnings(fit: Fit, optimum: Mapping[str, Optimum], decades: float) -> list[
         out.append(
             f"{decades:.1f} decades of compute beyond the largest run, past {FAR_DECADES:g}: treat the shape as a guess"
         )
-    if not fit.noise["source"].startswith("seeds"):
+    if not fit.noise.source.startswith("seeds"):
         out.append("no repeated seeds in the data: the flat region uses the noise of the residuals")
-    elif fit.diagnostics["residual_rms"] > fit.noise["sd"]:
+    elif fit.diagnostics.residual_rms > fit.noise.sd:
         out.append(
-            f"the law misses its own rows by {100 * fit.diagnostics['residual_rms']:.2f} %, more than the"
-            f" {100 * fit.noise['sd']:.2f} % of noise that bound the flat region: that region is narrower than what"
+            f"the law misses its own rows by {100 * fit.diagnostics.residual_rms:.2f} %, more than the"
+            f" {100 * fit.noise.sd:.2f} % of noise that bound the flat region: that region is narrower than what"
             " the law can resolve"
         )
     for name, value in optimum.items():

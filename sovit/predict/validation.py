@@ -17,7 +17,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.files import write_atomic
-from sovit.law.read import read_law
+from sovit.law.fitted_law import read_law
 from sovit.predict.law_at_budget import Target, columns, predicted_difference, target
 from sovit.predict.paired_test import MIN_SEEDS, paired
 from sovit.predict.recommend import best_shape
@@ -41,9 +41,6 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int], agains
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
     law = read_law(law_path)
     best = best_shape(law, train_flops)
-    num_classes = (law.geometry or {}).get("num_classes")
-    if num_classes is None:
-        raise UserError(f"{law_path} does not know its num_classes; give its ledger that column and fit again")
     name, second = USUAL, best.proportional.shape
     if against is not None:
         name, second = OTHER, best_shape(read_law(against), train_flops).shape
@@ -52,7 +49,7 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int], agains
         **_identity_of(law_path, train_flops, seeds, against),
         "form": best.form,
         "decades": best.decades,
-        "num_classes": num_classes,
+        "num_classes": at.geometry.num_classes,
         "arms": {"recommended": _arm(at, best.shape), name: _arm(at, second)},
         "predicted_difference": vars(predicted_difference(law, best.shape, second, train_flops)),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
 from sovit.law import fit as law
 from sovit.law.coverage import words as coverage_words
-from sovit.law.diagnostics import inside, optimum_of
+from sovit.law.exponents import inside, optimum_of
+from sovit.law.fitted_law import plain
 from sovit.law.forms import LAWS, WHOLE_SHAPE
-from sovit.law.geometry import Geometry
 from sovit.law.sensitivity import extrapolation_cuts, sensitivity
 from sovit.ledger.measurements import Measurements, measurements
 from sovit.predict import growth_rules as growth
@@ -110,8 +111,11 @@ def fit_ledgers(
         fits[headline] = law.fit(headline, data.columns, data.y, **options)
     facts = facts_of(data, fits, headline, recommendation, seed, refits)
 
-    for fitted in fits.values():
-        fitted.data.update(left_out=[dict(run_id=i, reason=why_not) for i, why_not in data.left_out], notes=data.notes)
+    left_out = [dict(run_id=i, reason=why_not) for i, why_not in data.left_out]
+    fits = {
+        name: replace(fitted, data=replace(fitted.data, left_out=left_out, notes=data.notes))
+        for name, fitted in fits.items()
+    }
     folder = Path(out) if out is not None else law_folder(data.paths)
     with contextlib.suppress(NotADirectoryError):  # the next line says it better
         (folder / INPUTS).unlink(missing_ok=True)
@@ -123,7 +127,7 @@ def fit_ledgers(
     write_atomic(folder / FACTS, _json(_plain_facts(facts)))
     drawn = draw(fits[headline], data, recommendation, scores, facts, folder) if figures else {}
     text = report_text(data, fits, headline, why, refused, recommendation, no_recommendation, dependence, facts, drawn)
-    simulated = coverage_words(fits[headline].diagnostics["coverage"]) if coverage else ""
+    simulated = coverage_words(simulations) if (simulations := fits[headline].diagnostics.coverage) else ""
     if simulated:
         text += f"\n## How often these intervals would hold\n\n{simulated}\n"
     write_atomic(folder / "report.md", text)
@@ -143,12 +147,12 @@ def fit_ledgers(
         notes=data.notes,
         num_trunks=fits[headline].num_clusters,
         params=fits[headline].params,
-        exponents=fits[headline].exponents,
-        noise=fits[headline].noise,
+        exponents=plain(fits[headline].exponents),
+        noise=plain(fits[headline].noise),
         extrapolation=extrapolation_table(fits),
         recommendation=recommendation.to_dict() if recommendation else None,
         figures=[f"{n}.png" for n in drawn],
-        coverage=fits[headline].diagnostics.get("coverage"),
+        coverage=fits[headline].diagnostics.coverage,
     )
     return summary | dict(
         text="\n\n".join(part for part in (summary_text(summary, no_recommendation), simulated) if part)
@@ -193,13 +197,13 @@ def held_out(fits: dict, headline: str, data: Measurements) -> list[dict]:
     return [
         dict(
             label=name if name in fits else name.replace("_", " "),
-            measured=data.y[table[name]["rows"]],
-            predicted=np.array(table[name]["predicted"]),
-            rmse=table[name]["rmse"],
-            bias=table[name]["bias"],
+            measured=data.y[table[name].rows],
+            predicted=np.array(table[name].predicted),
+            rmse=table[name].rmse,
+            bias=table[name].bias,
         )
         for name in order
-        if table.get(name, {}).get("rows")
+        if name in table and table[name].rows
     ]
 
 
@@ -224,7 +228,7 @@ def _trades(fit, recommendation) -> dict:
     """{"trades": {patch_size, image_size}}, `trade.trade` for each of them that the law has a term of; {} without."""
     if recommendation is None:
         return {}
-    names = [n for n in TOKENS if n in fit.model["dims"]]
+    names = [n for n in TOKENS if n in fit.model.dims]
     found = {n: trade.trade(fit, recommendation.train_flops, n) for n in names}
     return dict(trades=found) if found else {}
 
@@ -240,25 +244,25 @@ def _frontier(fit) -> list[predict.Recommendation]:
 
 def _inside(fit) -> dict:
     """Over which compute the optimum lies between the values run, by dimension; {} where nothing is known of it."""
-    if not fit.model["dims"] or not fit.exponents:
+    if not fit.model.dims or not fit.exponents:
         return {}
-    geometry = Geometry(**fit.geometry) if fit.geometry else None
-    centre = np.array(fit.model["centres"])
-    return inside(fit.shape_form, centre, fit.theta, geometry, fit.data["grid"], fit.data["compute_range"])
+    geometry = fit.geometry
+    centre = fit.centre
+    return inside(fit.shape_form, centre, fit.theta, geometry, fit.data.grid, fit.data.compute_range)
 
 
 def _weakest(fit, train_flops: float | None) -> dict:
     """The weakest direction of the fit, with what a standard error along it does to each recommended dimension."""
-    weakest = dict(fit.diagnostics["weakest"])
+    weakest = plain(fit.diagnostics.weakest)
     step = weakest.pop("step")
     if train_flops is None or not fit.geometry:
         return weakest | dict(moves={})
-    form, centre, low_high = fit.shape_form, np.array(fit.model["centres"]), fit.shape_form.bounds
+    form, centre, low_high = fit.shape_form, fit.centre, fit.shape_form.bounds
     moved = fit.theta + np.array([step.get(name, 0.0) for name in form.names])
     theta = np.stack([fit.theta, np.clip(moved, *low_high)])
-    budget, grid = np.log(train_flops / 3), fit.data["grid"]
-    x = np.exp(optimum_of(form, centre, theta, Geometry(**fit.geometry), grid, budget, head=True))
-    return weakest | dict(moves=dict(zip(fit.model["dims"], (x[1] / x[0] - 1).tolist())))
+    budget, grid = np.log(train_flops / 3), fit.data.grid
+    x = np.exp(optimum_of(form, centre, theta, fit.geometry, grid, budget, head=True))
+    return weakest | dict(moves=dict(zip(fit.model.dims, (x[1] / x[0] - 1).tolist())))
 
 
 def _json(value) -> str:
@@ -301,7 +305,7 @@ def draw(fit, data: Measurements, recommendation, scores, facts: dict, folder: P
         **{f"trade_{name}": plot.trade(found, data) for name, found in facts.get("trades", {}).items()},
         optimal_shape=plot.optimal_shape(fit, recommendation),
         sensitivity=plot.sensitivity(facts["sensitivity"]),
-        fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model["dims"] else None,
+        fit_by_dimension=plot.fit_by_dimension(fit, data) if fit.model.dims else None,
         isoflop=plot.isoflop(fit, data),
         residuals=plot.residuals(fit, data),
     )
@@ -323,7 +327,7 @@ def _options(name: str, data: Measurements) -> dict:
 
 def _recommend(fits, headline, data, train_flops):
     """(Recommendation or None, reason for none, form dependence [] or rows)."""
-    largest = fits[headline].data.get("train_flops_range")
+    largest = fits[headline].data.train_flops_range
     if train_flops is None and largest is None:
         return None, "the rows do not say their training FLOPs, so that there is no budget to plan for", []
     budget = train_flops or float(f"{largest[1] * NEXT_BUDGET:.3g}")

@@ -34,7 +34,8 @@ from torch.utils import benchmark
 
 from sovit import OUTPUTS, UserError
 from sovit.encoder.model import build, parameter_groups
-from sovit.law.read import read_law
+from sovit.law.fitted_law import read_law
+from sovit.law.geometry import Geometry
 from sovit.ledger.ledger import rewrite_rows
 from sovit.ledger.profiles import read_profiles
 from sovit.ledger.provenance import provenance
@@ -375,10 +376,10 @@ def shapes_for(
     shapes = []
     if law is not None:
         fit = read_law(law)
-        geometry = fit.geometry or {}
-        known = {n: geometry.get(n) for n in ("head_dim", "patch_size", "image_size", "pool")}
+        geometry = fit.geometry or Geometry()
+        known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
         known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
-        num_classes = geometry.get("num_classes")
+        num_classes = geometry.num_classes
         if train_flops is not None:
             best = best_shape(fit, train_flops)
             shapes += [best.shape, best.proportional.shape]

@@ -251,8 +251,8 @@ def test_what_lies_above_the_cut_has_no_say_in_the_choice_or_the_prediction(tmp_
     assert set(predicted[0]) == {"joint", "bounded", "chinchilla", "compute_only", "nearest"}
     for form in predicted[0]:
         np.testing.assert_array_equal(predicted[0][form], predicted[1][form])
-    own = data.fit("bounded", cut=cut).extrapolation["forms"]["bounded"]  # the same test as `law.fit` makes
-    np.testing.assert_allclose(predicted[0]["bounded"], own["predicted"], rtol=1e-9)
+    own = data.fit("bounded", cut=cut).extrapolation.scores["bounded"]  # the same test as `law.fit` makes
+    np.testing.assert_allclose(predicted[0]["bounded"], own.predicted, rtol=1e-9)
 
 
 def test_comparison_by_trunk():

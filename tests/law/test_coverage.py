@@ -63,7 +63,7 @@ def test_a_fit_tells_its_own_coverage():
     y = design.losses(truth) * planted.noise(design, 0.003, 0.5, np.random.default_rng(0))
     options = dict(clusters=design.trunk, geometry=design.known, extrapolate=False, bootstrap=49)
     found = law.fit("joint", design.columns, y, coverage=4, **options)
-    result = found.diagnostics["coverage"]
+    result = found.diagnostics.coverage
     assert result["num"] == 4 and set(result["coverage"]) == set(coverage.KINDS)
     assert result["coverage"]["pairs"]["exponent"]["num"] == 4
     text = coverage.words(result)

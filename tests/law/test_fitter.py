@@ -147,8 +147,8 @@ def test_many_rows_are_fitted_from_starts_of_a_part():
     found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
     for dim, exponent in zip(planted.DIMS, planted.EXPONENTS):
         assert found.params[f"a_{dim}"] == pytest.approx(exponent, rel=0.02)
-    assert found.diagnostics["trunk_sd"] == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
-    assert found.diagnostics["row_sd"] == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
+    assert found.diagnostics.trunk_sd == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
+    assert found.diagnostics.row_sd == pytest.approx(0.01 / np.sqrt(2), rel=0.05)
 
 
 @pytest.mark.parametrize("name, seed", [("sovit", 2), ("joint", 0)])

@@ -8,9 +8,9 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import read
+from sovit.law import fitted_law
 from sovit.law.compute_optimum import optimum
-from sovit.law.diagnostics import box
+from sovit.law.exponents import box
 from sovit.law.forms import LAWS, WHOLE_SHAPE
 from sovit.law.geometry import Geometry
 from sovit.predict.recommend import best_shape
@@ -77,14 +77,14 @@ def test_joint_n_recovers_a_planted_interaction_and_counts_parameters_itself():
         assert found.params[f"a_{dim}"] == pytest.approx(exponent, rel=1e-3)
     bare = {n: c for n, c in table.items() if n != "num_params"}
     assert law.fit("joint_n", bare, y, **options).params == pytest.approx(found.params, rel=1e-9)
-    np.testing.assert_allclose(read.Fit.from_json(found.to_json()).predict(bare), y, rtol=1e-6)
+    np.testing.assert_allclose(fitted_law.Fit.from_json(found.to_json()).predict(bare), y, rtol=1e-6)
 
 
 def test_parameters_counted_otherwise_are_met_by_a_scale():
     table, y, trunk = crossed()
     table["num_params"] = 1.1 * table["num_params"]
     found = law.fit("joint_n", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
-    assert found.geometry["params_scale"] == pytest.approx(1.1)
+    assert found.geometry.params_scale == pytest.approx(1.1)
     np.testing.assert_allclose(found.predict({n: c for n, c in table.items() if n != "num_params"}), y, rtol=1e-6)
 
 
@@ -98,7 +98,7 @@ def test_free_c_recovers_the_c_of_each_arm():
     found = law.fit("sovit_free_c", table, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=20)
     assert [found.params[f"c_{d}"] for d in planted.DIMS] == pytest.approx(c, rel=1e-3)
     for d, each in zip(planted.DIMS, c):
-        assert found.exponents[d]["estimate"] == pytest.approx(each / 1.7, rel=1e-3)
+        assert found.exponents[d].estimate == pytest.approx(each / 1.7, rel=1e-3)
     np.testing.assert_allclose(found.predict(table), y, rtol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_a_curve_of_one_column_recovers_its_shift():
     found = law.fit("shifted", dict(num_examples=n), y, terms=("num_examples",), clusters=np.arange(15))
     want = dict(B=0.63 * 1e6**0.32, eps=0.12, c=0.32, d=0.52e6)
     assert found.params == pytest.approx(want, rel=1e-4)
-    np.testing.assert_allclose(read.Fit.from_json(found.to_json()).predict(dict(num_examples=n)), y, rtol=1e-7)
+    np.testing.assert_allclose(fitted_law.Fit.from_json(found.to_json()).predict(dict(num_examples=n)), y, rtol=1e-7)
     named = law.fit("shifted", dict(compute=n), y, terms=("compute",), clusters=np.arange(15))
     assert named.params == pytest.approx(want, rel=1e-4)
     with pytest.raises(UserError, match="cannot rank whole shapes"):
@@ -171,11 +171,11 @@ def test_patch_and_image_size_are_dimensions_of_joint():
     assert {k: found.params[k] for k in exponents} == pytest.approx(exponents, rel=1e-5)
     noisy = law.fit("joint", table, y * planted.noise(options["clusters"], 0.003, 0), bootstrap=50, **options)
     growth = noisy.exponents
-    assert growth["image_size"]["low"] > 0 > growth["patch_size"]["high"] > growth["patch_size"]["low"]
-    assert all(e["low"] <= e["estimate"] <= e["high"] and e["status"] == "ok" for e in growth.values()), growth
+    assert growth["image_size"].low > 0 > growth["patch_size"].high > growth["patch_size"].low
+    assert all(e.low <= e.estimate <= e.high and e.status == "ok" for e in growth.values()), growth
     best = best_shape(found, 3 * 3e16)
     for dim, e in best.optimum.items():
-        assert min(found.data["grid"][dim]) < e.estimate < max(found.data["grid"][dim])
+        assert min(found.data.grid[dim]) < e.estimate < max(found.data.grid[dim])
 
 
 def test_which_forms_rank_shapes():

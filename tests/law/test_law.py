@@ -11,7 +11,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import read
+from sovit.law import fitted_law
 from sovit.law.design_matrix import prepare, star, trunks
 from sovit.law.fitter import Groups, components, loss_of, polish, solve
 from sovit.law.forms import LAWS
@@ -127,15 +127,12 @@ def test_twenty_planted_laws_are_recovered():
         true = law.fit("joint", table, clean, **options).exponents
         noisy = law.fit("joint", table, clean * planted.noise(trunk, 0.005, seed), bootstrap=99, **options).exponents
         for dim, e in noisy.items():
-            s = true[dim]["estimate"]
-            if e["estimate"] is not None:
-                errors.append(np.log(e["estimate"] / s))
+            s = true[dim].estimate
+            if e.estimate is not None:
+                errors.append(np.log(e.estimate / s))
             for kind, hit in hits.items():
                 hit.append(e[kind + "low"] is not None and e[kind + "low"] <= s <= e[kind + "high"])
-            print(
-                f"{seed:3} {dim:8} true {s:.3f}  found {e['estimate'] or float('nan'):.3f} "
-                f" {e['low']:.3f} to {e['high']:.3f}"
-            )
+            print(f"{seed:3} {dim:8} true {s:.3f}  found {e.estimate or float('nan'):.3f}  {e.low:.3f} to {e.high:.3f}")
     print(
         f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs);"
         f" median error {np.median(errors):+.1%}"
@@ -147,9 +144,9 @@ def test_twenty_planted_laws_are_recovered():
 
 def test_variance_components_are_corrected_for_the_fitted_parameters():
     found = [fit(seed=s, extrapolate=False, whiten=True).diagnostics for s in range(30)]
-    assert np.median([d["row_sd"] for d in found]) == pytest.approx(0.005 / np.sqrt(2), rel=0.2)
-    assert np.median([d["trunk_sd"] for d in found]) == pytest.approx(0.005 / np.sqrt(2), rel=0.35)
-    assert found[0]["nu"] == pytest.approx(11.2, abs=0.8)
+    assert np.median([d.row_sd for d in found]) == pytest.approx(0.005 / np.sqrt(2), rel=0.2)
+    assert np.median([d.trunk_sd for d in found]) == pytest.approx(0.005 / np.sqrt(2), rel=0.35)
+    assert found[0].nu == pytest.approx(11.2, abs=0.8)
 
 
 def test_whitening_leaves_a_white_error():
@@ -208,14 +205,13 @@ def test_json_round_trip_and_determinism(name):
     options |= dict(zero_line=planted.ZERO_LINE) if name == "bounded" else {}
     first, second = (law.fit(name, table, y, **options).to_json() for _ in range(2))
     assert first == second
-    back = read.Fit.from_json(first)
+    back = fitted_law.Fit.from_json(first)
     assert back.to_json() == first and "NaN" not in first
     np.testing.assert_allclose(back.predict(table), y, rtol=0.2 if name == "chinchilla" else 0.03)
     for e in back.exponents.values():
-        assert set(e) >= {"estimate", "low", "high", "kind", "compute_range", "status", "pairs_low", "pairs_high"}
-        assert e["low"] is not None and e["low"] <= e["high"]
+        assert e.low is not None and e.low <= e.high
     assert back.level == 0.90 and back.num_rows == 54 and back.num_clusters == 18
-    assert back.noise["source"] == "residuals"
+    assert back.noise.source == "residuals"
 
 
 def test_seeds_give_the_noise():
@@ -224,15 +220,15 @@ def test_seeds_give_the_noise():
     y = planted.loss(table) * planted.noise(trunk, 0.01, 0)
     found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY)
     # four trunks each (one of the star) at two shapes, three branches a trunk
-    assert {k: found.noise[k] for k in ("source", "n", "num_rows")} == dict(source="seeds", n=6, num_rows=24)
-    assert found.noise["sd"] == pytest.approx(0.01, rel=0.5)
+    assert (found.noise.source, found.noise.n, found.noise.num_rows) == ("seeds", 6, 24)
+    assert found.noise.sd == pytest.approx(0.01, rel=0.5)
 
 
 def test_off_axis_rows_are_held_out_of_sovit_and_the_centre_stands_in_each_arm():
     table, trunk = planted.star(extra=((608, 8, 1088), planted.CENTRE))
     y = planted.loss(table) * planted.noise(trunk, 0.003, 0)
     found = law.fit("sovit", table, y, clusters=trunk, geometry=planted.GEOMETRY)
-    assert found.diagnostics["held_out_rows"] == [54, 55, 56] and found.num_rows == 57 and found.num_clusters == 19
+    assert found.diagnostics.held_out_rows == [54, 55, 56] and found.num_rows == 57 and found.num_clusters == 19
     predicted = found.predict(table)
     assert np.isnan(predicted[54:57]).all() and np.isfinite(np.delete(predicted, [54, 55, 56])).all()
 
@@ -242,15 +238,15 @@ def test_a_monotone_dimension_is_edge():
     amplitudes = planted.AMPLITUDES * np.array([1, 40, 1])  # depth pays far beyond the 40 blocks run
     y = planted.loss(table, amplitudes) * planted.noise(trunk, 0.003, 0)
     depth = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=50).exponents["depth"]
-    assert depth["status"] == "edge" and "largest" in depth["note"] and depth["low"] < depth["high"]
+    assert depth.status == "edge" and "largest" in depth.note and depth.low < depth.high
 
 
 def test_a_dimension_of_pure_noise_is_unidentified():
     table, trunk = planted.star()
     y = planted.loss(table, planted.AMPLITUDES * np.array([1, 1, 0])) * planted.noise(trunk, 0.005, 0)
     found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=99)
-    assert found.exponents["mlp_dim"]["status"] == "unidentified" and found.exponents["mlp_dim"]["estimate"] is None
-    assert found.exponents["mlp_dim"]["note"] and found.exponents["width"]["status"] != "unidentified"
+    assert found.exponents["mlp_dim"].status == "unidentified" and found.exponents["mlp_dim"].estimate is None
+    assert found.exponents["mlp_dim"].note and found.exponents["width"].status != "unidentified"
 
 
 def test_extrapolation_ranks_the_true_form_first():
@@ -258,8 +254,8 @@ def test_extrapolation_ranks_the_true_form_first():
     table["num_params"] = table["forward_flops"] / 512
     y = planted.loss(table) * planted.noise(trunk, 0.003, 0)
     scored = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).extrapolation
-    assert scored["n"] + scored["n_fit"] == 54 and 5 <= scored["n"] <= 22
-    rmse = {name: s["rmse"] for name, s in scored["forms"].items()}
+    assert scored.n + scored.n_fit == 54 and 5 <= scored.n <= 22
+    rmse = {name: s.rmse for name, s in scored.scores.items()}
     assert set(rmse) == {"joint", "chinchilla", "compute_only", "nearest"}
     assert rmse["joint"] == min(rmse.values()) and rmse["joint"] < 0.01
 
@@ -271,15 +267,15 @@ def test_one_compute_gives_no_growth_and_no_extrapolation(form):
     y_of = planted.columns(shapes, 1e21 * np.tile([0.9, 1.0, 1.1], 18) / table["forward_flops"])
     y = planted.loss(y_of) * planted.noise(trunk, 0.005, 0)
     found = law.fit(form, y_of, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=20)
-    assert found.extrapolation["n"] == 0 and "factor 1.22 in compute" in found.extrapolation["note"]
-    assert {(e["status"], e["estimate"]) for e in found.exponents.values()} == {("unidentified", None)}
+    assert found.extrapolation.n == 0 and "factor 1.22 in compute" in found.extrapolation.note
+    assert {(e.status, e.estimate) for e in found.exponents.values()} == {("unidentified", None)}
     found.to_json()
 
 
 def test_a_cut_beyond_the_rows_is_no_test():
     for cut, side in ((1e9, "below"), (1e99, "above")):
         extra = fit(cut=cut).extrapolation
-        assert extra["n"] == 0 and "cut" not in extra and f"no row is {side}" in extra["note"]
+        assert extra.n == 0 and extra.cut is None and f"no row is {side}" in extra.note
 
 
 def test_registers_and_class_tokens_are_counted():
@@ -288,16 +284,16 @@ def test_registers_and_class_tokens_are_counted():
     table |= dict(num_registers=np.full(54, 4.0), forward_flops=flops, compute=flops * table["num_examples"])
     options = dict(clusters=trunk, geometry=planted.GEOMETRY | dict(pool="token"), extrapolate=False)
     found = law.fit("joint", table, planted.loss(table), **options).geometry
-    assert found["num_prefix_tokens"] == 5 and found["flops_scale"] == 1.0
+    assert found.num_prefix_tokens == 5 and found.flops_scale == 1.0
     found = law.fit(
         "joint", {k: v for k, v in table.items() if "flops" not in k}, planted.loss(table), **options
     ).geometry
-    assert found["num_prefix_tokens"] == 5 and found["flops_scale"] == 1.0
+    assert found.num_prefix_tokens == 5 and found.flops_scale == 1.0
 
 
 def test_the_cut_holds_out_the_largest_budget_level():
     levels = np.repeat([1e10, 3e10, 1e11, 3e11], [8, 8, 8, 5]) * np.exp(0.02 * np.sin(np.arange(29)))
-    from sovit.law.diagnostics import compute_cut
+    from sovit.law.extrapolation import compute_cut
 
     assert 1.1e11 < compute_cut(levels) < 2.9e11
 
@@ -306,12 +302,12 @@ def test_lack_of_fit_is_measured_against_seed_noise():
     shapes = tuple((608, 40, 6144) if i < 3 else (1968, 8, 6144) for i in range(6))
     table, trunk = planted.star(extra=shapes)
     y = planted.loss(table, power=3.0) * planted.noise(trunk, 0.001, 0)
-    found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics["lack_of_fit"]
-    assert found["residual_over_noise"] > 2 and "more than seed noise" in found["note"]
-    assert found["p"] < 1e-3
+    found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics.lack_of_fit
+    assert found.residual_over_noise > 2 and "more than seed noise" in found.note
+    assert found.p < 1e-3
     y = planted.loss(table) * planted.noise(trunk, 0.005, 0)
-    found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics["lack_of_fit"]
-    assert found["p"] > 0.05 and "of the size of seed noise" in found["note"]
+    found = law.fit("joint", table, y, clusters=trunk, geometry=planted.GEOMETRY).diagnostics.lack_of_fit
+    assert found.p > 0.05 and "of the size of seed noise" in found.note
 
 
 def bad(**change):

@@ -40,16 +40,16 @@ def test_an_exact_fit_finds_the_growth_of_the_truth(kind):
     options = dict(geometry=design.known, extrapolate=False, zero_line=truth.zero_line)
     found = law.fit(form, design.columns, design.losses(truth), clusters=design.trunk, **options)
     assert tuple(found.exponents) == planted.DIMS
-    for true, (name, e) in zip(truth.growth(*found.data["compute_range"]), found.exponents.items()):
-        assert e["status"] == "edge" or e["estimate"] == pytest.approx(true, rel=5e-3), name
+    for true, (name, e) in zip(truth.growth(*found.data.compute_range), found.exponents.items()):
+        assert e.status == "edge" or e.estimate == pytest.approx(true, rel=5e-3), name
 
 
 def test_eq3_is_eq2_on_every_arm():
     truth, design = planted.truth("eq3"), planted.sovit_star()
     options = dict(geometry=design.known, extrapolate=False)
     found = law.fit("sovit", design.columns, design.losses(truth), clusters=design.trunk, **options)
-    assert found.diagnostics["residual_rms"] < 1e-4
-    np.testing.assert_allclose([e["estimate"] for e in found.exponents.values()], [0.22, 0.45, 0.6], rtol=0.02)
+    assert found.diagnostics.residual_rms < 1e-4
+    np.testing.assert_allclose([e.estimate for e in found.exponents.values()], [0.22, 0.45, 0.6], rtol=0.02)
     np.testing.assert_allclose(truth.growth(1e18, 1e20), [0.22, 0.45, 0.6], rtol=2e-3)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law.diagnostics import inside
+from sovit.law.exponents import inside
 from sovit.law.geometry import Geometry
 from sovit.law.sensitivity import _Frame, _windows, extrapolation_cuts, sensitivity
 from sovit.ledger.measurements import measurements
@@ -88,7 +88,7 @@ def test_a_refit_without_a_shape_is_that_of_the_rows_that_are_left(data, found):
     assert row["num_rows"] == keep.sum() and row["num_trunks"] == len(set(alone.columns["trunk_id"]))
     # over another range of compute and with its own noise components: nearly the same
     for name, e in again.exponents.items():
-        assert row["exponents"][name] == pytest.approx(e["estimate"], abs=0.004)
+        assert row["exponents"][name] == pytest.approx(e.estimate, abs=0.004)
     assert row["excess_loss"] == pytest.approx(0, abs=1e-4) and row["excess_loss"] >= 0
 
 
@@ -173,7 +173,7 @@ def test_a_law_of_compute_is_refitted_under_the_other_counting(data):
     other = law.fit("sovit", data.columns | dict(compute=compute), data.y, extrapolate=False)
     row = rows_of(out, "counting")[COUNTINGS["no_attention"]]
     for name, e in other.exponents.items():
-        assert row["exponents"][name] == pytest.approx(e["estimate"], rel=1e-3)
+        assert row["exponents"][name] == pytest.approx(e.estimate, rel=1e-3)
     assert all(row["kind"] == "marginal" for row in out["alterations"] if row["what"] == "counting")
     joint = rows_of(out, "form")["`joint`"]
     assert "another question" in joint["note"] and out["headline"]["excess_loss"] is None
@@ -188,7 +188,7 @@ def test_a_metric_of_the_same_law_agrees_and_another_does_not(data):
     assert list(twin) == ["`val_loss/twin`"]  # a constant metric carries no law
     own = fitted(data).exponents
     for name, s in twin["`val_loss/twin`"]["exponents"].items():
-        assert s == pytest.approx(own[name]["estimate"], rel=1e-4)
+        assert s == pytest.approx(own[name].estimate, rel=1e-4)
 
 
 def test_everything_is_plain_data_and_the_same_again(data, found):
@@ -224,9 +224,9 @@ def test_cuts_hold_the_fits_own_test_and_name_the_budget(data):
     assert [c["n_fit"] for c in cuts] == [(budgets < 2e11).sum(), (budgets < 5e11).sum()]
     assert [c["n_fit"] + c["n"] for c in cuts] == [len(data.y)] * 2
     assert [c["largest"] for c in cuts] == pytest.approx([1e11, 3.2e11], rel=0.01)
-    own = fit.extrapolation["forms"]
+    own = fit.extrapolation.scores
     for name, score in cuts[-1]["forms"].items():
-        assert score["rmse"] == pytest.approx(own[name]["rmse"], rel=1e-6)
+        assert score["rmse"] == pytest.approx(own[name].rmse, rel=1e-6)
     assert max(cut["forms"]["joint"]["rmse"] for cut in cuts) < 0.003  # the planted law: noise of .1 % and no more
     assert set(own) == {"joint", "chinchilla", "compute_only", "nearest"}
 
@@ -240,8 +240,8 @@ def test_one_budget_has_no_window_and_no_cut(data):
 
 def test_optimum_stays_inside_where_the_closed_form_says(data):
     fit = fitted(data, "sovit")
-    p, grid, ends = fit.params, fit.data["grid"], fit.data["compute_range"]
-    out = inside(fit.shape_form, np.array(fit.model["centres"]), fit.theta, None, grid, ends)
+    p, grid, ends = fit.params, fit.data.grid, fit.data.compute_range
+    out = inside(fit.shape_form, fit.centre, fit.theta, None, grid, ends)
     for name, values in grid.items():
         a, b = p[f"a_{name}"], p[f"b_{name}"]
         front = p[f"alpha_{name}"] * a / (p[f"beta_{name}"] * b)
@@ -256,11 +256,11 @@ def test_optimum_stays_inside_where_the_closed_form_says(data):
 
 def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):
     fit = fitted(data)
-    step = np.array([fit.diagnostics["weakest"]["step"].get(n, 0.0) for n in fit.shape_form.names])
+    step = np.array([fit.diagnostics.weakest.step.get(n, 0.0) for n in fit.shape_form.names])
     columns = np.log(np.stack([data.columns[n].astype(float) for n in fit.shape_form.terms]))
-    u = columns - np.array(fit.model["centres"])[:, None]
+    u = columns - fit.centre[:, None]
     value = fit.shape_form.evaluate(np.stack([fit.theta, fit.theta + 1e-4 * step]), u)[0]
-    assert np.linalg.norm(value[1] - value[0]) / 1e-4 == pytest.approx(fit.diagnostics["residual_rms"], rel=0.01)
+    assert np.linalg.norm(value[1] - value[0]) / 1e-4 == pytest.approx(fit.diagnostics.residual_rms, rel=0.01)
 
 
 # implied compute ------------------------------------------------------------------------------------------------------

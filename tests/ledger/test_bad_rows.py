@@ -146,7 +146,7 @@ def test_another_convention_throughout_is_kept_and_said(rows, tmp_path):
     assert note == "forward_flops is 0.5 x what its shape counts in all rows: another convention, and kept"
     assert data.columns["forward_flops"].tolist() == [row["forward_flops"] for row in data.rows]
     fit = law.fit("joint", data.columns, data.y, extrapolate=False)
-    assert fit.geometry["flops_scale"] == pytest.approx(0.5, rel=1e-6)
+    assert fit.geometry.flops_scale == pytest.approx(0.5, rel=1e-6)
     train = measurements([written(tmp_path / "b.jsonl", [row | dict(compute=3 * row["compute"]) for row in rows])])
     assert train.notes == ["compute is 3 x forward_flops x num_examples in all rows: another convention, and kept"]
     half = [row | dict(num_params=row["num_params"] * (2 if row["width"] > 32 else 1)) for row in rows]

@@ -8,7 +8,7 @@ import planted
 import pytest
 
 from sovit import UserError
-from sovit.law import bootstrap, read
+from sovit.law import bootstrap, fitted_law
 from sovit.law import fit as law
 from sovit.law.design_matrix import prepare
 from sovit.law.fitter import Groups, components, solve
@@ -87,19 +87,19 @@ def test_known_noise_that_is_the_same_in_every_row_changes_no_weight():
     y = TRUTH * planted.noise(TRUNK, 0.006, 3)
     plain, known = (fit(y, sd, loss="log_squares") for sd in (None, 0.001 * y))
     np.testing.assert_allclose(known.predict(TABLE), plain.predict(TABLE), rtol=2e-4)
-    total = np.hypot(known.diagnostics["row_sd"], 0.001)
-    assert total == pytest.approx(plain.diagnostics["row_sd"], rel=0.05)
+    total = np.hypot(known.diagnostics.row_sd, 0.001)
+    assert total == pytest.approx(plain.diagnostics.row_sd, rel=0.05)
 
 
 def test_weights_beat_no_weights():
     """Root mean square error of the ln exponents of width and depth; SOVIT_NOISE_SETS=60 gave 0.160 against 0.239."""
-    exact = {d: e["estimate"] for d, e in fit(TRUTH * planted.noise(TRUNK, 1e-7, 0), None).exponents.items()}
+    exact = {d: e.estimate for d, e in fit(TRUTH * planted.noise(TRUNK, 1e-7, 0), None).exponents.items()}
     errors = {True: [], False: []}
     for seed in range(SETS):
         y, sd = noisy(seed)
         for weighted in errors:
             found = fit(y, sd if weighted else None).exponents
-            errors[weighted].append([np.log((found[d]["estimate"] or 1e-3) / exact[d]) for d in ("width", "depth")])
+            errors[weighted].append([np.log((found[d].estimate or 1e-3) / exact[d]) for d in ("width", "depth")])
     rms = {weighted: np.sqrt(np.mean(np.square(e))) for weighted, e in errors.items()}
     print(f"\n{SETS} laws: rms error of ln exponents {rms[True]:.3f} weighted, {rms[False]:.3f} not")
     assert rms[True] < 0.85 * rms[False]
@@ -107,15 +107,15 @@ def test_weights_beat_no_weights():
 
 def test_intervals_cover_and_are_narrower():
     """SOVIT_NOISE_SETS=60: 90.6 % of the exponents inside; in ln .63 .47 1.09 wide (median), unweighted .93 .81 1.61."""
-    exact = {d: e["estimate"] for d, e in fit(TRUTH * planted.noise(TRUNK, 1e-7, 0), None).exponents.items()}
+    exact = {d: e.estimate for d, e in fit(TRUTH * planted.noise(TRUNK, 1e-7, 0), None).exponents.items()}
     inside, width = [], {True: [], False: []}
     for seed in range(SETS):
         y, sd = noisy(seed)
         for weighted in width if seed < 3 else (True,):
             found = fit(y, sd if weighted else None, bootstrap=99).exponents
-            width[weighted].append([np.log(e["high"] / e["low"]) for e in found.values()])
+            width[weighted].append([np.log(e.high / e.low) for e in found.values()])
             if weighted:
-                inside += [e["low"] <= exact[d] <= e["high"] for d, e in found.items()]
+                inside += [e.low <= exact[d] <= e.high for d, e in found.items()]
     print(f"\n{SETS} laws: {np.mean(inside):.1%} of the 90 % intervals hold the exponent")
     assert np.mean(inside) > 0.7
     assert np.median(width[True][:3]) < np.median(width[False])
@@ -139,12 +139,12 @@ def test_every_form_takes_known_noise(form):
         clusters=TRUNK, geometry=planted.GEOMETRY, zero_line=planted.ZERO_LINE if form == "bounded" else None
     )
     known, plain = (law.fit(form, TABLE, y, measurement_sd=s, bootstrap=20, **options) for s in (sd, None))
-    assert known.noise["source"] == "residuals+support" and plain.noise["source"] == "residuals"
-    assert known.noise["support_sd"] == pytest.approx(np.sqrt(np.mean((sd / y) ** 2)))
-    assert known.extrapolation["forms"][form]["predicted"] != plain.extrapolation["forms"][form]["predicted"]
-    assert read.Fit.from_json(known.to_json()) == known
+    assert known.noise.source == "residuals+support" and plain.noise.source == "residuals"
+    assert known.noise.support_sd == pytest.approx(np.sqrt(np.mean((sd / y) ** 2)))
+    assert known.extrapolation.scores[form].predicted != plain.extrapolation.scores[form].predicted
+    assert fitted_law.Fit.from_json(known.to_json()) == known
     if form != "sovit":
-        assert best_shape(known, 1e21).flat_region.within == known.noise["sd"]
+        assert best_shape(known, 1e21).flat_region.within == known.noise.sd
 
 
 @pytest.mark.parametrize(

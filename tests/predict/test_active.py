@@ -8,7 +8,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import compute_optimum as allocate
-from sovit.law.diagnostics import optimum_of
+from sovit.law.exponents import optimum_of
 from sovit.predict import belief as predict_belief
 from sovit.predict import next_run as active
 from sovit.predict.belief import learn
@@ -260,14 +260,14 @@ def test_a_check_is_judged_by_the_noise_between_seeds_where_that_is_known(belief
 
 def test_regret_expected_of_a_fit_is_over_its_draws():
     from sovit.law import fit as law
-    from sovit.law import read
+    from sovit.law import fitted_law
 
     columns, trunk = planted.star(((608, 10, 928), (1152, 20, 3072)))
     y = planted.loss(columns) * planted.noise(trunk, 0.005, 0)
     fit = law.fit("joint", columns, y, clusters=trunk, bootstrap=40, geometry=planted.GEOMETRY, extrapolate=False)
     assert 0 < predict_belief.expected_regret(fit, TARGET) < 0.2
     with pytest.raises(UserError, match="bootstrap=1000"):
-        predict_belief.expected_regret(read.Fit(**{**vars(fit), "draws": {}}), TARGET)
+        predict_belief.expected_regret(fitted_law.Fit(**{**vars(fit), "draws": {}}), TARGET)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """How the optimum grows, other rules beside it, the frontier and its figure, and what the command line prints of them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 from sovit import UserError
 from sovit.cli.main import main
 from sovit.law import fit as law
-from sovit.law import read
-from sovit.law.geometry import Geometry
+from sovit.law import fitted_law
 from sovit.predict import growth_rules as growth
 from sovit.predict.growth_rules import exact_growth, paper_rule, size_rule
 from sovit.predict.law_at_budget import ladder, predicted_difference, predicted_loss, target
@@ -36,12 +36,12 @@ def fit():
     return fitted(bootstrap=120, noise=0.003, metric="val_error")
 
 
-def at_so400m() -> tuple[read.Fit, float]:
+def at_so400m() -> tuple[fitted_law.Fit, float]:
     """A law with the a and c that SoViT's published s and c imply, whose optimum at 40 G images is SoViT-400m."""
     found = fitted()
-    geometry = Geometry(**found.geometry)
+    geometry = found.geometry
     ln_f, g = geometry.log_flops(planted.DIMS, np.log(SO400M)[None], True)
-    names, centres = found.model["names"], np.array(found.model["centres"])
+    names, centres = found.model.names, found.centre
     theta = np.zeros(len(names))
     data = (40e9 / np.exp(centres[-1])) ** -planted.C  # B = 1 on the centred column
     for k, name in enumerate(planted.DIMS):
@@ -49,10 +49,9 @@ def at_so400m() -> tuple[read.Fit, float]:
         theta[names.index(f"A_{name}")] = planted.C * g[0, k] * data / a * np.exp(a * (np.log(SO400M[k]) - centres[k]))
         theta[names.index(f"a_{name}")] = a
     theta[names.index("B")], theta[names.index("c")] = 1.0, planted.C
-    found.model["theta"] = theta.tolist()
     compute = float(np.exp(ln_f[0])) * 40e9
-    found.data["compute_range"] = [compute / 100, compute * 100]
-    return found, 3 * compute
+    data = replace(found.data, compute_range=[compute / 100, compute * 100])
+    return replace(found, model=replace(found.model, theta=theta.tolist()), data=data), 3 * compute
 
 
 def test_published_exponents_imply_a_joint_growth_that_is_not_the_recipe():
@@ -78,10 +77,10 @@ def test_slope_of_the_optimum_solves_the_first_order_conditions(form):
     """With moving elasticities, E = d ln g / d ln x: (diag a + E - (1 - 1/s) 1 p'E) h = 1, sigma = h / (1/c + g h)."""
     found = fitted(form, noise=0.003)
     if form == "power_mean":
-        found.model["theta"][-1] = 2.5
+        found.model.theta[-1] = 2.5
     at, here = target(found, BUDGET), exact_growth(found, BUDGET)
     v = at.optimum()
-    g, names = at.geometry.log_flops(at.dims, v[None], True)[1][0], found.model["names"]
+    g, names = at.geometry.log_flops(at.dims, v[None], True)[1][0], found.model.names
     E = np.empty((3, 3))
     for j in range(3):
         bent = [at.geometry.log_flops(at.dims, (v + h * np.eye(3)[j])[None], True)[1][0] for h in (-1e-5, 1e-5)]
@@ -106,10 +105,10 @@ def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(
     marginal = law.fit("sovit", table, y, clusters=trunk, extrapolate=False)
     best = best_shape(fit, BUDGET, head_dim=64, mlp_multiple=128)
     rule = paper_rule(fit, BUDGET, marginal, best)
-    least = 3 * fit.data["compute_range"][0]
+    least = 3 * fit.data.compute_range[0]
     start = np.exp(target(fit, least).optimum())
     assert list(rule["start"].values()) == pytest.approx(start)
-    assert rule["exponents"] == {n: marginal.exponents[n]["estimate"] for n in planted.DIMS}
+    assert rule["exponents"] == {n: marginal.exponents[n].estimate for n in planted.DIMS}
     sizes = start * (BUDGET / least) ** (np.array(list(rule["exponents"].values())) / 3)
     steps = np.array([64, 1, 128])
     assert [rule["shape"][n] for n in planted.DIMS] == (steps * np.maximum(1, np.round(sizes / steps))).tolist()
@@ -128,10 +127,9 @@ def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(
 
 
 def test_an_undetermined_exponent_gives_way_to_the_papers(fit):
-    nothing = dict(width=dict(estimate=0.2), depth=dict(estimate=None), mlp_dim=dict(estimate=0.3))
     table, trunk = planted.star()
     marginal = law.fit("sovit", table, planted.loss(table), clusters=trunk, extrapolate=False)
-    marginal.exponents.update(nothing)
+    marginal.exponents["depth"] = replace(marginal.exponents["depth"], estimate=None)
     rule = paper_rule(fit, BUDGET, marginal)
     assert rule["exponents"] == growth.PAPER and "does not determine" in rule["source"]
 
@@ -156,8 +154,8 @@ def test_the_size_rule_is_the_least_of_the_proportions_by_the_other_law(fit):
 
 def test_the_frontier_is_a_ladder_of_recommendations_and_falls(fit):
     budgets = ladder(fit, points=5)
-    assert budgets[0] == pytest.approx(3 * fit.data["compute_range"][0], rel=1e-3)
-    assert budgets[-1] == pytest.approx(300 * fit.data["compute_range"][1], rel=1e-3)
+    assert budgets[0] == pytest.approx(3 * fit.data.compute_range[0], rel=1e-3)
+    assert budgets[-1] == pytest.approx(300 * fit.data.compute_range[1], rel=1e-3)
     rows = frontier(fit, budgets, head_dim=64, mlp_multiple=128)
     for field in ("loss", "optimum_loss"):
         assert (np.diff([getattr(row, field) for row in rows]) < 0).all()

@@ -14,6 +14,7 @@ import pytest
 from sovit import UserError
 from sovit.law import fit as law
 from sovit.law.compute_optimum import optimum
+from sovit.law.diagnostics import Noise
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
 from sovit.predict.law_at_budget import columns, predicted_difference, predicted_loss, target
@@ -73,7 +74,7 @@ def test_the_real_optimum_beats_its_surroundings(fits, name):
     rng = np.random.default_rng(0)
     around = real * np.exp(0.02 * rng.standard_normal((500, 3)))
     around[0] = real
-    geometry = Geometry(**fits[name].geometry)
+    geometry = fits[name].geometry
     table = dict(zip(planted.DIMS, around.T))
     table["num_examples"] = BUDGET / 3 / geometry.flops(table, head=True)
     losses = fits[name].predict(table)
@@ -126,7 +127,7 @@ def test_the_search_under_rules_equals_brute_force_over_a_box(fits, mixed, form,
     assert found.loss == pytest.approx(loss[i], rel=1e-12)
     assert [getattr(found.shape, n) for n in planted.DIMS] == [table[n][i] for n in planted.DIMS]
     assert found.num_params <= rules.get("max_params", np.inf) and found.shape.head_dim == 64
-    inside = loss <= found.loss * np.exp(fit.noise["sd"])
+    inside = loss <= found.loss * np.exp(fit.noise.sd)
     flat = found.flat_region
     assert flat.exact and flat.count == inside.sum()
     assert flat.ranges == {n: [table[n][inside].min(), table[n][inside].max()] for n in planted.DIMS}
@@ -174,7 +175,7 @@ def test_what_rounding_and_rules_cost_is_told_with_intervals(fits):
     assert ruled.proportional.shape.width % 256 and "not in the multiples of the rules" in usual[0]
     assert (1 + cost.estimate) * (1 + plain.rounding.estimate) == pytest.approx(1 + ruled.rounding.estimate)
     # draw by draw, by hand
-    theta, widen = np.array(fit.draws["random_effects"]), fit.diagnostics["draws"]["t_over_z"]
+    theta, widen = np.array(fit.draws["random_effects"]), fit.diagnostics.draws.t_over_z
     both = columns([ruled.shape, plain.shape])
     many = target(fit, BUDGET).loss(both, theta)
     low, middle, high = np.quantile(many[:, 0] / many[:, 1] - 1, [0.05, 0.5, 0.95], method="weibull")
@@ -232,7 +233,7 @@ def test_the_flat_region_contains_the_best_and_only_shapes_as_good(fits):
     assert flat.shapes[0]["regret_high"] == pytest.approx(found.regret.high)
     shapes = [found.shape.replace(**{k: s[k] for k in planted.DIMS}) for s in flat.shapes]
     excess = np.log(predicted_loss(fits["joint"], shapes, BUDGET) / found.loss)
-    assert (excess >= -1e-12).all() and (excess <= flat.within).all() and flat.within == fits["joint"].noise["sd"]
+    assert (excess >= -1e-12).all() and (excess <= flat.within).all() and flat.within == fits["joint"].noise.sd
     assert 1 < len(flat.shapes) <= min(flat.count, 50) and flat.exact
     for dim, (low, high) in flat.ranges.items():
         assert low <= getattr(found.shape, dim) <= high
@@ -261,7 +262,7 @@ def true_loss(found, train_flops: float) -> float:
 
 
 def test_far_extrapolation_is_warned_of(fits):
-    largest = 3 * fits["joint"].data["compute_range"][1]
+    largest = 3 * fits["joint"].data.compute_range[1]
     near, far = (best_shape(fits["joint"], largest * factor) for factor in (50, 1e3))
     assert near.decades == pytest.approx(np.log10(50)) and far.decades == pytest.approx(3)
     assert any("decades" in w for w in far.warnings) and not any("decades" in w for w in near.warnings)
@@ -271,7 +272,7 @@ def test_far_extrapolation_is_warned_of(fits):
 def test_a_law_that_misses_more_than_noise_warns_of_its_flat_region(fits):
     fit = fits["joint"]
     for sd, warned in ((0.1, 0), (0.5, 0), (2, 1)):
-        noise = dict(sd=fit.diagnostics["residual_rms"] / sd, source="seeds", n=4, num_rows=12)
+        noise = Noise(sd=fit.diagnostics.residual_rms / sd, source="seeds", n=4, num_rows=12)
         found = best_shape(dataclasses.replace(fit, noise=noise), BUDGET).warnings
         assert sum("narrower than what the law can resolve" in w for w in found) == warned
 
@@ -287,12 +288,14 @@ def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(
     back = predicted_difference(fits["joint"], *reversed(shapes), BUDGET)
     assert [back.estimate, back.low, back.high] == pytest.approx([-d.estimate, -d.high, -d.low])
     # draw by draw, by hand
-    theta, widen = np.array(fits["joint"].draws["random_effects"]), fits["joint"].diagnostics["draws"]["t_over_z"]
+    theta, widen = np.array(fits["joint"].draws["random_effects"]), fits["joint"].diagnostics.draws.t_over_z
     many = [
         np.subtract(
             *np.log(
                 predicted_loss(
-                    dataclasses.replace(fits["joint"], model=fits["joint"].model | dict(theta=t)), shapes, BUDGET
+                    dataclasses.replace(fits["joint"], model=dataclasses.replace(fits["joint"].model, theta=t)),
+                    shapes,
+                    BUDGET,
                 )
             )
         )
@@ -389,6 +392,6 @@ def test_a_pool_that_the_rows_do_not_say_is_read_from_their_flops():
     per_image = np.array([s.train_flops_per_image(16) for s in shapes] * 2)
     y = 0.5 + table["width"] ** -0.5 + table["depth"] ** -1.0 + 20 * table["num_examples"] ** -0.4
     found = law.fit("joint", table | dict(train_flops=per_image * table["num_examples"]), y)
-    assert found.geometry["pool"] == "none" and found.geometry["flops_scale"] == 1.0
+    assert found.geometry.pool == "none" and found.geometry.flops_scale == 1.0
     chosen = best_shape(found, 1e11)
     assert chosen.shape.pool == "none" and chosen.shape.mlp_dim == 64 and chosen.shape.head_dim == 8

@@ -12,9 +12,8 @@ from planted_ledger import write_ledger
 from sovit import UserError
 from sovit.cli.main import main
 from sovit.law import fit as law
-from sovit.law import read
-from sovit.law.geometry import Geometry
-from sovit.law.read import Fit
+from sovit.law import fitted_law
+from sovit.law.fitted_law import Fit
 from sovit.ledger.measurements import measurements
 from sovit.predict.integer_search import Rules
 from sovit.predict.law_at_budget import predicted_loss, target
@@ -42,11 +41,11 @@ def fit(data):
 @pytest.fixture(scope="module")
 def exact(fit):
     """The law with the planted parameters themselves in place of the fitted ones."""
-    form, centre = fit.shape_form, np.array(fit.model["centres"])
+    form, centre = fit.shape_form, fit.centre
     raw = {f"A_{n}": A for n, (A, _) in planted.TRUTH.items()} | dict(B=planted.B, c=planted.C, eps=planted.EPS)
     raw |= {f"a_{n}": abs(a) for n, (_, a) in planted.TRUTH.items()}
     theta = form.raw(np.array([[raw[n] for n in form.names]]), -centre)[0]
-    return dataclasses.replace(fit, model=fit.model | dict(theta=theta.tolist()), draws={})
+    return dataclasses.replace(fit, model=dataclasses.replace(fit.model, theta=theta.tolist()), draws={})
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +72,27 @@ def test_the_planted_law_is_what_it_says(exact):
 def test_planted_terms_of_patch_and_image_are_recovered_within_their_intervals(fit):
     for name, (A, a) in planted.TRUTH.items():
         ends = fit.intervals[f"a_{name}"]
-        assert ends["low"] <= abs(a) <= ends["high"], name
-        assert fit.intervals[f"A_{name}"]["low"] <= A <= fit.intervals[f"A_{name}"]["high"], name
-    assert {e["status"] for e in fit.exponents.values()} == {"ok"}
-    assert fit.diagnostics["residual_rms"] < 2 * 0.004
+        assert ends.low <= abs(a) <= ends.high, name
+        assert fit.intervals[f"A_{name}"].low <= A <= fit.intervals[f"A_{name}"].high, name
+    assert {e.status for e in fit.exponents.values()} == {"ok"}
+    assert fit.diagnostics.residual_rms < 2 * 0.004
 
 
 def test_the_growth_of_the_planted_optimum_is_in_its_interval(fit, exact):
     grown = law.exponents(
         exact.shape_form,
-        np.array(exact.model["centres"]),
+        np.array(exact.model.centres),
         exact.theta,
         None,
         None,
         (1, 1),
-        Geometry(**exact.geometry),
-        exact.data["grid"],
-        exact.data["compute_range"],
+        exact.geometry,
+        exact.data.grid,
+        exact.data.compute_range,
     )[0]
-    assert grown["patch_size"]["estimate"] < 0 < grown["image_size"]["estimate"]
+    assert grown["patch_size"].estimate < 0 < grown["image_size"].estimate
     for name, found in fit.exponents.items():
-        assert found["low"] <= grown[name]["estimate"] <= found["high"], name
+        assert found.low <= grown[name].estimate <= found.high, name
 
 
 def test_the_best_shape_is_that_of_brute_force(exact):
@@ -216,7 +215,7 @@ def refit(tmp_path, bootstrap=100, **changed):
 def test_a_patch_that_costs_nothing_is_unidentified_and_the_largest_run_is_named(tmp_path):
     fit = refit(tmp_path, patch_size=(0.0, 0.7))
     found = fit.exponents["patch_size"]
-    assert found["status"] == "unidentified" and found["estimate"] is None
+    assert found.status == "unidentified" and found.estimate is None
     best = best_shape(fit, FLOPS)
     assert best.shape.patch_size == 8 and best.optimum["patch_size"].estimate <= 8 * 4
     assert best.regret.high < 0.05  # against what can be built, not against patches of no tokens
@@ -225,7 +224,7 @@ def test_a_patch_that_costs_nothing_is_unidentified_and_the_largest_run_is_named
 
 def test_a_patch_that_hardly_hurts_is_at_the_edge(tmp_path):
     found = refit(tmp_path, patch_size=(0.03, 0.7)).exponents["patch_size"]
-    assert found["status"] == "edge" and "largest value run (8)" in found["note"]
+    assert found.status == "edge" and "largest value run (8)" in found.note
 
 
 # a data term that tells tokens -------------------------------------------------------------------------------------------
@@ -244,11 +243,11 @@ def dear(tmp_path_factory):
 def test_tokens_in_the_data_term_are_found_where_they_are_and_the_optimum_is_exact(dear):
     options = dict(bootstrap=100, metric="val_loss")
     fits = {form: law.fit(form, dear.columns, dear.y, **options) for form in ("joint", "joint_tokens")}
-    rmse = {form: found.extrapolation["forms"][form]["rmse"] for form, found in fits.items()}
+    rmse = {form: found.extrapolation.scores[form].rmse for form, found in fits.items()}
     assert rmse["joint_tokens"] < 0.01 < rmse["joint"]
     found = fits["joint_tokens"]
     for name, planted_value in dict(h=0.4, c=planted.C, a_patch_size=0.7, a_image_size=1.1).items():
-        assert found.intervals[name]["low"] <= planted_value <= found.intervals[name]["high"], name
+        assert found.intervals[name].low <= planted_value <= found.intervals[name].high, name
     at = target(found, FLOPS)
     shapes, loss = every_shape(at)
     assert tuple(getattr(best_shape(found, FLOPS).shape, n) for n in DIMENSIONS) == shapes[int(loss.argmin())]
@@ -279,10 +278,10 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     assert "Smaller patches against more width" in text and (folder / "trade_patch_size.svg").is_file()
     assert (folder / "optimal_shape.png").is_file() and (folder / "fit_by_dimension.png").is_file()
     fitted = Fit.from_json((folder / "law.json").read_text())
-    assert fitted.data["grid_sides"] == [4, 8, 12, 16, 32]
+    assert fitted.data.grid_sides == [4, 8, 12, 16, 32]
     # by arm the paper's own form says the same: its patch shrinks as compute grows
     by_arm = Fit.from_json((folder / "forms" / "sovit.json").read_text()).exponents["patch_size"]
-    assert by_arm["estimate"] is None or by_arm["estimate"] < 0
+    assert by_arm.estimate is None or by_arm.estimate < 0
 
 
 def test_the_command_answers_in_words_and_json_and_draws(folder, tmp_path, capsys):
@@ -317,7 +316,7 @@ def test_bad_questions_get_one_line(folder, capsys, arguments, message):
 def test_a_law_of_one_patch_size_says_so():
     path = "results/stream_star_law/law.json"
     with pytest.raises(UserError, match="the law has no term in patch_size, which was 4 in all its rows"):
-        trade(read.read_law(path), 1e12, "patch_size")
+        trade(fitted_law.read_law(path), 1e12, "patch_size")
 
 
 def test_without_draws_there_is_no_interval_and_that_is_said(exact):

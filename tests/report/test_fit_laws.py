@@ -13,7 +13,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import read
+from sovit.law import fitted_law
 from sovit.ledger.measurements import levels, measurements
 from sovit.report.build import fit_ledgers
 from sovit.spec.run import learning_rate
@@ -108,7 +108,7 @@ def test_every_form_and_figure_is_there(summary):
         | {f"{f}.{end}" for f in figures for end in ("png", "svg")}
     )
     for path in Path(summary["out"], "forms").iterdir():
-        assert read.Fit.from_json(path.read_text()).form == path.stem
+        assert fitted_law.Fit.from_json(path.read_text()).form == path.stem
 
 
 def test_figures_are_embedded_by_relative_path(summary):

@@ -38,9 +38,9 @@ def test_points_by_dimension_are_the_ledgers_and_curves_the_laws(fit, data):
     figure = plot.fit_by_dimension(fit, data)
     assert [axis.get_xlabel() for axis in figure.axes] == ["width", "depth (blocks)", "MLP dim"]
     columns = data.columns
-    for dim, axis in zip(fit.model["dims"], figure.axes):
-        others = [d for d in fit.model["dims"] if d != dim]
-        mine = np.all([columns[d] == fit.data["centre"][d] for d in others], axis=0)
+    for dim, axis in zip(fit.model.dims, figure.axes):
+        others = [d for d in fit.model.dims if d != dim]
+        mine = np.all([columns[d] == fit.data.centre[d] for d in others], axis=0)
         expected = np.column_stack([columns[dim][mine], data.y[mine]])
         assert np.array_equal(sorted_rows(points(axis)), sorted_rows(expected))
         curves = [line for line in axis.lines if len(line.get_xdata()) > 100]
@@ -71,15 +71,15 @@ def test_optimal_shape_bands_hold_the_line_and_the_recommendation(fit):
     recommendation = predict.best_shape(fit, 3.16e12)
     figure = plot.optimal_shape(fit, recommendation)
     assert len(figure.axes) == 3
-    for dim, axis in zip(fit.model["dims"], figure.axes):
+    for dim, axis in zip(fit.model.dims, figure.axes):
         star = next(line for line in axis.lines if line.get_marker() == "*")
         assert star.get_ydata()[0] == getattr(recommendation.shape, dim)
         assert len(axis.collections) == 2  # headline and pairs
         solid, dashed = (line for line in axis.lines if line.get_linewidth() > 1 and line.get_marker() == "None")
         slope = np.polyfit(np.log(solid.get_xdata()), np.log(solid.get_ydata()), 1)[0]
-        assert slope == pytest.approx(fit.exponents[dim]["estimate"], rel=0.05)
-        assert solid.get_xdata()[-1] == pytest.approx(fit.data["compute_range"][1])
-        assert dashed.get_xdata()[0] == pytest.approx(fit.data["compute_range"][1])
+        assert slope == pytest.approx(fit.exponents[dim].estimate, rel=0.05)
+        assert solid.get_xdata()[-1] == pytest.approx(fit.data.compute_range[1])
+        assert dashed.get_xdata()[0] == pytest.approx(fit.data.compute_range[1])
         low, high = axis.collections[1].get_paths()[0].get_extents().get_points()[:, 1]
         assert low < solid.get_ydata()[0] and high > dashed.get_ydata()[-1]
 
@@ -87,8 +87,9 @@ def test_optimal_shape_bands_hold_the_line_and_the_recommendation(fit):
 def test_statuses_stand_in_the_panel_titles(fit):
     import dataclasses
 
-    exponents = {k: dict(v) for k, v in fit.exponents.items()}
-    exponents["width"]["status"], exponents["depth"]["status"] = "edge", "unidentified"
+    exponents = dict(fit.exponents)
+    for name, status in (("width", "edge"), ("depth", "unidentified")):
+        exponents[name] = dataclasses.replace(exponents[name], status=status)
     titles = [a.get_title("left") for a in plot.optimal_shape(dataclasses.replace(fit, exponents=exponents)).axes]
     assert "edge" in titles[0] and "unidentified" in titles[1] and "90 %" in titles[2]
 

@@ -12,7 +12,8 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import read
+from sovit.law import fitted_law
+from sovit.law.exponents import Growth
 from sovit.ledger.measurements import measurements
 from sovit.report.build import choose_headline, fit_ledgers, held_out
 from sovit.report.sections.data import rates
@@ -81,9 +82,9 @@ def test_the_numbers_are_the_fits_own(text, tmp_path):
     assert "Seeds: 3 shapes with 3 and 15 shapes with 1." in text
     assert "one data order (data seed 0)" in text
     assert "peak learning rate 0.008 · (32 / width)^0.50 · (2 / depth)^0.00, from 0.004619 to 0.01131" in text
-    assert f"({fit.noise['n']} degrees of freedom between trunks, read from {fit.noise['num_rows']} rows)" in text
-    assert (fit.noise["n"], fit.noise["num_rows"]) == (6, 36)
-    assert f"{100 * fit.noise['sd']:.2f} %" in text
+    assert f"({fit.noise.n} degrees of freedom between trunks, read from {fit.noise.num_rows} rows)" in text
+    assert (fit.noise.n, fit.noise.num_rows) == (6, 36)
+    assert f"{100 * fit.noise.sd:.2f} %" in text
 
 
 def test_the_source_of_the_data_is_said(text, tmp_path):
@@ -104,17 +105,18 @@ def test_a_long_list_ends_in_how_many_more():
 
 
 def test_what_was_not_shown_is_true_of_other_rows_too(folder):
-    data, fit = measurements([folder.parent / "planted.jsonl"]), read.read_law(folder / "law.json")
+    data, fit = measurements([folder.parent / "planted.jsonl"]), fitted_law.read_law(folder / "law.json")
     row = data.rows[0]
 
     def said(fit=fit, **shape):
-        asked = SimpleNamespace(shape=dict(row) | shape, train_flops=row["train_flops"] * shape.pop("times", 1))
+        times = shape.pop("times", 1)
+        asked = SimpleNamespace(shape=SimpleNamespace(**(row | shape)), train_flops=row["train_flops"] * times)
         return not_shown_section(data, {fit.form: fit}, fit.form, asked)
 
     assert "was run at that budget" in said() and "never run" in said(depth=7)
     assert "was run, but not at that budget" in said(times=1e4)
     assert "decades more" in said()
-    large = dataclasses.replace(fit, data=fit.data | dict(train_flops_range=[1e20, 1e24]))
+    large = dataclasses.replace(fit, data=dataclasses.replace(fit.data, train_flops_range=[1e20, 1e24]))
     assert re.search(r"takes 3\S+: \d\.\d decades less", said(large))
 
 
@@ -218,12 +220,12 @@ def test_rates_are_said_by_their_rule_their_range_or_to_be_the_same(tmp_path):
 
 def test_extrapolation_leads(text, folder):
     first = part(text, "What was found").strip().splitlines()[0]
-    fit = read.Fit.from_json((folder / "law.json").read_text())
-    scores = fit.extrapolation["forms"]
+    fit = fitted_law.Fit.from_json((folder / "law.json").read_text())
+    scores = fit.extrapolation.scores
     assert first.startswith("- **Extrapolation**: fitted to the") and "It beats every baseline" in first
     for name in ("bounded", "chinchilla", "compute_only", "nearest"):
-        assert f"{100 * scores[name]['rmse']:.2f} %" in first
-    assert f"({scores['nearest']['rmse'] / scores['bounded']['rmse']:.2g} ×)" in first
+        assert f"{100 * scores[name].rmse:.2f} %" in first
+    assert f"({scores['nearest'].rmse / scores['bounded'].rmse:.2g} ×)" in first
     titles = re.findall(r"\n## (.*)\n", text)
     assert titles[:3] == ["What was found", "Extrapolation", "Recommendation"] and len(titles) == 10
     cuts = json.loads((folder / "report.json").read_text())["cuts"]
@@ -231,7 +233,7 @@ def test_extrapolation_leads(text, folder):
     assert [row[:3] for row in rows] == [
         [f"up to {b}", str(c["n_fit"]), str(c["n"])] for b, c in zip(("1e11", "3.2e11"), cuts)
     ]
-    assert rows[-1][3].startswith(f"{100 * scores['bounded']['rmse']:.2f} %")
+    assert rows[-1][3].startswith(f"{100 * scores['bounded'].rmse:.2f} %")
 
 
 def test_what_it_depends_on_begins_with_the_conclusion(text, folder):
@@ -274,12 +276,13 @@ def test_predict_names_the_metric(folder, capsys):
 
 
 def test_exponent_words():
-    ok = dict(estimate=0.2, low=0.1, high=0.3, status="ok", note="")
+    ends = dict(low=0.1, high=0.3, pairs_low=0.1, pairs_high=0.3)
+    ok = Growth(estimate=0.2, kind="joint", compute_range=[1, 10], status="ok", note="", **ends)
     assert exponent_words("mlp_dim", ok) == "best MLP dim grows as compute^0.2 (0.1 to 0.3)"
-    edge = ok | dict(status="edge", note="extend that arm")
+    edge = dataclasses.replace(ok, status="edge", note="extend that arm")
     assert exponent_words("width", edge).endswith("edge: extend that arm")
     assert (
-        exponent_words("depth", ok | dict(status="unidentified", estimate=None, note="flat"))
+        exponent_words("depth", dataclasses.replace(ok, status="unidentified", estimate=None, note="flat"))
         == "depth: unidentified (flat)"
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law.read import Fit
+from sovit.law.fitted_law import Fit
 from sovit.ledger.few_shot_columns import SHOTS, column, columns, columns_of
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
@@ -101,7 +101,7 @@ def test_a_metric_that_carries_no_law_names_no_shape():
         measurement_sd=data.measurement_sd,
         extrapolate=False,
     )
-    assert {name: e["status"] for name, e in fitted.exponents.items()} == {
+    assert {name: e.status for name, e in fitted.exponents.items()} == {
         "width": "edge",
         "depth": "unidentified",
         "mlp_dim": "unidentified",

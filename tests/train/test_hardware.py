@@ -12,7 +12,7 @@ import torch
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.law.read import read_law
+from sovit.law.fitted_law import read_law
 from sovit.ledger.profiles import read_profiles, shape_of
 from sovit.predict.pareto import DECADES, front, loss_of_images, pareto
 from sovit.spec.shape import Shape

@@ -39,9 +39,9 @@ from sovit.report.figures.style import (
 @styled
 def residuals(fit, data) -> Figure:
     """Measured over fitted loss, in per cent of ln: against compute by arm, and by shape; the noise s.d. as a band."""
-    dims = fit.model["dims"]
+    dims = fit.model.dims
     residual = 100 * np.log(data.y / fit.predict(data.columns))
-    sd = 100 * fit.noise["sd"]
+    sd = 100 * fit.noise.sd
     if dims:
         _, arms = star(data.columns, dims)
     else:
@@ -85,7 +85,7 @@ def residuals(fit, data) -> Figure:
     left.set_xlabel(COMPUTE if "compute" in data.columns else "images seen")
     left.set_ylabel("ln(measured / fitted) × 100")
     handles = left.get_legend_handles_labels()[0] if len(names) > 1 else []
-    handles.append(Patch(color="#e4e4e4", lw=0, label=f"± noise s.d. {sd:.2g} % (from {fit.noise['source']})"))
+    handles.append(Patch(color="#e4e4e4", lw=0, label=f"± noise s.d. {sd:.2g} % (from {fit.noise.source})"))
     legend_row(figure, handles, 0.075, ncols=3)
     right.axvspan(-sd, sd, color="#ececec", lw=0, zorder=0)
     right.axvline(0, color=GREY, lw=0.6, zorder=1)

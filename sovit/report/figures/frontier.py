@@ -38,7 +38,7 @@ def frontier(fit, rows, data=None) -> Figure:
     budgets = np.array([row.train_flops for row in rows])
     largest = budgets_run(fit)[1]
     figure, axes = panels(1, 3, PAGE, 3.0, left=0.075, right=0.985, bottom=0.15, top=0.9, wspace=0.3)
-    metric = data.metric if data is not None else fit.data.get("metric", "loss")
+    metric = data.metric if data is not None else fit.data.metric or "loss"
     series = [
         (None, "loss", METRICS.get(metric, metric), OKABE_ITO[0]),
         ("num_params", "num_params", "encoder parameters", OKABE_ITO[1]),

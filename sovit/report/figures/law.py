@@ -11,9 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sovit.law.bootstrap import interval
 from sovit.law.design_matrix import star
-from sovit.law.diagnostics import optimum_of
+from sovit.law.exponents import Growth, optimum_of
 from sovit.law.forms import WHOLE_SHAPE
-from sovit.law.geometry import Geometry
 from sovit.ledger.measurements import levels
 from sovit.report.figures.style import (
     COLUMN,
@@ -58,7 +57,7 @@ def fit_by_dimension(fit, data) -> Figure | None:
     images as it pays for; where the runs stand on no common FLOPs, a curve is a number of images instead. None where the
     design is no star (an isoFLOP line has no shape that differs in one dimension alone).
     """
-    dims = fit.model["dims"]
+    dims = fit.model.dims
     _, arms = star(data.columns, dims)
     if not all(dim in arms for dim in dims):
         return None
@@ -122,11 +121,11 @@ def isoflop(fit, data) -> Figure | None:
     kind, group, budgets = budget_levels(fit, data)
     if kind != "train_flops" or fit.geometry is None or fit.form not in WHOLE_SHAPE:
         return None
-    dims, geometry = fit.model["dims"], Geometry(**fit.geometry)
+    dims, geometry = fit.model.dims, fit.geometry
     _, arms = star(data.columns, dims)
     colours = ramp(len(budgets))
     size = data.columns["forward_flops"].astype(float)
-    low, high = np.log(fit.data["compute_range"])
+    low, high = np.log(fit.data.compute_range)
     path = np.exp(optimal_path(fit, np.linspace(low - 9, high + 9, 161), fit.theta[None])[:, 0])  # [T, K]
     table = dict(zip(dims, path.T))
     path_size = geometry.flops(table, head=False)
@@ -186,8 +185,8 @@ def optimal_shape(fit, recommendation=None) -> Figure | None:
     """
     if not fit.exponents or "num_params" in fit.exponents:
         return None
-    dims, grid = fit.model["dims"], fit.data["grid"]
-    low, high = np.log(fit.data["compute_range"])
+    dims, grid = fit.model.dims, fit.data.grid
+    low, high = np.log(fit.data.compute_range)
     far = high + np.log(10)
     if recommendation is not None:
         target = np.log(float(recommendation.forward_flops) * recommendation.num_examples)
@@ -198,7 +197,7 @@ def optimal_shape(fit, recommendation=None) -> Figure | None:
     line = np.exp(optimal_path(fit, ln_compute, fit.theta[None])[:, 0])  # [T, K]
     bands = {}
     for kind, draws in fit.draws.items():
-        widen = fit.diagnostics["draws"]["t_over_z"] if kind == "random_effects" else 1.0
+        widen = fit.diagnostics.draws.t_over_z if kind == "random_effects" else 1.0
         many = np.exp(optimal_path(fit, ln_compute, np.array(draws)))  # [T, R, K]
         bands[kind] = np.array([[interval(at[:, k], widen) for k in range(len(dims))] for at in many])  # [T, K, 2]
     narrow = len(dims) > 3
@@ -261,7 +260,7 @@ def budget_levels(fit, data) -> tuple[str, np.ndarray, np.ndarray]:
     """(column, group [n], budgets [G]): the column on whose levels the runs stand, training FLOPs where they do."""
     found = {}
     for name in ("train_flops", "num_examples"):
-        if name in data.columns and (name != "train_flops" or fit.geometry is not None or not fit.model["dims"]):
+        if name in data.columns and (name != "train_flops" or fit.geometry is not None or not fit.model.dims):
             found[name] = levels(data.columns[name])
     # runs of equal FLOPs have few levels of it; runs of equal images have few levels of those
     name = min(found, key=lambda n: (len(found[n][1]), n != "train_flops"))
@@ -270,8 +269,8 @@ def budget_levels(fit, data) -> tuple[str, np.ndarray, np.ndarray]:
 
 def optimal_path(fit, ln_compute: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """ln of the optimal dimensions at each ln compute [T] (head apart), for each theta [R, P]: [T, R, K]."""
-    geometry = Geometry(**(fit.geometry or {}))  # the closed form below needs none
-    form, centre, grid = fit.shape_form, np.array(fit.model["centres"]), fit.data["grid"]
+    geometry = fit.geometry  # the closed form below needs none
+    form, centre, grid = fit.shape_form, fit.centre, fit.data.grid
     tiled, budget = np.tile(theta, (len(ln_compute), 1)), np.repeat(ln_compute, len(theta))
     flat = [
         optimum_of(form, centre, tiled[i : i + CHUNK], geometry, grid, budget[i : i + CHUNK])
@@ -282,10 +281,10 @@ def optimal_path(fit, ln_compute: np.ndarray, theta: np.ndarray) -> np.ndarray:
 
 def _along(fit, dim: str, x: np.ndarray, kind: str, budget: float) -> np.ndarray:
     """The law's loss with `dim` at x [n] and the rest at the centre, at one budget of FLOPs or of images."""
-    table = {d: np.full(len(x), fit.data["centre"][d]) for d in fit.model["dims"]} | {dim: x}
+    table = {d: np.full(len(x), fit.data.centre[d]) for d in fit.model.dims} | {dim: x}
     if fit.geometry is None:
         return fit.predict(table | dict(num_examples=np.full(len(x), budget)))
-    geometry = Geometry(**fit.geometry)
+    geometry = fit.geometry
     images = budget / 3 / geometry.flops(table, head=True) if kind == "train_flops" else np.full(len(x), budget)
     return fit.predict(table | dict(num_examples=images, compute=geometry.flops(table, head=False) * images))
 
@@ -330,11 +329,11 @@ def _shape_name(data, shape: tuple, dims) -> str:
     return " × ".join(number_text(v) for n, v in zip(names, shape) if n in dims)
 
 
-def _exponent_title(exponent: dict, dim: str, narrow: bool = False) -> str:
+def _exponent_title(exponent: Growth, dim: str, narrow: bool = False) -> str:
     name = arm_name(dim)
-    if exponent["status"] == "unidentified":
+    if exponent.status == "unidentified":
         return f"{name}: unidentified\n" + ("(no exponent)" if narrow else "(the runs do not fix its exponent)")
-    text = f"{name} $\\propto$ t$^{{\\,{exponent['estimate']:.3f}}}$"
-    if exponent["low"] is not None:
-        text += f"\n90 %: {exponent['low']:.3f} to {exponent['high']:.3f}"
-    return text + (("\nedge" if narrow else "; edge") if exponent["status"] == "edge" else "")
+    text = f"{name} $\\propto$ t$^{{\\,{exponent.estimate:.3f}}}$"
+    if exponent.low is not None:
+        text += f"\n90 %: {exponent.low:.3f} to {exponent.high:.3f}"
+    return text + (("\nedge" if narrow else "; edge") if exponent.status == "edge" else "")

@@ -21,9 +21,9 @@ def data_section(data: Measurements, fit) -> str:
         + ", ".join(f"{key} {said(data.rows[0].get(key))}" for key in ("data", "preset", "num_classes", "objective"))
         + "."
     ]
-    dims = fit.model["dims"]
+    dims = fit.model.dims
     for dim in dims:
-        lines.append(f"- Values of {NAMES[dim]} run: {listed([number(v) for v in fit.data['grid'][dim]], 'and')}.")
+        lines.append(f"- Values of {NAMES[dim]} run: {listed([number(v) for v in fit.data.grid[dim]], 'and')}.")
     if dims:
         centre, arms = star(data.columns, dims)
         count = Counter(arms[list(dict(zip(shapes, range(len(shapes)))).values())].tolist())

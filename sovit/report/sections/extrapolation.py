@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from sovit.law.extrapolation import Score
+from sovit.law.fitted_law import plain
 from sovit.law.forms import LAWS
 from sovit.report.sections.phrases import flops, listed, percent, sentence
 
@@ -21,11 +25,11 @@ def held_out_words(fits, headline, cuts) -> str:
     """The headline of the report: how the law does on rows more expensive than those fitted, beside baselines."""
     own, extra = own_rmse(fits[headline], headline), fits[headline].extrapolation
     if own is None:
-        note = (extra.get("forms", {}).get(headline) or {}).get("note") or extra.get("note", "the rows have no compute")
+        note = extra.scores[headline].note if headline in extra.scores else extra.note or "the rows have no compute"
         return f"not tested: {sentence(note)} Nothing here shows that the law predicts larger runs."
     table = extrapolation_table(fits)
     text = (
-        f"fitted to the {extra['n_fit']} cheaper rows, `{headline}` predicts the {table[headline]['n']} most expensive"
+        f"fitted to the {extra.n_fit} cheaper rows, `{headline}` predicts the {table[headline]['n']} most expensive"
         f" with RMSE {percent(own)} (bias {percent(table[headline]['bias'], True)}). "
     )
     rivals = {n: table[n]["rmse"] for n in BASELINES if n != headline and (table.get(n) or {}).get("rmse") is not None}
@@ -63,12 +67,12 @@ def beaten_at(cut: dict, headline: str) -> list[str]:
 
 def extrapolation_section(fits, headline, refused, cuts) -> str:
     extra = fits[headline].extrapolation
-    if not extra.get("cut"):
-        return "No extrapolation test was possible: " + extra.get("note", "the rows have no compute") + "."
+    if not extra.cut:
+        return "No extrapolation test was possible: " + (extra.note or "the rows have no compute") + "."
     lines = [
-        f"Laws fitted to the {extra['n_fit']} rows below compute t = {flops(extra['cut'])} predict the {extra['n']}"
+        f"Laws fitted to the {extra.n_fit} rows below compute t = {flops(extra.cut)} predict the {extra.n}"
         " rows above it."
-        f" {sentence(extra['rule'] if extra['rule'] != 'given' else 'The cut was given')} Errors are of ln(predicted"
+        f" {sentence(extra.rule if extra.rule != 'given' else 'The cut was given')} Errors are of ln(predicted"
         " / measured); bias above 0 means too high a predicted loss."
     ]
     table = extrapolation_table(fits)
@@ -127,21 +131,21 @@ def _cuts(cuts, headline) -> str:
 def extrapolation_table(fits: dict) -> dict:
     """`extrapolation_scores` without the rows: {rmse, bias, n} by form and baseline."""
     scores = extrapolation_scores(fits)
-    return {name: {k: v for k, v in s.items() if k not in ("rows", "predicted")} for name, s in scores.items()}
+    return {name: plain(replace(score, rows=None, predicted=None)) for name, score in scores.items()}
 
 
-def extrapolation_scores(fits: dict) -> dict:
+def extrapolation_scores(fits: dict) -> dict[str, Score]:
     """Scores by form and baseline as `diagnose.extrapolation` gives them, each form's own fit speaking for it."""
     table: dict = {}
     for name, fitted in fits.items():
-        for label, score in fitted.extrapolation.get("forms", {}).items():
+        for label, score in fitted.extrapolation.scores.items():
             if label == name or label not in fits:
                 table.setdefault(label, score)
     return table
 
 
 def own_rmse(fitted, name: str) -> float | None:
-    return (fitted.extrapolation.get("forms", {}).get(name) or {}).get("rmse")
+    return fitted.extrapolation.rmse(name)
 
 
 def better_baseline(fits, headline) -> str:

@@ -11,11 +11,11 @@ def growth_section(fit, path) -> str:
             "The rows do not say what a shape costs (patch size, image size), so that no optimum at a given"
             " compute can be computed."
         )
-    low, high = next(iter(fit.exponents.values()))["compute_range"] or (None, None)
+    low, high = next(iter(fit.exponents.values())).compute_range or (None, None)
     level = f"{100 * fit.level:.0f} %"
     lines = []
     if low is not None and high is not None:
-        kind = next(iter(fit.exponents.values()))["kind"]
+        kind = next(iter(fit.exponents.values())).kind
         what = (
             "all dimensions optimised together" if kind == "joint" else "each dimension alone, the others at the centre"
         )
@@ -23,9 +23,9 @@ def growth_section(fit, path) -> str:
     lines.append(
         f"| dimension | s | {level} headline | {level} pairs | status |\n|---|---|---|---|---|\n"
         + "\n".join(
-            f"| {NAMES.get(n, n)} | {'not determined' if e['estimate'] is None else short(e['estimate'])} |"
-            f" {span(e['low'], e['high'])} | {span(e['pairs_low'], e['pairs_high'])} |"
-            f" {e['status']} |"
+            f"| {NAMES.get(n, n)} | {'not determined' if e.estimate is None else short(e.estimate)} |"
+            f" {span(e.low, e.high)} | {span(e.pairs_low, e.pairs_high)} |"
+            f" {e.status} |"
             for n, e in fit.exponents.items()
         )
     )
@@ -40,8 +40,8 @@ def growth_section(fit, path) -> str:
         "unidentified": "the runs do not fix the exponent; no number is given for it",
     }
     for name, e in fit.exponents.items():
-        if e["status"] != "ok":
-            lines.append(f"**{NAMES.get(name, name)} is {e['status']}**: {words[e['status']]}. {sentence(e['note'])}")
+        if e.status != "ok":
+            lines.append(f"**{NAMES.get(name, name)} is {e.status}**: {words[e.status]}. {sentence(e.note)}")
     if path:
         lines.append(_path(path))
     return "\n\n".join(lines)
@@ -62,9 +62,7 @@ def _path(path) -> str:
 
 
 def disagreement(fit) -> str:
-    ratios = {
-        n: r for n, r in fit.diagnostics["interval_ratio"].items() if fit.exponents[n]["status"] != "unidentified"
-    }
+    ratios = {n: r for n, r in fit.diagnostics.interval_ratio.items() if fit.exponents[n].status != "unidentified"}
     off = [f"{NAMES.get(n, n)} ({r:.2g} ×, pairs over headline)" for n, r in ratios.items() if not 0.5 <= r <= 2]
     if not off:
         return " They agree to within a factor of two in width." if ratios else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sovit.law.exponents import Growth
 from sovit.law.form import FALLING
 from sovit.report.sections.phrases import NAMES, flops, grows, listed, number, percent, span
 
@@ -9,34 +10,34 @@ from sovit.report.sections.phrases import NAMES, flops, grows, listed, number, p
 def known_section(fit, inside, weakest) -> str:
     lines = [f"- {_dimension(fit, name, e, inside.get(name))}" for name, e in fit.exponents.items()]
     lines.append(f"- {_weakest(weakest)}")
-    for name, side in fit.diagnostics["active_bounds"].items():
+    for name, side in fit.diagnostics.active_bounds.items():
         meaning = bound(name, side)
         lines.append(f"- `{name}` is at its {side} bound, which is a limit of the search and no estimate: {meaning}.")
-    if not fit.diagnostics["active_bounds"]:
+    if not fit.diagnostics.active_bounds:
         lines.append("- No parameter is at a bound of the search.")
     return "\n".join(lines)
 
 
-def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
+def _dimension(fit, name: str, e: Growth, inside: dict | None) -> str:
     label = NAMES.get(name, name)
     text = f"**{label[:1].upper()}{label[1:]}** "
-    if e["status"] == "unidentified":
-        text += f"is not determined: {e['note']}."
+    if e.estimate is None:
+        text += f"is not determined: {e.note}."
     else:
-        text += f"{grows(e['estimate'])} as compute^{e['estimate']:.3g}"
-        if e["low"] is None:
+        text += f"{grows(e.estimate)} as compute^{e.estimate:.3g}"
+        if e.low is None or e.high is None:
             text += ", without an interval (fitted with bootstrap=0)."
         else:
-            text += f"; {100 * fit.level:.0f} % interval {span(e['low'], e['high'])}"
-            text += f", by pairs {span(e['pairs_low'], e['pairs_high'])}"
-            growth = [10 ** e[k] for k in ("low", "high")]
+            text += f"; {100 * fit.level:.0f} % interval {span(e.low, e.high)}"
+            text += f", by pairs {span(e.pairs_low, e.pairs_high)}"
+            growth = [10**e.low, 10**e.high]
             text += f": ten times the compute wants {growth[0]:.2f} to {growth[1]:.2f} times as much of it."
-    grid = fit.data["grid"].get(name)
+    grid = fit.data.grid.get(name)
     if inside is None or not grid:
         return text
-    low, high = fit.data["compute_range"]
+    low, high = fit.data.compute_range
     least, most = min(grid), max(grid)
-    if e["status"] == "unidentified" and "amplitude" in e["note"]:
+    if e.status == "unidentified" and "amplitude" in e.note:
         return f"{text} {_remedy(name, e, inside, fit)}"
     text += f" Over the budgets run the law's optimum moves from {inside['at'][0]:.3g} to {inside['at'][1]:.3g};"
     text += f" the values run are {number(least)} to {number(most)}"
@@ -53,20 +54,20 @@ def _dimension(fit, name: str, e: dict, inside: dict | None) -> str:
     return f"{text} {remedy}" if remedy else text
 
 
-def _remedy(name: str, e: dict, inside: dict, fit) -> str:
+def _remedy(name: str, e: Growth, inside: dict, fit) -> str:
     """What to run so that the dimension is known; "" where it is."""
-    label, grid = NAMES.get(name, name), fit.data["grid"][name]
+    label, grid = NAMES.get(name, name), fit.data.grid[name]
     least, most = min(grid), max(grid)
     top = inside["at"][1]
-    if e["status"] == "ok":
+    if e.status == "ok":
         return ""
-    if e["status"] == "edge":
+    if e.status == "edge":
         if max(inside["at"]) >= most:
             return f"Remedy: extend the {label} arm above {number(most)}."
         if min(inside["at"]) <= least > 1:
             return f"Remedy: extend the {label} arm below {number(least)}, or run larger budgets."
         return f"Remedy: run larger budgets, where the optimum leaves the smallest {label} that there is."
-    if "amplitude" in e["note"] or "no gain" in e["note"]:
+    if "amplitude" in e.note or "no gain" in e.note:
         if name in FALLING:
             return (
                 f"Remedy: run larger values of {label} than {number(most)}, where they would hurt, or larger budgets."
@@ -76,7 +77,7 @@ def _remedy(name: str, e: dict, inside: dict, fit) -> str:
             if least > 1
             else f"Remedy: run larger budgets; the rows hold no {label} small enough to hurt."
         )
-    if "compute" in e["note"] and "span" in e["note"]:
+    if "compute" in e.note and "span" in e.note:
         return "Remedy: run budgets further apart."
     far = f"; the optimum is near {top:.3g}" if least < top < most else ""
     return f"Remedy: more values of {label} on both sides of the optimum{far}, or more seeds of the outermost ones."

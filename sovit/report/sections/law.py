@@ -7,17 +7,17 @@ from sovit.report.sections.phrases import short
 
 def law_section(fit) -> str:
     lines = [f"```\n{equation(fit)}\n```", f"Here {symbols(fit)}."]
-    if fit.data.get("metric", "val_loss") != "val_loss":
-        lines[1] += f" The loss is `{fit.data['metric']}`."
-    if fit.model["zero_line"]:
-        lines.append(f"The zero line z = {fit.model['zero_line']!r} is the loss of knowing nothing; it is not fitted.")
+    if (fit.data.metric or "val_loss") != "val_loss":
+        lines[1] += f" The loss is `{fit.data.metric}`."
+    if fit.model.zero_line:
+        lines.append(f"The zero line z = {fit.model.zero_line!r} is the loss of knowing nothing; it is not fitted.")
     level = f"{100 * fit.level:.0f} %"
     head = f"| parameter | value | {level} low | high | pairs low | pairs high |\n|---|---|---|---|---|---|"
     rows = []
     for name, value in fit.params.items():
-        ends = fit.intervals.get(name, {})
-        cells = [short(ends.get(k)) for k in ("low", "high", "pairs_low", "pairs_high")]
-        bound = fit.diagnostics["active_bounds"].get(name)
+        ends = fit.intervals.get(name)
+        cells = [short(getattr(ends, k, None)) for k in ("low", "high", "pairs_low", "pairs_high")]
+        bound = fit.diagnostics.active_bounds.get(name)
         rows.append(
             f"| `{name}` | {'absent' if value is None else repr(value)}{f' ({bound} bound)' if bound else ''} |"
             f" {' | '.join(cells)} |"
@@ -26,9 +26,9 @@ def law_section(fit) -> str:
     loss = {
         "huber_log": "Huber loss of ln(predicted / measured)",
         "log_squares": "squares of ln(predicted / measured)",
-    }[fit.model["loss"]]
-    delta = f" with δ = {fit.model['huber_delta']!r}" if fit.model["huber_delta"] else ""
-    whitened = ", whitened by trunk" if fit.model["whitened"] else ""
+    }[fit.model.loss]
+    delta = f" with δ = {fit.model.huber_delta!r}" if fit.model.huber_delta else ""
+    whitened = ", whitened by trunk" if fit.model.whitened else ""
     lines.append(f"Fitted by the sum over rows of the {loss}{delta}{whitened}; objective {fit.objective!r}.")
     return "\n\n".join(lines)
 
@@ -75,5 +75,5 @@ def symbols(fit) -> str:
     text = (
         "n is the number of images seen; compute enters through the exact FLOPs of a shape, so that n = budget / FLOPs"
     )
-    text += "; N is the number of encoder parameters of the shape" * ("num_params" in fit.model["terms"])
-    return text + "; T is the number of patches that an image is cut into" * ("num_patches" in fit.model["terms"])
+    text += "; N is the number of encoder parameters of the shape" * ("num_params" in fit.model.terms)
+    return text + "; T is the number of patches that an image is cut into" * ("num_patches" in fit.model.terms)

@@ -27,8 +27,8 @@ def not_shown_section(data, fits, headline, recommendation) -> str:
         " recommended proportions carry"
         " over to other images, labels or objectives."
     ]
-    if "train_flops_range" in fit.data:
-        low, high = fit.data["train_flops_range"]
+    if fit.data.train_flops_range:
+        low, high = fit.data.train_flops_range
         usual = 3e8 * named_shape("B/16").train_flops_per_image()
         lines.append(
             f"- Budgets span {np.log10(high / low):.1f} decades, up to {flops(high)} training FLOPs a run. A"
@@ -51,16 +51,16 @@ def not_shown_section(data, fits, headline, recommendation) -> str:
             )
             + " Train it and the usual proportions with paired seeds before relying on it."
         )
-    open_ = [n for n, e in fit.exponents.items() if e["status"] != "ok"]
+    open_ = [n for n, e in fit.exponents.items() if e.status != "ok"]
     if open_:
         lines.append(f"- The law is not determined in {listed([NAMES.get(n, n) for n in open_])}.")
     floors = [term.amplitude for term in fit.shape_form.formula if not term.factors]
     floor = floors[0] if fit.form in WHOLE_SHAPE or fit.form == "chinchilla" else None
-    ends = fit.intervals.get(floor or "", {})
-    if floor and (not fit.params[floor] or (ends and ends["low"] < 0.1 * ends["high"])):
+    ends = fit.intervals.get(floor or "")
+    if floor and (not fit.params[floor] or (ends and ends.low < 0.1 * ends.high)):
         lines.append(
             f"- The irreducible loss `{floor}` is not identified ({short(fit.params[floor])},"
-            f" {span(ends.get('low'), ends.get('high'))}):"
+            f" {span(ends.low, ends.high) if ends else span(None, None)}):"
             " these budgets do not come near it."
         )
     lines.append(

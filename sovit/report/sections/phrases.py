@@ -88,38 +88,38 @@ def shape_words(shape: Shape) -> str:
 def quality_section(fit) -> str:
     d, noise = fit.diagnostics, fit.noise
     source = {
-        "seeds": f"between seeds of one shape ({noise['n']} degrees of freedom between trunks, read from"
-        f" {noise['num_rows']} rows)",
+        "seeds": f"between seeds of one shape ({noise.n} degrees of freedom between trunks, read from"
+        f" {noise.num_rows} rows)",
         "residuals": "read from the residuals",
     }
     lines = [
-        f"- Residual (root mean square of ln measured / fitted): {percent(d['residual_rms'])}; noise s.d.:"
-        f" {percent(noise['sd'])},"
-        f" {source[noise['source'].removesuffix('+support')]}. {sentence(d['lack_of_fit']['note'])}",
-        f"- Components: {percent(d['trunk_sd'])} between trunks, {percent(d['row_sd'])} between the branches of one"
-        + (f", {percent(noise['support_sd'])} from support sets." if "support_sd" in noise else "."),
+        f"- Residual (root mean square of ln measured / fitted): {percent(d.residual_rms)}; noise s.d.:"
+        f" {percent(noise.sd)},"
+        f" {source[noise.source.removesuffix('+support')]}. {sentence(d.lack_of_fit.note)}",
+        f"- Components: {percent(d.trunk_sd)} between trunks, {percent(d.row_sd)} between the branches of one"
+        + (f", {percent(noise.support_sd)} from support sets." if noise.support_sd is not None else "."),
     ]
-    pattern = {k: v for k, v in d["residual_pattern"].items() if v is not None}
+    pattern = {k: v for k, v in d.residual_pattern.items() if v is not None}
     if pattern:
         words = ", ".join(f"{k.replace('_', ' ')} {percent(v, True)}" for k, v in pattern.items())
         worst = max(abs(v) for v in pattern.values())
         note = (
             "a pattern above the noise of a row: the form bends where the data do not"
-            if worst > noise["sd"]
+            if worst > noise.sd
             else "none is above the noise of a single row (means of many rows are surer than that)"
         )
         lines.append(f"- Mean ln(predicted / measured): {words}: {note}.")
     lines.append(
-        f"- Optimiser: {'converged' if d['converged'] else '**not converged**'}; {d['num_starts']} starts, spread of"
+        f"- Optimiser: {'converged' if d.converged else '**not converged**'}; {d.num_starts} starts, spread of"
         " their objectives"
-        f" {d['objective_spread']:.2g}."
+        f" {d.objective_spread:.2g}."
     )
-    if not d["converged"]:
+    if not d.converged:
         lines.append("- **The optimiser did not converge**: do not use these numbers.")
     return "\n".join(lines)
 
 
 def misfits(fit) -> float | None:
     """Residuals over seed noise where an F test tells them apart, else None: then the form bends where the data do not."""
-    found = fit.diagnostics["lack_of_fit"]
-    return found["residual_over_noise"] if found["p"] is not None and found["p"] < SIGNIFICANT else None
+    found = fit.diagnostics.lack_of_fit
+    return found.residual_over_noise if found.p is not None and found.p < SIGNIFICANT else None

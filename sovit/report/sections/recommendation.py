@@ -76,7 +76,7 @@ def recommendation_section(data, fit, r, reason, dependence, rules, frontier) ->
         )
     if abs(p.loss_excess) <= flat.within:
         usual += " That is within one noise s.d.: the law does not claim a difference that a run could show."
-    if misfits(fit) and flat.within < abs(p.loss_excess) <= fit.diagnostics["residual_rms"]:
+    if misfits(fit) and flat.within < abs(p.loss_excess) <= fit.diagnostics.residual_rms:
         usual += " That is within what the law itself misses by: only paired runs can settle it."
     lines.append("\n".join([regret, region, usual]))
     if rules:

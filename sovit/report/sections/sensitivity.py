@@ -126,7 +126,7 @@ def _distance(row: dict, headline: dict) -> float:
 def _row(row: dict, dims: list[str], fit) -> str:
     def exponent(dim):
         s, known = row["exponents"][dim], fit.exponents[dim]
-        outside = s is not None and known["low"] is not None and not known["low"] <= s <= known["high"]
+        outside = s is not None and known.low is not None and not known.low <= s <= known.high
         return f"**{s:.3g}**" if outside and s is not None else three(s)
 
     lost = row["excess_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sovit.law.exponents import Growth
 from sovit.report.sections.data import cautions
 from sovit.report.sections.extrapolation import held_out_words
 from sovit.report.sections.phrases import NAMES, flops, grows, listed, misfits, sentence, shape_words, with_interval
@@ -33,21 +34,21 @@ def found_section(data, fits, headline, why, recommendation, no_recommendation, 
         lines.append(
             f"- **The law misses more than noise**: its residuals are {misfits(fit):.2g} times the noise between seeds."
         )
-    open_ = [NAMES[n] for n, e in fit.exponents.items() if e["status"] != "ok"]
+    open_ = [NAMES[n] for n, e in fit.exponents.items() if e.status != "ok"]
     if open_:
         lines.append(f"- **Not determined by these runs**: {listed(open_)}; see below.")
     return "\n".join(lines)
 
 
-def exponent_words(name: str, exponent: dict) -> str:
+def exponent_words(name: str, exponent: Growth) -> str:
     """One dimension's growth in a sentence without its full stop; the status is part of it."""
     label = NAMES.get(name, name)
-    if exponent["status"] == "unidentified":
-        return f"{label}: unidentified ({exponent['note']})"
-    growth = with_interval(exponent["estimate"], exponent["low"], exponent["high"], 3)
-    text = f"best {label} {grows(exponent['estimate'])} as compute^{growth}"
-    if exponent["status"] == "edge":
-        text += f"; edge: {exponent['note']}"
+    if exponent.estimate is None:
+        return f"{label}: unidentified ({exponent.note})"
+    growth = with_interval(exponent.estimate, exponent.low, exponent.high, 3)
+    text = f"best {label} {grows(exponent.estimate)} as compute^{growth}"
+    if exponent.status == "edge":
+        text += f"; edge: {exponent.note}"
     return text
 
 
@@ -57,7 +58,7 @@ def summary_text(summary: dict, no_recommendation: str) -> str:
         f" {summary['form']},"
         f" because {summary['why']}"
     ]
-    lines += [f"  {exponent_words(name, e)}" for name, e in summary["exponents"].items()]
+    lines += [f"  {exponent_words(name, Growth(**e))}" for name, e in summary["exponents"].items()]
     lines += [f"  note: {note}" for note in summary["notes"]]
     r = summary["recommendation"]
     if r is None:

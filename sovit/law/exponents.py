@@ -1,0 +1,171 @@
+"""Where a law has its optimum, and the growth exponents of x* ~ compute^s with their status."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sovit.law.bootstrap import interval
+from sovit.law.compute_optimum import optimum
+from sovit.law.form import FALLING
+from sovit.law.forms import facing
+from sovit.spec.shape import DIMENSIONS
+
+MAX_RATIO = 10.0  # high / low of an exponent's interval beyond which it is not determined
+MAX_ABSENT = 0.25  # share of draws without the dimension's amplitude beyond which it is not determined
+EXPONENT_FLOOR = 1e-3  # stands for "does not grow" on the log scale
+MIN_SPAN = 1.5  # ratio of largest to smallest compute below which nothing is said of growth or extrapolation
+BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
+BOX_FEW_TOKENS = 4.0  # and how far where that leaves fewer tokens: beyond, an image is less than one
+NO_SIDES = dict.fromkeys(("low", "high", "pairs_low", "pairs_high"))
+
+Range = Sequence[float]  # smallest and largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A 90 % interval by the parametric bootstrap (the headline) and by the cluster bootstrap (pairs)."""
+
+    low: float
+    high: float
+    pairs_low: float
+    pairs_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """The exponent s of the optimal x* ~ compute^s of one dimension; no estimate where `status` is unidentified."""
+
+    estimate: float | None
+    kind: str  # marginal: of this dimension alone; joint: of all together
+    compute_range: Range | None
+    status: str  # ok, edge, unidentified
+    note: str
+    low: float | None
+    high: float | None
+    pairs_low: float | None
+    pairs_high: float | None
+
+
+def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The box of the optimum in ln x, from the values run of each dimension."""
+    ends = np.array([[min(values), max(values)] for values in grid.values()], float)
+    below = [BOX_FEW_TOKENS if name == "image_size" else BOX_BELOW for name in grid]
+    above = [BOX_FEW_TOKENS if name == "patch_size" else BOX_ABOVE for name in grid]
+    return np.log(ends[:, 0] / below), np.log(ends[:, 1] * above)
+
+
+def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=False, held=None) -> np.ndarray:
+    """ln x of the optimal dimensions [R, K] at ln compute (a number, or [R]), for each theta [R, P].
+
+    held: dimension -> value, those that are not free (of a form by arm there is no such thing).
+    For `sovit` each dimension has its own, x* = (alpha a t^c / (beta b))^(1/(a+b)) (Eq. 4), the others at the centre.
+    """
+    low, high = box(grid)
+    for k, name in enumerate(grid):
+        if name in (held or {}):
+            low[k] = high[k] = np.log(held[name])
+    if form.arms:
+        num = len(form.arms)
+        alpha, beta, _, _, a, b = (theta[:, i * num : (i + 1) * num] for i in range(6))
+        above = np.broadcast_to(np.asarray(log_compute, float), (len(theta),))[:, None] - centre[-1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, 6 * num :] * above) / (a + b)
+        shift = np.where(alpha <= 0, -np.inf, np.where(beta <= 0, np.inf, shift))
+        return np.clip(facing(form.arms) * (centre[:-1] + shift), low, high)
+    return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
+
+
+def growth(form, centre, theta, geometry, grid, ends, head=False) -> np.ndarray:
+    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]. head: compute counts it."""
+    low, high = np.log(ends)
+    if form.arms:
+        num = len(form.arms)
+        a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
+        absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
+        return np.where(absent, 0.0, facing(form.arms) * theta[:, 6 * num :] / (a + b))
+    at = [optimum_of(form, centre, theta, geometry, grid, t, head) for t in (low, high)]
+    return (at[1] - at[0]) / (high - low)
+
+
+def amplitudes(form, theta: np.ndarray) -> np.ndarray:
+    """The size amplitude of each dimension [R, K], or the parameter count's; 0 = the loss does not depend on it."""
+    if form.arms:
+        return theta[:, : len(form.arms)]
+    own = theta[:, [i for i, term in enumerate(form.terms) if term in DIMENSIONS]]
+    return np.maximum(own, theta[:, [form.terms.index("num_params")]]) if "num_params" in form.terms else own
+
+
+def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict[str, Growth], dict]:
+    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None.
+
+    widen: of the percentiles of draws (t / z) and of other (pairs).
+    """
+    kind = "marginal" if form.arms else "joint"
+    if ends[1] < MIN_SPAN * ends[0]:
+        note = f"the rows span a factor {ends[1] / ends[0]:.3g} in compute; growth needs budgets further apart"
+        nothing = Growth(
+            estimate=None, kind=kind, compute_range=list(ends), status="unidentified", note=note, **NO_SIDES
+        )
+        return dict.fromkeys(grid, nothing), {}
+    point = growth(form, centre, theta[None], geometry, grid, ends)[0]
+    present = amplitudes(form, theta[None])[0] > 0
+    computes = np.sqrt(ends[0] * ends[1]), ends[1]
+    at = [optimum_of(form, centre, theta[None], geometry, grid, np.log(compute))[0] for compute in computes]
+    many = {
+        kind: growth(form, centre, d, geometry, grid, ends)
+        for kind, d in (("", draws), ("pairs_", other))
+        if d is not None
+    }
+    out, shares = {}, {}
+    for k, name in enumerate(grid):
+        sides: dict = dict(NO_SIDES)
+        for side, grown in many.items():
+            sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
+            ends_of = interval(sign * grown[:, k], widen[side != ""], EXPONENT_FLOOR)
+            sides[side + "low"], sides[side + "high"] = sorted(sign * end for end in ends_of)
+        status, note = _edge(min(grid[name]), max(grid[name]), computes, np.exp([v[k] for v in at]))
+        if not present[k]:
+            status, note = "unidentified", "the fitted amplitude is 0: these data show no gain from this dimension"
+        elif many:
+            shares[name] = float((amplitudes(form, draws)[:, k] <= 0).mean())
+            if shares[name] > MAX_ABSENT:
+                status, note = "unidentified", f"no gain from this dimension in {shares[name]:.0%} of the draws"
+            elif (ratio := max(sides["high"] / sides["low"], sides["low"] / sides["high"])) > MAX_RATIO:
+                status, note = "unidentified", f"the interval spans a factor {ratio:.3g}, above {MAX_RATIO:g}"
+        if not many:
+            note = (note + "; " if note else "") + "no interval: fitted with bootstrap=0"
+        estimate = None if status == "unidentified" else float(point[k])
+        out[name] = Growth(estimate=estimate, kind=kind, compute_range=list(ends), status=status, note=note, **sides)
+    return out, shares
+
+
+def _edge(low: float, high: float, computes: Sequence[float], optima: np.ndarray) -> tuple[str, str]:
+    """Status and note of a dimension with these optima at these computes, run from `low` to `high`."""
+    status, note = "ok", ""
+    for compute, x in zip(computes, optima):
+        if not low < x < high:
+            end = f"smallest value run ({low:g})" if x <= low else f"largest value run ({high:g})"
+            note = f"at compute {compute:.3g} the optimum {x:.4g} is at or beyond the {end}; extend that arm"
+            status = "edge"
+    return status, note
+
+
+def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0) -> dict:
+    """By dimension, where the optimum lies strictly between the values run: {at, low, high}.
+
+    at: the optimum at the two computes `ends`. low, high: the ends of the stretch of compute, from `decades` below the
+    runs to `decades` above them, over which it is inside; None where it is inside at no compute.
+    """
+    computes = np.geomspace(ends[0] / 10**decades, ends[1] * 10**decades, 161)
+    every = np.log(np.concatenate([computes, ends]))
+    *path, first, last = optimum_of(form, centre, np.tile(theta, (len(every), 1)), geometry, grid, every)
+    out = {}
+    for k, name in enumerate(grid):
+        x = np.exp(np.array(path)[:, k])
+        held = computes[(x > min(grid[name])) & (x < max(grid[name]))]
+        low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
+        out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)
+    return out

@@ -1,0 +1,192 @@
+"""A fitted law: its parts, and its JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from sovit import UserError
+from sovit.files import write_atomic
+from sovit.law.bootstrap import LEVEL
+from sovit.law.design_matrix import features
+from sovit.law.diagnostics import Diagnostics, Draws, LackOfFit, Noise, Weakest
+from sovit.law.exponents import Growth, Interval, Range
+from sovit.law.extrapolation import Extrapolation, Score
+from sovit.law.form import Form
+from sovit.law.forms import LAWS
+from sovit.law.geometry import Geometry
+from sovit.spec.shape import DIMENSIONS
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What evaluates the law: its columns, their centres in ln x, the centred parameters, and how they were fitted."""
+
+    dims: list[str]
+    terms: list[str]
+    names: list[str]
+    theta: list[float]
+    centres: list[float]
+    zero_line: float | None
+    loss: str
+    huber_delta: float | None
+    whitened: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What was run: the values and the centre of each dimension, and the ranges of the budgets."""
+
+    grid: dict[str, list[float]]
+    centre: dict[str, float]
+    compute_range: Range | None = None
+    num_examples_range: Range | None = None
+    train_flops_range: Range | None = None
+    grid_sides: list[int] | None = None
+    metric: str | None = None
+    left_out: list[dict[str, str]] | None = None
+    notes: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law, as law.json holds it.
+
+    params: raw parameters (units of the columns; an exponent whose amplitude is 0 is None). draws: centred thetas,
+    `random_effects` (headline) and `pairs`. num_clusters: trunks.
+    """
+
+    form: str
+    params: dict[str, float | None]
+    intervals: dict[str, Interval]
+    exponents: dict[str, Growth]
+    noise: Noise
+    num_rows: int
+    num_clusters: int
+    objective: float
+    extrapolation: Extrapolation
+    diagnostics: Diagnostics
+    model: Model
+    data: Data
+    geometry: Geometry | None
+    level: float = LEVEL
+    draws: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def shape_form(self) -> Form:
+        """The form object of `sovit.law.forms` that evaluates this law."""
+        entry, dims = LAWS[self.form], tuple(self.model.dims)
+        terms = tuple(self.model.terms) if entry.takes_terms and not dims else None
+        return entry.build(dims, self.model.zero_line, terms)
+
+    @property
+    def theta(self) -> np.ndarray:
+        return np.array(self.model.theta)
+
+    @property
+    def centre(self) -> np.ndarray:
+        """Of the form's columns in ln x, about which `theta` stands."""
+        return np.array(self.model.centres)
+
+    def predict(self, columns: Mapping) -> np.ndarray:
+        """Losses [n] for columns name -> [n]: the law's dims and num_examples (sovit: dims and compute).
+
+        Where a law needs num_params or num_patches and the columns lack them they are counted from the dims.
+        `sovit` describes one arm at a time: a row at the centre gets the mean of its arms, a row off every arm nan.
+        Raises UserError for a missing column or a value that is not positive.
+        """
+        form, dims = self.shape_form, self.model.dims
+        needed = (*dims, "compute") if form.arms else form.terms
+        if self.geometry and set(dims) <= set(columns):
+            sizes = {d: np.atleast_1d(np.asarray(columns[d], float)) for d in DIMENSIONS if d in columns}
+            counted = dict(num_params=self.geometry.num_params, num_patches=self.geometry.num_patches)
+            wanted = [n for n in counted if n in needed and n not in columns]
+            columns = dict(columns) | {n: counted[n](sizes) + 0 * sizes[dims[0]] for n in wanted}
+        missing = [n for n in needed if n not in columns]
+        if missing:
+            raise UserError(f"predict with form={self.form!r} needs the column {missing[0]!r}; add it")
+        table = {n: np.atleast_1d(columns[n]) for n in needed}
+        arms = None
+        if form.arms:
+            differs = np.stack([table[d] != self.data.centre[d] for d in dims])
+            arms = np.where(differs.sum(0) == 1, np.array(dims)[differs.argmax(0)], "corner")
+            arms = np.where(differs.any(0), arms, "centre")
+        u, source = features(form, self.centre, table, arms)
+        value = np.exp(form.evaluate(self.theta[None], u)[0][0])
+        size = len(table[needed[0]])
+        count = np.bincount(source, minlength=size)
+        return np.where(count > 0, np.bincount(source, value, size) / np.maximum(count, 1), np.nan)
+
+    def to_json(self) -> str:
+        """law.json: indented, but one line a bootstrap draw. Deterministic; refuses nan and infinity."""
+        body = plain(self)
+        data, many = json.dumps(body.pop("data"), allow_nan=False), body.pop("draws")
+        draws = ",\n".join(
+            f'  "{kind}": [\n   ' + ",\n   ".join(json.dumps(row, allow_nan=False) for row in rows) + "]"
+            for kind, rows in many.items()
+        )
+        text = json.dumps(body | dict(level=body.pop("level")), indent=1, allow_nan=False)
+        return f'{text[:-2]},\n "data": {data},\n "draws": {{\n{draws}}}\n}}\n'
+
+    @staticmethod
+    def from_json(text: str) -> Fit:
+        """Raises UserError for text that is not a law.json. Keys that no part knows are left out."""
+        try:
+            body = json.loads(text)
+            found, extra = body["diagnostics"], body["extrapolation"]
+            inner = dict(weakest=Weakest, lack_of_fit=LackOfFit, draws=Draws)
+            within = [name for name in inner if name in found]
+            scores = {name: _part(Score, score) for name, score in extra.get("forms", {}).items()}
+            nested = dict(
+                intervals={name: _part(Interval, ends) for name, ends in body["intervals"].items()},
+                exponents={name: _part(Growth, growth) for name, growth in body["exponents"].items()},
+                noise=_part(Noise, body["noise"]),
+                extrapolation=_part(Extrapolation, extra | (dict(forms=scores) if scores else {})),
+                diagnostics=_part(Diagnostics, found | {name: _part(inner[name], found[name]) for name in within}),
+                model=_part(Model, body["model"]),
+                data=_part(Data, body["data"]),
+                geometry=_part(Geometry, body["geometry"]) if body["geometry"] else None,
+            )
+            return Fit(**body | nested)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"not a law.json ({reason}); write one with `sovit fit LEDGER --out DIR`") from None
+
+    def save(self, path: Path | str) -> None:
+        """Write law.json, atomically."""
+        write_atomic(Path(path), self.to_json())
+
+
+def plain(part: Any) -> Any:
+    """A law or a part of it as plain data; fields that are None by default are left out where they are None."""
+    if dataclasses.is_dataclass(part):
+        values = {f.name: (getattr(part, f.name), f.default) for f in dataclasses.fields(part)}
+        return {name: plain(value) for name, (value, default) in values.items() if value is not None or default}
+    if isinstance(part, dict):
+        return {name: plain(value) for name, value in part.items()}
+    return part
+
+
+def _part(kind: type[Part], body: Mapping) -> Part:
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in body.items() if name in known})
+
+
+def read_law(path: Path | str) -> Fit:
+    """Read a law.json. Raises UserError where it is missing or not a law."""
+    try:
+        return Fit.from_json(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a law.json (not text); make one with sovit fit") from None
