@@ -40,7 +40,7 @@ def questions(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Show questions about images of a data set, with answers, and what is had of them without looking.
+    """Show questions about images of a data set, with answers, and the text-only baseline of each family.
 
     Args:
         source: DATA:PRESET, such as stream:cpu or icons:mosaic
@@ -51,14 +51,15 @@ def questions(
     """
     from sovit.data import named_data
     from sovit.tables import text_table
-    from sovit.vlm.questions.questions import blind_accuracy, open_questions
+    from sovit.vlm.questions.questions import open_questions
+    from sovit.vlm.questions.text_only import text_only_baseline
 
     data, preset, size = named_data(source)
     size = size if image_size is None else image_size
     opened = open_questions(data, preset, size, data_seed=0)
     split = "val" if val else "train"
     asked = opened.ask(split, 0, count)
-    blind = {name: {"kind": opened.kinds[name], **b._asdict()} for name, b in blind_accuracy(opened).items()}
+    blind = {name: {"kind": opened.kinds[name], **b._asdict()} for name, b in text_only_baseline(opened).items()}
     if out:
         captions = ["\n".join(f"{q.question} {q.answer}" for q in image) for image in asked]
         _sheet(opened.images(split, 0, count), captions, out, f"{data}:{preset}, {size} px, {split}", 3, 32)
@@ -68,7 +69,7 @@ def questions(
         return show_result(found, str, True)
     for number, image in enumerate(asked):
         print(f"image {number}", *(f"  {q.question} {q.answer}" for q in image), sep="\n")
-    print("\nhad without looking, from the text alone (constant: of the best single answer)")
+    print("\ntext-only baseline: what the question alone tells (constant: the best single answer)")
     scores = ("accuracy", "word_accuracy", "constant", "nats")
     header = ["family", "kind", "accuracy", "of words", "constant", "nats", "questions"]
     cells = [[name, b["kind"], *(f"{b[s]:.3f}" for s in scores), f"{b['num_val']:,}"] for name, b in blind.items()]

@@ -16,8 +16,9 @@ from sovit.data.icons.views import NAMES, Views
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import PRESETS, VAL_SEED
 from sovit.vlm.questions.icons import Picture, arrangements
-from sovit.vlm.questions.questions import KINDS, Question, Questions, blind_accuracy, open_questions, salt
-from sovit.vlm.questions.stream import StreamPictures
+from sovit.vlm.questions.questions import KINDS, Question, Questions, open_questions, salt
+from sovit.vlm.questions.stream import open_pictures
+from sovit.vlm.questions.text_only import text_only_baseline
 
 ROW = {word: i for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"))}
 
@@ -126,7 +127,7 @@ def test_questions_are_pure_functions_of_seed_and_index(cpu):
 
 def test_no_scene_is_shown_in_training_and_in_validation(cpu):
     """Of a seed near the key of validation too; what tells how common answers are is of neither."""
-    near = StreamPictures("cpu", 16, 2**32 - 1)
+    near = open_pictures("cpu", 16, 2**32 - 1)
     shown = [cpu.pictures.scenes("train", 0, 300), near.scenes("train", 0, 300), near.scenes("val", 0, 300)]
     shown.append(near.reference("val", 300))
     told = {str(scene) for scenes in shown for scene in scenes}
@@ -143,10 +144,10 @@ def test_families_are_asked_alike_whichever_others_are(cpu):
 
 def test_little_can_be_guessed_from_the_text(cpu):
     """No family but that of the most frequent colour, which has one text, is answered without looking."""
-    blind = blind_accuracy(cpu, 1024)
-    assert list(blind) == list(cpu.families)
+    baseline = text_only_baseline(cpu, 1024)
+    assert list(baseline) == list(cpu.families)
     most = {"most": 0.55, "more": 0.55, "num_colours": 0.4}
-    for family, found in blind.items():
+    for family, found in baseline.items():
         assert found.accuracy < most.get(family, 0.22), (family, found)
     yes = [q.answer == "yes" for image in cpu.ask("val", 0, 1024) for q in image if q.family == "more"]
     assert 0.45 < sum(yes) / len(yes) < 0.55
@@ -335,20 +336,20 @@ def test_icons_of_validation_are_of_other_families(package):
 
 def test_little_can_be_guessed_about_icons(package):
     questions = open_questions("icons", "mosaic", 32, 0, ("name", "count", "where", "beside", "is_beside", "diagonal"))
-    blind = blind_accuracy(questions, 1024)
+    baseline = text_only_baseline(questions, 1024)
     most = {"count": 0.6, "where": 0.33, "is_beside": 0.58}
-    assert all(found.accuracy < most.get(family, 0.2) for family, found in blind.items()), blind
-    assert 0.4 < blind["is_beside"].constant < 0.6 and 0.2 < blind["where"].constant < 0.35
+    assert all(found.accuracy < most.get(family, 0.2) for family, found in baseline.items()), baseline
+    assert 0.4 < baseline["is_beside"].constant < 0.6 and 0.2 < baseline["where"].constant < 0.35
 
 
-# the zero lines themselves
+# the text-only baseline itself
 
 
 def made(answers: str, texts: str, choices=("a", "b")) -> list[Question]:
     return [Question("f", text, answer, choices) for answer, text in zip(answers, texts, strict=True)]
 
 
-def test_blind_answers_know_the_text_and_no_more():
+def test_the_text_only_baseline_knows_the_text_and_no_more():
     """Where the text says the answer they are right; where it does not they know the share of each answer."""
 
     class Made:
@@ -360,13 +361,13 @@ def test_blind_answers_know_the_text_and_no_more():
         def ask(self, split, start, count):
             return [[q] for q in self.questions]
 
-    said = blind_accuracy(Made(made("aabb" * 100, "ttuu" * 100)), 400)["f"]
+    said = text_only_baseline(Made(made("aabb" * 100, "ttuu" * 100)), 400)["f"]
     assert said.accuracy == said.word_accuracy == 1 and said.constant == 0.5 and said.nats < 0.08
-    unsaid = blind_accuracy(Made(made("abbb" * 100, "t" * 400)), 400)["f"]
+    unsaid = text_only_baseline(Made(made("abbb" * 100, "t" * 400)), 400)["f"]
     assert unsaid.accuracy == unsaid.constant == 0.75 and unsaid.num_val == 400
     assert unsaid.nats == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), abs=1e-3)
     words = [Question("f", "t", answer, ()) for answer in ("a b", "a c", "a b", "d b") * 100]
-    opened = blind_accuracy(Made(words), 400)["f"]
+    opened = text_only_baseline(Made(words), 400)["f"]
     assert (opened.accuracy, opened.word_accuracy) == (0.5, 0.75)
 
 

@@ -4,20 +4,20 @@ A family of questions asks the same thing of every image, with other arguments: 
 what it takes to answer (KINDS). Every image gets one question of each family, or none where the family has no
 unambiguous answer for it. Of all that a family could ask of an image one question is drawn, each with a probability
 inversely proportional to how often its answer is the answer to that text: so that little can be guessed from the text.
-What still can be is measured: `blind_accuracy`.
+What still can be is measured: sovit.vlm.questions.text_only.
 
 Questions are pure functions of (seed, index), families of one image draw independently of each other, and training
 and validation share neither images nor draws. A model that is shown several questions of one image in one text can read
-hints in them that `blind_accuracy` does not count.
+hints in them that this does not count.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,21 +25,41 @@ from torch import Tensor
 from sovit import UserError
 from sovit.data import NORMALISATION
 from sovit.data.stream.world import VAL_SEED, hash_uniform
-from sovit.vlm.questions.family import Family
 
 KINDS = ("reading", "naming", "attribute", "counting", "relation", "two_hops")
-
-
+SPLITS = ("train", "val")
+STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (rows, columns)
 NUM_REFERENCE = 1024  # images that tell how common an answer is
-
-
 RAREST = 0.25  # of an even share: answers that are rarer count as this rare, or odd images would be asked of it alone
-
-
 PRIOR = 16.0  # questions' worth of the whole family's answers that are added to those of one text
 
+Asks = list[tuple[tuple, str]]  # what a family can ask of an image: (arguments of its text, answer)
 
-SPLITS = ("train", "val")
+
+@dataclass(frozen=True)
+class Family:
+    """A family of questions; `asks(scene)` lists what it can ask of an image."""
+
+    kind: str
+    text: str  # with places for arguments, as of str.format
+    asks: Callable[[Any], Asks]
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What questions are asked about. A scene is what one image shows, in plain Python values.
+
+    source: draws images, as sovit.data opens it. scenes(split, start, count): of images start .. start + count - 1.
+    reference(split, count): like those of a split, the same for every data_seed; they tell how common an answer is.
+    """
+
+    data: str
+    data_seed: int
+    source: Any
+    table: dict[str, Family]
+    scenes: Callable[[str, int, int], list]
+    reference: Callable[[str, int], list]
 
 
 class Question(NamedTuple):
@@ -51,24 +71,6 @@ class Question(NamedTuple):
     choices: tuple[str, ...]
 
 
-class Pictures(Protocol):
-    """What questions are asked about: sovit.vlm.questions.stream.StreamPictures and its like for icons."""
-
-    data: str
-    data_seed: int
-    num_val: int
-    table: dict[str, Family]
-
-    def images(self, split: str, start: int, count: int) -> Tensor:
-        """As the source draws them, [B, 3, H, W] float32."""
-
-    def scenes(self, split: str, start: int, count: int) -> list:
-        """What each image shows, in plain Python values."""
-
-    def reference(self, split: str, count: int) -> list:
-        """Scenes like those of a split, the same for every data_seed, that tell how common an answer is."""
-
-
 def open_questions(
     data: str, preset: str, image_size: int, data_seed: int, families: tuple[str, ...] = ()
 ) -> Questions:
@@ -76,15 +78,13 @@ def open_questions(
 
     Raises UserError for data without questions, for unknown families and for what the source cannot draw.
     """
+    if data not in ("stream", "icons"):
+        raise UserError(f"data={data!r} has no questions; choose stream or icons")
     if data == "stream":
-        from sovit.vlm.questions.stream import StreamPictures
-
-        return Questions(StreamPictures(preset, image_size, data_seed), families)
-    if data == "icons":
-        from sovit.vlm.questions.icons import IconPictures
-
-        return Questions(IconPictures(preset, image_size, data_seed), families)
-    raise UserError(f"data={data!r} has no questions; choose stream or icons")
+        from sovit.vlm.questions.stream import open_pictures
+    else:
+        from sovit.vlm.questions.icons import open_pictures
+    return Questions(open_pictures(preset, image_size, data_seed), families)
 
 
 class Questions:
@@ -98,7 +98,7 @@ class Questions:
                 raise UserError(f"family={name!r} is unknown; choose from {', '.join(pictures.table)}")
         self.families = chosen
         self.kinds = {name: pictures.table[name].kind for name in chosen}
-        self.num_val = pictures.num_val
+        self.num_val: int = pictures.source.num_val
         self._usual: dict[tuple[str, str], Usual] = {}  # (split, family) ->
         self._references: dict[str, list] = {}
 
@@ -106,7 +106,7 @@ class Questions:
         """[B, 3, H, W] float32 in [0, 1], pixel noise apart, which is not clamped."""
         self._check(split, start, count)
         mean, std = NORMALISATION[self.pictures.data]
-        return self.pictures.images(split, start, count) * std + mean
+        return getattr(self.pictures.source, split)(start, count).images * std + mean
 
     def ask(self, split: str, start: int, count: int) -> list[list[Question]]:
         """The questions about images start .. start + count - 1, a list for each image."""
@@ -175,65 +175,3 @@ def pick(weights: list[float], u: float) -> int:
         if rest < 0:
             return i
     return len(weights) - 1
-
-
-class Blind(NamedTuple):
-    """What the best answer gets that knows the text and no image: the zero lines of a family's scores.
-
-    accuracy: share of answers that are right as a whole; word_accuracy: of the words of open answers; nats: mean surprise
-    at an answer; constant: accuracy of the one answer that hindsight chooses among all, which is the line to beat where
-    validation has other answers than training. num_train, num_val: questions that it was estimated from, and scored on.
-    """
-
-    accuracy: float
-    word_accuracy: float
-    nats: float
-    constant: float
-    num_train: int
-    num_val: int
-
-
-def blind_accuracy(questions: Questions, n: int = 2048) -> dict[str, Blind]:
-    """Family -> Blind, from the questions of n training images, scored on n validation images (or all there are).
-
-    An answer of a closed set is guessed as a whole, an open one word by word. What a text's answers are is estimated from
-    that text where it repeats, and drawn towards the whole family's answers where it does not.
-    """
-    asked = {
-        split: [q for image in questions.ask(split, 0, count) for q in image]
-        for split, count in (("train", n), ("val", min(n, questions.num_val)))
-    }
-    found = {}
-    for family in questions.families:
-        train, val = ([q for q in asked[split] if q.family == family] for split in SPLITS)
-        if train and val:
-            found[family] = _blind(train, val)
-    return found
-
-
-def _blind(train: list[Question], val: list[Question]) -> Blind:
-    by_text: defaultdict[tuple[str, int], Counter[str]] = defaultdict(Counter)
-    by_place: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    for q in train:
-        for place, part in enumerate(_parts(q)):
-            by_text[q.question, place][part] += 1
-            by_place[place][part] += 1
-    right = words_right = words = nats = 0.0
-    for q in val:
-        parts, guess = _parts(q), []
-        for place, part in enumerate(parts):
-            family, text = by_place[place], by_text[q.question, place]
-            vocabulary = sorted(set(q.choices) | set(family) | {part})
-            total, prior = text.total() + PRIOR, family.total() + len(vocabulary)
-            p = {w: (text[w] + PRIOR * (family[w] + 1) / prior) / total for w in vocabulary}
-            guess.append(max(p, key=p.__getitem__))
-            nats -= math.log(p[part])
-        right += guess == parts
-        words_right += sum(a == b for a, b in zip(guess, parts, strict=True))
-        words += len(parts)
-    constant = Counter(q.answer for q in val).most_common(1)[0][1] / len(val)
-    return Blind(right / len(val), words_right / words, nats / len(val), constant, len(train), len(val))
-
-
-def _parts(question: Question) -> list[str]:
-    return [question.answer] if question.choices else question.answer.split()

@@ -12,17 +12,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from sovit import UserError
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import NUM_ANSWERS, PRESETS, VAL_SEED, Detail
-from sovit.vlm.questions.family import Family
+from sovit.vlm.questions.questions import STEPS, Asks, Family, Pictures
 
 LETTERS = tuple(chr(ord("A") + i) for i in range(NUM_ANSWERS))
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}  # (row, column)
 REFERENCE_SEED = VAL_SEED + 2  # VAL_SEED + 1 is the stream's own, of its baselines
-STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (rows, columns)
 
 
 class Cells(NamedTuple):
@@ -32,131 +31,117 @@ class Cells(NamedTuple):
     marks: list[list[str]]
     counts: dict[str, int]
 
+    def only(self) -> dict[tuple[int, int], str]:
+        """(row, column) -> colour, of the cells whose colour no other has."""
+        cells = ((y, x, colour) for y, row in enumerate(self.colours) for x, colour in enumerate(row))
+        return {(y, x): colour for y, x, colour in cells if self.counts[colour] == 1}
 
-class StreamPictures:
-    """Images and scenes of an opened preset; see sovit.vlm.questions.questions.Pictures."""
+    def neighbours(self) -> list[tuple[str, int, int, str]]:
+        """(step, row, column, colour of the cell there), of every cell that has a neighbour there."""
+        line = range(len(self.colours))
+        return [
+            (step, y, x, self.colours[y + dy][x + dx])
+            for step, (dy, dx) in STEPS.items()
+            for y in line
+            for x in line
+            if y + dy in line and x + dx in line
+        ]
 
-    data = "stream"
 
-    def __init__(self, preset: str, image_size: int, data_seed: int):
-        preset = preset or next(iter(PRESETS))
-        if preset not in PRESETS or isinstance(PRESETS[preset], Detail):
-            known = ", ".join(name for name, world in PRESETS.items() if not isinstance(world, Detail))
-            raise UserError(f"preset={preset!r} of the stream has no questions; choose one of {known}")
-        world = PRESETS[preset]
-        patch_size = max(1, image_size // world.grid)  # any that divides a cell; questions ask of cells alone
-        self.stream = Stream(world, image_size, patch_size, data_seed, "cpu")
-        self.data_seed, self.num_val = data_seed, self.stream.num_val
-        self.colours = tuple(name.replace("-", " ") for name in self.stream.colour_names)
-        self.table = families(self.colours, world.grid)
+def open_pictures(preset: str, image_size: int, data_seed: int) -> Pictures:
+    """Open a preset of the stream, "" its first; scenes are Cells. Raises UserError for one without questions."""
+    preset = preset or next(iter(PRESETS))
+    if preset not in PRESETS or isinstance(PRESETS[preset], Detail):
+        known = ", ".join(name for name, world in PRESETS.items() if not isinstance(world, Detail))
+        raise UserError(f"preset={preset!r} of the stream has no questions; choose one of {known}")
+    grid = PRESETS[preset].grid
+    # any patch size that divides a cell would do; questions ask of cells alone
+    stream = Stream(PRESETS[preset], image_size, max(1, image_size // grid), data_seed, "cpu")
+    names = tuple(name.replace("-", " ") for name in stream.colour_names)
 
-    def images(self, split: str, start: int, count: int) -> Tensor:
-        return (self.stream.train if split == "train" else self.stream.val)(start, count).images
-
-    def scenes(self, split: str, start: int, count: int) -> list[Cells]:
-        return self._scenes(VAL_SEED if split == "val" else self.data_seed, start, count)
-
-    def reference(self, split: str, count: int) -> list[Cells]:
-        return self._scenes(REFERENCE_SEED, 0, count)
-
-    def _scenes(self, seed: int, start: int, count: int) -> list[Cells]:
-        scene = self.stream.latents(seed, torch.arange(start, start + count))
-        grid = self.stream.world.grid
+    def scenes(seed: int, start: int, count: int) -> list[Cells]:
+        latents = stream.latents(seed, torch.arange(start, start + count))
         found = []
-        for colours, marks in zip(scene["colour"].tolist(), self.stream.answers(scene, seed).tolist(), strict=True):
-            named = [self.colours[c] for c in colours]
-            letters = [LETTERS[m] for m in marks]
-            rows = range(0, grid**2, grid)
-            found.append(
-                Cells(
-                    [named[i : i + grid] for i in rows],
-                    [letters[i : i + grid] for i in rows],
-                    {name: named.count(name) for name in self.colours},
-                )
-            )
+        for colours, marks in zip(latents["colour"].tolist(), stream.answers(latents, seed).tolist(), strict=True):
+            named, letters = [names[c] for c in colours], [LETTERS[m] for m in marks]
+            lines = [slice(i, i + grid) for i in range(0, grid**2, grid)]
+            counts = {name: named.count(name) for name in names}
+            found.append(Cells([named[line] for line in lines], [letters[line] for line in lines], counts))
         return found
+
+    return Pictures(
+        data="stream",
+        data_seed=data_seed,
+        source=stream,
+        table=families(names, grid),
+        scenes=lambda split, start, count: scenes(VAL_SEED if split == "val" else data_seed, start, count),
+        reference=lambda split, count: scenes(REFERENCE_SEED, 0, count),
+    )
 
 
 def families(colours: tuple[str, ...], grid: int) -> dict[str, Family]:
     """The questions about a grid of `grid` x `grid` cells in these colours, in the order in which they are asked."""
-    line, numbers = range(grid), NUMBERS[:grid]
-    corners = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}
-    counts = tuple(str(n) for n in range(grid**2 + 1))
-    inside = [
-        (name, y, x, y + dy, x + dx)
-        for name, (dy, dx) in STEPS.items()
-        for y in line
-        for x in line
-        if y + dy in line and x + dx in line
-    ]  # every cell that has a neighbour there
-
-    def place_of_only(cells: Cells) -> list[tuple[str, int, int]]:
-        return [
-            (colour, y, x)
-            for y, row in enumerate(cells.colours)
-            for x, colour in enumerate(row)
-            if cells.counts[colour] == 1
-        ]
-
-    def most(cells: Cells):
-        largest = max(cells.counts.values())
-        first = [colour for colour, n in cells.counts.items() if n == largest]
-        return [((), first[0])] if len(first) == 1 else []
-
-    def colours_in_line(cells: Cells):
-        rows = [(("row", numbers[i]), str(len(set(row)))) for i, row in enumerate(cells.colours)]
-        return rows + [(("column", numbers[i]), str(len(set(c)))) for i, c in enumerate(zip(*cells.colours))]
-
-    def more(cells: Cells):
-        n = cells.counts
-        return [((a, b), "yes" if n[a] > n[b] else "no") for a in colours for b in colours if n[a] != n[b]]
-
-    def beside_only(cells: Cells):
-        where = {(y, x): colour for colour, y, x in place_of_only(cells)}
-        return [((step, where[y, x]), cells.colours[v][u]) for step, y, x, v, u in inside if (y, x) in where]
-
+    counts = tuple(map(str, range(grid**2 + 1)))
     return {
-        "marks": Family(
-            "reading", "Read the marks in order.", lambda c: [((), " ".join(mark for row in c.marks for mark in row))]
-        ),
-        "marks_row": Family(
-            "reading", "Read the marks of row {}.", lambda c: [((numbers[y],), " ".join(c.marks[y])) for y in line]
-        ),
-        "colours_row": Family(
-            "naming", "Name the colours of row {}.", lambda c: [((numbers[y],), " ".join(c.colours[y])) for y in line]
-        ),
-        "most": Family("attribute", "Which colour is the most frequent?", most, colours),
-        "colour_at": Family(
-            "attribute",
-            "What colour is row {}, column {}?",
-            lambda c: [((numbers[y], numbers[x]), c.colours[y][x]) for y in line for x in line],
-            colours,
-        ),
-        "count": Family(
-            "counting",
-            "How many cells are {}?",
-            lambda c: [((colour,), str(c.counts[colour])) for colour in colours],
-            counts,
-        ),
-        "num_colours": Family("counting", "How many colours are in {} {}?", colours_in_line, counts[1 : grid + 1]),
-        "beside": Family(
-            "relation",
-            "What colour is {} row {}, column {}?",
-            lambda c: [((step, numbers[y], numbers[x]), c.colours[v][u]) for step, y, x, v, u in inside],
-            colours,
-        ),
-        "more": Family("relation", "Are there more {} cells than {} cells?", more, ("yes", "no")),
-        "count_like": Family(
-            "two_hops",
-            "How many cells have the colour of the {} cell?",
-            lambda c: [((corner,), str(c.counts[c.colours[y][x]])) for corner, (y, x) in corners.items()],
-            counts[1:],
-        ),
-        "beside_only": Family("two_hops", "What colour is {} the only {} cell?", beside_only, colours),
-        "mark_of_only": Family(
-            "two_hops",
-            "Which mark has the only {} cell?",
-            lambda c: [((colour,), c.marks[y][x]) for colour, y, x in place_of_only(c)],
-            LETTERS,
-        ),
+        "marks": Family("reading", "Read the marks in order.", _marks),
+        "marks_row": Family("reading", "Read the marks of row {}.", lambda c: _rows(c.marks)),
+        "colours_row": Family("naming", "Name the colours of row {}.", lambda c: _rows(c.colours)),
+        "most": Family("attribute", "Which colour is the most frequent?", _most, colours),
+        "colour_at": Family("attribute", "What colour is row {}, column {}?", _colour_at, colours),
+        "count": Family("counting", "How many cells are {}?", _count, counts),
+        "num_colours": Family("counting", "How many colours are in {} {}?", _num_colours, counts[1 : grid + 1]),
+        "beside": Family("relation", "What colour is {} row {}, column {}?", _beside, colours),
+        "more": Family("relation", "Are there more {} cells than {} cells?", _more, ("yes", "no")),
+        "count_like": Family("two_hops", "How many cells have the colour of the {} cell?", _count_like, counts[1:]),
+        "beside_only": Family("two_hops", "What colour is {} the only {} cell?", _beside_only, colours),
+        "mark_of_only": Family("two_hops", "Which mark has the only {} cell?", _mark_of_only, LETTERS),
     }
+
+
+def _marks(cells: Cells) -> Asks:
+    return [((), " ".join(mark for row in cells.marks for mark in row))]
+
+
+def _rows(rows: list[list[str]]) -> Asks:
+    return [((number,), " ".join(row)) for number, row in zip(NUMBERS, rows)]
+
+
+def _most(cells: Cells) -> Asks:
+    largest = max(cells.counts.values())
+    first = [colour for colour, n in cells.counts.items() if n == largest]
+    return [((), first[0])] if len(first) == 1 else []
+
+
+def _colour_at(cells: Cells) -> Asks:
+    return [((r, c), colour) for r, row in zip(NUMBERS, cells.colours) for c, colour in zip(NUMBERS, row)]
+
+
+def _count(cells: Cells) -> Asks:
+    return [((colour,), str(n)) for colour, n in cells.counts.items()]
+
+
+def _num_colours(cells: Cells) -> Asks:
+    lines = (("row", cells.colours), ("column", zip(*cells.colours)))
+    return [((kind, number), str(len(set(line)))) for kind, of in lines for number, line in zip(NUMBERS, of)]
+
+
+def _beside(cells: Cells) -> Asks:
+    return [((step, NUMBERS[y], NUMBERS[x]), colour) for step, y, x, colour in cells.neighbours()]
+
+
+def _more(cells: Cells) -> Asks:
+    n = cells.counts
+    return [((a, b), "yes" if n[a] > n[b] else "no") for a in n for b in n if n[a] != n[b]]
+
+
+def _count_like(cells: Cells) -> Asks:
+    return [((corner,), str(cells.counts[cells.colours[y][x]])) for corner, (y, x) in CORNERS.items()]
+
+
+def _beside_only(cells: Cells) -> Asks:
+    only = cells.only()
+    return [((step, only[y, x]), colour) for step, y, x, colour in cells.neighbours() if (y, x) in only]
+
+
+def _mark_of_only(cells: Cells) -> Asks:
+    return [((colour,), cells.marks[y][x]) for (y, x), colour in cells.only().items()]
