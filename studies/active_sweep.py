@@ -17,7 +17,7 @@ spends its budget without an answer to trust: 72 x 2 x 1504, where the star's la
 from collections.abc import Sequence
 
 from sovit.spec.design import to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import adaptive as grow
 
@@ -34,18 +34,14 @@ BUDGETS = (3.2e10, 1e11, 3.2e11, 1e12)
 NUM_CLASSES = 16
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
     """The pilot: the centre with three seeds, and a corner of each kind."""
-    return to_runs(PILOT, PILOT_BUDGETS, NUM_CLASSES, recipe, seeds={CENTRE: 3})
+    return to_runs(PILOT, PILOT_BUDGETS, NUM_CLASSES, recipe_by_rule, seeds={CENTRE: 3})
 
 
 def question(target_flops: float = 1e13, max_flops: float = 8e12) -> grow.Question:
     return grow.Question(
-        "active_stream", runs(), VALUES, BUDGETS, recipe, NUM_CLASSES, target_flops, max_flops, form="bounded"
+        "active_stream", runs(), VALUES, BUDGETS, recipe_by_rule, NUM_CLASSES, target_flops, max_flops, form="bounded"
     )
 
 

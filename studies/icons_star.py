@@ -12,7 +12,7 @@ Cost: 17 trunks, 3.7e13 FLOPs, about 40 minutes of two cores. Expected: the best
 """
 
 from sovit.spec.design import star, to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -22,13 +22,9 @@ BUDGETS = (3.2e11, 5.6e11, 1e12, 1.8e12)
 SEEDS = {CENTRE: 3, CENTRE.replace(mlp_dim=128): 3}
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
     shapes = star(CENTRE, ARMS, corners=True)
-    found = to_runs(shapes, BUDGETS, num_classes=40, recipe=recipe, seeds=SEEDS, data="icons", preset="mosaic")
+    found = to_runs(shapes, BUDGETS, num_classes=40, recipe=recipe_by_rule, seeds=SEEDS, data="icons", preset="mosaic")
     return sorted(found, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 
 

@@ -22,7 +22,7 @@ tokens (16@64 before 8@32 before 4@16); MLP dim and width have their valleys.
 """
 
 from sovit.spec.design import star, to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -43,13 +43,9 @@ def fits(shape: Shape) -> bool:
     return shape.image_size // 4 % shape.patch_size == 0 and shape.num_patches <= 256
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
     shapes = list(dict.fromkeys([*star(CENTRE, ARMS, fits=fits), *OFF_AXIS]))
-    found = to_runs(shapes, BUDGETS, num_classes=16, recipe=recipe, seeds=SEEDS, preset="detail")
+    found = to_runs(shapes, BUDGETS, num_classes=16, recipe=recipe_by_rule, seeds=SEEDS, preset="detail")
     return sorted(found, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 
 

@@ -10,7 +10,7 @@ Cost: 5 trunks, 1.8e12 FLOPs, about 4 minutes of two cores. Expected: the best w
 """
 
 from sovit.spec.design import isoflop, to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -19,12 +19,8 @@ WIDTHS = (24, 32, 48, 64, 80)
 BUDGETS = (1e11, 3.2e11)
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
-    return to_runs(isoflop(BASE, WIDTHS), BUDGETS, num_classes=16, recipe=recipe)
+    return to_runs(isoflop(BASE, WIDTHS), BUDGETS, num_classes=16, recipe=recipe_by_rule)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from 1e11 on, the MLP dimension growing fastest; loss near 1.4 at 1e12.
 """
 
 from sovit.spec.design import star, to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -20,12 +20,8 @@ BUDGETS = (3.2e10, 1e11, 3.2e11, 1e12)
 SEEDS = {CENTRE: 3, CENTRE.replace(width=64): 3}
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
-    found = to_runs(star(CENTRE, ARMS), BUDGETS, num_classes=16, recipe=recipe, seeds=SEEDS)
+    found = to_runs(star(CENTRE, ARMS), BUDGETS, num_classes=16, recipe=recipe_by_rule, seeds=SEEDS)
     return sorted(found, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 
 

@@ -13,7 +13,7 @@ of features, whatever was trained, and is no better than that of the same networ
 """
 
 from sovit.spec.design import star, to_runs
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -24,12 +24,8 @@ SEEDS = {CENTRE: 3, CENTRE.replace(width=64): 3}
 PROBE = "icons:single40"
 
 
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
-
-
 def runs() -> list[Run]:
-    found = to_runs(star(CENTRE, ARMS), BUDGETS, num_classes=16, recipe=recipe, seeds=SEEDS, probe=PROBE)
+    found = to_runs(star(CENTRE, ARMS), BUDGETS, num_classes=16, recipe=recipe_by_rule, seeds=SEEDS, probe=PROBE)
     return sorted(found, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 
 

@@ -20,15 +20,11 @@ from sovit.data import named_data
 from sovit.ledger.ledger import read_ledger
 from sovit.predict.validation import make_prediction, runs_of, verdict_text, write_prediction
 from sovit.report.validation import validation_report
-from sovit.spec.run import Recipe, Run, learning_rate
+from sovit.spec.run import Run, recipe_by_rule
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
 SEEDS = [10, 11, 12]
-
-
-def recipe(shape: Shape) -> Recipe:
-    return Recipe(peak_lr=learning_rate(shape))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(prediction["arms"], indent=2))
 
         def runs() -> list[Run]:
-            return runs_of(prediction, prediction["num_classes"], recipe, data=data, preset=preset)
+            return runs_of(prediction, prediction["num_classes"], recipe_by_rule, data=data, preset=preset)
 
         options_of_sweep = [*rest, "--name", options.name, "--results", str(options.results)]
         status = study_main.main(__doc__, options.name, runs, options_of_sweep)
@@ -68,7 +64,7 @@ def runs() -> list[Run]:
     shape = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
     usual = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
     arms = {"recommended": {"shape": shape.to_dict()}, "usual": {"shape": usual.to_dict()}}
-    return runs_of({"train_flops": 1e11, "seeds": SEEDS, "arms": arms}, 16, recipe)
+    return runs_of({"train_flops": 1e11, "seeds": SEEDS, "arms": arms}, 16, recipe_by_rule)
 
 
 if __name__ == "__main__":

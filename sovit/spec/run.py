@@ -272,3 +272,8 @@ def learning_rate(shape: Shape, base: float = 0.008, width_power: float = 0.65, 
     """
     rate = base * (32 / shape.width) ** width_power * (2 / shape.depth) ** depth_power
     return float(f"{rate:.4g}")
+
+
+def recipe_by_rule(shape: Shape) -> Recipe:
+    """The default recipe, its rate by the rule of `learning_rate`."""
+    return Recipe(peak_lr=learning_rate(shape))
