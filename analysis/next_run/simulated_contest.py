@@ -8,6 +8,8 @@ episode and of the run, so that strategies that make the same run measure the sa
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,9 +19,9 @@ import numpy as np
 from sovit.law import simulate as planted
 from sovit.law.design_matrix import prepare
 from sovit.law.exponents import optimum_of
-from sovit.predict.belief import Belief, learn
-from sovit.predict.candidates import Candidate, candidates
-from sovit.predict.next_run import choose
+from sovit.predict.belief import Belief, BeliefOptions, learn
+from sovit.predict.candidates import Candidate, Search, candidates
+from sovit.predict.next_run import CHECK_EVERY, Checks, check_pick, choose
 from sovit.spec.shape import Shape
 
 BASE = Shape(608, 10, 928, head_dim=16, patch_size=14, pool="map")
@@ -40,6 +42,7 @@ TRUTHS: dict[str, dict] = {
 RIGHT = ("joint", "weak")  # truths that `joint` and `joint_n` can express; inter only joint_n; eq3, bounded neither
 CHECKPOINTS = (0.0095, 0.014, 0.02, 0.03, 0.044, 0.066, 0.1, 0.15, 0.22, 0.33, 0.5, 1.02)
 COOLDOWN = 0.2
+CHECK_SHARE = 0.1
 
 
 def _cost(shape: Shape, budgets) -> float:
@@ -57,6 +60,7 @@ def star_shapes() -> list[Shape]:
 STAR_COST = sum(_cost(s, planted.IMAGES) for s in star_shapes())
 LARGEST = max(s.train_flops_per_image() * planted.IMAGES[-1] for s in star_shapes())  # training FLOPs of one run
 MAX_COST = max(_cost(s, planted.IMAGES) for s in star_shapes())
+SEARCH = Search(num_examples=LEVELS, max_cost=MAX_COST)
 TARGETS = {"10x": 10 * LARGEST, "100x": 100 * LARGEST}
 REACHABLE = {d: (*VALUES[d], *arm) for d, arm in zip(planted.DIMS, planted.ARMS)}
 
@@ -114,12 +118,12 @@ class World:
         """All that can be run next, nothing dearer than the star's dearest trunk."""
         taken = {tuple(row[d] for d in planted.DIMS) for row in self.rows}
         new = [c for c in _new_trunks() if (c.shape.width, c.shape.depth, c.shape.mlp_dim) not in taken]
-        return new + candidates(BASE, {}, num_examples=LEVELS, rows=self.rows, max_cost=MAX_COST)
+        return new + candidates(BASE, {}, SEARCH, self.rows)
 
 
 @cache
 def _new_trunks() -> tuple[Candidate, ...]:
-    return tuple(candidates(BASE, VALUES, num_examples=LEVELS, max_cost=MAX_COST))
+    return tuple(candidates(BASE, VALUES, SEARCH))
 
 
 @cache
@@ -132,13 +136,15 @@ def _least(truth_name: str, multiple: str) -> float:
 
 
 GEOMETRY = dict(patch_size=14, image_size=224, pool="map", head_dim=16)
+JUDGE = BeliefOptions(geometry=GEOMETRY, reachable=REACHABLE)
+HELD = dataclasses.replace(JUDGE, discrepancy_dof=np.inf)
 
 
 def regrets(world: World) -> dict[str, float]:
-    """True regrets at both targets by two estimators: the prior-weighted joint_n of `active.learn`, and plain `joint`."""
+    """True regrets at both targets by two estimators: the prior-weighted joint_n of `belief.learn`, and plain `joint`."""
     belief = world.belief
     for _ in range(2 if belief else 1):  # from the belief of the last checkpoint, noise and target settle in two rounds
-        belief = learn(world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief)
+        belief = learn(world.columns, world.y, TARGETS["10x"], JUDGE, belief)
     assert belief is not None
     world.belief = belief
     shapes = {"10x": list(belief.shape.values()), "100x": list(belief.shape_at(TARGETS["100x"]).values())}
@@ -193,40 +199,38 @@ def isoflop(world: World, rng) -> Iterator[Candidate]:
                 yield Candidate(shapes[i], (n,), "trunk", _cost(shapes[i], (n,)))
 
 
-def next_run(world: World, rng, check_share: float = 0.1, check_every: int = 5, noise_sd=None, **options):
-    """`active.next_run`; checks cost up to `check_share` of what was spent."""
-    belief, num_made = None, 0
-    checks: list[dict] = []
-    options = dict(discrepancy_dof=np.inf) | options
-    while True:
-        belief = learn(
-            world.columns, world.y, TARGETS["10x"], geometry=GEOMETRY, reachable=REACHABLE, previous=belief, **options
-        )
-        share = check_share * world.spent
-        (pick,) = choose(
-            belief, world.pool(), num_made=num_made, check_every=check_every, check_cost=share, checks=checks,
-            noise_sd=noise_sd,
-        )  # fmt: skip
-        num_made += 1
+def next_run(world: World, rng) -> Iterator[Candidate]:
+    """`sovit.predict.next_run`; checks cost up to CHECK_SHARE of what was spent."""
+    belief, checks = None, Checks(noise_sd=NOISE_SD)
+    for num_made in itertools.count():
+        belief, pool = learn(world.columns, world.y, TARGETS["10x"], HELD, belief), world.pool()
+        near = [c for c in pool if c.kind != "branch" and c.cost <= CHECK_SHARE * world.spent]
+        if near and (num_made + 1) % CHECK_EVERY == 0:
+            pick = check_pick(belief, near)
+        else:
+            (pick,) = choose(belief, pool, num_made=num_made, checks=checks)
         yield pick.candidate
         if pick.is_check:  # measured by now
-            checks.append(dict(predicted=pick.predicted[-1], measured=world.rows[-1]["loss"]))
+            test = dict(predicted=pick.predicted[-1], measured=world.rows[-1]["loss"])
+            checks = dataclasses.replace(checks, made=[*checks.made, test])
 
 
 def v_optimal(world: World, rng) -> Iterator[Candidate]:
     """The warning: the same criterion under `joint`, which is trusted to be right, and never checked."""
-    return next_run(world, rng, check_every=0, form="joint", discrepancy=0.0)
+    belief, options = None, dataclasses.replace(HELD, form="joint", discrepancy=0.0)
+    while True:
+        belief = learn(world.columns, world.y, TARGETS["10x"], options, belief)
+        yield choose(belief, world.pool())[0].candidate
 
 
 @dataclass(frozen=True)
 class Strategy:
     pick: Callable
     until: float  # compute at which the episode ends, in stars
-    options: dict = field(default_factory=dict)
 
 
 STRATEGIES = {
-    "next_run": Strategy(next_run, 0.22, dict(noise_sd=NOISE_SD)),
+    "next_run": Strategy(next_run, 0.22),
     "cost_random": Strategy(cost_random, 0.22),
     "random": Strategy(random, 0.33),
     "star": Strategy(star, 1.02),
@@ -239,7 +243,7 @@ def episode(truth_name: str, strategy: str, seed: int) -> dict:
     """{truth, strategy, seed, curve}: curve of {level, compute (stars), train_flops, num_trunks, num_rows, regret_...}."""
     world, kind = World(truth_name, seed), STRATEGIES[strategy]
     rng = np.random.default_rng([seed, sorted(STRATEGIES).index(strategy)])
-    picks = kind.pick(world, rng, **kind.options)
+    picks = kind.pick(world, rng)
     pending, curve = next(picks), []
     judged: tuple[int, dict] = 0, {}
     for level in [c for c in CHECKPOINTS if c <= kind.until]:

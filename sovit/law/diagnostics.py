@@ -101,15 +101,20 @@ def seed_noise(table, y, index, solved) -> Noise:
     repeated = np.flatnonzero(trunks[group] > 1)
     if len(repeated):
         group, shape, index, values = group[repeated], shape[repeated], index[repeated], np.log(y[repeated])
-        size = np.bincount(group)
-        means = np.bincount(group, values) / np.maximum(size, 1)
-        dof = len(group) - int((size > 0).sum())
         n = len(_distinct(shape, index)[0]) - len(np.unique(shape))
-        sd = float(np.sqrt(((values - means[group]) ** 2).sum() / dof))
+        sd = pooled_sd(values, group) or 0.0  # some group has two rows here
         return Noise(sd=sd, source="seeds" + suffix, n=n, num_rows=len(group), support_sd=known)
     sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
     dof = int(round(solved.dof))
     return Noise(sd=sd, source="residuals" + suffix, n=dof, num_rows=len(y), support_sd=known)
+
+
+def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
+    """S.d. of values [n] within their groups 0, 1, ... [n], pooled; None where no group has two values."""
+    size = np.bincount(group)
+    means = np.bincount(group, values) / np.maximum(size, 1)
+    dof = len(group) - int((size > 0).sum())
+    return float(np.sqrt(((values - means[group]) ** 2).sum() / dof)) if dof else None
 
 
 def _groups(columns: list, num: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Which run to pay for next: the one that lowers the expected regret of the shape recommended at a target most per FLOP.
 
     data = measurements(["results/stream_star.jsonl"])
-    pool = candidates(base, {"width": (...), "depth": (...), "mlp_dim": (...)}, train_flops=(...), rows=data.rows)
-    picks = next_run(data.columns, data.y, pool, target_train_flops, num=4, num_made=12)
+    pool = candidates(base, {"width": (...), "depth": (...), "mlp_dim": (...)}, Search(train_flops=(...)), data.rows)
+    picks = choose(learn(data.columns, data.y, target_train_flops), pool, num=4)
 
 Criterion (V-optimality for the decision): the loss excess of a shape off the optimum v* (ln x) along the budget is
 1/2 dv' H dv, H the Hessian of ln loss over v with n = budget / F(x); dv = D d phi, phi = ln theta, and by the implicit
@@ -17,16 +17,43 @@ form's compute term is wrong it still does worse than drawing cheap runs at rand
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sovit import UserError
-from sovit.predict.belief import TRUE, Belief, _arrays, _jacobian, _noise, _Pool, _reach, _spread, _whitener, learn
+from sovit.predict.belief import Belief, whitener_of
 from sovit.predict.candidates import Candidate
+from sovit.spec.shape import Shape
 
 CHECK_EVERY = 5  # picks; the fifth is a check of the law near the target
+TRUE = 3.0  # noise s.d. by which a check may miss and still have come true
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Tests of the law near the target: {predicted, measured} of each, in order; the last one counts.
+
+    noise_sd: s.d. of ln loss between seeds; None = not known. A check is judged by it where it is less than the belief's
+    own noise, which also holds what the form gets wrong.
+    """
+
+    made: Sequence[Mapping] = ()
+    noise_sd: float | None = None
+
+    @property
+    def error(self) -> float:
+        """ln(measured / predicted) of the last."""
+        return float(np.log(self.made[-1]["measured"] / self.made[-1]["predicted"]))
+
+    def noise(self, belief: Belief) -> float:
+        return belief.noise_sd if self.noise_sd is None else min(belief.noise_sd, self.noise_sd)
+
+    def came_true(self, belief: Belief) -> bool:
+        """Whether the last missed by no more than TRUE noise s.d., however unsure the law says it is; True without any."""
+        return not self.made or abs(self.error) <= TRUE * self.noise(belief)
 
 
 @dataclass(frozen=True)
@@ -51,60 +78,84 @@ class Pick:
         return dataclasses.asdict(self) | dict(candidate=self.candidate.to_dict())
 
 
-@dataclass
-class _Made:
-    """Rows that count as made, by shape: (jac [m, P], trunk names [m]); grows while a batch is picked."""
+@dataclass(frozen=True)
+class _Pool:
+    """Candidates as arrays, one column a branch, padded with the last; real [C, B] marks the true ones.
 
-    by_shape: dict
+    value, jac: ln loss [C, B] and d ln loss / d phi [C, B, P]; variance [C]: by which the form may be wrong of each.
+    """
+
+    candidates: Sequence[Candidate]
+    keys: list[tuple]
+    real: np.ndarray
+    cost: np.ndarray
+    value: np.ndarray
+    jac: np.ndarray
+    variance: np.ndarray
 
     @staticmethod
-    def of(belief: Belief) -> _Made:
-        made = _Made({})
-        for i, key in enumerate(_keys(belief.logs[: len(belief.dims)])):
-            made.add(key, belief.jac[:, i : i + 1].T, [belief.trunk[i]])
-        return made
+    def of(belief: Belief, candidates: Sequence[Candidate]) -> _Pool:
+        if not candidates:
+            raise UserError("the pool holds no candidate; widen its values, budgets or max_cost")
+        most = max(len(c.budgets) for c in candidates)
+        budgets = np.array([[*c.budgets, *[c.num_examples] * (most - len(c.budgets))] for c in candidates], float)
+        real = np.arange(most) < np.array([len(c.budgets) for c in candidates])[:, None]
+        logs = belief.logs_of([c.shape for c in candidates], budgets)
+        value, jac = belief.evaluate(logs)
+        shape_logs = logs[: len(belief.dims), :, 0]
+        cost = np.array([c.cost for c in candidates])
+        return _Pool(candidates, _keys(shape_logs), real, cost, value, jac, belief.form_variance(shape_logs))
 
-    def add(self, key, jac, names) -> None:
-        old_jac, old_names = self.by_shape.get(key, (np.empty((0, jac.shape[1])), []))
-        self.by_shape[key] = np.concatenate([old_jac, jac]), [*old_names, *names]
+    def labels(self, i: int) -> list[str]:
+        """The trunk of each branch of a candidate."""
+        chosen = self.candidates[i]
+        return [chosen.trunk_id or f"new {chosen.init_seed}"] * len(chosen.budgets)
+
+
+Made = dict[tuple, tuple[np.ndarray, list[str]]]  # rows that count as made, by shape: (jac [m, P], trunk names [m])
+
+
+def _made(belief: Belief) -> Made:
+    made: Made = {}
+    for i, key in enumerate(_keys(belief.logs[: len(belief.dims)])):
+        _add(made, key, belief.jac[:, i : i + 1].T, [belief.trunk[i]])
+    return made
+
+
+def _add(made: Made, key: tuple, jac: np.ndarray, names: list[str]) -> None:
+    old_jac, old_names = made.get(key, (np.empty((0, jac.shape[1])), []))
+    made[key] = np.concatenate([old_jac, jac]), [*old_names, *names]
 
 
 def _keys(shape_logs: np.ndarray) -> list[tuple]:
     return [tuple(row) for row in shape_logs.T.round(9).tolist()]
 
 
-def _innovations(belief: Belief, pool: Sequence[Candidate], arrays: _Pool, jac: np.ndarray, made: _Made) -> np.ndarray:
+def _innovations(belief: Belief, pool: _Pool, made: Made) -> np.ndarray:
     """The rows that each candidate adds [C, B, P], white and independent of what is made.
 
     With rows o made and c new of one shape, V their covariance: S^-1/2 (J_c - V_co V_oo^-1 J_o), S the Schur complement. So
     a branch says only what its trunk has not said, a seed what is not the shape's own.
     """
-    shape_logs = arrays.logs[: len(belief.dims), :, 0]
-    variance = belief.form_variance(shape_logs)
-    count = arrays.real.sum(1)
-    rows = np.where(arrays.real[:, :, None], jac, 0.0)
+    count, real = pool.real.sum(1), pool.real[:, :, None]
+    rows = np.where(real, pool.jac, 0.0)
     # a new shape: (J - kappa x trunk mean) / row s.d.
-    kappa = 1 - belief.row_sd / np.sqrt(belief.row_sd**2 + count * (belief.trunk_sd**2 + variance))
+    kappa = 1 - belief.row_sd / np.sqrt(belief.row_sd**2 + count * (belief.trunk_sd**2 + pool.variance))
     mean = rows.sum(1, keepdims=True) / count[:, None, None]
-    white = np.where(arrays.real[:, :, None], rows - kappa[:, None, None] * mean, 0.0) / belief.row_sd
-    for i, key in enumerate(_keys(shape_logs)):
-        if key in made.by_shape:
-            old, names = made.by_shape[key]
-            own = pool[i].trunk_id or f"new {pool[i].init_seed}"
-            labels = np.array([*names, *[own] * count[i]])
-            m = len(names)
-            v = (
-                belief.row_sd**2 * np.eye(len(labels))
-                + belief.trunk_sd**2 * (labels[:, None] == labels)
-                + float(variance[i])
-            )
+    white = np.where(real, rows - kappa[:, None, None] * mean, 0.0) / belief.row_sd
+    for i, key in enumerate(pool.keys):
+        if key in made:
+            old, names = made[key]
+            labels, m = np.array([*names, *pool.labels(i)]), len(names)
+            v = belief.row_sd**2 * np.eye(len(labels)) + belief.trunk_sd**2 * (labels[:, None] == labels)
+            v = v + float(pool.variance[i])
             gain = np.linalg.solve(v[:m, :m], v[:m, m:]).T
             left = v[m:, m:] - gain @ v[:m, m:]
-            white[i, : count[i]] = _whitener(left) @ (jac[i, : count[i]] - gain @ old)
+            white[i, : count[i]] = whitener_of(left) @ (pool.jac[i, : count[i]] - gain @ old)
     return white
 
 
-def _gains(white: np.ndarray, covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def gains(white: np.ndarray, covariance: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Fall of tr(weight covariance) [C] by rows white [C, B, P]: tr((I + J S J')^-1 J S K S J')."""
     through = white @ covariance  # [C, B, P]
     inner = np.eye(white.shape[1]) + through @ white.transpose(0, 2, 1)
@@ -113,148 +164,108 @@ def _gains(white: np.ndarray, covariance: np.ndarray, weight: np.ndarray) -> np.
 
 
 def choose(
-    belief: Belief,
-    pool: Sequence[Candidate],
-    *,
-    num: int = 1,
-    num_made: int = 0,
-    check_every: int = CHECK_EVERY,
-    check_cost: float = np.inf,
-    checks: Sequence[Mapping] = (),
-    noise_sd: float | None = None,
+    belief: Belief, candidates: Sequence[Candidate], num: int = 1, num_made: int = 0, checks: Checks = Checks()
 ) -> list[Pick]:
-    """`num` picks in the order to make them, each chosen as if those before it were made. See `next_run`."""
-    if num < 1 or num_made < 0 or check_every < 0:
-        raise UserError(f"num={num}, num_made={num_made}, check_every={check_every}: give at least 1, 0 and 0")
-    if not pool:
-        raise UserError("the pool holds no candidate; widen its values, budgets or max_cost")
-    arrays = _arrays(belief, pool)
-    value, jac = _jacobian(belief, arrays.logs)
-    variance = belief.form_variance(arrays.logs[: len(belief.dims), :, 0])
-    keys = _keys(arrays.logs[: len(belief.dims), :, 0])
-    made, covariance, weight = _Made.of(belief), belief.covariance, belief.weight
-    longest = value[np.arange(len(pool)), arrays.real.sum(1) - 1]
-    open_ = np.ones(len(pool), bool)
+    """At most `num` picks in the order to make them, each chosen as if those before it were made.
+
+    While the last of the checks did not come true the criterion is not believed, and new trunks are drawn at random with
+    p ~ 1/cost; num_made, the picks made so far, seeds the draws. Raises UserError for an empty pool.
+    """
+    pool, made, covariance = _Pool.of(belief, candidates), _made(belief), belief.covariance
+    open_, fresh = np.ones(len(candidates), bool), np.array([c.kind == "trunk" for c in candidates])
+    trusted = checks.came_true(belief)
     picks: list[Pick] = []
-    trusted = not checks or came_true(belief, checks[-1], noise_sd)
-    fresh = np.array([c.kind == "trunk" for c in pool])
-    for i in range(min(num, len(pool))):
-        if not open_.any():
-            break
-        white = _innovations(belief, pool, arrays, jac, made)
-        gain = _gains(white, covariance, weight)
-        affordable = open_ & (arrays.cost <= check_cost) & np.array([c.kind != "branch" for c in pool])
-        is_check = check_every > 0 and (num_made + i + 1) % check_every == 0 and affordable.any()
-        if is_check:
-            best = int(np.lexsort((arrays.cost, np.where(affordable, longest.round(9), np.inf)))[0])
-        elif trusted or not (open_ & fresh).any():
-            best = int(np.where(open_, gain / arrays.cost, -np.inf).argmax())
+    while len(picks) < num and open_.any():
+        white = _innovations(belief, pool, made)
+        if trusted or not (open_ & fresh).any():
+            gain = gains(white, covariance, belief.weight)
+            best = int(np.where(open_, gain / pool.cost, -np.inf).argmax())
         else:
-            chance = np.where(open_ & fresh, 1 / arrays.cost, 0.0)
-            best = int(np.random.default_rng([num_made, i]).choice(len(pool), p=chance / chance.sum()))
-        rows, real = white[best], arrays.real[best]
-        through = rows @ covariance
-        after = covariance - through.T @ np.linalg.solve(np.eye(len(rows)) + through @ rows.T, through)
-        sd = np.sqrt(np.einsum("bp,pq,bq->b", jac[best], covariance, jac[best]) + variance[best])
-        sd = np.sqrt(sd**2 + belief.trunk_sd**2 + belief.row_sd**2)
-        before, left = float((weight * covariance).sum()), float((weight * after).sum())
-        chosen = pool[best]
-        picks.append(
-            Pick(
-                chosen,
-                gain=float(gain[best]),
-                per_flop=float(gain[best] / chosen.cost),
-                regret_before=before,
-                regret_after=left,
-                predicted=tuple(np.exp(value[best][real]).tolist()),
-                prediction_sd=tuple(sd[real].tolist()),
-                is_check=bool(is_check),
-                why=_why(belief, chosen, covariance, after, before, left, is_check, trusted),
-            )
-        )
-        made.add(keys[best], jac[best][real], [chosen.trunk_id or f"new {chosen.init_seed}"] * int(real.sum()))
-        covariance = after
+            chance = np.where(open_ & fresh, 1 / pool.cost, 0.0)
+            rng = np.random.default_rng([num_made, len(picks)])
+            best = int(rng.choice(len(candidates), p=chance / chance.sum()))
+        reason = "" if trusted else "at random, the cheaper the likelier, for the last check did not come true; "
+        pick, covariance = _pick(belief, pool, best, white[best], covariance, reason)
+        picks.append(pick)
+        _add(made, pool.keys[best], pool.jac[best][pool.real[best]], pool.labels(best))
         # one trunk is one job: what else would run on it waits for the next round
-        open_ &= np.array([(c.shape, c.init_seed) != (chosen.shape, chosen.init_seed) for c in pool])
+        mine = pick.candidate.shape, pick.candidate.init_seed
+        open_ &= np.array([(c.shape, c.init_seed) != mine for c in candidates])
     return picks
 
 
-def _why(belief, chosen, covariance, after, before, left, is_check, trusted) -> str:
+def check_pick(belief: Belief, candidates: Sequence[Candidate]) -> Pick:
+    """The run nearest the target, which is that of the lowest predicted loss (the cheaper of equals), as a check.
+
+    Its prediction is in the pick and is to be compared with what it measures. Raises UserError for an empty pool.
+    """
+    pool = _Pool.of(belief, candidates)
+    best = int(np.lexsort((pool.cost, pool.value[:, -1].round(9)))[0])
+    white = _innovations(belief, pool, _made(belief))
+    reason = "the run nearest the target, to check the law there before it is trusted; "
+    return dataclasses.replace(_pick(belief, pool, best, white[best], belief.covariance, reason)[0], is_check=True)
+
+
+def _pick(
+    belief: Belief, pool: _Pool, i: int, white: np.ndarray, covariance: np.ndarray, reason: str
+) -> tuple[Pick, np.ndarray]:
+    """Candidate i as a pick, and the covariance of phi after it; white [B, P]: the rows that it adds."""
+    chosen, real, jac = pool.candidates[i], pool.real[i], pool.jac[i]
+    through = white @ covariance
+    after = covariance - through.T @ np.linalg.solve(np.eye(len(white)) + through @ white.T, through)
+    gain = float(gains(white[None], covariance, belief.weight)[0])
+    variance = np.einsum("bp,pq,bq->b", jac, covariance, jac) + pool.variance[i]
+    before, left = (float((belief.weight * c).sum()) for c in (covariance, after))
     what = {"trunk": "a new trunk", "branch": f"a branch of {chosen.trunk_id}", "seed": f"seed {chosen.init_seed}"}
     images = " and ".join(f"{n:.3g}" for n in chosen.budgets)
-    head = f"{what[chosen.kind]} {chosen.shape.label} to {images} images, {chosen.cost:.3g} FLOPs"
-    fall = f"expected regret {100 * before:.3g} % -> {100 * left:.3g} %"
-    if is_check:
-        return f"{head}: the run nearest the target, to check the law there before it is trusted; {fall}"
-    if not trusted:
-        return f"{head}: at random, the cheaper the likelier, for the last check did not come true; {fall}"
-    was, now = (_spread(belief.hessian, belief.mixed, c) for c in (covariance, after))
-    most = int(np.argmax(was**2 - now**2))
-    return f"{head}: {fall}, most of all by {belief.dims[most]} (s.d. of its log {was[most]:.2f} -> {now[most]:.2f})"
-
-
-def next_run(
-    columns: Mapping,
-    y,
-    pool: Sequence[Candidate],
-    train_flops: float,
-    *,
-    num: int = 1,
-    num_made: int = 0,
-    check_every: int = CHECK_EVERY,
-    check_cost: float = np.inf,
-    checks: Sequence[Mapping] = (),
-    noise_sd: float | None = None,
-    **options,
-) -> list[Pick]:
-    """The runs of the pool that lower the expected regret at `train_flops` most per FLOP, in the order to make them.
-
-    columns, y: what was measured, as for `law.fit`. num: picks for as many workers, each chosen as if the earlier ones
-    were made. num_made: picks made so far: pick number check_every, twice that, ... is a check (check_every=0: never), the
-    trunk nearest the target, which is that of the lowest predicted loss, among those of check_cost FLOPs or less. Its
-    prediction is in the pick and is to be compared with what it measures. checks: {predicted, measured} of those made,
-    in order; while the last did not come true the criterion is not believed, and new trunks are drawn at random with
-    p ~ 1/cost. noise_sd: s.d. of ln loss between seeds, by which a check is judged where it is less than the belief's own,
-    which also holds what the form gets wrong. options: of `learn` (form, discrepancy, which is held here, geometry,
-    clusters, ...). Raises UserError.
-    """
-    options.setdefault("reachable", _reach(pool))
-    options.setdefault("discrepancy_dof", np.inf)  # the runs so far do not show what the form gets wrong elsewhere
-    belief = learn(columns, y, train_flops, **options)
-    return choose(
-        belief,
-        pool,
-        num=num,
-        num_made=num_made,
-        check_every=check_every,
-        check_cost=check_cost,
-        checks=checks,
-        noise_sd=noise_sd,
+    why = f"{what[chosen.kind]} {chosen.shape.label} to {images} images, {chosen.cost:.3g} FLOPs: {reason}"
+    why += f"expected regret {100 * before:.3g} % -> {100 * left:.3g} %"
+    if not reason:
+        was, now = (belief.log_sd(c) for c in (covariance, after))
+        most = int(np.argmax(was**2 - now**2))
+        why += f", most of all by {belief.dims[most]} (s.d. of its log {was[most]:.2f} -> {now[most]:.2f})"
+    pick = Pick(
+        chosen,
+        gain=gain,
+        per_flop=gain / chosen.cost,
+        regret_before=before,
+        regret_after=left,
+        predicted=tuple(np.exp(pool.value[i][real]).tolist()),
+        prediction_sd=tuple(np.sqrt(variance + belief.noise_sd**2)[real].tolist()),
+        is_check=False,
+        why=why,
     )
+    return pick, after
 
 
-def came_true(belief: Belief, check: Mapping, noise_sd: float | None = None) -> bool:
-    """Whether a check missed by no more than TRUE noise s.d. However unsure the law says it is: that is no excuse here."""
-    return bool(abs(np.log(check["measured"] / check["predicted"])) <= TRUE * _noise(belief, noise_sd))
-
-
-def should_stop(belief: Belief, checks: Sequence[Mapping], noise_sd: float | None = None) -> tuple[bool, str]:
+def should_stop(belief: Belief, checks: Checks) -> tuple[bool, str]:
     """(stop, why). Only a check that came true says stop; a small expected regret alone never does.
 
-    checks: {predicted, measured} of each check made, in order; the last one counts (`came_true`). noise_sd: s.d. of ln
-    loss under which regret does not matter, and by which a check is judged unless the belief's own is less; None = that.
+    Regret does not matter below the noise between seeds, or the belief's own where that is not known.
     """
-    noise = noise_sd or float(np.hypot(belief.trunk_sd, belief.row_sd))
-    regret = belief.expected_regret
+    noise, regret = checks.noise_sd or belief.noise_sd, belief.expected_regret
     small = f"expected regret {100 * regret:.3g} % against a noise of {100 * noise:.3g} %"
-    if not checks:
+    if not checks.made:
         return False, f"go on: no prediction near the target was put to the test yet ({small})"
-    last = checks[-1]
-    error = float(np.log(last["measured"] / last["predicted"]))
-    z = error / _noise(belief, noise_sd)
-    tested = f"the last check missed by {100 * error:+.3g} % ({z:+.1f} noise s.d.)"
-    if not came_true(belief, last, noise_sd):
+    z = checks.error / checks.noise(belief)
+    tested = f"the last check missed by {100 * checks.error:+.3g} % ({z:+.1f} noise s.d.)"
+    if not checks.came_true(belief):
         return False, f"go on: {tested}, so the law is wrong near the target whatever it expects ({small})"
     if regret > noise:
         return False, f"go on: {small}; {tested}"
     return True, f"stop: {small}, and {tested}"
+
+
+def whole_shape(belief: Belief, base: Shape) -> Shape:
+    """The best of the buildable shapes around the real optimum: each dimension rounded down and up.
+
+    Width to a multiple of head_dim, mlp_dim to one of 8.
+    """
+    steps, ends = dict(width=base.head_dim, mlp_dim=8), []
+    for name, x in belief.shape.items():
+        step = steps.get(name, 1)
+        ends.append(sorted({step * max(1, int(np.floor(x / step))), step * max(1, int(np.ceil(x / step)))}))
+    shapes = [base.replace(**dict(zip(belief.dims, pick))) for pick in itertools.product(*ends)]
+    flops = belief.geometry.flops({n: np.array([getattr(s, n) for s in shapes], float) for n in belief.dims}, head=True)
+    images = np.exp(belief.log_budget) / flops
+    return shapes[int(belief.evaluate(belief.logs_of(shapes, images))[0].argmin())]

@@ -2,7 +2,7 @@
 
     exit_status = main(__doc__, Question("active_stream", pilot, VALUES, BUDGETS, recipe, ...), argv)
 
-The pilot and the rows decide everything: the picks of a round are a function (`active.choose`) of the rows of what was
+The pilot and the rows decide everything: the picks of a round are a function (`next_run.choose`) of the rows of what was
 asked for before. `<name>_rounds.json` beside the ledger keeps each round with its predictions, written before its runs are
 launched; without it the rounds are worked out again from the ledger. So a kill at any moment loses no measurement, repeats
 none and changes no pick.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ import numpy as np
 
 from sovit import UserError
 from sovit.files import is_locked, locked, write_atomic
+from sovit.law.diagnostics import pooled_sd
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
 from sovit.ledger.schema import ANSWERED
-from sovit.predict.belief import FORM, Belief, learn
-from sovit.predict.candidates import Candidate, candidates
-from sovit.predict.next_run import CHECK_EVERY, Pick, choose, should_stop
+from sovit.predict.belief import FORM, Belief, BeliefOptions, learn
+from sovit.predict.candidates import Candidate, Search, candidates
+from sovit.predict.next_run import CHECK_EVERY, Checks, Pick, check_pick, choose, should_stop, whole_shape
 from sovit.spec.config import override
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import DIMENSIONS, Shape
@@ -65,6 +65,18 @@ class Question:
                 raise UserError(f"{name}={value!r} is not a positive number; give training FLOPs, such as 1e13")
         if (pilot := self.spent(self.pilot)) >= self.max_flops:
             raise UserError(f"max_flops={self.max_flops:g} does not pay for the pilot ({pilot:.3g} FLOPs); give more")
+
+    def search(self, max_cost: float) -> Search:
+        """What may be asked for next, each run for max_cost training FLOPs at most."""
+        recipe = self.pilot[0].recipe
+        return Search(
+            self.train_flops,
+            max_cost=max_cost,
+            num_classes=self.num_classes,
+            batch_size=recipe.batch_size,
+            cooldown=recipe.cooldown,
+            min_examples=self.min_steps * recipe.batch_size,
+        )
 
     def spent(self, runs: Sequence[Run]) -> float:
         """Training FLOPs of runs, the trunk of each counted once."""
@@ -142,78 +154,48 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     # not of the merged runs: a budget below one that is trained shares nothing with it any more
     spent = question.spent(question.pilot) + sum(pick["candidate"]["cost"] for pick in made)
     left = question.max_flops - spent
-    reachable, zero_line = dict(question.values), data.zero_line
-    belief = learn(
-        columns,
-        y,
-        question.target_flops,
-        form=question.form,
-        zero_line=zero_line,
-        reachable=reachable,
-        discrepancy_dof=np.inf,  # held, as in `active.next_run`
-    )
+    # the discrepancy is held: the runs so far do not show what the form gets wrong elsewhere
+    taken = BeliefOptions(question.form, zero_line=data.zero_line, reachable=question.values, discrepancy_dof=np.inf)
+    belief = learn(columns, y, question.target_flops, taken)
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
-    checks = []
+    tested = []
     for pick in made:
         run = _run_of(question, pick["candidate"])
         if pick["is_check"] and (value := measured.get(run.run_id(run.budgets[-1]))):
-            checks.append(dict(predicted=pick["predicted"][-1], measured=value))
-    noise = seed_sd(columns, y)
-    done, verdict = should_stop(belief, checks, noise)
+            tested.append(dict(predicted=pick["predicted"][-1], measured=value))
+    checks = Checks(tested, seed_sd(columns, y))
+    done, verdict = should_stop(belief, checks)
     stop, picks = verdict if done else "", []
     if not stop:
         try:
-            pool = candidates(
-                base,
-                question.values,
-                train_flops=question.train_flops,
-                rows=[row for row in read_ledger(ledger) if row["run_id"] in ids and row["status"] in ANSWERED],
-                max_cost=left,
-                num_classes=question.num_classes,
-                batch_size=question.pilot[0].recipe.batch_size,
-                cooldown=question.pilot[0].recipe.cooldown,
-                min_examples=question.min_steps * question.pilot[0].recipe.batch_size,
-            )
+            rows = [row for row in read_ledger(ledger) if row["run_id"] in ids and row["status"] in ANSWERED]
+            pool = candidates(base, question.values, question.search(left), rows)
         except UserError as error:
             stop = f"stop: {left:.3g} of {question.max_flops:.3g} FLOPs are left ({error})"
         else:
-            picks = picks_of(
-                belief,
-                pool,
-                range(len(made), len(made) + workers),
-                check_cost=CHECK_SHARE * question.max_flops,
-                checks=checks,
-                noise_sd=noise,
-            )
+            numbers = range(len(made), len(made) + workers)
+            picks = picks_of(belief, pool, numbers, CHECK_SHARE * question.max_flops, checks)
             while picks and sum(pick.candidate.cost for pick in picks) > left:
                 picks.pop()
-    return Look(belief, len(y), spent, whole_shape(belief, base), noise, picks, stop, verdict)
+    return Look(belief, len(y), spent, whole_shape(belief, base), checks.noise_sd, picks, stop, verdict)
 
 
 def picks_of(
-    belief: Belief,
-    pool: Sequence[Candidate],
-    numbers: range,
-    check_cost: float,
-    checks: Sequence[Mapping],
-    noise_sd: float | None,
+    belief: Belief, pool: Sequence[Candidate], numbers: range, check_cost: float, checks: Checks
 ) -> list[Pick]:
-    """The picks of these numbers, counted from 0, by `active.choose`, but for the shape of a check: it was never run.
+    """The picks of these numbers, counted from 0, by `choose`, but for the shape of a check: it was never run.
 
-    Every CHECK_EVERY-th is a check of the law, the run of the lowest predicted loss that check_cost pays for. Another seed
-    of a shape that stands in the fit would come true without telling anything of the next.
+    Every CHECK_EVERY-th is a check of the law that check_cost pays for. Another seed of a shape that stands in the fit
+    would come true without telling anything of the next.
     """
     picks: list[Pick] = []
     if numbers.stop // CHECK_EVERY > numbers.start // CHECK_EVERY:
         new = [c for c in pool if c.kind == "trunk" and len(c.budgets) == 1 and c.cost <= check_cost]
         if new:
-            losses = predicted(belief, [c.shape for c in new], [c.num_examples for c in new])
-            check = new[int(losses.argmin())]
-            picks += choose(belief, [check], num_made=CHECK_EVERY - 1)
-            pool = [c for c in pool if c.shape != check.shape]
+            picks.append(check_pick(belief, new))
+            pool = [c for c in pool if c.shape != picks[0].candidate.shape]
     if len(picks) < len(numbers) and pool:
-        rest = dict(num=len(numbers) - len(picks), num_made=numbers.start, check_every=0)
-        picks += choose(belief, pool, **rest, checks=checks, noise_sd=noise_sd)
+        picks += choose(belief, pool, len(numbers) - len(picks), numbers.start, checks)
     return picks
 
 
@@ -223,35 +205,7 @@ def seed_sd(columns: Mapping, y: np.ndarray) -> float | None:
     A belief's own noise also holds what its form gets wrong, which no seed explains.
     """
     keys = np.stack([columns[name] for name in (*DIMENSIONS, "num_examples")], 1)
-    group = np.unique(keys, axis=0, return_inverse=True)[1].ravel()
-    many = [np.log(y[group == g]) for g in range(group.max() + 1) if (group == g).sum() > 1]
-    return (
-        float(np.sqrt(sum(((v - v.mean()) ** 2).sum() for v in many) / sum(len(v) - 1 for v in many))) if many else None
-    )
-
-
-def whole_shape(belief: Belief, base: Shape) -> Shape:
-    """The best of the buildable shapes around the real optimum: each dimension rounded down and up.
-
-    Width to a multiple of head_dim, mlp_dim to one of 8.
-    """
-    steps = dict(width=base.head_dim, mlp_dim=8)
-    ends = []
-    for name, x in belief.shape.items():
-        step = steps.get(name, 1)
-        ends.append({step * max(1, int(np.floor(x / step))), step * max(1, int(np.ceil(x / step)))})
-    shapes = [base.replace(**dict(zip(belief.dims, pick))) for pick in itertools.product(*map(sorted, ends))]
-    flops = belief.geometry.flops({n: np.array([getattr(s, n) for s in shapes], float) for n in belief.dims}, head=True)
-    return shapes[int(predicted(belief, shapes, np.exp(belief.log_budget) / flops).argmin())]
-
-
-def predicted(belief: Belief, shapes: Sequence[Shape], num_examples) -> np.ndarray:
-    """Losses [S] that the belief gives shapes trained on so many images."""
-    names = [term for term in belief.form.terms if term != "num_examples"]
-    table = {n: np.array([getattr(s, n) for s in shapes], float) for n in names}
-    table["num_examples"] = np.asarray(num_examples, float)
-    u = np.log(np.stack([table[term] for term in belief.form.terms])) - belief.centre[:, None]
-    return np.exp(belief.form.evaluate(belief.theta[None], u)[0][0])
+    return pooled_sd(np.log(y), np.unique(keys, axis=0, return_inverse=True)[1].ravel())
 
 
 # the command line ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     space = {"width": (16, 24, 32, 48, 64, 96), "depth": (1, 2, 3, 4, 6), "mlp_dim": (64, 128, 256, 512, 1024)}
     base = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
-    sampler = NextRunSampler(base, space, (3.2e10, 1e11, 3.2e11, 1e12), target_flops=1e13, num_classes=16)
+    search = Search((3.2e10, 1e11, 3.2e11, 1e12), num_classes=16, batch_size=16)
+    sampler = NextRunSampler(base, space, search, target_flops=1e13)
 
     def objective(trial):
         shape, num_examples, seed = sampler.suggest(trial)
@@ -28,13 +29,11 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from sovit import UserError
-from sovit.predict.belief import FORM, Belief, learn
-from sovit.predict.candidates import Candidate, candidates
-from sovit.predict.next_run import choose
+from sovit.predict.belief import Belief, BeliefOptions, learn
+from sovit.predict.candidates import Candidate, Search, candidates
+from sovit.predict.next_run import choose, whole_shape
 from sovit.spec.design import star
-from sovit.spec.run import budgets_for
 from sovit.spec.shape import Shape
-from sovit.sweep.adaptive import whole_shape
 
 SAMPLERS = {
     "random": optuna.samplers.RandomSampler,
@@ -51,34 +50,33 @@ WIDE = IntDistribution(0, 2**60)
 
 
 class NextRunSampler(optuna.samplers.BaseSampler):
-    """Proposes the run that lowers the expected regret of the recommended shape most per FLOP (`active.choose`).
+    """Proposes the run that lowers the expected regret of the recommended shape most per FLOP (`next_run.choose`).
 
-    base, space: the shape, and the values of its dimensions that are chosen. train_flops: budgets, at one of which each
-    trial trains; its value is its loss. The first trials are the pilot (None = `pilot_of`), each shape at the two lowest
+    base, space: the shape, and the values of its dimensions that are chosen. search: its budgets, rising, at one of
+    which each trial trains; its value is its loss. The first trials are those of `pilot_of`, each shape at the two lowest
     budgets; from then on the study's trials alone decide, so that equal studies get equal proposals. Trials that run or
-    failed are not asked for again. form, zero_line: of the law that is believed (`active.learn`). resumes: whether the
-    objective goes on from a shorter trial of the same shape and seed, so that only the rest is paid for.
+    failed are not asked for again. law: form and zero_line of the law that is believed. resumes: whether the objective
+    goes on from a shorter trial of the same shape and seed, so that only the rest is paid for.
     """
 
     def __init__(
         self,
         base: Shape,
         space: Mapping[str, Sequence[int]],
-        train_flops: Sequence[float],
+        search: Search,
         *,
         target_flops: float,
-        pilot: Sequence[Shape] | None = None,
-        num_classes: int = 0,
-        batch_size: int = 16,
-        seeds: int = 3,
-        form: str = FORM,
-        zero_line: float | None = None,
+        law: BeliefOptions | None = None,
         resumes: bool = False,
     ):
-        self.base, self.space, self.train_flops = base, dict(space), sorted(train_flops)
-        self.target_flops, self.num_classes, self.batch_size = target_flops, num_classes, batch_size
-        self.seeds, self.form, self.zero_line, self.resumes = seeds, form, zero_line, resumes
-        self.pilot = list(pilot or pilot_of(base, space))
+        self.base, self.space, self.search, self.target_flops = base, dict(space), search, target_flops
+        fixed = {name: getattr(base, name) for name in ("patch_size", "image_size", "pool", "head_dim")}
+        geometry = fixed | dict(num_classes=search.num_classes)
+        # the discrepancy is held: the runs so far do not show what the form gets wrong elsewhere
+        self.law = dataclasses.replace(
+            law or BeliefOptions(), geometry=geometry, reachable=self.space, discrepancy_dof=np.inf
+        )
+        self.resumes, self.pilot = resumes, pilot_of(base, space)
 
     def suggest(self, trial: optuna.Trial) -> tuple[Shape, int, int]:
         """(shape, num_examples, init_seed) of a trial, taken up into its parameters."""
@@ -119,47 +117,25 @@ class NextRunSampler(optuna.samplers.BaseSampler):
                 for shape in self.pilot:
                     for n in self._budgets(shape):
                         if (_trunk(shape, seed), n) not in taken:
-                            return Candidate(shape, (n,), "trunk", self._cost(shape, n), None, seed)
-        pool = candidates(
-            self.base,
-            self.space,
-            train_flops=self.train_flops,
-            rows=[*rows, *others],
-            num_classes=self.num_classes,
-            batch_size=self.batch_size,
-            seeds=self.seeds,
-        )
+                            return Candidate(shape, (n,), "trunk", self.search.cost(shape, (n,)), None, seed)
+        pool = candidates(self.base, self.space, self.search, [*rows, *others])
         pool = [c for c in pool if len(c.budgets) == 1]
         if not self.resumes:
-            pool = [dataclasses.replace(c, cost=self._cost(c.shape, c.num_examples)) for c in pool]
-        return choose(self._belief(rows), pool, check_every=0)[0].candidate
+            pool = [dataclasses.replace(c, cost=self.search.cost(c.shape, c.budgets)) for c in pool]
+        return choose(self._belief(rows), pool)[0].candidate
 
     @property
     def _num_pilot(self) -> int:
         return sum(len(self._budgets(shape)) for shape in self.pilot)
 
     def _budgets(self, shape: Shape) -> tuple[int, ...]:
-        return budgets_for(shape, self.train_flops[:2], self.num_classes, self.batch_size)
-
-    def _cost(self, shape: Shape, num_examples: int) -> float:
-        return float(shape.train_flops_per_image(self.num_classes) * num_examples)
+        return self.search.levels(shape)[:2]
 
     def _belief(self, rows: Sequence[dict]) -> Belief:
         names = ("width", "depth", "mlp_dim", "patch_size", "image_size", "num_examples", "num_params", "forward_flops")
         columns = {name: np.array([row[name] for row in rows], float) for name in names}
         columns["trunk_id"] = np.array([row["trunk_id"] for row in rows])
-        shape = self.base
-        fixed = {name: getattr(shape, name) for name in ("patch_size", "image_size", "pool", "head_dim")}
-        return learn(
-            columns,
-            [row["loss"] for row in rows],
-            self.target_flops,
-            form=self.form,
-            zero_line=self.zero_line,
-            geometry=fixed | dict(num_classes=self.num_classes),
-            reachable=self.space,
-            discrepancy_dof=np.inf,  # held, as in `active.next_run`
-        )
+        return learn(columns, [row["loss"] for row in rows], self.target_flops, self.law)
 
     def _rows(self, study, states=(TrialState.COMPLETE,), apart_from: int | None = None) -> list[dict]:
         """Trials as rows, in the order of their numbers."""

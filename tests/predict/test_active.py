@@ -9,11 +9,10 @@ import pytest
 from sovit import UserError
 from sovit.law import compute_optimum as allocate
 from sovit.law.exponents import optimum_of
-from sovit.predict import belief as predict_belief
 from sovit.predict import next_run as active
-from sovit.predict.belief import learn
-from sovit.predict.candidates import Candidate, candidates
-from sovit.predict.next_run import choose, should_stop
+from sovit.predict.belief import BeliefOptions, learn, members, prior_of
+from sovit.predict.candidates import Candidate, Search, candidates
+from sovit.predict.next_run import Checks, check_pick, choose, should_stop
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 
@@ -22,6 +21,7 @@ PILOT = ((608, 10, 928), (416, 6, 1360), (416, 16, 608), (880, 6, 608), (880, 16
 VALUES = dict(width=(416, 608, 928), depth=(6, 10, 16, 28), mlp_dim=(608, 1216, 2176))
 LEVELS = (32e6, 128e6)
 TARGET = 3e22
+OPTIONS = BeliefOptions(geometry=planted.GEOMETRY)
 
 
 def measured(shapes=PILOT, seed=0, sd=0.005):
@@ -42,13 +42,13 @@ def shape_of(values):
 
 
 def pool_of(rows=(), **more):
-    return candidates(BASE, VALUES, num_examples=(16e6, 32e6, 64e6, 128e6), rows=rows, **more)
+    return candidates(BASE, VALUES, Search(num_examples=(16e6, 32e6, 64e6, 128e6), **more), rows)
 
 
 @pytest.fixture(scope="module")
 def belief():
     table, y, _ = measured()
-    return learn(table, y, TARGET, geometry=planted.GEOMETRY)
+    return learn(table, y, TARGET, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -76,21 +76,19 @@ def test_a_pool_costs_what_training_would_spend(pool):
 
 def test_criterion_is_the_posterior_variance_by_brute_force(belief, pool):
     """Append the candidate's rows to all others, invert the whole information again: the same fall of tr(K Sigma)."""
-    arrays = predict_belief._arrays(belief, pool)
-    _, jac = predict_belief._jacobian(belief, arrays.logs)
-    white = active._innovations(belief, pool, arrays, jac, active._Made.of(belief))
-    gains = active._gains(white, belief.covariance, belief.weight)
-    prior = predict_belief._prior(belief.form, float(np.exp(np.log(measured()[1]).mean())))[1]
+    arrays = active._Pool.of(belief, pool)
+    white = active._innovations(belief, arrays, active._made(belief))
+    gains = active.gains(white, belief.covariance, belief.weight)
+    prior = prior_of(belief.form, float(np.exp(np.log(measured()[1]).mean())))[1]
     for kind in ("trunk", "branch", "seed"):
         for i in [i for i, c in enumerate(pool) if c.kind == kind][::7]:
-            own = arrays.logs[:, i, arrays.real[i]]
+            own = belief.logs_of([pool[i].shape], np.array([pool[i].budgets]))[:, 0]
             logs = np.concatenate([belief.logs, own], 1)
             name = pool[i].trunk_id or "new"
             index = np.unique([*belief.trunk, *[name] * own.shape[1]], return_inverse=True)[1]
-            distance = np.sqrt(belief.form_variance(logs)) / belief.discrepancy
-            sds = belief.trunk_sd, belief.row_sd, belief.discrepancy
-            covariance = predict_belief._covariance(logs[:3], index, distance, *sds)
-            all_rows = np.concatenate([belief.jac, jac[i, arrays.real[i]].T], 1)
+            trunk, shape = members(index[None]), members(logs[:3]) * np.sqrt(belief.form_variance(logs))[:, None]
+            covariance = belief.row_sd**2 * np.eye(len(index)) + belief.trunk_sd**2 * trunk @ trunk.T + shape @ shape.T
+            all_rows = np.concatenate([belief.jac, arrays.jac[i, arrays.real[i]].T], 1)
             information = all_rows @ np.linalg.solve(covariance, all_rows.T) + np.diag(prior**-2.0)
             after = float((belief.weight * np.linalg.inv(information)).sum())
             assert gains[i] == pytest.approx(belief.expected_regret - after, rel=1e-6)
@@ -98,15 +96,13 @@ def test_criterion_is_the_posterior_variance_by_brute_force(belief, pool):
 
 def test_shape_moves_with_the_parameters_as_the_implicit_function_says(belief):
     """-H^-1 M against the optimum found again at parameters a little off."""
-    limits = {d: np.exp([low, high]) for d, low, high in zip(belief.dims, *belief.reachable)}
     moved = -np.linalg.solve(belief.hessian, belief.mixed)
     for p in range(len(belief.phi)):
         ends = []
         for step in (1e-3, -1e-3):
             phi = belief.phi + step * np.eye(len(belief.phi))[p]
-            ends.append(
-                predict_belief._optimum(belief.form, belief.centre, phi, belief.geometry, limits, belief.log_budget)
-            )
+            shape = dataclasses.replace(belief, phi=phi).shape_at(TARGET)
+            ends.append(np.log(list(shape.values())))
         assert moved[:, p] == pytest.approx((ends[0] - ends[1]) / 2e-3, abs=2e-3)
 
 
@@ -132,7 +128,7 @@ def test_two_parameters_in_closed_form():
     """One new row on a scalar posterior: variance s^2 -> s^2 r^2 / (s^2 + r^2) at unit slope."""
     covariance, weight = np.diag([4.0, 1.0]), np.diag([1.0, 0.0])
     white = np.array([[[1.0, 0.0]], [[0.0, 1.0]], [[2.0, 0.0]]]) / 1.5  # slope / row s.d.
-    gains = active._gains(white, covariance, weight)
+    gains = active.gains(white, covariance, weight)
     after = [4 * 1.5**2 / (4 + 1.5**2), 4.0, 4 * 0.75**2 / (4 + 0.75**2)]
     assert gains == pytest.approx(4 - np.array(after))
 
@@ -149,66 +145,56 @@ def test_a_branch_is_not_an_independent_run(belief):
         Candidate(shape, run, "seed", 1.0, None, 1),
         Candidate(shape, run, "branch", 1.0, "t4"),
     ]
-    arrays = predict_belief._arrays(belief, pool)
-    made = active._Made({})
-    made.add(active._keys(arrays.logs[:3, :, 0])[1], np.ones((2, 1)), ["t4", "t4"])
-    white = active._innovations(belief, pool, arrays, np.ones((3, 1, 1)), made)
-    trunk, seed, branch = active._gains(white, np.full((1, 1), 0.01**2), np.ones((1, 1)))
+    arrays = dataclasses.replace(active._Pool.of(belief, pool), jac=np.ones((3, 1, 1)))
+    white = active._innovations(belief, arrays, {arrays.keys[1]: (np.ones((2, 1)), ["t4", "t4"])})
+    trunk, seed, branch = active.gains(white, np.full((1, 1), 0.01**2), np.ones((1, 1)))
     assert trunk > 1.5 * seed and seed > 1.5 * branch > 0
 
 
 def test_the_same_rows_in_other_units_choose_the_same_runs(belief, pool):
-    first = [p.candidate for p in choose(belief, pool, num=6, check_every=0)]
+    first = [p.candidate for p in choose(belief, pool, num=6)]
     table, y, _ = measured()
-    again = learn(table, 7.0 * y, TARGET, geometry=planted.GEOMETRY)
-    assert [p.candidate for p in choose(again, pool, num=6, check_every=0)] == first
+    again = learn(table, 7.0 * y, TARGET, OPTIONS)
+    assert [p.candidate for p in choose(again, pool, num=6)] == first
     cheaper = [Candidate(**{**vars(c), "cost": c.cost / 1e9}) for c in pool]
-    picks = choose(belief, cheaper, num=6, check_every=0)
+    picks = choose(belief, cheaper, num=6)
     assert [(p.candidate.shape, p.candidate.budgets) for p in picks] == [(c.shape, c.budgets) for c in first]
 
 
 def test_picks_are_deterministic(pool):
     table, y, _ = measured()
-    picks = [active.next_run(table, y, pool, TARGET, num=3, geometry=planted.GEOMETRY) for _ in range(2)]
+    picks = [choose(learn(table, y, TARGET, OPTIONS), pool, num=3) for _ in range(2)]
     assert picks[0] == picks[1]
     assert [p.per_flop for p in picks[0]] == sorted((p.per_flop for p in picks[0]), reverse=True)
     assert all("expected regret" in p.why and p.to_dict()["candidate"]["cost"] > 0 for p in picks[0])
 
 
 def test_a_batch_counts_its_earlier_picks_as_made(belief, pool):
-    picks = choose(belief, pool, num=8, check_every=0)
+    picks = choose(belief, pool, num=8)
     assert all(a.regret_after == pytest.approx(b.regret_before) for a, b in zip(picks, picks[1:]))
     assert all(p.regret_before - p.regret_after == pytest.approx(p.gain, rel=1e-6) for p in picks)
     assert len({(p.candidate.shape, p.candidate.init_seed) for p in picks}) == len(picks)  # one trunk, one job
 
 
-def test_every_fifth_pick_is_the_nearest_to_the_target_that_is_allowed(belief, pool):
+def test_a_check_is_the_nearest_to_the_target_that_is_allowed(belief, pool):
     trunks = [c for c in pool if c.kind != "branch"]
     cap = float(np.median([c.cost for c in trunks]))
-    picks = choose(belief, pool, num=10, num_made=0, check_cost=cap)
-    assert [p.is_check for p in picks] == [False, False, False, False, True] * 2
-    assert [p.is_check for p in choose(belief, pool, num=2, num_made=3)] == [False, True]
-    check = picks[4]
-    allowed = [
-        c
-        for c in trunks
-        if c.cost <= cap
-        and (c.shape, c.init_seed) not in [(p.candidate.shape, p.candidate.init_seed) for p in picks[:4]]
-    ]
-    arrays = predict_belief._arrays(belief, allowed)
-    predicted = np.exp(predict_belief._jacobian(belief, arrays.logs)[0])[:, -1]
-    assert check.candidate.cost <= cap and check.candidate.kind != "branch"
-    assert check.predicted[-1] == pytest.approx(predicted.min())
-    assert "nearest the target" in check.why and check.prediction_sd[0] > np.hypot(belief.trunk_sd, belief.row_sd)
+    allowed = [c for c in trunks if c.cost <= cap]
+    check = check_pick(belief, allowed)
+    logs = [belief.logs_of([c.shape], np.array([c.num_examples])) for c in allowed]
+    predicted = [float(np.exp(belief.evaluate(at)[0][0])) for at in logs]
+    assert check.is_check and check.candidate in allowed
+    assert check.predicted[-1] == pytest.approx(min(predicted))
+    assert "nearest the target" in check.why and check.prediction_sd[0] > belief.noise_sd
 
 
 def test_after_a_check_that_failed_new_trunks_are_drawn_until_one_comes_true(belief, pool):
     failed, true = (dict(predicted=0.5, measured=m) for m in (0.55, 0.501))
-    picks = choose(belief, pool, num=4, checks=[true, failed])
-    assert picks == choose(belief, pool, num=4, checks=[true, failed])
+    picks = choose(belief, pool, num=4, checks=Checks([true, failed]))
+    assert picks == choose(belief, pool, num=4, checks=Checks([true, failed]))
     assert all(p.candidate.kind == "trunk" and "did not come true" in p.why for p in picks)
     best = choose(belief, pool, num=4)
-    assert choose(belief, pool, num=4, checks=[failed, true]) == best
+    assert choose(belief, pool, num=4, checks=Checks([failed, true])) == best
     assert [p.candidate for p in picks] != [p.candidate for p in best]
 
 
@@ -216,10 +202,8 @@ def test_discrepancy_moves_the_picks_towards_the_target(pool):
     table, y, _ = measured()
     away = []
     for d in (0.0, 0.03):
-        belief = learn(
-            table, y, TARGET, geometry=planted.GEOMETRY, discrepancy=d, discrepancy_dof=np.inf, noise=(0.0035, 0.0035)
-        )
-        picks = choose(belief, pool, num=12, check_every=0)
+        belief = learn(table, y, TARGET, dataclasses.replace(OPTIONS, discrepancy=d, discrepancy_dof=np.inf))
+        picks = choose(belief, pool, num=12)
         logs = np.log([[getattr(p.candidate.shape, n) for n in planted.DIMS] for p in picks])
         away.append(np.sqrt(((logs - belief.target) ** 2).sum(1)).mean())
     assert away[1] < away[0]
@@ -232,7 +216,7 @@ def test_noise_is_recovered_once_there_are_rows():
     ]
     shapes = [(w // 16 * 16, d, m) for w, d, m in shapes]
     table, y, _ = measured(shapes, seed=2, sd=0.01)
-    belief = learn(table, y, TARGET, geometry=planted.GEOMETRY, discrepancy=0.0)
+    belief = learn(table, y, TARGET, dataclasses.replace(OPTIONS, discrepancy=0.0))
     assert belief.trunk_sd == pytest.approx(0.0071, rel=0.35)
     assert belief.row_sd == pytest.approx(0.0071, rel=0.35)
 
@@ -240,63 +224,48 @@ def test_noise_is_recovered_once_there_are_rows():
 def test_stop_on_a_check_that_came_true_and_on_nothing_else(belief):
     noise = 2 * belief.expected_regret  # the criterion is content
     good, bad = (dict(predicted=0.5, measured=m) for m in (0.503, 0.55))
-    assert should_stop(belief, [], noise)[0] is False
-    assert should_stop(belief, [good], noise)[0] is True
-    stop, why = should_stop(belief, [good, bad], noise)
+    assert should_stop(belief, Checks([], noise))[0] is False
+    assert should_stop(belief, Checks([good], noise))[0] is True
+    stop, why = should_stop(belief, Checks([good, bad], noise))
     assert not stop and "missed by +9.53 %" in why
-    assert should_stop(belief, [good], belief.expected_regret / 2)[0] is False
+    assert should_stop(belief, Checks([good], belief.expected_regret / 2))[0] is False
 
 
 def test_a_check_is_judged_by_the_noise_between_seeds_where_that_is_known(belief, pool):
     """What the form gets wrong is in a belief's own noise: by that a miss of many seed s.d. would have come true."""
     wrong = dataclasses.replace(belief, row_sd=0.03, covariance=1e-6 * belief.covariance)
     missed = dict(predicted=0.5, measured=0.5 * np.exp(-0.03))
-    assert should_stop(wrong, [missed])[0]
-    stop, why = should_stop(wrong, [missed], 0.0023)
+    assert should_stop(wrong, Checks([missed]))[0]
+    stop, why = should_stop(wrong, Checks([missed], 0.0023))
     assert not stop and "missed by -3 % (-13.0 noise s.d.)" in why
-    assert "at random" not in choose(wrong, pool, checks=[missed])[0].why
-    assert "at random" in choose(wrong, pool, checks=[missed], noise_sd=0.0023)[0].why
-
-
-def test_regret_expected_of_a_fit_is_over_its_draws():
-    from sovit.law import fit as law
-    from sovit.law import fitted_law
-
-    columns, trunk = planted.star(((608, 10, 928), (1152, 20, 3072)))
-    y = planted.loss(columns) * planted.noise(trunk, 0.005, 0)
-    fit = law.fit("joint", columns, y, clusters=trunk, bootstrap=40, geometry=planted.GEOMETRY, extrapolate=False)
-    assert 0 < predict_belief.expected_regret(fit, TARGET) < 0.2
-    with pytest.raises(UserError, match="bootstrap=1000"):
-        predict_belief.expected_regret(fitted_law.Fit(**{**vars(fit), "draws": {}}), TARGET)
+    assert "at random" not in choose(wrong, pool, checks=Checks([missed]))[0].why
+    assert "at random" in choose(wrong, pool, checks=Checks([missed], 0.0023))[0].why
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(form="sovit"), "form='sovit' cannot choose runs; choose one of joint"),
+        (dict(options=BeliefOptions("sovit")), "form='sovit' cannot choose runs; choose one of joint"),
         (dict(train_flops=-1.0), "train_flops=-1.0 is not a positive number"),
-        (dict(discrepancy=-0.1), "discrepancy=-0.1 is not an s.d."),
         (dict(y=np.zeros(14)), "y=0.0 in row 0"),
     ],
 )
 def test_bad_input_to_learn(change, message):
     table, y, _ = measured()
-    given = dict(columns=table, y=y, train_flops=TARGET, geometry=planted.GEOMETRY) | change
+    given = dict(columns=table, y=y, train_flops=TARGET, options=OPTIONS) | change
     with pytest.raises(UserError, match=message):
         learn(**given)
 
 
 def test_bad_pools_say_why(belief):
     with pytest.raises(UserError, match="one of the two"):
-        candidates(BASE, VALUES)
+        candidates(BASE, VALUES, Search())
     with pytest.raises(UserError, match="'colour' is not a dimension"):
-        candidates(BASE, dict(colour=(1,)), num_examples=(1e6,))
+        candidates(BASE, dict(colour=(1,)), Search(num_examples=(1e6,)))
     with pytest.raises(UserError, match="raise max_cost"):
         pool_of(max_cost=1.0)
     with pytest.raises(UserError, match="no candidate"):
         choose(belief, [])
-    with pytest.raises(UserError, match="num=0"):
-        choose(belief, pool_of(), num=0)
 
 
 def test_a_diverged_trunk_is_not_branched():

@@ -18,7 +18,8 @@ from sovit.law import fit as law
 from sovit.law import simulate as planted
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
-from sovit.predict.belief import learn
+from sovit.predict.belief import BeliefOptions, learn
+from sovit.predict.next_run import whole_shape
 from sovit.spec.design import to_runs
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
@@ -180,16 +181,16 @@ def test_noise_between_seeds_and_the_whole_shape(small):
     variances = [np.var(g, ddof=1) for g in groups.values() if len(g) == 3]
     assert len(variances) == 2
     assert grow.seed_sd(data.columns, data.y) == pytest.approx(np.sqrt(np.mean(variances)))
-    belief = learn(data.columns, data.y, 1e13, form="bounded", zero_line=data.zero_line)
+    belief = learn(data.columns, data.y, 1e13, BeliefOptions("bounded", zero_line=data.zero_line))
     base = fake_grow.study().CENTRE
-    best = grow.whole_shape(belief, base)
+    best = whole_shape(belief, base)
     flops = belief.geometry
     near = [
         base.replace(width=best.width + 8 * i, depth=max(1, best.depth + j), mlp_dim=best.mlp_dim + 8 * k)
         for i in (-1, 0, 1) for j in (-1, 0, 1) for k in (-1, 0, 1)
     ]  # fmt: skip
     images = [1e13 / s.train_flops_per_image(16) for s in near]
-    losses = grow.predicted(belief, near, images)
+    losses = np.exp(belief.evaluate(belief.logs_of(near, np.array(images)))[0])
     assert losses.min() > (1 - 1e-3) * losses[13] and flops.num_classes == 16  # depth is coarse, width and MLP are not
     assert isinstance(Run.from_dict(fake_grow.study().runs()[0].to_dict()), Run)
 
@@ -199,13 +200,17 @@ def test_a_belief_in_a_power_mean_finds_the_optimum_of_the_star():
     star = planted.stream_star()
     y = star.losses(TRUTH)
     geometry = dict(patch_size=4, image_size=16, pool="none", head_dim=8, num_classes=16)
-    options = dict(clusters=star.trunk, geometry=geometry, zero_line=TRUTH.zero_line)
-    belief = learn(star.columns, y, 1e13, form="bounded", **options)
+    options = dict(geometry=geometry, zero_line=TRUTH.zero_line)
+    columns = star.columns | dict(trunk_id=star.trunk)
+    belief = learn(columns, y, 1e13, BeliefOptions("bounded", **options))
     off = np.log(list(belief.shape.values())) - np.log(TRUTH.optimum(TARGET))
-    assert np.abs(off / belief.log_sd).max() < 1 and TRUTH.regret(list(belief.shape.values()), TARGET) < 2e-3
-    fitted = law.fit("bounded", star.columns, y, extrapolate=False, **options)
-    assert dict(zip(belief.form.names, belief.theta))["s"] == pytest.approx(fitted.params["s"], rel=0.2)
-    plain = learn(star.columns, y, 1e13, form="joint_n", **options)
+    assert (
+        np.abs(off / belief.log_sd(belief.covariance)).max() < 1
+        and TRUTH.regret(list(belief.shape.values()), TARGET) < 2e-3
+    )
+    fitted = law.fit("bounded", columns, y, extrapolate=False, **options)
+    assert dict(zip(belief.form.names, np.exp(belief.phi)))["s"] == pytest.approx(fitted.params["s"], rel=0.2)
+    plain = learn(columns, y, 1e13, BeliefOptions("joint_n", **options))
     assert TRUTH.regret(list(plain.shape.values()), TARGET) > 5 * TRUTH.regret(list(belief.shape.values()), TARGET)
 
 

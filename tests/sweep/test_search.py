@@ -8,7 +8,8 @@ import pytest
 
 from sovit import UserError
 from sovit.law import simulate as planted
-from sovit.predict.candidates import candidates
+from sovit.predict.belief import BeliefOptions
+from sovit.predict.candidates import Search, candidates
 from sovit.predict.next_run import choose
 from sovit.spec.run import budgets_for
 from sovit.spec.shape import Shape
@@ -18,12 +19,13 @@ TRUTH = planted.truth("stream")
 BASE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
 SPACE = {"width": (16, 24, 32, 48, 64, 96), "depth": (1, 2, 3, 4, 6), "mlp_dim": (64, 128, 256, 512, 1024)}
 BUDGETS = (3.2e10, 1e11, 3.2e11, 1e12)
+SEARCH = Search(BUDGETS, num_classes=16, batch_size=16)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def sampler_of(**more):
-    law = dict(form="bounded", zero_line=TRUTH.zero_line)
-    return NextRunSampler(BASE, SPACE, BUDGETS, target_flops=1e13, num_classes=16, **{**law, **more})
+    law = BeliefOptions("bounded", zero_line=TRUTH.zero_line)
+    return NextRunSampler(BASE, SPACE, SEARCH, target_flops=1e13, law=law, **more)
 
 
 def loss_of(shape, num_examples, seed):
@@ -58,12 +60,11 @@ def test_its_picks_are_those_of_the_criterion(studied):
     """The 14th trial, chosen again by hand from the 13 before it."""
     sampler, study = studied
     before = sampler._rows(study)[:13]
-    options = dict(train_flops=BUDGETS, num_classes=16, batch_size=16, seeds=3)
-    pool = [c for c in candidates(BASE, SPACE, rows=before, **options) if len(c.budgets) == 1]
+    pool = [c for c in candidates(BASE, SPACE, SEARCH, before) if len(c.budgets) == 1]
     whole = [
         c for c in pool if c.kind != "branch"
     ]  # a branch costs the sampler a whole run: it may be picked all the same
-    best = choose(sampler._belief(before), whole, check_every=0)[0].candidate
+    best = choose(sampler._belief(before), whole)[0].candidate
     picked = study.trials[13].params
     names = ("width", "depth", "mlp_dim")
     branch = any(all(row[n] == picked[n] for n in names) for row in before)
