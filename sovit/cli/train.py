@@ -109,7 +109,7 @@ def profile(
     """
     import torch
 
-    from analysis.finetune_cost.savings import savings, savings_text
+    from sovit.report.finetune_savings import savings, savings_text
     from sovit.train.finetune_profile import finetune_cost
     from sovit.train.step_profile import profile as measure
     from sovit.train.step_profile import profile_text, shapes_for

@@ -10,7 +10,7 @@ three things that it is made of:
     activations         what autograd keeps for the backward pass, each storage once, parameters and images left out. A
                         frozen Linear keeps no input. Counted by saved-tensor hooks
 
-Rows are described in `analysis.finetune_cost.savings`.
+Rows are described in `sovit.report.finetune_savings`.
 """
 
 from __future__ import annotations
