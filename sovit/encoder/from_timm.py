@@ -1,23 +1,78 @@
-"""A timm model as the base of a fine-tuning: its Shape, if it is of the family that is built here, and its weights."""
+"""timm models: opened as a tower, or as the base of a fine-tuning if they are of the family that is built here."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import timm
 import timm.data
 import torch
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.encoder.base import Base
 from sovit.encoder.model import build
-from sovit.encoder.open import open_timm
+from sovit.encoder.tower import Encoder, Preprocess
 from sovit.encoder.weights import weights_digest
 from sovit.spec.shape import POOLS, Shape
 
 NOTHING = (nn.Identity, nn.Dropout, DropPath)  # modules that do nothing once training is over
+
+
+def open_timm(name: str) -> Any:
+    """A timm model with its weights and no task head: NAME, or local-dir:FOLDER. Raises UserError."""
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # timm, the hub client and safetensors raise a dozen unrelated kinds
+        raise UserError(
+            f"timm:{name} cannot be opened ({reason(error)}); check the name and the network, or give local-dir:FOLDER"
+        ) from error
+
+
+def timm_encoder(name: str, model: Any) -> Encoder:
+    """An Encoder of a timm model of the Vision Transformer family. Raises UserError for another family."""
+    if not all(hasattr(model, attribute) for attribute in ("blocks", "patch_embed", "forward_intermediates")):
+        raise UserError(f"{name} is no plain Vision Transformer (no blocks or patch embedding); give one that is")
+    record = timm.data.resolve_model_data_config(model)
+    height, width = model.patch_embed.img_size
+    rows, columns = model.patch_embed.grid_size
+    if height != width or rows != columns:
+        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
+
+    def hidden(images: Tensor, block: int) -> Tensor:
+        (found,) = model.forward_intermediates(
+            images, [block], return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return found if torch.is_tensor(found) else torch.cat(found[::-1], 1)  # timm gives (patches, prefix)
+
+    # a mean-pooled timm ViT has its final norm behind the mean; its tokens go through it one by one
+    norm = model.norm if not isinstance(model.norm, nn.Identity) else getattr(model, "fc_norm", model.norm)
+
+    def pooled(images: Tensor) -> Tensor:
+        x = model.forward_head(model.forward_features(images), pre_logits=True)  # [B, D], or [B, N, D] unpooled
+        return x if x.ndim == 2 else x[:, model.num_prefix_tokens :].mean(1)
+
+    return Encoder(
+        name=name,
+        module=model.eval().requires_grad_(False),
+        width=model.embed_dim,
+        depth=len(model.blocks),
+        grid=rows,
+        num_prefix_tokens=model.num_prefix_tokens,
+        preprocess=Preprocess(
+            image_size=record["input_size"][-1],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            resample="bilinear" if record["interpolation"] == "bilinear" else "bicubic",
+            crop="squash" if record["crop_mode"] == "squash" else "center",
+            crop_pct=record["crop_pct"],
+        ),
+        hidden=hidden,
+        final_norm=norm,
+        pooled=pooled,
+    )
 
 
 def load_timm_base(name: str) -> Base:
@@ -48,50 +103,50 @@ def shape_of_timm(model: Any, name: str = "the timm model") -> Shape:
     another activation or MLP, parallel blocks.
     """
 
-    def refuse(found: str) -> UserError:
-        return UserError(f"{name} is no plain ViT of the family: {found}; give one such as vit_base_patch16_224")
+    found = _unlike(model)
+    if not found:
+        block, (rows, _), patch_size = model.blocks[0], model.patch_embed.grid_size, model.patch_embed.patch_size[0]
+        shape = Shape(
+            width=model.embed_dim,
+            depth=len(model.blocks),
+            mlp_dim=block.mlp.fc1.out_features,
+            head_dim=block.attn.head_dim,
+            patch_size=patch_size,
+            image_size=rows * patch_size,
+            pool=model.global_pool or "none",
+            num_registers=model.num_reg_tokens,
+            qkv_bias=block.attn.qkv.bias is not None,
+            layer_scale=hasattr(block.ls1, "gamma"),
+        )
+        with torch.device("meta"):
+            ours = _parts(build(shape))
+        theirs = _parts(model)
+        part = next((part for part in [*theirs, *ours] if theirs.get(part) != ours.get(part)), None)
+        if part is None:
+            return shape
+        found = f"{part} is {theirs.get(part, 'missing')} there and {ours.get(part, 'missing')} here"
+    raise UserError(f"{name} is no plain ViT of the family: {found}; give one such as vit_base_patch16_224")
 
+
+def _unlike(model: Any) -> str:
+    """What a model has that no module shows, or that no Shape can be read off with; "" if nothing."""
     kind = type(model)  # exactly this one: the classes made from it compute something else
     if kind is not VisionTransformer:
-        raise refuse(f"it is a {kind.__name__}, not a VisionTransformer")
-    block = model.blocks[0]
-    rows, columns = model.patch_embed.grid_size
-    pool = model.global_pool or "none"
-    kind = type(block)
-    if kind is not Block or not hasattr(block.mlp, "fc1"):
-        raise refuse(f"its blocks are {kind.__name__}s of {type(getattr(block, 'mlp', block)).__name__}")
+        return f"it is a {kind.__name__}, not a VisionTransformer"
+    mlp, kind = getattr(model.blocks[0], "mlp", model.blocks[0]), type(model.blocks[0])
+    if kind is not Block or not hasattr(mlp, "fc1"):
+        return f"its blocks are {kind.__name__}s of {type(mlp).__name__}"
+    pool, (rows, columns) = model.global_pool or "none", model.patch_embed.grid_size
     if rows != columns or len(set(model.patch_embed.patch_size)) > 1:
         height, width = model.patch_embed.img_size
-        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
+        return f"it reads images of {height} x {width}, only square ones are read here"
     if pool not in POOLS:
-        raise refuse(f"it pools by {pool!r}, not by one of {', '.join(POOLS)}")
+        return f"it pools by {pool!r}, not by one of {', '.join(POOLS)}"
     if model.has_class_token != (pool == "token"):
-        raise refuse(f"it has {'a' if model.has_class_token else 'no'} class token beside pool={pool}")
+        return f"it has {'a' if model.has_class_token else 'no'} class token beside pool={pool}"
     if model.pool_include_prefix and model.num_prefix_tokens:
-        raise refuse("it pools its registers with its patches")
-    if model.pos_embed is None:
-        raise refuse("it has no learned positions")
-    patch_size = model.patch_embed.patch_size[0]
-    shape = Shape(
-        width=model.embed_dim,
-        depth=len(model.blocks),
-        mlp_dim=block.mlp.fc1.out_features,
-        head_dim=block.attn.head_dim,
-        patch_size=patch_size,
-        image_size=rows * patch_size,
-        pool=pool,
-        num_registers=model.num_reg_tokens,
-        qkv_bias=block.attn.qkv.bias is not None,
-        layer_scale=hasattr(block.ls1, "gamma"),
-    )
-    with torch.device("meta"):
-        ours = _parts(build(shape))
-    theirs = _parts(model)
-    for part in [*theirs, *ours]:
-        if theirs.get(part) != ours.get(part):
-            there, here = theirs.get(part, "missing"), ours.get(part, "missing")
-            raise refuse(f"{part} is {there} there and {here} here")
-    return shape
+        return "it pools its registers with its patches"
+    return "" if model.pos_embed is not None else "it has no learned positions"
 
 
 def _parts(model: nn.Module) -> dict[str, str]:

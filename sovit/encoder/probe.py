@@ -1,4 +1,4 @@
-"""Probe an encoder: features of a labelled source, and the few-shot error of a linear probe on them (see `fewshot`).
+"""Probe an encoder: features of a labelled source, and the few-shot error of a linear probe on them (see `few_shot`).
 
 The representation is `Encoder.pooled`, what the tower itself hands to a task head, as SoViT probes its pre-logits. The
 support sets are drawn from the first training samples of the source, under a data seed of their own and as training sees
@@ -16,18 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sovit import UserError
 from sovit.data import NORMALISATION, Source, named_data, open_data
 from sovit.data.cache import say, track
 from sovit.encoder.few_shot import few_shot_errors, support_sets
-from sovit.encoder.open import Encoder, Preprocess, open_encoder
+from sovit.encoder.open import load_encoder
+from sovit.encoder.tower import Encoder
 from sovit.files import locked
 from sovit.ledger.few_shot_columns import SHOTS, SUPPORT_SEEDS, about, columns, columns_of, is_probed
 from sovit.ledger.ledger import read_ledger, update_ledger
 from sovit.ledger.records import read_record, write_record
 from sovit.ledger.schema import is_vlm
+from sovit.tables import text_table
 
 POOL = 65_536  # training samples that support sets are drawn from, at most; big_vision takes 65,000 of ImageNet
 POOL_STEP = 4096  # the pool grows by so many until every class has enough for support sets that need not overlap
@@ -136,11 +137,14 @@ def features(encoder: Encoder, data: ProbeData, show: bool = False) -> tuple[np.
     return np.concatenate(support), np.concatenate(test), np.concatenate(labels)
 
 
-def probe(encoder: Encoder, data: ProbeData, show: bool = False) -> dict[int, list[float]]:
+def probe(encoder: Encoder, data: str | ProbeData = "icons:single40", show: bool = False) -> dict[int, list[float]]:
     """Few-shot errors of an encoder: number of shots -> error with each support set.
 
-    Raises UserError where its features are not finite.
+    data: SOURCE:PRESET, opened at the encoder's resolution on its device, or as `open_probe` did. Raises UserError for data
+    that cannot be probed on, and where the features are not finite.
     """
+    if isinstance(data, str):
+        data = open_probe(data, encoder.preprocess.image_size, patch_size(encoder))
     support, test, test_labels = features(encoder, data, show)
     if not (np.isfinite(support).all() and np.isfinite(test).all()):
         raise UserError(f"{encoder.name} gives features that are not finite on {data.name}; it cannot be probed")
@@ -151,7 +155,7 @@ def compare(names: Sequence[str], data_name: str, runs_dir: Path | str = "runs",
     """Probe several encoders: {data, encoders: [{encoder, image_size, width, shots: {10: {error, sd, n, errors}}, ...}]}."""
     found, opened = [], {}
     for name in names:
-        encoder = open_tower(name, runs_dir, device)
+        encoder = load_encoder(name, runs_dir, device)
         size = encoder.preprocess.image_size, patch_size(encoder)
         if size not in opened:
             opened[size] = open_probe(data_name, *size, device)
@@ -167,42 +171,22 @@ def compare(names: Sequence[str], data_name: str, runs_dir: Path | str = "runs",
 
 def comparison_text(result: dict) -> str:
     """What `compare` found as a table: mean error and s.d. over the support sets."""
-    shots = list(result["encoders"][0]["shots"])
-    rows = [["encoder", "px", "features", *(f"{s}-shot error" for s in shots)]]
-    for e in result["encoders"]:
-        cells = [f"{e['shots'][s]['error']:.4f} ± {e['shots'][s]['sd']:.4f}" for s in shots]
-        rows.append([e["encoder"], str(e["image_size"]), str(e["width"]), *cells])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in rows
+    rows = [
+        [e["encoder"], str(e["image_size"]), str(e["width"])]
+        + [f"{shots['error']:.4f} ± {shots['sd']:.4f}" for shots in e["shots"].values()]
+        for e in result["encoders"]
     ]
-    n, guess = len(SUPPORT_SEEDS), result["encoders"][0]["zero_line"]
-    return "\n".join([*lines, f"± s.d. over {n} support sets, the same for all; a guess is wrong in {guess:.4f}"])
+    first = result["encoders"][0]
+    names = ["encoder", "px", "features", *(f"{shots}-shot error" for shots in first["shots"])]
+    n, guess = len(SUPPORT_SEEDS), first["zero_line"]
+    return (
+        f"{text_table(names, rows, left=names[:1])}\n± s.d. over {n} support sets, the same for all;"
+        f" a guess is wrong in {guess:.4f}"
+    )
 
 
 def patch_size(encoder: Encoder) -> int:
     return encoder.preprocess.image_size // encoder.grid
-
-
-def open_tower(name: str, runs_dir: Path | str = "runs", device: str = "cpu") -> Encoder:
-    """What `open_encoder` opens, and `pixels:SIZE`: the pixels themselves, the baseline of any encoder."""
-    kind, _, size = name.partition(":")
-    if kind != "pixels":
-        return open_encoder(name, runs_dir, device)
-    if not size.isdecimal() or not int(size):
-        raise UserError(f"{name}: give the size of the image in pixels, such as pixels:16")
-    return Encoder(
-        name=name,
-        module=nn.Identity(),
-        width=3 * int(size) ** 2,
-        depth=0,
-        grid=1,
-        num_prefix_tokens=0,
-        preprocess=Preprocess(int(size), (0.0,) * 3, (1.0,) * 3),
-        hidden=lambda images, block: images,
-        final_norm=nn.Identity(),
-        pooled=lambda images: images.flatten(1),
-    )
 
 
 # rows ----------------------------------------------------------------------------------------------------------------
@@ -231,7 +215,7 @@ def probed(
     """
     opened: dict[tuple[int, int], ProbeData] = {}
     for row in rows:
-        encoder = open_encoder(row["run_id"], runs_dir, device)
+        encoder = load_encoder(row["run_id"], runs_dir, device)
         size = encoder.preprocess.image_size, patch_size(encoder)
         if size not in opened:
             opened[size] = open_probe(name, *size, device)

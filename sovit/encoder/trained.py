@@ -15,6 +15,7 @@ from sovit import UserError
 from sovit.data import NORMALISATION
 from sovit.data.hub.images import seen_share
 from sovit.encoder.base import Base
+from sovit.encoder.from_timm import load_timm_base
 from sovit.encoder.model import build
 from sovit.encoder.weights import load_weights, weights_digest
 from sovit.ledger.records import record_path, record_row
@@ -78,8 +79,6 @@ def base_of(run: Run, runs_dir: Path | str) -> Base:
 def open_base(name: str, runs_dir: Path | str) -> Base:
     """A trained branch by its run_id, fine-tuned itself or not, or timm:NAME. Raises UserError where it is not there."""
     if name.startswith("timm:"):
-        from sovit.encoder.from_timm import load_timm_base
-
         return load_timm_base(name)
     model, before, earlier = _load(name, runs_dir)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}

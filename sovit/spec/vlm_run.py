@@ -77,7 +77,7 @@ class VlmRun:
     """What is trained. Durations are in images; an image comes with a question of each family."""
 
     encoder: (
-        str  # a name of sovit.encoder.open.open_encoder; blind:M puts M learned tokens in its place, which see nothing
+        str  # a name of sovit.encoder.open.load_encoder; blind:M puts M learned tokens in its place, which see nothing
     )
     stages: tuple[Stage, ...]
     language_model: str = "smollm2"  # a name of sovit.vlm.language_model.open_language_model

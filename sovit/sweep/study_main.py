@@ -202,7 +202,7 @@ def _open_parts(runs: Sequence[VlmRun], runs_dir: Path, device: str) -> None:
     """Open what vision-language models are made of and asked: each thing once, and none of it is kept."""
     if not runs:
         return
-    from sovit.encoder.open import open_encoder
+    from sovit.encoder.open import load_encoder
     from sovit.vlm.language_model import open_language_model
     from sovit.vlm.projectors import PROJECTORS
     from sovit.vlm.questions.questions import open_questions
@@ -230,4 +230,4 @@ def _open_parts(runs: Sequence[VlmRun], runs_dir: Path, device: str) -> None:
     for name in dict.fromkeys(run.encoder for run in runs if run.control != "blind"):
         # what this study trains is not there yet
         if name.partition(":")[0] in ("timm", "hf"):
-            open_encoder(name, runs_dir, device)
+            load_encoder(name, runs_dir, device)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
 from sovit.encoder.model import build
-from sovit.encoder.open import Encoder, open_encoder, timm_encoder
+from sovit.encoder.open import Encoder, load_encoder, timm_encoder
 from sovit.spec.any_run import AnyRun
 from sovit.spec.run import Run
 from sovit.spec.vlm_run import PARTS, Stage, VlmRun
@@ -76,7 +76,7 @@ class Trials:
         if run.control == "blind":
             return int(run.encoder.partition(":")[2])
         if not run.base:
-            return open_encoder(run.encoder, self.runs_dir, self.device)
+            return load_encoder(run.encoder, self.runs_dir, self.device)
         trunk = run.base.rpartition("-")[0]
         trained = self.runs.get(trunk)
         if trained is None:

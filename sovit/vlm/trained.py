@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sovit import UserError
-from sovit.encoder.open import Encoder, open_encoder
+from sovit.encoder.open import Encoder, load_encoder
 from sovit.encoder.weights import Unusable, load_weights, weights_digest
 from sovit.spec.vlm_run import PARTS, Part, VlmRun
 from sovit.vlm.language_model import open_language_model
@@ -25,7 +25,7 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
     if run.control == "blind":
         encoder = int(run.encoder.partition(":")[2])
     else:
-        encoder = open_encoder(run.encoder, runs_dir, device)
+        encoder = load_encoder(run.encoder, runs_dir, device)
         size = encoder.preprocess.image_size
         if run.base and size != run.image_size:  # sovit's own reads what is drawn for it, and nothing resampled
             raise UserError(

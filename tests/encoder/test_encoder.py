@@ -7,8 +7,10 @@ import torch
 from torch.testing import assert_close  # float32 to 1e-5: kernels, chosen by the processor, round differently
 
 from sovit import UserError
+from sovit.encoder.from_timm import timm_encoder
+from sovit.encoder.from_transformers import TOWERS
 from sovit.encoder.model import build
-from sovit.encoder.open import TOWERS, open_encoder, timm_encoder
+from sovit.encoder.open import load_encoder
 from sovit.encoder.trained import load_branch
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
@@ -72,7 +74,7 @@ def trained(tmp_path_factory):
 def test_a_trained_branch_and_the_same_network_before_training(trained):
     runs_dir, run = trained
     run_id = run.run_ids[0]
-    encoder, start = (open_encoder(name, runs_dir) for name in (run_id, f"random:{run_id}"))
+    encoder, start = (load_encoder(name, runs_dir) for name in (run_id, f"random:{run_id}"))
     model, _ = load_branch(run_id, runs_dir)
     images = IMAGES[..., :16, :16]
     assert_close(model.head(encoder.tokens(images)), model(images))
@@ -93,7 +95,7 @@ def test_what_cannot_be_opened_is_said(trained, tmp_path):
         (f"hf:{tmp_path}", "cannot be opened"),
     ):
         with pytest.raises(UserError, match=message):
-            open_encoder(name, runs_dir)
+            load_encoder(name, runs_dir)
 
 
 def test_another_family_is_refused():
@@ -111,7 +113,7 @@ def test_a_timm_folder(trained, tmp_path):
 
     runs_dir, run = trained
     export_encoder(run.run_ids[0], runs_dir, tmp_path / "out")
-    ours, theirs = open_encoder(run.run_ids[0], runs_dir), open_encoder(f"timm:local-dir:{tmp_path / 'out'}")
+    ours, theirs = load_encoder(run.run_ids[0], runs_dir), load_encoder(f"timm:local-dir:{tmp_path / 'out'}")
     images = IMAGES[..., :16, :16]
     assert_close(ours.tokens(images), theirs.tokens(images))
     assert ours.preprocess == theirs.preprocess
@@ -141,7 +143,7 @@ def test_a_transformers_tower(kind, tmp_path):
     transformers.SiglipImageProcessor(
         size={"height": 28, "width": 28}, image_mean=MEAN, image_std=STD, resample=2
     ).save_pretrained(tmp_path)
-    encoder = open_encoder(f"hf:{tmp_path}")
+    encoder = load_encoder(f"hf:{tmp_path}")
     assert (encoder.width, encoder.depth, encoder.grid, encoder.num_prefix_tokens) == (16, 3, 4, prefix)
     blocks = next(m for m in tower.modules() if isinstance(m, torch.nn.ModuleList))  # whose place differs by version
     with torch.no_grad():
@@ -168,7 +170,7 @@ def test_a_model_of_text_and_image_gives_its_image_side(kind, tmp_path):
     both = transformers.AutoModel.from_config(configs[kind](text_config=words, vision_config=SMALL)).eval()
     both.save_pretrained(tmp_path)
     transformers.SiglipImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path)
-    encoder = open_encoder(f"hf:{tmp_path}")
+    encoder = load_encoder(f"hf:{tmp_path}")
     assert (encoder.width, encoder.depth, encoder.grid, encoder.num_prefix_tokens) == (16, 3, 4, int(kind == "clip"))
     with torch.no_grad():
         expected = both.vision_model(IMAGES, output_hidden_states=True).hidden_states[-1][
@@ -187,7 +189,7 @@ def test_a_processor_that_says_nothing_is_one_line(wrong, tmp_path):
     record = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(record | wrong))
     with pytest.raises(UserError, match="preprocessor_config.json of hf:.* does not say how images are made.*mend it"):
-        open_encoder(f"hf:{tmp_path}")
+        load_encoder(f"hf:{tmp_path}")
 
 
 def test_a_processor_that_crops_is_recorded(tmp_path):
@@ -196,7 +198,7 @@ def test_a_processor_that_crops_is_recorded(tmp_path):
     transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
         tmp_path
     )
-    record = open_encoder(f"hf:{tmp_path}").preprocess
+    record = load_encoder(f"hf:{tmp_path}").preprocess
     assert (record.crop, record.crop_pct, record.resample) == ("center", 28 / 32, "bicubic")
 
 
@@ -209,7 +211,7 @@ def test_preprocessing_is_the_processors(tmp_path):
     image = torch.rand(3, 50, 50, generator=torch.Generator().manual_seed(0))
     image = torch.nn.functional.interpolate(image[None, :, :10, :10], (50, 50), mode="bicubic").clamp(0, 1)[0]
     theirs = processor((image * 255).round().byte(), return_tensors="pt")["pixel_values"]
-    ours = open_encoder(f"hf:{tmp_path}").preprocess(((image * 255).round() / 255)[None])
+    ours = load_encoder(f"hf:{tmp_path}").preprocess(((image * 255).round() / 255)[None])
     assert_close(ours, theirs, atol=0.03, rtol=0)  # they round to 8 bits between the two steps
 
 
@@ -221,7 +223,7 @@ def test_dinov2_at_the_size_of_its_processor(tmp_path):
     transformers.BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}).save_pretrained(
         tmp_path
     )
-    encoder = open_encoder(f"hf:{tmp_path}")
+    encoder = load_encoder(f"hf:{tmp_path}")
     assert (encoder.preprocess.image_size, encoder.grid) == (28, 4)
     with torch.no_grad():
         assert_close(encoder.tokens(IMAGES), tower(IMAGES).last_hidden_state[:, 1:])
@@ -235,7 +237,7 @@ def test_no_code_and_no_pickle_of_a_folder_is_run(tmp_path, monkeypatch):
     (evil / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with pytest.raises(UserError, match="cannot be opened"):
-        open_encoder(f"hf:{evil}")
+        load_encoder(f"hf:{evil}")
     assert not (tmp_path / "ran").exists()
     pickled = tmp_path / "pickled"
     tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL))
@@ -243,7 +245,7 @@ def test_no_code_and_no_pickle_of_a_folder_is_run(tmp_path, monkeypatch):
     (pickled / "model.safetensors").unlink()
     torch.save(tower.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be opened"):
-        open_encoder(f"hf:{pickled}")
+        load_encoder(f"hf:{pickled}")
 
 
 @pytest.mark.parametrize("sizes", [dict(img_size=(28, 14), patch_size=7), dict(img_size=(28, 56), patch_size=(7, 14))])

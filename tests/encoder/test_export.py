@@ -12,7 +12,7 @@ from sovit.encoder.export import export_encoder, write_config
 from sovit.encoder.export.config import FORMATS, config_of
 from sovit.encoder.flexivit import at_patch_size
 from sovit.encoder.from_timm import load_timm_base
-from sovit.encoder.open import open_encoder
+from sovit.encoder.open import load_encoder
 from sovit.encoder.trained import load_branch
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
@@ -124,7 +124,7 @@ def test_an_export_at_another_size_is_what_timm_makes_of_the_native_one(trained,
         ).eval()
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
         assert (ours(images) - ours(images).mean(0)).abs().max() > 0.01  # what is compared depends on the images
-    encoder = open_encoder(f"timm:local-dir:{tmp_path / 'resized'}")
+    encoder = load_encoder(f"timm:local-dir:{tmp_path / 'resized'}")
     assert (encoder.preprocess.image_size, encoder.grid) == (image_size, image_size // patch_size)
     card = (tmp_path / "resized" / "README.md").read_text()
     assert f"trained at 16 px, patch 4 and resized to {image_size} px, patch {patch_size}, without any training" in card

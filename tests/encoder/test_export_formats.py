@@ -13,7 +13,7 @@ from sovit.cli.main import main
 from sovit.encoder.export import MAX_IMAGE_SIZE, MAX_PATCHES, export_encoder
 from sovit.encoder.export.config import FORMATS
 from sovit.encoder.export.roundtrip_check import NANOVLM_TOLERANCE, TOLERANCE
-from sovit.encoder.open import open_encoder, timm_encoder
+from sovit.encoder.open import load_encoder, timm_encoder
 from sovit.encoder.trained import load_branch
 
 transformers = pytest.importorskip("transformers")
@@ -67,7 +67,7 @@ def test_round_trip(planted, tmp_path, format, shape):
             reloaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
             assert all(torch.equal(t, model.state_dict()[name]) for name, t in reloaded.state_dict().items())
             torch.testing.assert_close(reloaded(IMAGES), model(IMAGES))
-            theirs = open_encoder(f"timm:local-dir:{tmp_path / 'out'}")
+            theirs = load_encoder(f"timm:local-dir:{tmp_path / 'out'}")
         else:
             kind = {"siglip": "SiglipVisionModel", "vit": "ViTModel", "sovit": "SovitVisionModel"}[format]
             more = {"add_pooling_layer": False} if format == "vit" else {}
@@ -86,7 +86,7 @@ def test_round_trip(planted, tmp_path, format, shape):
             else:
                 assert run.shape.pool in ("avg", "none", "token")
             assert report["tokens_max_difference_float64"] <= TOLERANCE * tokens.abs().max()
-            theirs = open_encoder(f"hf:{tmp_path / 'out'}")
+            theirs = load_encoder(f"hf:{tmp_path / 'out'}")
             assert theirs.num_params == run.shape.num_params
         torch.testing.assert_close(theirs.tokens(IMAGES), tokens, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(theirs.pooled(IMAGES), pooled, rtol=1e-5, atol=1e-5)
@@ -163,7 +163,7 @@ def test_a_wrong_config_is_found_out_and_nothing_is_written(
 ):
     run_ids, runs_dir = planted
     right = FORMATS[format]
-    monkeypatch.setitem(FORMATS, format, right._replace(config=lambda s: right.config(s) | {field: wrong}))
+    monkeypatch.setitem(FORMATS, format, lambda s: right(s) | {field: wrong})
     with pytest.raises((RuntimeError, UserError), match="nothing was written|does not fit its config"):
         export_encoder(run_ids[shape], runs_dir, tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
@@ -184,7 +184,7 @@ def test_a_folder_whose_tensors_would_be_drawn_anew_is_refused(planted, tmp_path
         del tensors["vision_model.encoder.layers.1.mlp.fc1.weight"]
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks .* of the tensors of a SiglipVisionModel, such as"):
-        open_encoder(f"hf:{tmp_path / 'out'}")
+        load_encoder(f"hf:{tmp_path / 'out'}")
 
 
 def test_the_processor_makes_what_our_record_says(planted, tmp_path):
@@ -194,7 +194,7 @@ def test_the_processor_makes_what_our_record_says(planted, tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")
     image = torch.randint(0, 256, (3, 16, 22), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     theirs = processor(image, return_tensors="pt")["pixel_values"]
-    ours = open_encoder(f"hf:{tmp_path / 'out'}").preprocess(image[None, :, :, 3:19] / 255)
+    ours = load_encoder(f"hf:{tmp_path / 'out'}").preprocess(image[None, :, :, 3:19] / 255)
     torch.testing.assert_close(theirs, ours)
 
 
@@ -204,7 +204,7 @@ def test_a_run_on_random_crops_is_shown_the_middle_as_in_its_validation(tmp_path
     run_id = plant(shape, tmp_path / "runs", data="hub", preset="pictures?crop=0.3&flip=0")
     export_encoder(run_id, tmp_path / "runs", tmp_path / "out", 32, format=format)
     place = "timm:local-dir:" if format == "timm" else "hf:"
-    record = open_encoder(f"{place}{tmp_path / 'out'}").preprocess
+    record = load_encoder(f"{place}{tmp_path / 'out'}").preprocess
     assert (record.crop, record.mean) == ("center", (0.5,) * 3)
     assert record.crop_pct == (7 / 8 if format == "timm" else 32 / 36)  # in whole pixels there
     assert "short side to 36 px (bicubic), the middle 32 px" in (tmp_path / "out" / "README.md").read_text()
@@ -225,8 +225,8 @@ def test_at_another_size(planted, tmp_path, format, shape):
         assert json.loads((tmp_path / "out" / "config.json").read_text())["vit_img_size"] == 24
         return
     images = torch.randn(2, 3, 24, 24)
-    expected = open_encoder(f"timm:local-dir:{tmp_path / 'timm'}").tokens(images)
-    found = open_encoder(f"hf:{tmp_path / 'out'}")
+    expected = load_encoder(f"timm:local-dir:{tmp_path / 'timm'}").tokens(images)
+    found = load_encoder(f"hf:{tmp_path / 'out'}")
     torch.testing.assert_close(found.tokens(images), expected, rtol=1e-5, atol=1e-5)
     assert (found.preprocess.image_size, found.grid) == (24, 3)
     assert "resized to 24 px, patch 8" in (tmp_path / "out" / "README.md").read_text()

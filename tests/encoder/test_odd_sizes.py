@@ -15,7 +15,7 @@ from sovit.cli.main import main
 from sovit.encoder.export import export_encoder
 from sovit.encoder.from_timm import load_timm_base
 from sovit.encoder.model import build
-from sovit.encoder.open import open_encoder
+from sovit.encoder.open import load_encoder
 from sovit.encoder.probe import compare
 from sovit.encoder.trained import load_branch
 from sovit.ledger.records import read_record
@@ -67,7 +67,7 @@ def test_an_odd_size_is_counted_built_trained_validated_probed_and_exported(pict
     assert row["status"] == "ok" and row["val_loss"] < row["zero_line"]
     assert (row["image_size"], row["patch_size"]) == sizes
     images = torch.randn(1, 3, image_size, image_size)
-    assert open_encoder(run_id, tmp_path).tokens(images).shape == (1, side**2, 16)
+    assert load_encoder(run_id, tmp_path).tokens(images).shape == (1, side**2, 16)
 
     export_encoder(run_id, tmp_path, tmp_path / "out")
     larger = 2 * image_size
@@ -146,7 +146,7 @@ def test_a_timm_model_that_is_not_square_is_refused_as_encoder_and_as_base(tmp_p
     timm.models.save_for_hf(model, str(tmp_path), model_args=args, safe_serialization=True)
     name = f"timm:local-dir:{tmp_path}"
     message = "reads images of 32 x 48; only square ones are read here, open it as such"
-    for call in (open_encoder, load_timm_base, lambda n: compare([n], "icons:single40")):
+    for call in (load_encoder, load_timm_base, lambda n: compare([n], "icons:single40")):
         with pytest.raises(UserError, match=message):
             call(name)
     for command in (

@@ -16,7 +16,7 @@ from sovit.cli.main import main
 from sovit.data import open_data
 from sovit.data.icons import labels
 from sovit.encoder import probe
-from sovit.encoder.open import open_encoder
+from sovit.encoder.open import load_encoder
 from sovit.ledger.few_shot_columns import column, is_probed
 from sovit.ledger.ledger import read_ledger, update_ledger
 from sovit.ledger.records import read_record, record_path
@@ -105,12 +105,12 @@ def test_errors_of_a_trained_run_and_of_its_control(runs, pictures):
     assert data.pool_size == 90  # an epoch: an image shown twice is no second example
     assert data.zero_line == pytest.approx(2 / 3)
     for name in (RUN.run_ids[0], f"random:{RUN.run_ids[0]}"):
-        encoder = open_encoder(name, runs)
+        encoder = load_encoder(name, runs)
         assert probe.probe(encoder, data) == expected_errors(encoder, pictures)
 
 
 def test_pixels_are_a_baseline(pictures):
-    encoder = probe.open_tower("pixels:16")
+    encoder = load_encoder("pixels:16")
     data = probe.open_probe(pictures, 16, 16)
     support, test, labels = probe.features(encoder, data)
     raw = data.source._images[data.source._val_rows].astype(np.float32) / 255  # [V, 16, 16, 3]
@@ -121,7 +121,7 @@ def test_pixels_are_a_baseline(pictures):
 
 def test_a_tower_sees_images_as_in_training(runs, pictures):
     """Un-normalised and normalised again: a tower trained on a source sees what it was trained on."""
-    encoder = open_encoder(RUN.run_ids[0], runs)
+    encoder = load_encoder(RUN.run_ids[0], runs)
     images = open_data("stream", "cpu", 16, 4, 0).val(0, 8).images
     torch.testing.assert_close(encoder.preprocess(images * 0.5 + 0.4), images, atol=1e-6, rtol=0)
 
@@ -178,7 +178,7 @@ def test_a_run_with_a_probe_has_its_columns_and_the_same_measurement(trained, ru
     assert {p: p.stat().st_mtime_ns for p in runs.rglob("*.safetensors")} == weights
     for row, before in zip(rows, trained[1]):
         assert {k: row[k] for k in before} == before and is_probed(row, pictures)
-        expected = expected_errors(open_encoder(row["run_id"], runs), pictures)
+        expected = expected_errors(load_encoder(row["run_id"], runs), pictures)
         assert row[column(10, pictures)] == np.mean(expected[10])
         assert row[column(10, pictures, "sd")] == pytest.approx(np.std(expected[10], ddof=1))
         assert row[f"probe_zero_line/{pictures}"] == pytest.approx(2 / 3)
@@ -355,7 +355,7 @@ def test_encoders_compared_on_the_command_line(runs, pictures, capsys):
     assert main(["probe", *names, "--data", pictures, "--runs", str(runs), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [e["encoder"] for e in result["encoders"]] == names
-    expected = expected_errors(open_encoder(names[0], runs), pictures)
+    expected = expected_errors(load_encoder(names[0], runs), pictures)
     for shots, found in result["encoders"][0]["shots"].items():
         assert found["errors"] == expected[int(shots)] and found["n"] == 3
         assert (found["error"], found["sd"]) == (np.mean(found["errors"]), np.std(found["errors"], ddof=1))

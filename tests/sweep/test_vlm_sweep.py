@@ -143,10 +143,10 @@ def test_a_deleted_journal_is_rebuilt(swept):
 
 
 def test_a_model_is_no_encoder(swept):
-    from sovit.encoder.open import open_encoder
+    from sovit.encoder.open import load_encoder
 
     with pytest.raises(UserError, match=f"{GOOD.run_ids[0]} is a vision-language model; name the encoder"):
-        open_encoder(GOOD.run_ids[0], swept.folder / "runs")
+        load_encoder(GOOD.run_ids[0], swept.folder / "runs")
 
 
 # refused before anything is trained ----------------------------------------------------------------------------------

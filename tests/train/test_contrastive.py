@@ -13,7 +13,7 @@ from sovit.data import Batch, open_data
 from sovit.data.captions import open_captions
 from sovit.encoder.export import export_encoder
 from sovit.encoder.model import build, parameter_groups
-from sovit.encoder.open import open_encoder
+from sovit.encoder.open import load_encoder
 from sovit.encoder.trained import load_branch, open_base
 from sovit.ledger.ledger import update_ledger
 from sovit.ledger.measurements import measurements
@@ -316,13 +316,13 @@ def test_the_stored_branch_gives_its_metrics_back_and_its_encoder_alone(trained,
     model, captions = open_text_tower(RUN.run_id(LONG), runs_dir)
     found = validate_pairs(model, open_data("stream", "cpu", 16, 4, 0), captions)
     assert found == {k: rows[1][k] for k in found}
-    encoder = open_encoder(RUN.run_id(LONG), runs_dir)
+    encoder = load_encoder(RUN.run_id(LONG), runs_dir)
     assert encoder.num_params == SHAPE.num_params + rows[1]["head_params"]  # no text tower
     images = open_data("stream", "cpu", 16, 4, 0).val(0, 4).images
     embedded = F.normalize(encoder.module.head(encoder.pooled(images)), dim=-1)
     torch.testing.assert_close(embedded, embed_images(model, images))
     assert encoder.tokens(images).shape == (4, 16, 16)
-    control = open_encoder(f"random:{RUN.run_id(LONG)}", runs_dir)
+    control = load_encoder(f"random:{RUN.run_id(LONG)}", runs_dir)
     assert torch.equal(control.module.pos_embed, pair()[0].pos_embed)
     report = export_encoder(RUN.run_id(LONG), runs_dir, tmp_path / "out", format="timm")
     assert report["timm_max_difference"] == 0 and "text" not in (tmp_path / "out" / "config.json").read_text()

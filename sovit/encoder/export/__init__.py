@@ -9,8 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm.models
+from safetensors.torch import save_file
+
 from sovit import UserError, __version__
-from sovit.encoder.export.config import FORMATS, config_of
+from sovit.data import NORMALISATION
+from sovit.encoder.export.config import config_of
+from sovit.encoder.export.model_card import card
+from sovit.encoder.export.roundtrip_check import CHECKS
+from sovit.encoder.export.tensors import TENSORS, nanovlm_tensors
+from sovit.encoder.flexivit import resize_method
+from sovit.encoder.model import build
+from sovit.encoder.resize import resize_state
+from sovit.encoder.trained import load_branch
+from sovit.files import write_atomic
 from sovit.spec.run import Run
 from sovit.spec.shape import Shape
 
@@ -21,8 +33,6 @@ MAX_IMAGE_SIZE, MAX_PATCHES = 4096, 128 * 128
 
 def write_config(shape: Shape, format: str, out: Path) -> Path:
     """config.json of an untrained encoder of this shape. Raises UserError as `config_of`."""
-    from sovit.files import write_atomic
-
     path = Path(out) / "config.json"
     write_atomic(path, json.dumps(config_of(shape, format), indent=2) + "\n")
     return path
@@ -38,19 +48,13 @@ def export_encoder(
 ) -> dict:
     """Write the encoder of one branch as a folder of FORMATS, load it again by its own library, and compare.
 
-    image_size, patch_size: where given, the weights are resized to them from the trained ones (sovit.encoder.resize), without
-    training; positions linearly where the run drew its patch sizes, as it did then, else bicubically.
+    image_size, patch_size: where given, the trained weights are resized to them, without training; positions linearly
+    where the run drew its patch sizes, as it did then, else bicubically.
 
-    Returns {"format", "out", "run_id"} and what `sovit.encoder.export.roundtrip_check` measured on random images. Raises UserError for a
-    run that is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if
-    the reload differs by more than its tolerance. `out` is written in full or not at all.
+    Returns {"format", "out", "run_id"} and what `roundtrip_check` measured on random images. Raises UserError for a run that
+    is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload
+    differs by more than its tolerance. `out` is written in full or not at all.
     """
-    from sovit.encoder.export.model_card import card
-    from sovit.encoder.export.roundtrip_check import CHECKS
-    from sovit.encoder.trained import load_branch
-
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     model, run = load_branch(run_id, runs_dir)
     sizes = {"image_size": image_size, "patch_size": patch_size}
     shape = run.shape.replace(**{name: size for name, size in sizes.items() if size is not None})
@@ -66,7 +70,11 @@ def export_encoder(
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a folder that can be written") from None
     try:
-        _save(model, run, shape, format, config, staging)
+        if format == "timm":
+            _save_timm(model, shape, staging)
+        else:
+            _save(model, NORMALISATION[run.data], shape, format, staging)
+            _write_json(staging / "config.json", config)
         (staging / "README.md").write_text(card(run_id, run, shape, runs_dir, format))
         measured = {"format": format, "run_id": run_id, **CHECKS[format](model, shape, staging)}
         _write_json(staging / MARK, {"sovit": __version__, **measured})
@@ -87,19 +95,19 @@ def report_text(report: dict) -> str:
     if report["format"] == "timm":
         checked = "timm's reload is bit-equal"
         if report["transformers_max_difference"] is not None:
-            checked += f"; transformers' AutoModel differs by {report['transformers_max_difference']:.1e} at most"
+            checked += "; transformers' AutoModel differs by {transformers_max_difference:.1e} at most"
     elif report["format"] == "nanovlm":
         checked = (
-            f"tokens (standard deviation {report['tokens_std']:.2f}) differ by {report['tokens_max_difference']:.1e} at"
-            f" most, which is nanoVLM's tanh form of GELU; {report['tokens_max_difference_with_erf_float64']:.1e} with ours"
+            "tokens (standard deviation {tokens_std:.2f}) differ by {tokens_max_difference:.1e} at most, which is nanoVLM's"
+            " tanh form of GELU; {tokens_max_difference_with_erf_float64:.1e} with ours"
         )
     else:
         checked = (
-            f"reloaded by transformers {report['transformers']}; tokens differ by {report['tokens_max_difference']:.1e}"
-            f" at most, pooled features by {report['pooled_max_difference']:.1e} (in float64"
-            f" {report['tokens_max_difference_float64']:.1e}, {report['pooled_max_difference_float64']:.1e})"
+            "reloaded by transformers {transformers}; tokens differ by {tokens_max_difference:.1e} at most, pooled features"
+            " by {pooled_max_difference:.1e} (in float64 {tokens_max_difference_float64:.1e},"
+            " {pooled_max_difference_float64:.1e})"
         )
-    return f"{report['out']}: {checked}"
+    return f"{report['out']}: {checked.format_map(report)}"
 
 
 def _check_size(shape: Shape) -> None:
@@ -116,56 +124,31 @@ def _check_replaceable(out: Path) -> None:
     """Only an empty folder or an earlier export of ours may be replaced."""
     if out == Path.cwd():
         raise UserError(f"{out} is the folder that you are in, which cannot be replaced; name another with --out")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())) or (out / MARK).exists():
-        return
-    try:
-        tag = json.loads((out / "config.json").read_text())["pretrained_cfg"]["tag"]  # exports before MARK
-    except (OSError, ValueError, KeyError, TypeError):
-        tag = None
-    if tag != "sovit":
+    if out.exists() and not (out / MARK).exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} holds something else than an exported encoder; choose another folder with --out")
 
 
 def _resized(model: Any, run: Run, shape: Shape) -> Any:
-    from sovit.data import NORMALISATION
-    from sovit.encoder.flexivit import resize_method
-    from sovit.encoder.model import build
-    from sovit.encoder.resize import resize_state
-
     resized: Any = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
     resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
     resized.pretrained_cfg["crop_pct"] = model.pretrained_cfg["crop_pct"]
     return resized.eval()
 
 
-def _save(model: Any, run: Run, shape: Shape, format: str, config: dict, folder: Path) -> None:
-    """config.json, model.safetensors and the record of how images are prepared."""
-    from safetensors.torch import save_file
-
-    from sovit.data import NORMALISATION
-    from sovit.encoder.export import tensors as export_tensors
-
-    if format == "timm":
-        _save_timm(model, shape, folder)
-        return
-    mean, std = NORMALISATION[run.data]
+def _save(model: Any, mean_std: tuple[float, float], shape: Shape, format: str, folder: Path) -> None:
+    """model.safetensors and, where images are not prepared by the weights themselves, how they are."""
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if format == "nanovlm":
-        tensors = export_tensors.nanovlm_tensors(state, shape, mean, std)
+        tensors = nanovlm_tensors(state, shape, *mean_std)
     else:
-        tensors = export_tensors.RENAMED[format](state, shape)
-        _write_json(
-            folder / "preprocessor_config.json",
-            _processor(shape.image_size, mean, std, model.pretrained_cfg["crop_pct"]),
-        )
+        tensors = TENSORS[format](state, shape)
+        processor = _processor(shape.image_size, *mean_std, model.pretrained_cfg["crop_pct"])
+        _write_json(folder / "preprocessor_config.json", processor)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
 
 
 def _save_timm(model: Any, shape: Shape, folder: Path) -> None:
-    import timm.models
-
     timm.models.save_for_hf(model, str(folder), model_args=shape.timm_kwargs, safe_serialization=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())

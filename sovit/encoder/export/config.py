@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 from sovit import UserError
 from sovit.spec.shape import Shape
 
@@ -19,42 +16,25 @@ def config_of(shape: Shape, format: str) -> dict:
     """
     if format not in FORMATS:
         raise UserError(f"--format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
-    lacks = FORMATS[format].lacks(shape)
-    if lacks:
-        able = [name for name in FORMATS if not FORMATS[name].lacks(shape)]
-        raise UserError(f"--format {format} cannot express {lacks}; use --format {' or '.join(able)}")
-    return FORMATS[format].config(shape)
+    if lacking := _lacking(shape, format):
+        able = [name for name in FORMATS if not _lacking(shape, name)]
+        raise UserError(f"--format {format} cannot express {lacking}; use --format {' or '.join(able)}")
+    return FORMATS[format](shape)
 
 
-# what a format cannot say, in words, "" if it can say all ------------------------------------------------------------
+def _lacking(shape: Shape, format: str) -> str:
+    """What of a shape a format cannot say, in words; "" if it can say all.
 
-
-def _nothing(shape: Shape) -> str:
-    return ""
-
-
-def _beyond_siglip(shape: Shape) -> str:
-    """SigLIP and nanoVLM: patch tokens alone, biases everywhere."""
-    found = {
-        "a class token": shape.pool == "token",
-        "registers": shape.num_registers > 0,
-        "layer scale": shape.layer_scale,
-        "qkv without bias": not shape.qkv_bias,
+    SigLIP and nanoVLM have patch tokens alone and biases everywhere; ViTModel always has a class token, and pools it.
+    """
+    found = {  # words -> whether the shape has it, formats without it
+        f"pool={shape.pool}, which has no class token": (shape.pool != "token", ("vit",)),
+        "a class token": (shape.pool == "token", ("siglip", "nanovlm")),
+        "registers": (shape.num_registers > 0, ("siglip", "nanovlm", "vit")),
+        "layer scale": (shape.layer_scale, ("siglip", "nanovlm", "vit")),
+        "qkv without bias": (not shape.qkv_bias, ("siglip", "nanovlm")),
     }
-    return ", ".join(words for words, there in found.items() if there)
-
-
-def _beyond_vit(shape: Shape) -> str:
-    """ViTModel: always a class token, and nothing pooled but it."""
-    found = {
-        f"pool={shape.pool}, which has no class token": shape.pool != "token",
-        "registers": shape.num_registers > 0,
-        "layer scale": shape.layer_scale,
-    }
-    return ", ".join(words for words, there in found.items() if there)
-
-
-# configs -------------------------------------------------------------------------------------------------------------
+    return ", ".join(words for words, (there, without) in found.items() if there and format in without)
 
 
 def _timm_config(shape: Shape) -> dict:
@@ -85,7 +65,7 @@ def _transformers_config(shape: Shape, model_type: str, architecture: str) -> di
 
 
 def _siglip_config(shape: Shape) -> dict:
-    """config.json of SiglipVisionModel. `sovit_pool`, which it has no word for, is read by sovit.encoder.open alone."""
+    """config.json of SiglipVisionModel; `sovit_pool`, for which it has no word, is read by sovit.encoder alone."""
     return {
         **_transformers_config(shape, "siglip_vision_model", "SiglipVisionModel"),
         "hidden_act": ACTIVATION,
@@ -131,15 +111,10 @@ def _nanovlm_config(shape: Shape) -> dict:
     }
 
 
-class Format(NamedTuple):
-    config: Callable[[Shape], dict]
-    lacks: Callable[[Shape], str]
-
-
 FORMATS = {
-    "timm": Format(_timm_config, _nothing),
-    "siglip": Format(_siglip_config, _beyond_siglip),
-    "vit": Format(_vit_config, _beyond_vit),
-    "nanovlm": Format(_nanovlm_config, _beyond_siglip),
-    "sovit": Format(_sovit_config, _nothing),
+    "timm": _timm_config,
+    "siglip": _siglip_config,
+    "vit": _vit_config,
+    "nanovlm": _nanovlm_config,
+    "sovit": _sovit_config,
 }

@@ -7,18 +7,22 @@ judged is the same comparison in float64, where equal arithmetic agrees to 1e-12
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sovit import UserError
-from sovit.encoder.open import open_encoder, timm_encoder
+from sovit.encoder.from_timm import timm_encoder
+from sovit.encoder.open import load_encoder
 from sovit.spec.shape import Shape
 
 TOLERANCE = 1e-9  # in float64, of the largest token, or pooled feature, where that is above 1
@@ -31,14 +35,16 @@ COMPARED_FLOPS = 4e12  # of one comparison, which shows at most 4 images and at 
 
 def check_timm(model: Any, shape: Shape, folder: Path) -> dict:
     """{"timm_max_difference", "transformers_max_difference" (None where transformers is not installed)}"""
-    import timm
-
     images = _images(shape)
     with torch.no_grad():
         reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         by_timm = (reloaded(images) - model(images)).abs().max().item()
-        by_transformers = _timm_wrapper_difference(folder, images, model.forward_features(images))
-        ours, theirs = timm_encoder("trained", model), open_encoder(f"timm:local-dir:{folder}")
+        by_transformers = None
+        if importlib.util.find_spec("transformers"):
+            tower = _transformers().AutoModel.from_pretrained(folder).eval()
+            features = tower(pixel_values=images).last_hidden_state
+            by_transformers = (features - model.forward_features(images)).abs().max().item()
+        ours, theirs = timm_encoder("trained", model), load_encoder(f"timm:local-dir:{folder}")
         same_tokens = torch.equal(theirs.tokens(images), ours.tokens(images))
     if by_timm != 0.0:
         raise _differs("timm's", f"by {by_timm:g}")
@@ -49,18 +55,13 @@ def check_timm(model: Any, shape: Shape, folder: Path) -> dict:
     return {"timm_max_difference": by_timm, "transformers_max_difference": by_transformers}
 
 
-def _timm_wrapper_difference(folder: Path, images: Tensor, features: Tensor) -> float | None:
-    import importlib.util
+def _transformers() -> Any:
+    """transformers, which reports a task head as unexpected, for which an encoder has no use, silenced."""
+    import transformers
 
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # it reports the task head, which an encoder has no use for, as unexpected
-    logging.disable_progress_bar()
-    tower = AutoModel.from_pretrained(folder).eval()
-    return (tower(pixel_values=images).last_hidden_state - features).abs().max().item()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def check_transformers(model: Any, shape: Shape, folder: Path) -> dict:
@@ -69,11 +70,8 @@ def check_transformers(model: Any, shape: Shape, folder: Path) -> dict:
     Both ways of reading the folder are compared, transformers' own class and `sovit.encoder.open`; of SigLIP without its
     head, which has no pooled features of its own, sovit.encoder.open's stand alone.
     """
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    ours, theirs = timm_encoder("trained", model), open_encoder(f"hf:{folder}")
+    version = _transformers().__version__
+    ours, theirs = timm_encoder("trained", model), load_encoder(f"hf:{folder}")
     # a processor says the side before its crop, in whole pixels
     crop_pct = theirs.preprocess.crop_pct
     if math.floor(shape.image_size / ours.preprocess.crop_pct) == round(shape.image_size / crop_pct):
@@ -81,7 +79,7 @@ def check_transformers(model: Any, shape: Shape, folder: Path) -> dict:
     if theirs.preprocess != ours.preprocess:
         raise _differs("transformers'", "in its preprocessing")
     images = _images(shape)
-    report: dict = {"transformers": transformers.__version__, "tolerance_float64": TOLERANCE}
+    report: dict = {"transformers": version, "tolerance_float64": TOLERANCE}
     for dtype, suffix in ((torch.float32, ""), (torch.float64, "_float64")):
         batch = images.to(dtype)
         model.to(dtype)
@@ -111,8 +109,6 @@ def check_nanovlm(model: Any, shape: Shape, folder: Path) -> dict:
     With erf's GELU in place of its own the tokens must be ours, in float64, images in [0, 1] for it and normalised for us;
     with its own, the tanh form, they are as near as it can come ("tokens_max_difference").
     """
-    from safetensors.torch import load_file
-
     config = json.loads((folder / "config.json").read_text())
     tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
     ours = timm_encoder("trained", model.double())

@@ -13,39 +13,17 @@ from torch import Tensor
 from sovit.spec.shape import Shape
 
 Tensors = Mapping[str, Tensor]  # by name
-BLOCK = {  # format -> a tensor of a block -> its name there; ViT's as transformers 4 and 5 save them
-    "siglip": {
-        "norm1": "layer_norm1",
-        "norm2": "layer_norm2",
-        "attn.proj": "self_attn.out_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
-    "vit": {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    },
-    "nanovlm": {
-        "norm1": "ln1",
-        "norm2": "ln2",
-        "attn.qkv": "attn.qkv_proj",
-        "attn.proj": "attn.out_proj",
-        "mlp.fc1": "mlp.fc1",
-        "mlp.fc2": "mlp.fc2",
-    },
+BLOCK = {  # format -> the names of a block's BLOCK_PARTS; ViT's as transformers 4 and 5 save them
+    "siglip": ("layer_norm1", "layer_norm2", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"),
+    "vit": ("layernorm_before", "layernorm_after", "attention.output.dense", "intermediate.dense", "output.dense"),
+    "nanovlm": ("ln1", "ln2", "attn.out_proj", "mlp.fc1", "mlp.fc2"),
 }
-MAP_HEAD = {
-    "proj": "attention.out_proj",
-    "norm": "layernorm",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+BLOCK_PARTS = ("norm1", "norm2", "attn.proj", "mlp.fc1", "mlp.fc2")
+MAP_HEAD = {"proj": "attention.out_proj", "norm": "layernorm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 QUERY_KEY_VALUE = {
     "siglip": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "vit": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "nanovlm": ("attn.qkv_proj",),
 }
 
 
@@ -56,7 +34,7 @@ def siglip_tensors(state: Tensors, shape: Shape) -> dict[str, Tensor]:
         "embeddings.patch_embedding.bias": state["patch_embed.proj.bias"],
         "embeddings.position_embedding.weight": state["pos_embed"][0],
         **_renamed(state, _final_norm(state), "post_layernorm"),
-        **_split_blocks(state, shape, "siglip", "encoder.layers"),
+        **_blocks(state, shape, "siglip", "encoder.layers"),
     }
     if shape.pool == "map":
         named["head.probe"] = state["attn_pool.latent"]
@@ -74,7 +52,7 @@ def vit_tensors(state: Tensors, shape: Shape) -> dict[str, Tensor]:
         "embeddings.position_embeddings": state["pos_embed"],
         **_renamed(state, "patch_embed.proj", "embeddings.patch_embeddings.projection"),
         **_renamed(state, _final_norm(state), "layernorm"),
-        **_split_blocks(state, shape, "vit", "encoder.layer"),
+        **_blocks(state, shape, "vit", "encoder.layer"),
     }
 
 
@@ -85,26 +63,23 @@ def sovit_tensors(state: Tensors, shape: Shape) -> dict[str, Tensor]:
 def nanovlm_tensors(state: Tensors, shape: Shape, mean: float, std: float) -> dict[str, Tensor]:
     """The ViT of nanoVLM. It is shown images in [0, 1] as they are, so (x - mean) / std is folded into its convolution."""
     kernel, bias = state["patch_embed.proj.weight"].double(), state["patch_embed.proj.bias"].double()
-    named = {
+    return {
         "patch_embedding.conv.weight": (kernel / std).float(),
         "patch_embedding.conv.bias": (bias - kernel.sum((1, 2, 3)) * mean / std).float(),
         "patch_embedding.position_embedding": state["pos_embed"],
         **_renamed(state, _final_norm(state), "layer_norm"),
+        **_blocks(state, shape, "nanovlm", "blocks"),
     }
-    for i in range(shape.depth):
-        for ours, theirs in BLOCK["nanovlm"].items():
-            named |= _renamed(state, f"blocks.{i}.{ours}", f"blocks.{i}.{theirs}")
-    return named
 
 
-def _split_blocks(state: Tensors, shape: Shape, format: str, place: str) -> dict[str, Tensor]:
-    """The blocks with queries, keys and values apart."""
+def _blocks(state: Tensors, shape: Shape, format: str, place: str) -> dict[str, Tensor]:
+    """The blocks; queries, keys and values apart where the format has them so."""
     named: dict[str, Tensor] = {}
     for i in range(shape.depth):
-        for ours, theirs in BLOCK[format].items():
+        for ours, theirs in zip(BLOCK_PARTS, BLOCK[format]):
             named |= _renamed(state, f"blocks.{i}.{ours}", f"{place}.{i}.{theirs}")
         for kind in ("weight", "bias") if shape.qkv_bias else ("weight",):
-            parts = state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            parts = state[f"blocks.{i}.attn.qkv.{kind}"].chunk(len(QUERY_KEY_VALUE[format]))
             for part_name, part in zip(QUERY_KEY_VALUE[format], parts, strict=True):
                 named[f"{place}.{i}.{part_name}.{kind}"] = part
     return named
@@ -119,4 +94,4 @@ def _final_norm(state: Tensors) -> str:
     return "norm" if "norm.weight" in state else "fc_norm"
 
 
-RENAMED = {"siglip": siglip_tensors, "vit": vit_tensors, "sovit": sovit_tensors}
+TENSORS = {"siglip": siglip_tensors, "vit": vit_tensors, "sovit": sovit_tensors}
