@@ -110,9 +110,8 @@ def profile(
     import torch
 
     from sovit.report.finetune_savings import savings, savings_text
-    from sovit.train.finetune_profile import finetune_cost
-    from sovit.train.step_profile import profile as measure
-    from sovit.train.step_profile import profile_text, shapes_for
+    from sovit.train.profile import profile as measure
+    from sovit.train.profile_shapes import profile_text, shapes_for
 
     if threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
@@ -125,10 +124,9 @@ def profile(
     said["on_progress"] = lambda line: print(
         f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr
     )
-    if trained:  # "full" is what the others are compared with
-        rows = finetune_cost(found, trained=[*trained, *["full"] * ("full" not in trained)], **said)
-    else:
-        rows = measure(found, **said)
+    if trained and "full" not in trained:  # with which the others are compared
+        trained += ("full",)
+    rows = measure(found, trained=trained, **said)
     if live:
         print("\r\033[K", end="", file=sys.stderr)
     show(rows, lambda rows: savings_text(savings(rows)) if trained else profile_text(rows), json)

@@ -139,7 +139,7 @@ def _unlike(model: Any) -> str:
     pool, (rows, columns) = model.global_pool or "none", model.patch_embed.grid_size
     if rows != columns or len(set(model.patch_embed.patch_size)) > 1:
         height, width = model.patch_embed.img_size
-        return f"it reads images of {height} x {width}, only square ones are read here"
+        return f"it reads images of {height} x {width}; only square ones are read here"
     if pool not in POOLS:
         return f"it pools by {pool!r}, not by one of {', '.join(POOLS)}"
     if model.has_class_token != (pool == "token"):

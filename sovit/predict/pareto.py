@@ -1,6 +1,6 @@
 """Profiles of shapes on a device, and a law's losses against what was measured there: which shapes are worth their cost.
 
-A profile row is one flat JSON object a (shape, device, dtype, batch, threads), written by `sovit.train.step_profile`:
+A profile row is one flat JSON object a (shape, device, dtype, batch, threads), written by `sovit.train.profile`:
 
     schema profile_id status (ok | out_of_memory), the shape, num_classes num_params forward_flops head_flops
     device device_name dtype threads clock batch_size versions commit commit_dirty date num_repeats

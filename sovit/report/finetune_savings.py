@@ -1,6 +1,6 @@
 """What is saved where fine-tuning trains a part alone: the costs of each part beside those of all, from measured rows.
 
-A row is one flat JSON object a (shape, device, dtype, batch, threads, part), written by `sovit.train.finetune_profile`:
+A row is one flat JSON object a (shape, device, dtype, batch, threads, part), written by `sovit.train.profile`:
 
     schema profile_id status (ok | out_of_memory), the shape, num_classes batch_size
     trained                                        attention | mlp | head | full

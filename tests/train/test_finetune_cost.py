@@ -18,9 +18,10 @@ from sovit.ledger.profiles import read_profiles, shape_of
 from sovit.report.finetune_savings import PAPER, savings, savings_text
 from sovit.spec.named_shapes import named_shape, stored_params
 from sovit.spec.shape import TRAINED, Shape
-from sovit.train import finetune_profile as finetune_cost
+from sovit.train import profile as profiling
 from sovit.train.finetune import freeze
-from sovit.train.step_profile import Settings
+from sovit.train.memory import count_saved
+from sovit.train.profile_step import DTYPES, Job, Settings, built, random_batch, saved_bytes, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "results" / "finetune_cost.jsonl"
@@ -34,7 +35,7 @@ def one_thread_and_short_turns():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_cost, "TURN_SECONDS", 0.05)
+        patch.setattr(profiling, "PART_SECONDS", 0.05)
         yield
     torch.set_num_threads(before)
 
@@ -43,7 +44,7 @@ def one_thread_and_short_turns():
 def measured(tmp_path_factory):
     path, said = tmp_path_factory.mktemp("cost") / "rows.jsonl", []
     common = dict(batch_sizes=(BATCH,), num_classes=CLASSES, repeats=2, out=path, on_progress=said.append)
-    return path, finetune_cost.finetune_cost([SMALL], **common), said, common
+    return path, profiling.profile([SMALL], trained=TRAINED, **common), said, common
 
 
 # measuring -----------------------------------------------------------------------------------------------------------
@@ -60,12 +61,11 @@ def test_only_what_is_trained_has_gradients_and_state(measured):
 
 
 def test_the_trainers_step_moves_what_is_trained_and_nothing_else():
-    model = build(SMALL, CLASSES, seed=0)
-    batch = finetune_cost._batch(SMALL, BATCH, "cpu")
-    for part in ("full", "attention", "head"):  # the first one leaves gradients that the second must not see
+    for part in ("full", "attention", "head"):
+        job = Job(SMALL, BATCH, part)
+        model, optimizer = built(job, UNDER)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer = finetune_cost._optimizer(model, part)
-        finetune_cost._steps(model, optimizer, batch, "float32", 1)
+        train_steps(model, optimizer, random_batch(job, "cpu"), UNDER, 1)
         for name, p in model.named_parameters():
             assert (p.grad is not None) == p.requires_grad, name
             assert p.requires_grad or torch.equal(p, before[name]), name
@@ -96,11 +96,11 @@ def test_what_is_there_is_not_measured_again(measured, tmp_path):
     copy, said = tmp_path / "rows.jsonl", []
     copy.write_text(path.read_text())
     common = common | dict(out=copy, on_progress=said.append)
-    assert finetune_cost.finetune_cost([SMALL], **common) == rows and said == []
+    assert profiling.profile([SMALL], trained=TRAINED, **common) == rows and said == []
     left = [dict(row) for row in rows]
     left[1] |= dict(num_repeats=1, train_step_samples=rows[1]["train_step_samples"][:1])  # as after a kill in round 2
     copy.write_text("".join(json.dumps(row) + "\n" for row in left[:3]))
-    again = finetune_cost.finetune_cost([SMALL], **common)
+    again = profiling.profile([SMALL], trained=TRAINED, **common)
     assert [row["num_repeats"] for row in again] == [2] * 4 and again[0] == rows[0] and again[2] == rows[2]
     assert again[1]["train_step_samples"][:1] == left[1]["train_step_samples"]
     assert [line.split(", ")[2] for line in said if line.startswith("repeat")] == ["head", "head", "attention"]
@@ -145,12 +145,12 @@ def test_one_block_keeps_what_its_gradients_need(part, inputs, fused):
     attention = heads + w * (part == "mlp") if fused else heads * n
     block = 2 * (w + 2) + 3 * w + m + sum(dict(w=w, m=m)[x] for x in inputs) + attention
     ends = b * (2 * w + 2)  # of the pooled token: the last norm's input and statistics, the head's input
-    assert finetune_cost.saved_bytes(shape, part, b, UNDER, fused) == 4 * (b * n * block + ends)
+    assert saved_bytes(Job(shape, b, part), UNDER, fused) == 4 * (b * n * block + ends)
 
 
 def test_the_head_alone_keeps_its_own_input():
     shape = Shape(24, 3, 56, 8, 4, 16, "avg")
-    assert finetune_cost.saved_bytes(shape, "head", 5, UNDER, True) == 4 * 5 * 24
+    assert saved_bytes(Job(shape, 5, "head"), UNDER, True) == 4 * 5 * 24
 
 
 @pytest.mark.parametrize("pool", ["avg", "map", "token", "none"])
@@ -159,8 +159,10 @@ def test_two_depths_tell_the_third(pool, dtype):
     shape = Shape(16, 3, 40, 8, 4, 16, pool)
     under = Settings(dtype=dtype, num_classes=CLASSES)
     for part in TRAINED:
-        found = finetune_cost.saved_bytes(shape, part, 2, under, True)
-        assert found == finetune_cost._saved_at(shape, part, 2, under, True)
+        job = Job(shape, 2, part)
+        model, _ = built(job, under)
+        whole = count_saved(model, random_batch(job, "cpu").images, DTYPES[dtype])
+        assert saved_bytes(job, under, True) == whole
 
 
 # ratios --------------------------------------------------------------------------------------------------------------

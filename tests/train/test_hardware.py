@@ -16,7 +16,9 @@ from sovit.law.fitted_law import read_law
 from sovit.ledger.profiles import read_profiles, shape_of
 from sovit.predict.pareto import DECADES, front, loss_of_images, pareto
 from sovit.spec.shape import Shape
-from sovit.train.step_profile import peak_bytes, profile, shapes_for
+from sovit.train.memory import peak_bytes
+from sovit.train.profile import profile
+from sovit.train.profile_shapes import shapes_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = ROOT / "results" / "stream_star_law" / "law.json"
@@ -100,7 +102,8 @@ def test_a_batch_that_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path):
     """In a process that may take 1.5 GiB more than it has: a million images of 3 KiB are 3 GiB."""
     code = (
         "import resource, sys, json, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path; from sovit.train.step_profile import profile, profile_text; from sovit.spec.shape import Shape\n"
+        "from pathlib import Path; from sovit.train.profile import profile; from sovit.spec.shape import Shape\n"
+        "from sovit.train.profile_shapes import profile_text\n"
         "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**29,) * 2)\n"
         "shape = Shape(16, 1, 64, 8, 4, 16, 'none')\n"
@@ -270,8 +273,8 @@ def test_the_committed_example_is_what_its_profiles_give(tmp_path):
         assert row["status"] == "ok" and row["num_repeats"] >= 5 and shape_of(row).num_params == row["num_params"]
 
 
-def test_the_readme_line_works_as_printed(tmp_path, monkeypatch, capsys):
-    line = next(x for x in (ROOT / "README.md").read_text().splitlines() if x.startswith("sovit profile "))
+def test_the_line_of_the_manual_works_as_printed(tmp_path, monkeypatch, capsys):
+    line = next(x for x in (ROOT / "docs" / "predict.md").read_text().splitlines() if x.startswith("sovit profile "))
     monkeypatch.chdir(ROOT)
     command = line.partition("#")[0].split()[1:]
     assert main([*command, "--batch-sizes", "1", "--repeats", "1", "--out", str(tmp_path / "h.jsonl")]) == 0

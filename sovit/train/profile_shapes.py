@@ -1,0 +1,101 @@
+"""The shapes that `sovit profile` is asked for, and its table."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sovit import UserError
+from sovit.law.fitted_law import read_law
+from sovit.law.geometry import Geometry
+from sovit.predict.recommend import best_shape
+from sovit.spec.named_shapes import named_shape
+from sovit.spec.shape import Shape
+from sovit.tables import text_table
+
+MIB = 2**20
+
+
+def shapes_for(
+    names: Sequence[str] = (),
+    grid: Sequence[str] = (),
+    law: Path | None = None,
+    train_flops: float | None = None,
+    **fields,
+) -> tuple[list[Shape], int | None]:
+    """The shapes that a command line asks for, and the classes of the law's task head (None without a law).
+
+    names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
+    patch_size, image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, its
+    best shape for that budget and ViT-B's proportions at it, too. Raises UserError.
+    """
+    fields = {name: value for name, value in fields.items() if value is not None}
+    known: dict = {}
+    num_classes = None
+    shapes = []
+    if law is not None:
+        fit = read_law(law)
+        geometry = fit.geometry or Geometry()
+        known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
+        known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
+        num_classes = geometry.num_classes
+        if train_flops is not None:
+            best = best_shape(fit, train_flops)
+            shapes += [best.shape, best.proportional.shape]
+    elif train_flops is not None:
+        raise UserError(f"train_flops={train_flops:g} is a budget for a law; name one")
+    for name in names:
+        if re.fullmatch(r"\d+(x\d+){2,3}", name):
+            own = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
+            shapes.append(Shape(**known | fields | own))
+        else:
+            shapes.append(named_shape(name, **fields))
+    shapes += [Shape(**known | fields | point) for point in _grid(grid)]
+    if not shapes:
+        raise UserError("no shape to profile; name some, such as B/16 or 32x2x256, a grid, or a law with a budget")
+    return list(dict.fromkeys(shapes)), num_classes
+
+
+def _grid(parts: Sequence[str]) -> list[dict[str, int]]:
+    """All combinations of `width=16,32 depth=1 mlp_dim=64`."""
+    values: dict[str, list[int]] = {}
+    for part in parts:
+        name, _, numbers = part.partition("=")
+        if name not in ("width", "depth", "mlp_dim") or not re.fullmatch(r"\d+(,\d+)*", numbers):
+            raise UserError(f"grid {part} is not NAME=N,N,... with width, depth or mlp_dim; write width=16,32")
+        values[name] = [int(number) for number in numbers.split(",")]
+    missing = [name for name in ("width", "depth", "mlp_dim") if name not in values]
+    if parts and missing:
+        raise UserError(f"grid lacks {missing[0]}; write {missing[0]}=N,N,...")
+    return [dict(zip(values, point)) for point in itertools.product(*values.values())] if parts else []
+
+
+def profile_text(rows: Sequence[dict]) -> str:
+    """The rows as a table."""
+    columns = {  # heading -> column, scale, format
+        "forward ms": ("forward_seconds", 1e3, ".3f"),
+        "images/s": ("images_per_second", 1, ",.0f"),
+        "GFLOP/s": ("forward_flops_per_second", 1e-9, ".2f"),
+        "train step ms": ("train_step_seconds", 1e3, ".3f"),
+        "train GFLOP/s": ("train_flops_per_second", 1e-9, ".2f"),
+        "forward MiB": ("forward_bytes", 1 / MIB, ".1f"),
+        "train MiB": ("train_bytes", 1 / MIB, ".1f"),
+        "n": ("num_repeats", 1, "d"),
+    }
+
+    def cells(row: dict) -> list[str]:
+        values = ((row[column], scale, form) for column, scale, form in columns.values())
+        numbers = ["-" if value is None else format(value * scale, form) for value, scale, form in values]
+        label = f"{row['width']}x{row['depth']}x{row['mlp_dim']} h{row['head_dim']}"
+        why = "" if row["status"] == "ok" else f"{row['status'].replace('_', ' ')}: {row['error']}"
+        return [label, str(row["batch_size"]), *numbers, why]
+
+    first = rows[0]
+    clock = "CPU time of the process" if first["clock"] == "cpu" else "wall time"
+    table = text_table(["shape", "batch", *columns, ""], map(cells, rows), left=("shape", ""))
+    return (
+        f"{table}\n{first['device_name']}, {first['dtype']}, {first['threads']} thread{'s' * (first['threads'] > 1)};"
+        f" {clock}; medians of n repeats, shapes taking turns; FLOP/s by our count (training: 3 x forward)"
+    )
