@@ -263,5 +263,5 @@ def test_the_report_says_where_the_noise_comes_from(ledger, tmp_path):
     noise = json.loads((tmp_path / "law.json").read_text())["noise"]
     assert noise["source"] == "seeds+support" and 0.004 < noise["support_sd"] < 0.008 and noise["sd"] > 0.002
     text = (tmp_path / "report.md").read_text()
-    assert "each row's mean over 3 support sets is known to 0." in text and "it cancels between shapes" in text
+    assert "each row's mean over 3 support sets is known to 0." in text and "cancels between shapes" in text
     assert "from support sets." in text and "between seeds of one shape" in text

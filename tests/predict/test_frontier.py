@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import planted
@@ -17,7 +16,7 @@ from sovit.predict.growth_rules import exact_growth, paper_rule, size_rule
 from sovit.predict.law_at_budget import ladder, predicted_difference, predicted_loss, target
 from sovit.predict.recommend import best_shape, frontier
 from sovit.report import figures as plot
-from sovit.report.sections.recommendation import _frontier
+from sovit.report.text import frontier_text
 from sovit.spec.shape import Shape
 
 BUDGET = 3 * 600e6 * 25e9
@@ -174,8 +173,7 @@ def test_a_frontier_says_out_of_how_many_shapes_it_counted(fit, monkeypatch):
     monkeypatch.setattr("sovit.predict.integer_search.MAX_CELLS", 10)
     rows = frontier(fit, ladder(fit, points=2), head_dim=64, mlp_multiple=128)
     assert all(not row.flat_region.exact and row.flat_region.count < row.flat_region.surveyed for row in rows)
-    text = _frontier(SimpleNamespace(metric="val_loss"), fit, rows)
-    assert f"{rows[0].flat_region.count:,} of {rows[0].flat_region.surveyed:,} surveyed" in text
+    assert f"{rows[0].flat_region.count:,} of {rows[0].flat_region.surveyed:,} surveyed" in frontier_text(rows)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def folder(tmp_path_factory):
 
 def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     text = (folder / "report.md").read_text()
-    assert "Best patch size falls as compute^-0." in text and "Best image size grows as compute^0." in text
+    assert "best patch size falls as compute^-0." in text and "best image size grows as compute^0." in text
     assert "patch_size is" not in text.replace("`", "") and "Patch_size" not in text
     assert "Smaller patches against more width" in text and (folder / "trade_patch_size.svg").is_file()
     assert (folder / "optimal_shape.png").is_file() and (folder / "fit_by_dimension.png").is_file()

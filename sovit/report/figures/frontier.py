@@ -100,7 +100,7 @@ def _name(axis, rows) -> None:
     shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MAX_LABELS)).round().astype(int))
     for i in shown:
         name = axis.annotate(
-            shape_label(rows[i].shape, rows[i].optimum).replace("x", "×"),
+            shape_label(rows[i].shape.to_dict(), rows[i].optimum).replace("x", "×"),
             (rows[i].train_flops, rows[i].num_params),
             xytext=(3, -4),
             textcoords="offset points",
