@@ -1,27 +1,24 @@
-"""Optuna's samplers on shapes: `NextRunSampler`, which asks for the most informative run, and TPE and GP as its opponents.
+"""A sampler of Optuna for shapes: `NextRunSampler`, which asks for the most informative run.
 
-    space = {"width": (16, 24, 32, 48, 64, 96), "depth": (1, 2, 3, 4, 6), "mlp_dim": (64, 128, 256, 512, 1024)}
-    base = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
-    search = Search((3.2e10, 1e11, 3.2e11, 1e12), num_classes=16, batch_size=16)
-    sampler = NextRunSampler(base, space, search, target_flops=1e13)
+space = {"width": (16, 24, 32, 48, 64, 96), "depth": (1, 2, 3, 4, 6), "mlp_dim": (64, 128, 256, 512, 1024)}
+base = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
+search = Search((3.2e10, 1e11, 3.2e11, 1e12), num_classes=16, batch_size=16)
+sampler = NextRunSampler(base, space, search, target_flops=1e13)
 
-    def objective(trial):
-        shape, num_examples, seed = sampler.suggest(trial)
-        return train_and_validate(shape, num_examples, seed)  # yours; returns a loss
+def objective(trial):
+    shape, num_examples, seed = sampler.suggest(trial)
+    return train_and_validate(shape, num_examples, seed)  # yours; returns a loss
 
-    study = optuna.create_study(sampler=sampler)
-    study.optimize(objective, n_trials=40)
-    print(sampler.recommend(study))
-
-`black_box` searches shapes at one training budget, as a user of Optuna without a law would.
+study = optuna.create_study(sampler=sampler)
+study.optimize(objective, n_trials=40)
+print(sampler.recommend(study))
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import optuna
@@ -34,15 +31,6 @@ from sovit.predict.candidates import Candidate, Search, candidates
 from sovit.predict.next_run import choose, whole_shape
 from sovit.spec.design import star
 from sovit.spec.shape import Shape
-
-SAMPLERS = {
-    "random": optuna.samplers.RandomSampler,
-    "tpe": optuna.samplers.TPESampler,
-    "gp": optuna.samplers.GPSampler,
-}
-
-
-# the most informative run --------------------------------------------------------------------------------------------
 
 PARAMS = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size")  # of a trial, with those below
 MORE = ("num_examples", "init_seed")
@@ -168,51 +156,3 @@ def pilot_of(base: Shape, space: Mapping[str, Sequence[int]]) -> list[Shape]:
 
 def _trunk(shape: Shape, seed: int) -> str:
     return f"{shape.label}/{shape.patch_size}@{shape.image_size}-{seed}"
-
-
-# opponents -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Searched:
-    """shapes, losses: what was tried, in order. best: the shape of the lowest loss seen; believed: the tried shape of
-    the lowest posterior mean (gp; elsewhere the same as best), which noise misleads less."""
-
-    shapes: list[dict[str, float]]
-    losses: list[float]
-    best: dict[str, float]
-    believed: dict[str, float]
-
-
-def black_box(
-    kind: str,
-    loss: Callable[[dict[str, float]], float],
-    ranges: Mapping[str, tuple[float, float]],
-    num_trials: int,
-    seed: int = 0,
-    first: Sequence[Mapping[str, float]] = (),
-) -> Searched:
-    """Minimise a noisy loss over shapes by one of SAMPLERS, with Optuna's defaults.
-
-    ranges: dimension -> least and largest value, real numbers on a log scale (over whole ones GP takes five times as
-    long); first: shapes that are tried first.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = SAMPLERS[kind](seed=seed)
-    study = optuna.create_study(sampler=sampler)
-    for shape in first[:num_trials]:
-        study.enqueue_trial(dict(shape))
-
-    def objective(trial: optuna.Trial) -> float:
-        return loss({name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges.items()})
-
-    study.optimize(objective, n_trials=num_trials)
-    done = study.get_trials(deepcopy=False)
-    shapes, losses = [dict(t.params) for t in done], [float(t.values[0]) for t in done]
-    best = believed = shapes[losses.index(min(losses))]
-    if isinstance(sampler, optuna.samplers.GPSampler) and len(done) > 1:
-        study.ask({name: optuna.distributions.FloatDistribution(*ends, log=True) for name, ends in ranges.items()})
-        if sampler._gprs_cache_list:  # the Gaussian process of that ask, fitted to all trials; None during start-up
-            process = sampler._gprs_cache_list[0]
-            believed = shapes[int(process.posterior(process._X_train)[0].argmax())]  # it maximises -loss
-    return Searched(shapes, losses, best, believed)

@@ -1,4 +1,4 @@
-"""Optuna asks for the most informative run: the pilot first, then what the trials say. Black boxes search a bowl."""
+"""Optuna asks for the most informative run: the pilot first, then what the trials say."""
 
 import zlib
 
@@ -13,7 +13,7 @@ from sovit.predict.candidates import Search, candidates
 from sovit.predict.next_run import choose
 from sovit.spec.run import budgets_for
 from sovit.spec.shape import Shape
-from sovit.sweep.optuna_sampler import NextRunSampler, black_box, pilot_of
+from sovit.sweep.optuna_sampler import NextRunSampler, pilot_of
 
 TRUTH = planted.truth("stream")
 BASE = Shape(32, 2, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
@@ -142,20 +142,3 @@ def test_a_pilot_is_off_every_axis():
         sum(getattr(c, n) != getattr(centre, n) for n in SPACE) >= 2 and c.width in SPACE["width"] for c in corners
     )
     assert [s.depth for s in pilot_of(BASE, {"depth": (1, 2, 4, 8)})] == [2, 4]
-
-
-@pytest.mark.parametrize(("kind", "num"), [("tpe", 40), ("gp", 13)])
-def test_a_black_box_is_better_than_chance_and_starts_where_it_is_told(kind, num):
-    """On a smooth bowl without noise; `believed` is one of the shapes tried."""
-    ranges = dict(width=(16, 96), depth=(1, 8), mlp_dim=(64, 1024))
-    first = dict(width=96, depth=8, mlp_dim=64)
-
-    def loss(shape):
-        return 1 + sum(np.log(shape[n] / x) ** 2 for n, x in zip(ranges, (40, 3, 300)))
-
-    found, random = (black_box(k, loss, ranges, num, 0, [first]) for k in (kind, "random"))
-    assert found.shapes[0] == first and len(found.losses) == num
-    assert found.best == found.shapes[int(np.argmin(found.losses))] and found.believed in found.shapes
-    assert np.mean(found.losses[11:]) < np.mean(random.losses[11:])  # the first ten are drawn blindly by all
-    if kind == "tpe":
-        assert black_box(kind, loss, ranges, num, 0, [first]) == found
