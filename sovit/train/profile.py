@@ -6,7 +6,7 @@ On one CPU thread we time with process CPU time: wall time on a shared machine p
 training step is the trainer's (`sovit.train.loop.fit`, AdamW, clipping), on random images. Memory is measured once, before
 anything is timed. Rows are written after every turn; a killed profile goes on where it was.
 
-Rows of shapes are described in `sovit.predict.pareto`, those of parts in `sovit.report.finetune_savings`. Beside the peak
+Rows of shapes are described in `sovit.ledger.profiles`, those of parts in `sovit.report.finetune_savings`. Beside the peak
 of a part stand the things that it is made of: gradients and the optimiser's state, of what is trained alone, and the
 activations that autograd keeps for the backward pass (a frozen Linear keeps no input).
 """
