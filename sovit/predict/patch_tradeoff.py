@@ -18,7 +18,7 @@ from sovit.law.bootstrap import interval
 from sovit.law.fitted_law import Fit
 from sovit.law.form import FALLING
 from sovit.predict.integer_search import SIZES, Rules, lattice, minimise
-from sovit.predict.law_at_budget import TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, target
+from sovit.predict.law_at_budget import TOKEN_DRAWS, TOKENS, Target, budgets_run, columns, estimated, target
 from sovit.predict.recommend import rules_of
 
 FACTOR = 2.0  # of the FLOPs of one image, in `spend`
@@ -43,7 +43,7 @@ def trade(fit: Fit, train_flops: float, name: str, **rules) -> dict:
     given = rules_of(at, **rules)
     values = by_value(at, name, given)
     best = min(values, key=lambda row: row["loss"])
-    curves = along(at, name, [row["value"] for row in values])
+    curves, turns = along(at, name, [row["value"] for row in values])
     return dict(
         form=fit.form,
         metric=fit.data.metric or "loss",
@@ -52,7 +52,7 @@ def trade(fit: Fit, train_flops: float, name: str, **rules) -> dict:
         by=name,
         rules=vars(given),
         values=values,
-        turns=curves.pop("turns"),
+        turns=turns,
         spend=spend(at, name, best["shape"]),
         curves=curves,
     )
@@ -65,73 +65,67 @@ def by_value(at: Target, name: str, rules: Rules) -> list[dict]:
     {estimate, low, high} of its loss over that of the best of them, relative: both shapes fixed, draw by draw, so that
     an interval that holds 0 says that the two cannot be told apart. Values without any feasible shape are left out.
     """
-    rows = []
+    shapes, losses = {}, {}
     for value in sorted({pair[TOKENS.index(name)] for pair in at.run_pairs().tolist()}):
         try:
             grid = lattice(at, rules, {name: value})
         except UserError:  # no shape with it is within the rules or pays for one image
             continue
         near = dict(zip(at.dims, np.exp(at.optimum(held={name: value}))))
-        best, loss = minimise(grid, {n: near.get(n, at.fixed(n)) for n in SIZES})
-        shape = at.shape(best, rules.head_dim)
-        low, high = at.loss_interval(best)
+        best, losses[value] = minimise(grid, {n: near.get(n, at.fixed(n)) for n in SIZES})
+        shapes[value] = at.shape(best, rules.head_dim)
+    if not shapes:
+        raise UserError(f"no shape of any {name} that was run keeps to the rules; raise a cap or lower a multiple")
+    theta, widen = at.draws()
+    table, first = columns(list(shapes.values())), min(losses, key=lambda value: losses[value])
+    images, many = at.images(table), at.loss(table, theta)  # [V], [R, V]
+    over = many / many[:, list(losses).index(first)][:, None] - 1
+    rows = []
+    for i, (value, shape) in enumerate(shapes.items()):
+        low, high = at.loss_interval(shape.to_dict())
+        same = dict(estimate=0.0, low=0.0, high=0.0)
+        excess = vars(estimated(losses[value] / losses[first] - 1, over[:, i], widen))
         rows.append(
             dict(
                 value=value,
                 shape=shape.to_dict(),
                 num_params=shape.num_params,
                 forward_flops=shape.forward_flops,
-                num_examples=int(at.images(columns([shape]))[0]),
-                loss=loss,
+                num_examples=int(images[i]),
+                loss=losses[value],
                 loss_low=low,
                 loss_high=high,
+                excess=same if value == first else excess,
             )
         )
-    if not rows:
-        raise UserError(f"no shape of any {name} that was run keeps to the rules; raise a cap or lower a multiple")
-    table = {n: np.array([row["shape"][n] for row in rows], float) for n in (*SIZES, *TOKENS)}
-    first = int(np.argmin([row["loss"] for row in rows]))
-    theta, widen = at.draws()
-    many = at.loss(table, theta) if len(theta) else None  # [R, V]
-    for i, row in enumerate(rows):
-        ends = (None, None) if many is None else interval(many[:, i] / many[:, first] - 1, widen, floor=None)
-        estimate = row["loss"] / rows[first]["loss"] - 1
-        row["excess"] = dict(zip(("estimate", "low", "high"), (estimate, *((0.0, 0.0) if i == first else ends))))
     return rows
 
 
-def along(at: Target, name: str, values: list) -> dict:
+def along(at: Target, name: str, values: list) -> tuple[dict, list[dict]]:
     """At a ladder of budgets, the loss with each value of `name`, all other dimensions at their best real sizes.
 
-    {train_flops [T], values: [{value, loss [T], loss_low, loss_high, excess [T], excess_low, excess_high}], turns}. The
-    excess is over the best of the values by the fit itself; in a draw over the draw's own loss with that same value. turns,
-    between neighbouring values: [{fewer, more, estimate, low, high, where, changes, searched, run}], the training FLOPs
-    from which the value with more tokens (`more`) is the better one for good; changes counts how often they change
-    places. where, by estimate, low and high: "within" the budgets `searched`, or "before" or "after" them, and then the
-    number is None (after: fewer tokens are better at the largest of them); None without draws. `run` are the budgets run,
-    beyond which a turn is an extrapolation.
+    Returns the curves and the turns.
+    curves: {train_flops [T], values: [{value, loss [T], loss_low, loss_high, excess [T], excess_low, excess_high}]}. The
+    excess is over the best of the values by the fit itself; in a draw over the draw's own loss with that same value.
+    turns, between neighbouring values: [{fewer, more, **_turn}], the training FLOPs from which the value with more tokens
+    (`more`) is the better one for good.
     """
-    ladder, run = _ladder(at)
-    theta, widen = at.draws()
-    every = np.concatenate([at.fit.theta[None], theta[:TOKEN_DRAWS]])
+    ladder = _ladder(at)
+    theta, widen = _fit_and_draws(at)
     order = sorted(values, reverse=name in FALLING)  # tokens rise
-    loss = np.stack([[at.at(b).least(every, {name: v}) for b in ladder] for v in order])  # [V, T, 1 + R]
+    loss = np.stack([[at.at(b).least(theta, {name: v}) for b in ladder] for v in order])  # [V, T, 1 + R]
     best = loss[:, :, 0].argmin(0)
     excess = loss / loss[best, np.arange(len(ladder))] - 1
-    curves = []
+    curves: list[dict] = []
     for i, value in enumerate(order):
-        curve: dict = dict(value=value)
-        for what, many in (("loss", loss[i]), ("excess", excess[i])):
-            floor = 1e-300 if what == "loss" else None
-            ends = [interval(draws, widen, floor) for draws in many[:, 1:]] if len(theta) else None
-            curve[what] = many[:, 0].tolist()
-            curve[f"{what}_low"], curve[f"{what}_high"] = map(list, zip(*ends)) if ends else (None, None)
-        curves.append(curve)
-    turns = [
-        dict(fewer=order[i], more=order[i + 1]) | _turn(np.log(loss[i] / loss[i + 1]), ladder, run, widen)
-        for i in range(len(order) - 1)
-    ]
-    return dict(train_flops=ladder.tolist(), values=curves, turns=turns)
+        curves.append(dict(value=value))
+        for what, many, floor in (("loss", loss[i], 1e-300), ("excess", excess[i], None)):
+            ends = [interval(draws, widen, floor) for draws in many[:, 1:]] if len(theta) > 1 else None
+            low, high = map(list, zip(*ends)) if ends else (None, None)
+            curves[-1] |= {what: many[:, 0].tolist(), f"{what}_low": low, f"{what}_high": high}
+    pairs = zip(order, order[1:], loss, loss[1:])
+    turns = [dict(fewer=a, more=b) | _turn(at, np.log(x / y), ladder, widen) for a, b, x, y in pairs]
+    return dict(train_flops=ladder.tolist(), values=curves), turns
 
 
 def spend(at: Target, name: str, shape: Mapping) -> dict:
@@ -143,34 +137,40 @@ def spend(at: Target, name: str, shape: Mapping) -> dict:
     loss. turn, against the best of the others: as in `along`, the budget from which `name` is the better place for the
     FLOPs if it stands at this shape's value, all other dimensions being re-optimised at every budget.
     """
-    theta, widen = at.draws()
-    every = np.concatenate([at.fit.theta[None], theta[:TOKEN_DRAWS]])
+    theta, widen = _fit_and_draws(at)
     start = {n: np.array([float(shape[n])]) for n in at.dims}
     images = at.images(start)
-    gains: dict = {}
-    options: dict = {}
-    for n in at.dims:
-        moved = _doubled(at, start, n)
-        loss = at.loss({k: np.append(start[k], moved[k]) for k in at.dims}, every, np.repeat(images, 2))  # [1 + R, 2]
+    moved = {n: _doubled(at, start, n) for n in at.dims}
+    gains = {}
+    for n, sizes in moved.items():
+        loss = at.loss({k: np.append(start[k], sizes[k]) for k in at.dims}, theta, np.repeat(images, 2))  # [1 + R, 2]
         gains[n] = 1 - loss[:, 1] / loss[:, 0]
-        options[n] = dict(to=float(moved[n][0]), gain=_ends(gains[n], widen))
-    others = [n for n in at.dims if n not in TOKENS]
-    out: dict = dict(
+    others, turn = [n for n in at.dims if n not in TOKENS], None
+    if others:
+        rival = max(others, key=lambda n: gains[n][0])
+        ladder, held = _ladder(at), {n: float(shape[n]) for n in TOKENS if n in at.dims}
+        gain = np.stack([_lead(at.at(b), theta, held, name, rival) for b in ladder])
+        turn = dict(against=rival) | _turn(at, gain, ladder, widen)
+    return dict(
         shape=dict(shape),
         factor=FACTOR,
         num_examples=int(images[0]),
         train_flops=at.train_flops * FACTOR,
-        options=options,
-        difference={n: _ends(gains[name] - gains[n], widen) for n in at.dims if n != name},
-        turn=None,
+        options={n: dict(to=float(moved[n][n][0]), gain=_ends(gain, widen)) for n, gain in gains.items()},
+        difference={n: _ends(gains[name] - gain, widen) for n, gain in gains.items() if n != name},
+        turn=turn,
     )
-    if others:
-        rival = max(others, key=lambda n: options[n]["gain"]["estimate"])
-        ladder, run = _ladder(at)
-        held = {n: float(shape[n]) for n in TOKENS if n in at.dims}
-        gain = np.stack([_lead(at.at(b), every, held, name, rival) for b in ladder])
-        out["turn"] = dict(against=rival) | _turn(gain, ladder, run, widen)
-    return out
+
+
+def _fit_and_draws(at: Target) -> tuple[np.ndarray, float]:
+    """theta [1 + R, P] of the fit itself and its first TOKEN_DRAWS draws, and the widening of their percentiles."""
+    theta, widen = at.draws()
+    return np.concatenate([at.fit.theta[None], theta[:TOKEN_DRAWS]]), widen
+
+
+def _ends(many: np.ndarray, widen: float) -> dict:
+    """{estimate, low, high} of the fit's own value [0] and its draws [1:]."""
+    return vars(estimated(many[0], many[1:], widen))
 
 
 def _lead(at: Target, theta: np.ndarray, held: Mapping, name: str, rival: str) -> np.ndarray:
@@ -197,19 +197,27 @@ def _doubled(at: Target, start: Mapping, name: str) -> dict[str, np.ndarray]:
     return dict(start) | {name: start[name] * np.exp(sign * low)}
 
 
-def _turn(gain: np.ndarray, ladder: np.ndarray, run: list, widen: float) -> dict:
-    """Where gain [T, 1 + R] (the fit's own first) comes to stay above 0 on a ladder of budgets."""
+def _turn(at: Target, gain: np.ndarray, ladder: np.ndarray, widen: float) -> dict:
+    """Where gain [T, 1 + R] (the fit's own first) comes to stay above 0 on a ladder of budgets.
+
+    {estimate, low, high, where, changes, searched, run}. where, by estimate, low and high: "within" the budgets
+    `searched`, or "before" or "after" them, and then the number is None (after: below 0 at the largest of them); None
+    without draws. changes counts how often the sign changes. run: the budgets run, beyond which a turn is an extrapolation.
+    """
     logs = np.log(ladder)
-    at = np.array([_zero(logs, column) for column in gain.T])
-    ends = interval(np.clip(at[1:], logs[0], logs[-1]), widen, floor=None) if len(at) > 1 else (None, None)
+    turns = np.array([_zero(logs, column) for column in gain.T])
+    found = _ends(np.r_[turns[0], np.clip(turns[1:], logs[0], logs[-1])], widen)
+    where = {
+        key: None if end is None else "before" if end <= logs[0] else "after" if end >= logs[-1] else "within"
+        for key, end in found.items()
+    }
     sides = np.sign(gain[:, 0])
-    found: dict = dict(searched=[float(ladder[0]), float(ladder[-1])], run=run, where={})
-    found["changes"] = int((sides[1:] != sides[:-1]).sum())
-    for key, end in zip(("estimate", "low", "high"), (float(at[0]), *ends)):
-        where = None if end is None else "before" if end <= logs[0] else "after" if end >= logs[-1] else "within"
-        found[key] = float(np.exp(end)) if end is not None and where == "within" else None
-        found["where"][key] = where
-    return found
+    return {key: float(np.exp(end)) if where[key] == "within" else None for key, end in found.items()} | dict(
+        searched=[float(ladder[0]), float(ladder[-1])],
+        run=list(budgets_run(at.fit)),
+        where=where,
+        changes=int((sides[1:] != sides[:-1]).sum()),
+    )
 
 
 def _zero(x: np.ndarray, y: np.ndarray) -> float:
@@ -223,13 +231,7 @@ def _zero(x: np.ndarray, y: np.ndarray) -> float:
     return float(x[i] - y[i] * (x[i + 1] - x[i]) / (y[i + 1] - y[i]))
 
 
-def _ends(many: np.ndarray, widen: float) -> dict:
-    """{estimate, low, high} of the fit's own value [0] and its draws [1:]."""
-    ends = interval(many[1:], widen, floor=None) if len(many) > 1 else (None, None)
-    return dict(zip(("estimate", "low", "high"), (float(many[0]), *ends)))
-
-
-def _ladder(at: Target) -> tuple[np.ndarray, list]:
+def _ladder(at: Target) -> np.ndarray:
     low, high = budgets_run(at.fit)
     parts = [np.geomspace(*ends, POINTS) for ends in ((low / BELOW, low), (low, high), (high, high * ABOVE))]
-    return np.unique(np.concatenate(parts)), [low, high]
+    return np.unique(np.concatenate(parts))
