@@ -7,12 +7,11 @@ matplotlib gives the same ids and a style for `*` to every figure, which would m
 from __future__ import annotations
 
 import base64
-import html
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -22,39 +21,11 @@ from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
 from sovit.ledger.measurements import Measurements, measurements
 from sovit.report.build import INPUTS, fit_ledgers, law_folder
+from sovit.report.text import render
 
 FIGURE = {"figure": True}  # marks the images that are
 LONG_CELL = 45  # letters; a longer cell of a table is broken into lines
 FIGURE_SCALE = 1.3  # of a figure's printed size; never wider than the text
-
-CSS = """
-:root { color-scheme: light dark; --text: #1c1e21; --dim: #5c636b; --page: #fff; --line: #d9dde2; --shade: #f4f6f8;
-  --link: #0b5cad; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e6e9; --dim: #9aa3ad; --page: #16181b; --line: #363b42;
-  --shade: #212429; --link: #7db8f5; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 52rem; color: var(--text); background: var(--page);
-  font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
-h1, h2 { line-height: 1.25; } h1 { font-size: 1.75rem; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-a { color: var(--link); }
-code { font: .9em ui-monospace, monospace; } :not(pre) > code { background: var(--shade); padding: .1em .3em; }
-pre { background: var(--shade); padding: .75rem 1rem; white-space: pre-wrap; }
-ul { padding-left: 1.3rem; } li { margin: .3rem 0; }
-.table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem .35rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { border-bottom: 2px solid var(--dim); } td:not(:last-child) { white-space: nowrap; }
-td.long { white-space: normal !important; min-width: 14rem; }
-figure { margin: 1.5rem 0; } figcaption { color: var(--dim); font-size: .9rem; margin-top: .5rem; }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-nav { background: var(--shade); padding: .75rem 1rem; font-size: .95rem; }
-nav ul { columns: 18rem; margin: 0; } nav li { margin: 0; }
-@media print { :root { --text: #000; --dim: #444; --page: #fff; --line: #bbb; --shade: #f4f4f4; --link: #000; }
-  body { max-width: none; padding: 0; font-size: 10.5pt; } .table { overflow: visible; }
-  td:not(:last-child) { white-space: normal; }
-  figure, tr, nav { break-inside: avoid; } h2 { break-after: avoid; } }
-""".strip()
 
 
 def write_page(
@@ -112,64 +83,55 @@ def page_of(folder: Path) -> str:
     """report.md of `folder` as an HTML page with the figures in it. Raises UserError where one of its files is missing."""
     try:
         text = (folder / "report.md").read_text()
-        return render(text, lambda name: (folder / name).read_bytes())
+        return page(text, lambda name: (folder / name).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; make it again with sovit fit") from None
 
 
-def render(text: str, read) -> str:
+def page(text: str, read: Callable[[str], bytes]) -> str:
     """Markdown -> a whole HTML page. read(name) -> the bytes of a figure named in it, its SVG in place of its PNG."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("table_open", lambda self, *_: '<div class="table">\n<table>\n')
     parser.add_render_rule("table_close", lambda self, *_: "</table>\n</div>\n")
     tokens = _figures(parser.parse(text), read)
-    contents, title = [], ""
+    title, sections = "", {}
     for token, inside in zip(tokens, tokens[1:]):
+        words = "".join(child.content for child in inside.children or ())
         if token.type == "th_open":
             token.attrSet("scope", "col")
         elif token.type == "td_open" and len(inside.content) > LONG_CELL:
             token.attrSet("class", "long")
-        elif token.type == "heading_open":
-            words = "".join(child.content for child in inside.children or ())
-            if token.tag == "h1":
-                title = title or words
-            elif token.tag == "h2":
-                anchor = re.sub(r"\W+", "-", words.lower()).strip("-")
-                token.attrSet("id", anchor)
-                contents.append(f'<li><a href="#{html.escape(anchor)}">{html.escape(words)}</a></li>')
+        elif token.type == "heading_open" and token.tag == "h1":
+            title = title or words
+        elif token.type == "heading_open" and token.tag == "h2":
+            anchor = re.sub(r"\W+", "-", words.lower()).strip("-")
+            token.attrSet("id", anchor)
+            sections[anchor] = words
         for child in token.children or ():
             if child.type == "image" and child.meta != FIGURE:
                 child.type, child.children = "text", None  # text of the rows may not bring in files: its words stay
             elif child.type == "link_open" and not re.match("https?:|#", str(child.attrGet("href"))):
                 child.attrs.clear()  # a file that does not come with the page
-    body = parser.renderer.render(tokens, parser.options, {})
-    head, rule, rest = body.partition("<h2")
-    nav = f'<nav aria-label="Contents">\n<ul>\n{chr(10).join(contents)}\n</ul>\n</nav>\n' if contents else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src'
-        " 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n<main>\n"
-        f"{head}{nav}{rule}{rest}</main>\n</body>\n</html>\n"
-    )
+    head, rule, rest = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
+    return render("page.html.j2", title=title, sections=sections, head=head, body=rule + rest)
 
 
-def _figures(tokens: list[Token], read) -> list[Token]:
-    """A paragraph that is one image, and the paragraph in italics below it, become a figure and its caption."""
+def _figures(tokens: list[Token], read: Callable[[str], bytes]) -> list[Token]:
+    """Turn a paragraph that is one image, and the paragraph in italics below it, into a figure and its caption."""
     out: list[Token] = []
     i = 0
     while i < len(tokens):
-        if not _is_paragraph(tokens, i) or [c.type for c in tokens[i + 1].children or ()] != ["image"]:
+        inside = _paragraph(tokens, i)
+        if [child.type for child in inside] != ["image"]:
             out.append(tokens[i])
             i += 1
             continue
-        _embed((tokens[i + 1].children or [])[0], read)
+        _embed(inside[0], read)
         out += [Token("figure_open", "figure", 1, block=True), tokens[i + 1]]
         i += 3
-        below = (tokens[i + 1].children or []) if _is_paragraph(tokens, i) else []
+        below = _paragraph(tokens, i)
         if below and below[0].type == "em_open":
-            end = next(k for k, child in enumerate(below) if child.type == "em_close")
+            end = [child.type for child in below].index("em_close")
             tokens[i + 1].children = below[1:end]  # without the link to the SVG, which stands above
             out += [Token("caption_open", "figcaption", 1), tokens[i + 1], Token("caption_close", "figcaption", -1)]
             i += 3
@@ -177,11 +139,12 @@ def _figures(tokens: list[Token], read) -> list[Token]:
     return out
 
 
-def _is_paragraph(tokens: list[Token], i: int) -> bool:
-    return i + 2 < len(tokens) and tokens[i].type == "paragraph_open"
+def _paragraph(tokens: list[Token], i: int) -> list[Token]:
+    """What a paragraph that begins at token i holds; [] where none does."""
+    return (tokens[i + 1].children or []) if i + 2 < len(tokens) and tokens[i].type == "paragraph_open" else []
 
 
-def _embed(image: Token, read) -> None:
+def _embed(image: Token, read: Callable[[str], bytes]) -> None:
     svg = read(re.sub(r"\.png$", ".svg", str(image.attrGet("src"))))
     image.meta = FIGURE
     image.attrSet("src", f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}")

@@ -7,13 +7,21 @@ from pathlib import Path
 
 from sovit.files import write_atomic
 from sovit.predict.validation import verdict
+from sovit.report.text import render
 
 
 def validation_report(prediction: dict, rows: list[dict], out: Path, metric: str = "val_loss") -> dict:
-    """Apply the rule and write `validation.json` and the figure into the folder `out`; return the result."""
-    from sovit.report.figures import validation_figure
+    """Apply the rule and write `validation.json`, `report.md` and the figure into the folder `out`; return the result."""
+    from sovit.report import figures
 
     result = verdict(prediction, rows, metric)
     write_atomic(Path(out) / "validation.json", json.dumps(result, indent=2) + "\n")
-    validation_figure(result, Path(out) / "validation.png")
+    write_atomic(Path(out) / "report.md", validation_page(result))
+    figures.save(figures.validation(result), Path(out) / "validation.png")
     return result
+
+
+def validation_page(result: dict) -> str:
+    """The verdict, both differences and both arms as Markdown."""
+    difference = result["difference"]
+    return render("validation.md.j2", v=result | dict(difference=difference | dict(estimate=difference["mean"])))

@@ -14,7 +14,8 @@ import pytest
 from sovit import UserError
 from sovit.cli.main import main
 from sovit.ledger.measurements import measurements
-from sovit.report.html import mismatch, page_of, render, write_page
+from sovit.report import html
+from sovit.report.html import mismatch, page_of, write_page
 
 VOID = {"meta", "img", "br", "hr", "link"}
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -190,7 +191,7 @@ def test_rows_of_somebody_else_are_fitted_for_the_page_alone(tmp_path, capsys):
 
 
 def test_links_that_lead_nowhere_from_the_page_are_plain_words():
-    page = Page(render("# A\n\n[here](other.md) and [there](https://arxiv.org/abs/2305.13035)\n", None))
+    page = Page(html.page("# A\n\n[here](other.md) and [there](https://arxiv.org/abs/2305.13035)\n", None))
     assert [a.get("href") for a in page.all("a")] == [
         None,
         "https://arxiv.org/abs/2305.13035",

@@ -178,5 +178,5 @@ def test_validation_figure_joins_seeds(tmp_path):
         points(right)[:, 0], 100 * (np.log(arms["recommended"]["losses"]) - np.log(arms["usual"]["losses"]))
     )
     assert right.get_title("left") == "recommended: better"
-    assert plot.validation_figure(result, tmp_path / "v.png") == ["v.png", "v.svg"]
+    assert plot.save(plot.validation(result), tmp_path / "v.png") == ["v.png", "v.svg"]
     assert {p.name for p in tmp_path.iterdir()} == {"v.png", "v.svg"}

@@ -15,8 +15,11 @@ from sovit.ledger.measurements import measurements
 from sovit.report.build import choose_headline, fit_ledgers, report_text
 from sovit.report.facts import equation, extrapolation_table, held_out, rate_rule, run_before
 from sovit.report.text import few, listed, wider
+from sovit.report.validation import validation_page
 from sovit.spec.run import learning_rate
 from sovit.spec.shape import DIMENSIONS, Shape
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def report_of(rows, folder, **options):
@@ -283,3 +286,13 @@ def test_held_out_scores_are_those_of_the_fit(tmp_path):
     assert equation(fits["joint"]) == (
         "loss = A_width·width^-a_width + A_depth·depth^-a_depth + A_mlp_dim·mlp_dim^-a_mlp_dim + B·n^-c + eps"
     )
+
+
+@pytest.mark.parametrize("name", ["stream", "patch", "active"])
+def test_the_page_of_a_validation_says_its_numbers(name):
+    found = json.loads((RESULTS / f"{name}_validation" / "validation.json").read_text())
+    page, d = validation_page(found), found["difference"]
+    assert page.startswith(f"# Validation: {found['verdict']}\n")
+    for key in ("mean", "low", "high"):
+        assert f"{100 * np.expm1(d[key]):+.2f} %" in page
+    assert [row[2] for row in table(page, "arm")] == [f"{arm['predicted']:.4f}" for arm in found["arms"].values()]

@@ -6,7 +6,7 @@ from sovit.report.figures.hardware import pareto_fronts
 from sovit.report.figures.law import budget_levels, fit_by_dimension, isoflop, optimal_path, optimal_shape
 from sovit.report.figures.patch_tradeoff import trade
 from sovit.report.figures.sensitivity import sensitivity
-from sovit.report.figures.study import contact_sheet, learning_rates, validation, validation_figure
+from sovit.report.figures.study import contact_sheet, learning_rates, validation
 from sovit.report.figures.style import save
 
 __all__ = [
@@ -25,5 +25,4 @@ __all__ = [
     "sensitivity",
     "trade",
     "validation",
-    "validation_figure",
 ]

@@ -26,7 +26,6 @@ from sovit.report.figures.style import (
     loss_axis,
     panels,
     ramp,
-    save,
     styled,
 )
 
@@ -149,11 +148,6 @@ def validation(result: dict) -> Figure:
     ]
     legend_row(figure, handles, 0.1)
     return figure
-
-
-def validation_figure(result: dict, path: Path | str) -> list[str]:
-    """Draw `validation` and write it at `path` as `save` does."""
-    return save(validation(result), path)
 
 
 @styled
