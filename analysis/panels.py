@@ -14,6 +14,7 @@ from sovit.predict.paired_test import student_t
 from sovit.report.figures.style import PAGE, flops_label, loss_axis
 
 DASHED = (0, (3, 1.5))
+LINE = 125  # letters of a legend that fit on a page, about
 
 
 def grid(rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -27,13 +28,15 @@ def mark(label: str, **style) -> Line2D:
     return Line2D([], [], label=label, **style)
 
 
-def finish(figure: Figure, handles: Sequence, x: str, y: str = "") -> Figure:
-    """Put the legend in rows above the panels, and the labels that they share around them."""
-    figure.legend(
-        handles=handles, loc="outside upper left", ncols=min(len(handles), 7), columnspacing=1.0, handlelength=1.6
-    )
-    figure.supxlabel(x, fontsize=8)
-    figure.supylabel(y, fontsize=8)
+def finish(figure: Figure, handles: Sequence, x: str = "", y: str = "") -> Figure:
+    """Put the legend above the panels, and the labels that they share around them."""
+    letters = sum(len(handle.get_label()) + 6 for handle in handles)
+    columns = -(-len(handles) // -(-letters // LINE))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns, columnspacing=1.0, handlelength=1.6)
+    if x:
+        figure.supxlabel(x, fontsize=8)
+    if y:
+        figure.supylabel(y, fontsize=8)
     return figure
 
 

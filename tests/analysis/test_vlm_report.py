@@ -2,18 +2,14 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from analysis.vlm_encoders import figures as vlm_encoders_figures
-from analysis.vlm_encoders.report import BLIND, report_text, summarise
+from analysis.vlm_encoders import tables
+from analysis.vlm_encoders.report import TEXT_ONLY, report_text, summarise
 from sovit import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 SETTING = dict(
     language_model="l", projector="p", stages="s", layout="rows", template="short", data="stream", preset="cpu"
@@ -49,14 +45,14 @@ def ledger(tmp_path, good=(1.5, 1.51, 1.52), poor=(1.8, 1.79, 1.83), **more) -> 
         rows += [encoder(f"a{seed}-1", 32, seed, 1.2 + 0.01 * seed), encoder(f"b{seed}-1", 96, seed, 1.3)]
         rows += [answer(f"a{seed}-1", "none", seed, good[seed], **more), answer(f"b{seed}-1", "none", seed, poor[seed])]
         rows += [answer(f"random:a{seed}-1", "random", seed, 2.5), answer("blind:16", "blind", seed, 2.7)]
-    path = tmp_path / "eyes.jsonl"
+    path = tmp_path / "encoders.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def test_the_planted_order_is_found(tmp_path):
     found = summarise([ledger(tmp_path)])
-    assert list(found["arms"]) == ["32x2x64", "96x2x64", "32x2x64 untrained", BLIND] and found["seeds"] == [0, 1, 2]
+    assert list(found["arms"]) == ["32x2x64", "96x2x64", "32x2x64 untrained", TEXT_ONLY] and found["seeds"] == [0, 1, 2]
     assert found["verdict"]["decisive"] == {
         "best_classifier": "32x2x64",
         "against": {"96x2x64": "better"},
@@ -69,11 +65,11 @@ def test_the_planted_order_is_found(tmp_path):
     assert on_all["mean"] == pytest.approx(sum(logs) / 3) and on_all["verdict"] == "better"
     assert found["arms"]["32x2x64"]["val_loss/marks"]["mean"] == pytest.approx(1.51)
     assert found["arms"]["96x2x64"]["encoder_loss"] == pytest.approx(1.3)
-    assert found["sees"]["96x2x64"] == {"below_blind": 3, "n_blind": 3, "below_shuffled": 3, "n": 3}
+    assert found["sees"]["96x2x64"] == {"below_text_only": 3, "n_text_only": 3, "below_shuffled": 3, "n": 3}
     assert found["families"] == {"marks": True, "more": False}
 
 
-def test_a_better_classifier_that_is_the_worse_eye_is_told_so(tmp_path):
+def test_a_better_classifier_that_is_the_worse_encoder_is_told_so(tmp_path):
     assert summarise([ledger(tmp_path, good=(2.0, 2.1, 2.05))])["verdict"]["decisive"]["answer"] == "no"
     noisy = summarise([ledger(tmp_path, good=(1.5, 1.9, 1.8))])["verdict"]["decisive"]
     assert noisy["answer"] == "not distinguishable"
@@ -121,14 +117,14 @@ def test_a_seed_that_an_arm_lacks_is_left_out_of_its_pairs_alone(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in kept))
     (tmp_path / "whole").mkdir()
     found, whole = summarise([path]), summarise([ledger(tmp_path / "whole")])
-    assert found["seeds"] == [0, 1, 2] and found["arms"][BLIND]["n"] == 2 and found["arms"]["32x2x64"]["n"] == 3
-    same, fewer = "32x2x64 / 96x2x64", f"32x2x64 / {BLIND}"
+    assert found["seeds"] == [0, 1, 2] and found["arms"][TEXT_ONLY]["n"] == 2 and found["arms"]["32x2x64"]["n"] == 3
+    same, fewer = "32x2x64 / 96x2x64", f"32x2x64 / {TEXT_ONLY}"
     assert found["pairs"]["decisive"][same] == whole["pairs"]["decisive"][same]
     logs = [math.log(1.5 / 2.7), math.log(1.52 / 2.7)]
     pair = found["pairs"]["decisive"][fewer]
     assert pair["n"] == 2 and pair["low"] is None and pair["mean"] == pytest.approx(sum(logs) / 2)
-    assert found["sees"]["32x2x64"] == {"below_blind": 2, "n_blind": 2, "below_shuffled": 3, "n": 3}
-    assert f"| {BLIND} (n = 2) |" in report_text(found)
+    assert found["sees"]["32x2x64"] == {"below_text_only": 2, "n_text_only": 2, "below_shuffled": 3, "n": 3}
+    assert f"| {TEXT_ONLY} (n = 2) |" in report_text(found)
     lines = vlm_encoders_figures.vlm_vs_encoder(found).axes[1].lines
     assert any(list(line.get_ydata()) == pytest.approx([1.5 / 2.7, 1.52 / 2.7]) for line in lines)
 
@@ -136,7 +132,7 @@ def test_a_seed_that_an_arm_lacks_is_left_out_of_its_pairs_alone(tmp_path):
 def test_the_text_and_the_figure_hold_the_numbers(tmp_path):
     found = summarise([ledger(tmp_path)])
     text = report_text(found)
-    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best eye, by marks? **yes** (-16" in text
+    assert "| 32x2x64 | 1.210 | 1.510 (0.010) |" in text and "the best encoder, by marks? **yes** (-16" in text
     figure = vlm_encoders_figures.vlm_vs_encoder(found)
     left = figure.axes[0]
     assert [list(points.get_offsets()[:, 1]) for points in left.collections] == [[1.5, 1.51, 1.52], [1.8, 1.79, 1.83]]
@@ -172,17 +168,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, change, words):
         summarise([ledger(tmp_path)], "more")
 
 
-def test_the_script_writes_its_files_twice_the_same(tmp_path):
+def test_the_script_writes_its_files_twice_the_same(tmp_path, capsys):
     path = ledger(tmp_path)
     for out in ("one", "two"):
-        command = [
-            sys.executable,
-            str(ROOT / "analysis" / "vlm_encoders" / "tables.py"),
-            str(path),
-            "--out",
-            str(tmp_path / out),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-    for name in ("eyes.json", "eyes/report.md", "eyes/vlm_vs_encoder.png", "eyes/vlm_vs_encoder.svg"):
+        assert tables.main([str(path), "--out", str(tmp_path / out)]) == 0
+    assert capsys.readouterr().out.startswith("# Is the better classifier the better encoder")
+    for name in ("encoders.json", "encoders/report.md", "encoders/vlm_vs_encoder.png", "encoders/vlm_vs_encoder.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
