@@ -10,6 +10,12 @@ from cyclopts import Parameter
 
 from sovit import OUTPUTS, UserError
 
+
+def Help(text: str) -> Parameter:
+    """What an option is for, in one line."""
+    return Parameter(help=text)
+
+
 Flat = Parameter(name="*")  # on a dataclass: each field is an option of its own
 
 
@@ -36,10 +42,8 @@ Pixels = Annotated[int, Parameter(converter=_pixels)]
 class Folders:
     """Where a study is found."""
 
-    runs: Path = Path("runs")
-    """Folder of trunks."""
-    results: Path | None = None
-    """Folder of ledgers (default: as launched, else runs/results, else results)."""
+    runs: Annotated[Path, Help("Folder of trunks.")] = Path("runs")
+    results: Annotated[Path | None, Help("Folder of ledgers (default: as launched, else one of ours).")] = None
 
 
 @Flat
@@ -47,12 +51,9 @@ class Folders:
 class Place:
     """Where to compute, and where to keep it."""
 
-    runs: Path = Path("runs")
-    """Folder of trunks."""
-    results: Path = OUTPUTS
-    """Folder of the ledger."""
-    device: str = "cpu"
-    """Such as cpu or cuda."""
+    runs: Annotated[Path, Help("Folder of trunks.")] = Path("runs")
+    results: Annotated[Path, Help("Folder of the ledger.")] = OUTPUTS
+    device: Annotated[str, Help("Such as cpu or cuda.")] = "cpu"
 
 
 @Flat
@@ -60,14 +61,10 @@ class Place:
 class Geometry:
     """What the sizes of a shape leave open."""
 
-    head_dim: Whole | None = None
-    """Width of one head."""
-    patch_size: Pixels | None = None
-    """Pixels a side."""
-    image_size: Pixels | None = None
-    """Pixels a side."""
-    pool: str | None = None
-    """avg, map, token or none."""
+    head_dim: Annotated[Whole | None, Help("Width of one head.")] = None
+    patch_size: Annotated[Pixels | None, Help("Pixels a side.")] = None
+    image_size: Annotated[Pixels | None, Help("Pixels a side.")] = None
+    pool: Annotated[str | None, Help("avg, map, token or none.")] = None
 
 
 def given(options: Any) -> dict:
@@ -78,3 +75,10 @@ def given(options: Any) -> dict:
 def show(found: Any, text: Callable[[Any], str], as_json: bool) -> None:
     """Print a result as JSON, or as `text` of it for a person."""
     print(json.dumps(found, indent=2) if as_json else text(found))
+
+
+def sheet(images: Any, captions: list[str], out: Path, title: str, **how: int) -> None:
+    """Write images [B, 3, H, W] with captions as one PNG. how: columns, lines of `sovit.report.figures.contact_sheet`."""
+    from sovit.report.figures import contact_sheet
+
+    contact_sheet(images.clamp(0, 1).permute(0, 2, 3, 1).numpy(), captions, out, title=title, **how)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sovit import OUTPUTS, UserError
-from sovit.cli.common import Pixels
+from sovit.cli.common import Pixels, sheet
 
 
 def data(
@@ -26,7 +26,7 @@ def data(
         patch_size: pixels a side
         out: PNG of the contact sheet (default runs/results/SOURCE-PRESET.png)
     """
-    from sovit.data import PRESETS, baselines, named_data, open_data
+    from sovit.data import NORMALISATION, PRESETS, baselines, named_data, open_data
 
     if action == "list":
         for name, presets in PRESETS.items():
@@ -46,18 +46,9 @@ def data(
         for line in getattr(opened, "notes", list)():  # what a source has to say of itself
             print(line)
         out = out or OUTPUTS / f"{named.data}-{Path(named.preset).name}.png"
-        _contact_sheet(opened, named.data, f"{title}, {size} px", out)
+        batch, (mean, std) = opened.train(0, 24), NORMALISATION[named.data]
+        sheet(batch.images * std + mean, captions(batch.labels, opened), out, f"{title}, {size} px")
         print(out)
-
-
-def _contact_sheet(opened: Any, name: str, title: str, out: Path) -> None:
-    from sovit.data import NORMALISATION
-    from sovit.report.figures import contact_sheet
-
-    batch = opened.train(0, 24)
-    mean, std = NORMALISATION[name]
-    images = (batch.images * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
-    contact_sheet(images, captions(batch.labels, opened), out, title=title)
 
 
 def captions(labels: Any, source: Any) -> list[str]:

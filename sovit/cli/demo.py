@@ -12,8 +12,6 @@ from sovit.cli.common import Whole
 from sovit.spec.design import star, to_runs
 from sovit.spec.run import Recipe, Run, learning_rate
 from sovit.spec.shape import Shape
-from sovit.sweep.queue import Sweep
-from sovit.sweep.study_main import run_sweep
 
 CENTRE = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
 ARMS = {"width": (16, 24, 48, 64), "depth": (1, 3, 4), "mlp_dim": (32, 64, 256, 512)}
@@ -44,6 +42,8 @@ def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
     from sovit.predict.validation import runs_of, verdict_text, write_prediction
     from sovit.report.build import fit_ledgers
     from sovit.report.validation import validation_report
+    from sovit.sweep.queue import Sweep
+    from sovit.sweep.study_main import run_sweep
 
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Whole, given, show
+from sovit.cli.common import Flat, Help, Whole, given, show
 
 
 @Flat
@@ -16,12 +16,9 @@ from sovit.cli.common import Flat, Whole, given, show
 class Rows:
     """Which rows of the ledgers a law is of."""
 
-    metric: str = "val_loss"
-    """Column to fit."""
-    form: str | None = None
-    """A law form (default: chosen by extrapolation)."""
-    skip_bad: bool = False
-    """Leave bad rows out, each with its reason, and go on."""
+    metric: Annotated[str, Help("Column to fit.")] = "val_loss"
+    form: Annotated[str | None, Help("A law form (default: chosen by extrapolation).")] = None
+    skip_bad: Annotated[bool, Help("Leave bad rows out, each with its reason, and go on.")] = False
 
 
 @Flat
@@ -29,14 +26,10 @@ class Rows:
 class FitOptions(Rows):
     """How to fit."""
 
-    out: Path | None = None
-    """Folder to write (default: runs/results/<ledger's name>_law)."""
-    bootstrap: Whole = 1000
-    """Draws of each interval."""
-    coverage: Whole = 0
-    """Simulate so many data sets: how often would the intervals hold?"""
-    train_flops: float | None = None
-    """Budget of the recommendation (default: beyond the largest run)."""
+    out: Annotated[Path | None, Help("Folder to write (default: runs/results/<ledger's name>_law).")] = None
+    bootstrap: Annotated[Whole, Help("Draws of each interval.")] = 1000
+    coverage: Annotated[Whole, Help("Simulate so many data sets: how often would the intervals hold?")] = 0
+    train_flops: Annotated[float | None, Help("Budget of the recommendation (default: beyond the largest run).")] = None
 
 
 def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: bool = False) -> None:
@@ -69,18 +62,12 @@ def report(ledgers: list[Path], /, *, out: Path | None = None, law: Path | None 
 class RuleOptions:
     """What can be built: the fields of sovit.predict.integer_search.Rules."""
 
-    head_dim: Whole | None = None
-    """Width of one head; width is a multiple of it (default: as run)."""
-    width_multiple: Whole | None = None
-    """Width is a multiple of this as well, such as 128."""
-    depth_multiple: Whole | None = None
-    """Depth is a multiple of this."""
-    mlp_multiple: Whole | None = None
-    """MLP dim is a multiple of this, such as 128 (default 8)."""
-    max_params: float | None = None
-    """At most so many encoder parameters."""
-    max_forward_flops: float | None = None
-    """At most so many forward FLOPs an image, task head apart."""
+    head_dim: Annotated[Whole | None, Help("Width of one head; width is a multiple of it (default: as run).")] = None
+    width_multiple: Annotated[Whole | None, Help("Width is a multiple of this as well, such as 128.")] = None
+    depth_multiple: Annotated[Whole | None, Help("Depth is a multiple of this.")] = None
+    mlp_multiple: Annotated[Whole | None, Help("MLP dim is a multiple of this, such as 128 (default 8).")] = None
+    max_params: Annotated[float | None, Help("At most so many encoder parameters.")] = None
+    max_forward_flops: Annotated[float | None, Help("At most so many forward FLOPs an image, task head apart.")] = None
 
 
 @Flat
@@ -88,14 +75,10 @@ class RuleOptions:
 class Ladder:
     """Budgets of a frontier."""
 
-    frontier: bool = False
-    """A table of best shapes over a ladder of budgets instead."""
-    first: Annotated[float | None, Parameter(name="--from")] = None
-    """Its first budget (default: the least run)."""
-    last: Annotated[float | None, Parameter(name="--to")] = None
-    """Its last (default: 100 x the largest run)."""
-    points: Whole | None = None
-    """How many budgets (default 9)."""
+    frontier: Annotated[bool, Help("A table of best shapes over a ladder of budgets instead.")] = False
+    first: Annotated[float | None, Parameter(name="--from", help="Its first budget (default: the least run).")] = None
+    last: Annotated[float | None, Parameter(name="--to", help="Its last (default: 100 x the largest run).")] = None
+    points: Annotated[Whole | None, Help("How many budgets (default 9).")] = None
 
 
 @Flat
@@ -103,12 +86,9 @@ class Ladder:
 class Question:
     """What to ask of a law."""
 
-    train_flops: float | None = None
-    """Budget: 3 x forward FLOPs x images, head included."""
-    by: str | None = None
-    """patch_size or image_size: the best shape with each value run, and what to spend on."""
-    out: Path | None = None
-    """Folder for the figure of --frontier or --by."""
+    train_flops: Annotated[float | None, Help("Budget: 3 x forward FLOPs x images, head included.")] = None
+    by: Annotated[str | None, Help("patch_size or image_size: the best shape with each value run.")] = None
+    out: Annotated[Path | None, Help("Folder for the figure of --frontier or --by.")] = None
 
 
 def predict(

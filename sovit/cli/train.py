@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Geometry, Pixels, Place, Whole, given, show
+from sovit.cli.common import Flat, Geometry, Help, Pixels, Place, Whole, given, show
 
 
 @Flat
@@ -16,14 +16,10 @@ from sovit.cli.common import Flat, Geometry, Pixels, Place, Whole, given, show
 class Sizes(Geometry):
     """What to override of named shapes, or to say without a name."""
 
-    width: Whole | None = None
-    """Embedding dim."""
-    depth: Whole | None = None
-    """Blocks."""
-    mlp_dim: Whole | None = None
-    """Hidden dim of the MLP."""
-    num_registers: Whole | None = None
-    """Register tokens."""
+    width: Annotated[Whole | None, Help("Embedding dim.")] = None
+    depth: Annotated[Whole | None, Help("Blocks.")] = None
+    mlp_dim: Annotated[Whole | None, Help("Hidden dim of the MLP.")] = None
+    num_registers: Annotated[Whole | None, Help("Register tokens.")] = None
 
 
 def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bool = False) -> None:
@@ -63,12 +59,9 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bo
 class ProfileShapes(Geometry):
     """Which shapes to profile beside those named."""
 
-    grid: tuple[str, ...] = ()
-    """Such as width=16,32 depth=1,2 mlp_dim=64."""
-    law: Path | None = None
-    """A law.json: patch, image, pool, head dim and classes are its own."""
-    train_flops: float | None = None
-    """With --law: also its best shape for this budget, and the usual."""
+    grid: Annotated[tuple[str, ...], Help("Such as width=16,32 depth=1,2 mlp_dim=64.")] = ()
+    law: Annotated[Path | None, Help("A law.json: patch, image, pool, head dim and classes are its own.")] = None
+    train_flops: Annotated[float | None, Help("With --law: also its best shape for this budget, and the usual.")] = None
 
 
 @Flat
@@ -76,20 +69,18 @@ class ProfileShapes(Geometry):
 class ProfileOptions:
     """How to measure."""
 
-    device: str = "cpu"
-    """Such as cpu or cuda."""
-    dtype: str = "float32"
-    """float32, or bfloat16 by autocast."""
-    num_classes: Whole | None = None
-    """Classes of the task head (default: the law's, else 1000)."""
-    repeats: Whole = 9
-    """Rounds in which all take turns."""
-    again: bool = False
-    """Measure what the file holds already, too."""
-    batch_sizes: tuple[Whole, ...] = ()
-    """1 is latency (default 1 32; with --trained 2)."""
-    out: Path | None = None
-    """File of profiles (default runs/results/hardware.jsonl; with --trained runs/results/finetune_cost.jsonl)."""
+    device: Annotated[str, Help("Such as cpu or cuda.")] = "cpu"
+    dtype: Annotated[str, Help("float32, or bfloat16 by autocast.")] = "float32"
+    num_classes: Annotated[Whole | None, Help("Classes of the task head (default: the law's, else 1000).")] = None
+    repeats: Annotated[Whole, Help("Rounds in which all take turns.")] = 9
+    again: Annotated[bool, Help("Measure what the file holds already, too.")] = False
+    batch_sizes: Annotated[tuple[Whole, ...], Help("1 is latency (default 1 32; with --trained 2).")] = ()
+    out: Annotated[
+        Path | None,
+        Help(
+            "File of profiles (default runs/results/hardware.jsonl; with --trained runs/results/finetune_cost.jsonl)."
+        ),
+    ] = None
 
 
 def profile(
@@ -118,17 +109,11 @@ def profile(
     torch.set_num_threads(threads)
     which = given(beside)
     found, num_classes = shapes_for(shapes, which.pop("grid"), which.pop("law", None), **which)
-    live = sys.stderr.isatty()
     said = {name: value for name, value in given(options).items() if value != ()}
     said["num_classes"] = options.num_classes or num_classes or 1000
-    said["on_progress"] = lambda line: print(
-        f"\r\033[K{line}" if live else line, end="" if live else "\n", file=sys.stderr
-    )
     if trained and "full" not in trained:  # with which the others are compared
         trained += ("full",)
-    rows = measure(found, trained=trained, **said)
-    if live:
-        print("\r\033[K", end="", file=sys.stderr)
+    rows = measure(found, trained=trained, on_progress=lambda line: print(line, file=sys.stderr), **said)
     show(rows, lambda rows: savings_text(savings(rows)) if trained else profile_text(rows), json)
 
 
@@ -158,25 +143,21 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
     show(probe_ledger(ledger, place.runs, data, place.device), text.format_map, json)
 
 
+BUDGETS = "Images to train on, a branch at each (default: a fifth of the base's)."
+
+
 @Flat
 @dataclass(frozen=True)
 class TuneOptions:
     """What to change, and how long to train."""
 
-    image_size: Pixels | None = None
-    """Pixels a side (default: as the base)."""
-    patch_size: Pixels | None = None
-    """Pixels a side (default: as the base)."""
-    data: str | None = None
-    """SOURCE:PRESET to train on (default: as the base)."""
-    peak_lr: float | None = None
-    """Peak learning rate (default: the base's; of a part twice that)."""
-    batch_size: Whole | None = None
-    """Images a step (default: as the base)."""
-    trained: Annotated[str, Parameter(name="--train")] = "attention"
-    """attention, full, mlp or head."""
-    budgets: Annotated[tuple[Whole, ...], Parameter(name="--examples")] = ()
-    """Images to train on, a branch at each (default: a fifth of the base's)."""
+    image_size: Annotated[Pixels | None, Help("Pixels a side (default: as the base).")] = None
+    patch_size: Annotated[Pixels | None, Help("Pixels a side (default: as the base).")] = None
+    data: Annotated[str | None, Help("SOURCE:PRESET to train on (default: as the base).")] = None
+    peak_lr: Annotated[float | None, Help("Peak learning rate (default: the base's; of a part twice that).")] = None
+    batch_size: Annotated[Whole | None, Help("Images a step (default: as the base).")] = None
+    trained: Annotated[str, Parameter(name="--train", help="attention, full, mlp or head.")] = "attention"
+    budgets: Annotated[tuple[Whole, ...], Parameter(name="--examples", help=BUDGETS)] = ()
 
 
 def finetune(
@@ -214,18 +195,12 @@ def finetune(
 class ExportOptions:
     """What to write."""
 
-    format: str = "timm"
-    """timm, siglip, vit, nanovlm, or sovit, which says any shape."""
-    runs: Path = Path("runs")
-    """Folder of trunks."""
-    image_size: Pixels | None = None
-    """Resize the trained weights to read images of this side."""
-    patch_size: Pixels | None = None
-    """Resize the trained weights to patches of this side."""
-    config_only: bool = False
-    """The source is a law: write the config of its best shape."""
-    train_flops: float | None = None
-    """Budget of --config-only."""
+    format: Annotated[str, Help("timm, siglip, vit, nanovlm, or sovit, which says any shape.")] = "timm"
+    runs: Annotated[Path, Help("Folder of trunks.")] = Path("runs")
+    image_size: Annotated[Pixels | None, Help("Resize the trained weights to read images of this side.")] = None
+    patch_size: Annotated[Pixels | None, Help("Resize the trained weights to patches of this side.")] = None
+    config_only: Annotated[bool, Help("The source is a law: write the config of its best shape.")] = False
+    train_flops: Annotated[float | None, Help("Budget of --config-only.")] = None
 
 
 def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(), json: bool = False) -> int:

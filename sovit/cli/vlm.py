@@ -3,12 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Pixels, Place, Whole
+from sovit.cli.common import Flat, Help, Pixels, Place, Whole, sheet
 from sovit.cli.common import show as show_result
 
 vlm = App(name="vlm", help="Vision-language models: what systems are made of, train, ask.")
@@ -36,17 +36,15 @@ def questions(
     *,
     count: Whole = 6,
     image_size: Pixels | None = None,
-    val: bool = False,
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Show questions about images of a data set, with answers, and the text-only baseline of each family.
+    """Show questions about training images of a data set, with answers, and the text-only baseline of each family.
 
     Args:
         source: DATA:PRESET, such as stream:cpu or icons:mosaic
         count: images
         image_size: pixels a side (default: the preset's own)
-        val: of validation images
         out: PNG, a sheet of the images with their questions
     """
     from sovit.data import named_data
@@ -57,14 +55,14 @@ def questions(
     data, preset, size = named_data(source)
     size = size if image_size is None else image_size
     opened = open_questions(data, preset, size, data_seed=0)
-    split = "val" if val else "train"
-    asked = opened.ask(split, 0, count)
+    asked = opened.ask("train", 0, count)
     blind = {name: {"kind": opened.kinds[name], **b._asdict()} for name, b in text_only_baseline(opened).items()}
     if out:
         captions = ["\n".join(f"{q.question} {q.answer}" for q in image) for image in asked]
-        _sheet(opened.images(split, 0, count), captions, out, f"{data}:{preset}, {size} px, {split}", 3, 32)
+        title = f"{data}:{preset}, {size} px"
+        sheet(opened.images("train", 0, count), captions, out, title, columns=3, lines=32)
     rows = [[{"family": q.family, "question": q.question, "answer": q.answer} for q in image] for image in asked]
-    found = {"data": data, "preset": preset, "image_size": size, "split": split, "images": rows, "blind": blind}
+    found = {"data": data, "preset": preset, "image_size": size, "images": rows, "blind": blind}
     if json:
         return show_result(found, str, True)
     for number, image in enumerate(asked):
@@ -78,33 +76,18 @@ def questions(
         print(out)
 
 
-def _sheet(images: Any, captions: list[str], out: Path, title: str, columns: int, lines: int) -> None:
-    """Write images [B, 3, H, W] with captions as one PNG."""
-    from sovit.report.figures import contact_sheet
-
-    pixels = images.clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [B, H, W, 3]
-    contact_sheet(pixels, captions, out, title=title, columns=columns, lines=lines)
-
-
 @Flat
 @dataclass(frozen=True)
 class TrainOptions:
     """What to train, on what."""
 
-    preset: str = "projector"
-    """How: projector (alone), llava15 or nanovlm."""
-    examples: Whole = 900
-    """Images in all."""
-    batch_size: Whole = 2
-    """Images a step."""
-    language_model: str = "smollm2"
-    """smollm2, random:2x64, hf:NAME or hf:FOLDER."""
-    data: str = "stream:cpu"
-    """SOURCE:PRESET to ask about."""
-    seed: Whole = 0
-    """Seed of weights; data takes 100 more."""
-    set: tuple[str, ...] = ()
-    """KEY=VALUE of any field of the run, such as stages.0.projector.peak_lr=0.002."""
+    preset: Annotated[str, Help("How: projector (alone), llava15 or nanovlm.")] = "projector"
+    examples: Annotated[Whole, Help("Images in all.")] = 900
+    batch_size: Annotated[Whole, Help("Images a step.")] = 2
+    language_model: Annotated[str, Help("smollm2, random:2x64, hf:NAME or hf:FOLDER.")] = "smollm2"
+    data: Annotated[str, Help("SOURCE:PRESET to ask about.")] = "stream:cpu"
+    seed: Annotated[Whole, Help("Seed of weights; data takes 100 more.")] = 0
+    set: Annotated[tuple[str, ...], Help("KEY=VALUE of any field, such as stages.0.projector.peak_lr=0.002.")] = ()
 
 
 @vlm.command
@@ -163,14 +146,13 @@ def _trained_text(row: dict, ledger: Path) -> str:
 class AskOptions:
     """What to ask about which image."""
 
-    questions: Annotated[tuple[str, ...], Parameter(name="--question")] = ()
-    """One or several (default: its data's own, with the right answers)."""
-    image: Path | None = None
-    """An image file."""
-    val: Whole | None = None
-    """Validation image of this number of its data (default 0)."""
-    max_new_tokens: Whole = 32
-    """At most so many."""
+    questions: Annotated[
+        tuple[str, ...],
+        Parameter(name="--question", help="One or several (default: its data's own, with the right answers)."),
+    ] = ()
+    image: Annotated[Path | None, Help("An image file.")] = None
+    val: Annotated[Whole | None, Help("Validation image of this number of its data (default 0).")] = None
+    max_new_tokens: Annotated[Whole, Help("At most so many.")] = 32
 
 
 @vlm.command
@@ -204,5 +186,5 @@ def ask(
     asked = vars(options) | {"val": options.val or 0}
     found, image = ask_model(run_id, **asked, runs_dir=runs, device=device)
     if out is not None:
-        _sheet(image[None], [answers_text(found)], out, found["image"], 1, 52)
+        sheet(image[None], [answers_text(found)], out, found["image"], columns=1, lines=52)
     show_result(found, answers_text, json)
