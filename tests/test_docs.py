@@ -33,6 +33,8 @@ def test_what_a_page_names_exists(page):
     linked = [page.parent / name for name in re.findall(r"\]\((?!http)([^)#]+)", text)]
     linked += [ROOT / name for name in re.findall(r"`((?:sovit|studies|analysis|tests|results)/[\w/.]*)`", text)]
     assert [str(path) for path in linked if not path.exists()] == []
+    for name, path in re.findall(r"`([A-Z]{3,})` (?:of|in)\s+`([\w/]+\.py)`", text):
+        assert re.search(rf"^{name}\b", (ROOT / path).read_text(), re.MULTILINE), f"no {name} in {path}"
 
 
 @pytest.mark.parametrize("page", PAGES)
