@@ -135,7 +135,7 @@ def predict(
 def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
     from sovit.law.fitted_law import read_law
     from sovit.predict.law_at_budget import ladder
-    from sovit.predict.recommend import frontier
+    from sovit.predict.recommend import best_shape
     from sovit.report.text import frontier_text
 
     if question.by is not None:
@@ -144,7 +144,7 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, a
         raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
     fit = read_law(law)
     budgets = ladder(fit, ends.first, ends.last, 9 if ends.points is None else ends.points)
-    rows = frontier(fit, budgets, **given(rules))
+    rows = [best_shape(fit, budget, **given(rules)) for budget in budgets]
     _save(question.out, "frontier", lambda plot, measured: plot.frontier(fit, rows, measured), law)
     body = dict(law=str(law), form=fit.form, metric=rows[0].metric, level=fit.level)
     show(body | dict(rows=[row.to_frontier_row() for row in rows]), lambda _: frontier_text(rows), as_json)

@@ -15,7 +15,7 @@ from sovit import UserError
 from sovit.law.fitted_law import Fit
 from sovit.predict.integer_search import SIZES, Rules
 from sovit.predict.law_at_budget import TOKENS, Target, budgets_run, columns, estimated, predicted_difference, target
-from sovit.predict.recommend import Recommendation, best_shape, proportional_family
+from sovit.predict.recommend import Recommendation, proportional_family
 from sovit.spec.shape import Shape
 
 PAPER = dict(width=0.22, depth=0.45, mlp_dim=0.60)  # s_k as stated in 2305.13035, classification
@@ -31,18 +31,15 @@ def exact_growth(fit: Fit, train_flops: float) -> dict:
     the least budget run, or a decade below this one, to this one. The interval is None without draws.
     Raises UserError as `sovit.predict.law_at_budget` does.
     """
-    at = target(fit, train_flops)
-    low = min(budgets_run(fit)[0], train_flops / 10)
-    near = [_path(at.at(train_flops * np.exp(h)), fit.theta[None]) for h in (-STEP, STEP)]
-    slope = _with_images((near[1] - near[0])[0] / (2 * STEP))
-    exact = _mean_slope(at, at.at(low), fit.theta[None])[0]
+    at, low = target(fit, train_flops), min(budgets_run(fit)[0], train_flops / 10)
     theta, widen = at.draws()
-    theta = theta if fit.shape_form.convex else theta[:SLOW_DRAWS]
-    many = _mean_slope(at, at.at(low), theta) if len(theta) else None
+    every = np.concatenate([fit.theta[None], theta if fit.shape_form.convex else theta[:SLOW_DRAWS]])
+    (slope,) = _slopes(at, train_flops * np.exp(-STEP), train_flops * np.exp(STEP), every[:1])
+    mean = _slopes(at, low, train_flops, every)
     rows = {}
-    for k, name in enumerate((*at.dims, "flops", "images")):
-        mean = estimated(exact[k], None if many is None else many[:, k], widen)
-        rows[name] = dict(slope=float(slope[k]), exact=mean.estimate, low=mean.low, high=mean.high)
+    for name, here, many in zip((*at.dims, "flops", "images"), slope, mean.T):
+        exact = estimated(many[0], many[1:], widen)
+        rows[name] = dict(slope=float(here), exact=exact.estimate, low=exact.low, high=exact.high)
     return dict(
         train_flops=float(train_flops),
         span=[float(low), float(train_flops)],
@@ -53,71 +50,67 @@ def exact_growth(fit: Fit, train_flops: float) -> dict:
     )
 
 
-def paper_rule(fit: Fit, train_flops: float, marginal: Fit | None = None, best: Recommendation | None = None) -> dict:
-    """SoViT's recipe at a budget: from the law's optimum x(0) at the least budget run, each dimension by tau^(s_k / D).
+def paper_rule(fit: Fit, best: Recommendation, marginal: Fit | None = None) -> dict:
+    """SoViT's recipe at the budget of `best`: from the law's optimum x(0) at the least budget run, each dimension by
+    tau^(s_k / D).
 
     tau is the ratio of the budgets and D the number of dimensions that grow; s_k are the marginal exponents of
     `marginal`, a fit of form `sovit` to the same rows, where it determines all of them, else those that the paper states.
-    `best` is the recommendation to compare with, `best_shape(fit, train_flops)` unless given; its rules hold here too.
+    The rules of `best` hold here too.
     Returns {shape, num_params, num_examples, loss, difference, note, start, exponents, source, factors, budget_ratio,
     params_per_decade, law_params_per_decade, under_growth}. difference: {estimate, low, high} of ln loss(rule) -
     ln loss(best); factors, by dimension: the law's real optimum over the rule's real size; budget_ratio: tau;
     under_growth: the factor a decade of compute by which the law's models outgrow the rule's in parameters (None at the
-    least budget itself).
-    Raises UserError as `best_shape` does.
+    least budget itself). Raises UserError for a marginal law of another form.
     """
-    at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
+    at, least = target(fit, best.train_flops), budgets_run(fit)[0]
     exponents, source = _marginal([name for name in SIZES if name in at.dims], marginal)
-    least = budgets_run(fit)[0]
-    start, real = _real(at.at(least)), _real(at)
-    decades = float(np.log10(train_flops / least))
+    start, real = (dict(zip(at.dims, np.exp(law.optimum()).tolist())) for law in (at.at(least), at))
+    decades = float(np.log10(at.train_flops / least))
     sizes = start | {n: start[n] * 10 ** (decades * s / len(exponents)) for n, s in exponents.items()}
     ends = {n: np.array([values[n] for values in (start, sizes, real)]) for n in at.dims}
     first, rule, law = at.geometry.num_params(ends).tolist()
-    grows = abs(decades) > 1e-9
+
+    def a_decade(ratio: float) -> float | None:
+        return float(ratio ** (1 / decades)) if abs(decades) > 1e-9 else None
+
     return _beside(at, nearest(at, sizes, best.rules), best) | dict(
         start=start,
         exponents=exponents,
         source=source,
-        factors={n: float(real[n] / sizes[n]) for n in at.dims},
-        budget_ratio=float(train_flops / least),
-        params_per_decade=float((rule / first) ** (1 / decades)) if grows else None,
-        law_params_per_decade=float((law / first) ** (1 / decades)) if grows else None,
-        under_growth=float((law / rule) ** (1 / decades)) if grows else None,
+        factors={n: real[n] / sizes[n] for n in at.dims},
+        budget_ratio=float(at.train_flops / least),
+        params_per_decade=a_decade(rule / first),
+        law_params_per_decade=a_decade(law / first),
+        under_growth=a_decade(law / rule),
     )
 
 
-def size_rule(fit: Fit, train_flops: float, sizes: Fit, best: Recommendation | None = None) -> dict:
+def size_rule(fit: Fit, best: Recommendation, sizes: Fit) -> dict:
     """ViT-B's proportions, their size chosen by `sizes`, a fit of form `chinchilla` to the same rows.
 
-    Returns what `paper_rule` does as far as `note`. Raises UserError for another form, and as `best_shape` does.
+    Returns what `paper_rule` does as far as `note`. Raises UserError for another form.
     """
     if sizes.form != "chinchilla":
         raise UserError(f"form={sizes.form!r} is no law of parameters and images; give a fit of form 'chinchilla'")
-    at, best = target(fit, train_flops), best or best_shape(fit, train_flops)
-    rules = best.rules
-    table = proportional_family(at, rules.steps["width"])
+    at = target(fit, best.train_flops)
+    table = proportional_family(at, best.rules.steps["width"])
     images = at.images(table)
     loss = sizes.predict(dict(num_params=at.geometry.num_params(table), num_examples=images))
     i = int(np.where(images >= 1, loss, np.inf).argmin())
-    return _beside(at, at.shape({n: x[i] for n, x in table.items()}, rules.head_dim), best)
+    return _beside(at, at.shape({n: x[i] for n, x in table.items()}, best.rules.head_dim), best)
 
 
 def other_rules(fit: Fit, best: Recommendation, fits: Mapping[str, Fit]) -> dict:
-    """Answers of other rules at the budget of a recommendation.
+    """Answers of other rules at the budget of a recommendation of `fit`: {paper_rule, size_rule}, where laws can say it.
 
-    Args:
-        fit: the law that gave `best`.
-        fits: form -> law of the same rows; `sovit` and `chinchilla` are used where they stand.
-
-    Returns:
-        {paper_rule, size_rule}, each only where the laws can say it.
+    fits: form -> law of the same rows; `sovit` and `chinchilla` are used where they stand.
     """
-    found, budget = {}, best.train_flops
+    found = {}
     if set(SIZES) & set(fit.model.dims):
-        found["paper_rule"] = paper_rule(fit, budget, fits.get("sovit"), best)
+        found["paper_rule"] = paper_rule(fit, best, fits.get("sovit"))
     if "chinchilla" in fits:
-        found["size_rule"] = size_rule(fit, budget, fits["chinchilla"], best)
+        found["size_rule"] = size_rule(fit, best, fits["chinchilla"])
     return found
 
 
@@ -156,21 +149,11 @@ def _marginal(names: list[str], marginal: Fit | None) -> tuple[dict, str]:
     return {n: PAPER[n] for n in names}, "as stated in arXiv 2305.13035" + lack
 
 
-def _real(at: Target) -> dict[str, float]:
-    return {n: float(x) for n, x in zip(at.dims, np.exp(at.optimum()))}
-
-
-def _path(at: Target, theta: np.ndarray) -> np.ndarray:
-    """ln of the optimal dimensions and of the forward FLOPs there, head included: [R, K + 1]."""
-    v = at.optimum(theta)
-    return np.column_stack([v, at.geometry.log_flops(at.dims, v, True)[0]])
-
-
-def _with_images(growth: np.ndarray) -> np.ndarray:
-    """[..., K + 1] exponents of dimensions and FLOPs, and that of the images beside them: [..., K + 2]."""
-    return np.concatenate([growth, 1 - growth[..., -1:]], -1)
-
-
-def _mean_slope(at: Target, low: Target, theta: np.ndarray) -> np.ndarray:
-    """Mean slope of the optimum from a lower budget to this one, [R, K + 2]."""
-    return _with_images((_path(at, theta) - _path(low, theta)) / np.log(at.train_flops / low.train_flops))
+def _slopes(at: Target, low: float, high: float, theta: np.ndarray) -> np.ndarray:
+    """Mean slope of the optimum between two budgets, of ln of dimensions, FLOPs of an image and images: [R, K + 2]."""
+    paths = []
+    for budget in (low, high):
+        v = at.at(budget).optimum(theta)
+        paths.append(np.column_stack([v, at.geometry.log_flops(at.dims, v, True)[0]]))
+    growth = (paths[1] - paths[0]) / np.log(high / low)
+    return np.column_stack([growth, 1 - growth[:, -1]])

@@ -39,6 +39,14 @@ class Estimate:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class SizeEstimate(Estimate):
+    """A size of the real-valued optimum with the interval by pairs of trunks beside the headline one."""
+
+    pairs_low: float | None = None
+    pairs_high: float | None = None
+
+
 def estimated(estimate: float, draws: np.ndarray | None, widen: float = 1.0) -> Estimate:
     """The number with the interval of its draws [R], on the plain scale; None or no draws: without."""
     ends = interval(draws, widen, floor=None) if draws is not None and len(draws) else (None, None)

@@ -23,6 +23,7 @@ from sovit.predict.law_at_budget import (
     TOKEN_DRAWS,
     TOKENS,
     Estimate,
+    SizeEstimate,
     Target,
     budgets_run,
     columns,
@@ -37,14 +38,6 @@ FRONTIER = (
     *("loss", "loss_low", "loss_high", "loss_pairs_low", "loss_pairs_high", "rounding_regret", "regret", "warnings"),
 )
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
-
-
-@dataclass(frozen=True)
-class SizeEstimate(Estimate):
-    """A size of the real-valued optimum with the interval by pairs of trunks beside the headline one."""
-
-    pairs_low: float | None = None
-    pairs_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +74,10 @@ class Proportional:
 class Recommendation:
     """What to train at a budget. Losses are predictions of the law; intervals are at `level`.
 
-    shape: the best feasible integers, exactly. rules: what "feasible" was. optimum: the real-valued optimum by dimension
-    of the law. optimum_size: its num_params and num_examples. difference: of ln loss(shape) - ln loss(proportional).
-    rounding_regret: relative excess of the loss of `shape` over the real optimum's, rules included; `rounding` is the same
-    with its interval. rules_cost: the relative excess over the best shape without rules; None where there are none.
-    decades: of compute from the largest run, negative below it.
+    shape: the best that `rules` allow, exactly. optimum: the real-valued optimum by dimension of the law. optimum_size:
+    its num_params and num_examples. rounding_regret, rounding: relative excess of the loss of `shape` over the real
+    optimum's, rules included. rules_cost: the same over the best shape without rules; None where there are none.
+    difference: ln loss(shape) - ln loss(proportional). decades: of compute from the largest run, negative below it.
     """
 
     form: str
@@ -185,16 +177,6 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
     )
 
 
-def frontier(fit: Fit, budgets: Sequence[float], **rules) -> list[Recommendation]:
-    """The law's best shape at each budget (training FLOPs, in the order given).
-
-    Raises UserError as `best_shape` does, and for no budget.
-    """
-    if not len(budgets):
-        raise UserError("a frontier needs at least one budget")
-    return [best_shape(fit, budget, **rules) for budget in budgets]
-
-
 def rules_of(at: Target, *, head_dim: int | None = None, **rules) -> Rules:
     """Rules with what was not said filled in: head_dim = that of the data."""
     return Rules(
@@ -240,17 +222,12 @@ def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
     shape: the form's best Shape; loss_excess: form -> excess loss of that shape under it.
     """
     shapes = [best_shape(fit, train_flops).shape for fit in fits]
-    losses = np.array([predicted_loss(fit, shapes, train_flops) for fit in fits])
-    excess = losses / np.diag(losses)[:, None] - 1
-    return [
-        dict(
-            form=fit.form,
-            shape=shape,
-            loss=float(losses[i, i]),
-            loss_excess={other.form: float(excess[j, i]) for j, other in enumerate(fits)},
-        )
-        for i, (fit, shape) in enumerate(zip(fits, shapes))
-    ]
+    losses = {fit.form: predicted_loss(fit, shapes, train_flops) for fit in fits}
+    rows = []
+    for i, (fit, shape) in enumerate(zip(fits, shapes)):
+        excess = {other.form: float(losses[other.form][i] / losses[other.form][j] - 1) for j, other in enumerate(fits)}
+        rows.append(dict(form=fit.form, shape=shape, loss=float(losses[fit.form][i]), loss_excess=excess))
+    return rows
 
 
 def _least(at: Target, kind: str) -> tuple[np.ndarray, np.ndarray]:
