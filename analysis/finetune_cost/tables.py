@@ -4,7 +4,7 @@
     python -m analysis.finetune_cost.tables [results/finetune_cost.jsonl] [--out results] [--json]
 
 Time (paired over rounds), peak memory, activations kept for the backward pass, bytes stored and FLOPs of a step, each as a
-ratio to training everything. Writes savings.json and the figure into OUT/finetune_cost.
+ratio to training everything. Writes OUT/finetune_cost/savings.json.
 """
 
 from __future__ import annotations
@@ -60,11 +60,9 @@ def table(found: dict) -> str:
 
 
 def analyse(options: argparse.Namespace) -> Result:
-    from analysis.finetune_cost.figures import savings_bars
-
     found = summary(read_profiles(options.rows))
     text = table(found) + "\n\n" + savings_text(found["groups"])
-    return Result(found, text, "finetune_cost/savings.json", figures={"finetune_cost/savings": savings_bars(found)})
+    return Result(found, text, "finetune_cost/savings.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,28 +2,123 @@
 
     python -m analysis.flexivit.tables results/flexivit.jsonl [--out results] [--json]
 
-Rows of a Flexi trunk (`patch_sizes`, val_loss@p2 ...) and of single-size trunks of the same shape, in paired seeds, at equal
-images, and at equal FLOPs with one single-size trunk or with all of them together. Writes flexivit.json, and report.md
-and the figure into OUT/flexivit.
+A Flexi trunk draws the patch size of each batch (FlexiViT, 2212.08013), so that of k sizes each is seen in 1 / k of the
+steps. Trunks of one size are compared with it at each size in three ways, by paired seeds, all read at the Flexi trunk's
+own FLOPs x. Writes flexivit.json, and report.md into OUT/flexivit.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.flexivit.cost import sizes_text, summarise_sizes
-from analysis.publish import Result, run
+from analysis.publish import Result, markdown, run, template
+from analysis.resolution.comparisons import RULE, compare, seed_noise
+from analysis.resolution.curves import FLEXI, METRICS, SCRATCH, Curve, Study, read_study
+from sovit import UserError
+
+REPORT = template("flexivit/report.md.j2")
+WAYS = {
+    "images": "equal images",
+    "all": "equal FLOPs, a trunk for every size",
+    "one": "equal FLOPs, one trunk of that size",
+}
+
+
+def images_of_single(way: str, flexi: Curve, singles: dict[int, Curve], size: int) -> float:
+    """Images that the trunk of one size sees for each FLOP of the Flexi trunk.
+
+    `all`: the FLOPs are shared among the trunks of all sizes so that each sees as many images.
+    """
+    if way == "images":
+        return 1 / flexi.flops_per_image
+    if way == "one":
+        return 1 / singles[size].flops_per_image
+    return 1 / sum(single.flops_per_image for single in singles.values())
+
+
+def compare_sizes(
+    flexi: dict[tuple, Curve], singles: dict[tuple, dict[int, Curve]], size: int, way: str, metric: str
+) -> list[dict]:
+    """Points {x, images, seeds, d, flexi, single, **paired} at Flexi FLOPs x, rising, within both; [] without overlap."""
+    seeds = [seed for seed in sorted(flexi) if size in singles.get(seed, ())]
+    rate = {seed: images_of_single(way, flexi[seed], singles[seed], size) for seed in seeds}
+    name = f"{metric}@p{size}"
+    priced = {}  # the single trunks as curves over the Flexi trunk's FLOPs
+    for seed in seeds:
+        single = singles[seed][size]
+        same = {"own_flops": single.examples / rate[seed], "metrics": {name: single.metrics[metric]}}
+        priced[seed] = dataclasses.replace(single, **same)
+    out = []
+    for point in compare(flexi, priced, "own_flops", name):
+        means = {"images": point["x"] * rate[seeds[0]], "flexi": point.pop("ours"), "single": point.pop("theirs")}
+        out.append(point | means)
+    return out
+
+
+def summarise_sizes(paths: Sequence[Path | str]) -> dict:
+    """Every shape's Flexi trunks against its trunks of one size. Raises UserError where there is no such pair."""
+    study = read_study(paths, several_sizes=True)
+    found = [_entry(*group) for group in _groups(study).values() if all(group)]
+    if not any(entry["comparisons"] for entry in found):
+        raise UserError(
+            f"{', '.join(study.paths)}: no trunk of several patch sizes meets trunks of one, in shape, seeds and budgets;"
+            " run both"
+        )
+    about = {"ledgers": study.paths, "rule": RULE, "noise": seed_noise(study), "left_out": study.left_out}
+    return about | {"shapes": found}
+
+
+def _groups(study: Study) -> dict:
+    """Network and image size -> ({seed: Flexi curve}, {seed: {patch_size: curve}})."""
+    groups: dict = {}
+    for c in study.curves:
+        flexi, singles = groups.setdefault(c.arm.shape.replace(patch_size=1), ({}, {}))
+        if c.arm.mode == FLEXI:
+            flexi[c.seed] = c
+        elif c.arm.mode == SCRATCH:
+            singles.setdefault(c.seed, {})[c.arm.shape.patch_size] = c
+    return groups
+
+
+def _entry(flexi: dict, singles: dict) -> dict:
+    one, some = next(iter(flexi.values())), next(iter(singles.values()))
+    sizes = sorted({int(name.partition("@p")[2]) for c in flexi.values() for name in c.metrics if "@p" in name})
+    per_image = {"flexi": one.flops_per_image} | {str(p): c.flops_per_image for p, c in some.items()}
+    comparisons = [
+        {"patch_size": size, "way": way, "metric": metric, "points": points}
+        for metric in METRICS
+        for size in sizes
+        for way in WAYS
+        if (points := compare_sizes(flexi, singles, size, way, metric))
+    ]
+    shape = {"shape": one.arm.shape.label, "image_size": one.arm.shape.image_size, "patch_sizes": sizes}
+    return shape | {"flops_per_image": per_image, "comparisons": comparisons}
+
+
+def sizes_table(found: dict, metric: str = "val_loss") -> str:
+    """At each patch size, at the largest common budget of each way: the Flexi trunk against single ones, as markdown."""
+    at = {
+        (entry["shape"], entry["image_size"], c["patch_size"], c["way"]): c["points"][-1]
+        for entry in found["shapes"]
+        for c in entry["comparisons"]
+        if c["metric"] == metric
+    }
+    return REPORT.module.sizes_table(found["shapes"], WAYS, at).strip()
+
+
+def sizes_text(found: dict) -> str:
+    """The report: the tables of loss and error, as markdown."""
+    tables = {"loss": sizes_table(found), "error": sizes_table(found, "val_error")}
+    return markdown(REPORT, found=found, tables=tables, ways=WAYS)
 
 
 def analyse(options: argparse.Namespace) -> Result:
-    from analysis.flexivit.figures import flexi_cost
-
     found = summarise_sizes(options.ledgers)
-    figures = {"flexivit/loss_by_flops": flexi_cost(found)}
-    return Result(found, sizes_text(found), "flexivit.json", "flexivit/report.md", figures)
+    return Result(found, sizes_text(found), "flexivit.json", "flexivit/report.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

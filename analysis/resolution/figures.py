@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.panels import DASHED, finish, flops_and_loss, grid, half_interval, mark
+from analysis.panels import finish, grid, mark
 from analysis.resolution.curves import SCRATCH
+from sovit.predict.paired_test import student_t
 from sovit.report.figures.style import (
     GREY,
     INK,
@@ -22,6 +24,7 @@ from sovit.report.figures.style import (
 
 COLOURS = dict(zip(("full", "attention", "mlp", "head"), OKABE_ITO)) | {SCRATCH: INK}
 MARKERS = {"full": "s", "attention": "o", "mlp": "v", "head": "D", SCRATCH: "x"}
+DASHED = (0, (3, 1.5))
 STYLES = {"attention": "-", "full": DASHED}
 
 
@@ -57,9 +60,18 @@ def _draw(axis, cells: list[dict], every: list, **style) -> None:
     """Means over seeds against all FLOPs, with their 90 % intervals; what the axis must hold is added to `every`."""
     cells = sorted(cells, key=lambda c: c["total_flops"])
     x, y = (np.array([c[name] for c in cells]) for name in ("total_flops", "val_loss"))
-    half = np.array([half_interval(c["val_loss_sd"] or 0.0, c["n"]) for c in cells])
+    half = [student_t(c["n"] - 1) * c["val_loss_sd"] / np.sqrt(c["n"]) if c["n"] > 1 else 0.0 for c in cells]
     axis.errorbar(x, y, half, elinewidth=0.6, **style)
-    every += [y - half, y + half]
+    every += [y - np.array(half), y + np.array(half)]
+
+
+def _flops_axis(axis) -> None:
+    """A log axis with three ticks over what was drawn."""
+    axis.set_xscale("log")
+    ticks = np.geomspace(*axis.dataLim.intervalx, 3)
+    axis.xaxis.set_major_locator(FixedLocator(sorted({float(f"{x:.2g}") for x in ticks})))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 @styled
@@ -95,7 +107,8 @@ def by_total_flops(found: dict) -> Figure:
         for curve in laws.get(key, {}).get("curves", ()):
             axis.plot(curve["total_flops"], curve["loss"], color=COLOURS[curve["mode"]], lw=0.9, zorder=1)
             every.append(np.array(curve["loss"]))
-        flops_and_loss(axis, every)
+        _flops_axis(axis)
+        loss_axis(axis, np.concatenate(every))
     handles = [mark(m, color=COLOURS[m], marker=MARKERS[m], ms=3.6, mfc="white", lw=0.9) for m in modes]
     handles.append(mark("base, at its own px", color=GREY, marker="+", ms=4, lw=0.8, ls=DASHED))
     for before, ms in size.items():
@@ -117,10 +130,6 @@ def split(found: dict) -> Figure:
                 every.append(_valley(axis, best, entry["valleys"][mode], colour))
                 axis.plot(0, best["scratch_loss"], marker="x", ms=4.5, mew=1.1, color=colour, clip_on=False, zorder=5)
                 every.append(np.array([best["scratch_loss"]]))
-            for point in entry["measured"]:
-                marker = MARKERS[point["mode"]]
-                axis.plot(100 * point["share"], point["loss"], marker=marker, ms=2.4, color=INK, mew=0, zorder=6)
-                every.append(np.array([point["loss"]]))
             last = next(iter(entry["valleys"].values()))["loss"][-1]
             curve_label(axis, 1.015, last, flops_label(entry["train_flops"]), colour)
         loss_axis(axis, np.concatenate(every))
@@ -131,7 +140,6 @@ def split(found: dict) -> Figure:
     handles += [
         mark("thin: not run", color=GREY, lw=0.7, alpha=0.6),
         mark("filled: best at its end", ls="", marker="o", **shown),
-        mark("measured", color=INK, ls="", marker="o", ms=2.4, mew=0),
         mark("from scratch", ls="", marker="x", **shown),
     ]
     words = "share of the FLOPs spent on low-resolution pre-training (%); colours: budgets, at the right"

@@ -33,7 +33,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Kind:
-    """names: parameters of one mode; k, m, J, A and G as logarithms at the middle of the data.
+    """names: parameters of one mode, of PARAMETERS.
 
     value: (p, v0, x1, law) -> loss; p holds a column [R, n] a name, v0 = ln n0 and x1 = ln n1 centred, law: ln n_eff ->
     E + B n_eff^-c, and E for None.
@@ -42,51 +42,45 @@ class Kind:
     formula: str
     names: tuple[str, ...]
     value: Callable
-    bounds: tuple[tuple[float, float], ...]
-    starts: tuple[tuple[float, ...], ...]
 
 
 def _log_sum(a, b):
     return np.log(np.exp(a) + np.exp(b))
 
 
-K, G = (-9.0, 9.0), (0.0, 3.0)
-K_STARTS, G_STARTS = (-2.0, 0.0, 2.0), (0.4, 1.0)
+PARAMETERS = {  # low, high, starts; k, m, J, A and G as logarithms at the middle of the data
+    "ln_k": (-9.0, 9.0, (-2.0, 0.0, 2.0)),
+    "g": (0.0, 3.0, (0.4, 1.0)),
+    "ln_m": (-6.0, 4.0, (-0.7,)),
+    "h": (0.0, 1.5, (0.2,)),  # below 0 an infinite number would be transferred to no fine-tuning at all
+    "ln_J": (-12.0, 2.0, (-3.0,)),
+    "j": (0.0, 3.0, (0.3,)),
+    "ln_A": (-9.0, 3.0, (-1.0, 0.0)),
+    "a": (0.0, 3.0, (0.3,)),
+    "ln_G": (-12.0, 3.0, (-2.0,)),
+    "b": (0.0, 3.0, (0.1, 0.4)),
+}
 KINDS = {
-    "effective": Kind(
-        "n_eff = n1 + k n0^g",
-        ("ln_k", "g"),
-        lambda p, v0, x1, law: law(_log_sum(x1, p[0] + p[1] * v0)),
-        (K, G),
-        (K_STARTS, G_STARTS),
-    ),
+    "effective": Kind("n_eff = n1 + k n0^g", ("ln_k", "g"), lambda p, v0, x1, law: law(_log_sum(x1, p[0] + p[1] * v0))),
     "rate": Kind(
         "n_eff = m n1 + k n0^g",
         ("ln_k", "g", "ln_m"),
         lambda p, v0, x1, law: law(_log_sum(p[2] + x1, p[0] + p[1] * v0)),
-        (K, G, (-6.0, 4.0)),
-        (K_STARTS, G_STARTS, (-0.7,)),
     ),
     "hernandez": Kind(
         "n_eff = n1 + k n0^g n1^h",
         ("ln_k", "g", "h"),
         lambda p, v0, x1, law: law(_log_sum(x1, p[0] + p[1] * v0 + p[2] * x1)),
-        (K, G, (0.0, 1.5)),  # below 0 an infinite number would be transferred to no fine-tuning at all
-        (K_STARTS, G_STARTS, (0.2,)),
     ),
     "limit": Kind(
         "n_eff = n1 + k n0^g; and + J n0^-j, what stays frozen",
         ("ln_k", "g", "ln_J", "j"),
         lambda p, v0, x1, law: law(_log_sum(x1, p[0] + p[1] * v0)) + np.exp(p[2] - p[3] * v0),
-        (K, G, (-12.0, 2.0), (0.0, 3.0)),
-        (K_STARTS, G_STARTS, (-3.0,), (0.3,)),
     ),
     "product": Kind(
         "L = E + (A n0^-a + G) n1^-b",
         ("ln_A", "a", "ln_G", "b"),
         lambda p, v0, x1, law: law(None) + (np.exp(p[0] - p[1] * v0) + np.exp(p[2])) * np.exp(-p[3] * x1),
-        ((-9.0, 3.0), (0.0, 3.0), (-12.0, 3.0), (0.0, 3.0)),
-        ((-1.0, 0.0), (0.3,), (-2.0,), (0.1, 0.4)),
     ),
 }
 
@@ -111,7 +105,7 @@ class TransferForm:
     @cached_property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         ends = [(-12.0, 6.0), (0.02, 3.0), (0.0, np.inf if self.floor else 0.0)]
-        low, high = zip(*ends, *(end for kind in self.kinds for end in KINDS[kind].bounds))
+        low, high = zip(*ends, *(PARAMETERS[name][:2] for kind in self.kinds for name in KINDS[kind].names))
         return np.array(low), np.array(high)
 
     def value(self, theta: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -147,7 +141,7 @@ class TransferForm:
             capped = np.minimum(y, 0.98 * self.zero_line)
             loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
         scratch, out = u[2] < 0, []
-        own = [list(itertools.product(*KINDS[kind].starts)) for kind in self.kinds]
+        own = [list(itertools.product(*(PARAMETERS[n][2] for n in KINDS[kind].names))) for kind in self.kinds]
         for c, share in itertools.product((0.15, 0.4, 0.9), (0.0, 0.6) if self.floor else (0.0,)):
             floor = share * float(loss.min())
             ln_b = float((np.log(loss[scratch] - floor) + c * u[0][scratch]).mean())
@@ -203,26 +197,6 @@ def fit_cell(cell: Cell, kinds: str | Mapping[str, str], bootstrap: int = 0, see
     rng, source = np.random.default_rng(seed), np.arange(len(cell.y))
     draws = random_effects(form, u, solved, bootstrap, rng, source).theta if bootstrap else None
     return TransferFit(cell, chosen, form, solved, draws)
-
-
-def parameters(fit: TransferFit) -> dict:
-    """c and E, and the exponents of each mode: {estimate, low, high, status}; ends None without draws.
-
-    status: `edge` where one stands on a bound of the fit, so that its interval means nothing; else `ok`.
-    """
-
-    def said(name: str) -> dict:
-        i = fit.form.names.index(name)
-        value, low, high = float(fit.solved.theta[i]), float(fit.form.bounds[0][i]), float(fit.form.bounds[1][i])
-        ends = (None, None) if fit.draws is None else np.clip(fit.interval(fit.draws[:, i]), low, high).tolist()
-        status = "ok" if low < value < high else "edge"
-        return {"estimate": value, "low": ends[0], "high": ends[1], "status": status}
-
-    own = {
-        mode: {name: said(f"{name}_{m}") for name in KINDS[kind].names if not name.startswith("ln_")}
-        for m, (mode, kind) in enumerate(fit.kinds.items())
-    }
-    return {"c": said("c"), "E": said("E")} | own
 
 
 def misfit(fit: TransferFit) -> dict:

@@ -68,18 +68,15 @@ def cells_of(study: Study, metric: str = "val_loss") -> tuple[list[Cell], list[s
         tuned = [c for c in study.curves if c.arm.shape == target and c.arm.mode in MODES]
         bases = list(dict.fromkeys(c.arm.base for c in tuned))
         base = [c for c in study.curves if c.arm.shape in bases and c.arm.mode == SCRATCH]
-        where = f"{target.label} at {target.image_size} px, patch {target.patch_size}"
-        if len(bases) != 1:
-            notes.append(f"{where}: fine-tuned from {len(bases)} base resolutions; a law needs one")
-        elif len({n for c in scratch for n in c.examples}) < 2:
-            notes.append(f"{where}: fewer than 2 budgets from scratch, too few for the law of the target")
-        elif len({c.arm.base_examples for c in tuned}) < 2:
-            words = "fewer than 2 lengths of pre-training; what one more image of it is worth is not known"
-            notes.append(f"{where}: {words}")
-        elif not base:
-            notes.append(f"{where}: no row of the base, so that its cost per image is not known")
-        else:
+        budgets, lengths = {n for c in scratch for n in c.examples}, {c.arm.base_examples for c in tuned}
+        if len(bases) == 1 and base and len(budgets) > 1 and len(lengths) > 1:
             out.append(_cell(scratch, tuned, base[0], metric))
+        else:
+            where = f"{target.label} at {target.image_size} px, patch {target.patch_size}"
+            notes.append(
+                f"{where}: a law needs 2 budgets from scratch ({len(budgets)} run), 2 lengths of pre-training"
+                f" ({len(lengths)}) and 1 base resolution ({len(bases)}) with a trunk from scratch ({len(base)})"
+            )
     return out, notes
 
 

@@ -11,9 +11,9 @@ from analysis.publish import markdown, template
 from analysis.resolution.comparisons import AXES, RULE, cells, comparisons, pool, seed_noise, storage
 from analysis.resolution.curves import METRICS, SCRATCH, Study, read_study
 from analysis.resolution.held_out import score
-from analysis.resolution.law import KINDS, TransferFit, fit_cell, misfit, parameters
+from analysis.resolution.law import KINDS, TransferFit, fit_cell, misfit
 from analysis.resolution.law_rows import cells_of
-from analysis.resolution.schedule import LEVEL, budgets, measured, splits, valley
+from analysis.resolution.schedule import LEVEL, budgets, splits, valley
 from sovit import UserError
 
 REPORT = template("resolution/report.md.j2")
@@ -67,25 +67,25 @@ def _laws(study: Study, bootstrap: int, train_flops: Sequence[float]) -> dict:
         except UserError as error:
             notes.append(str(error))
     kinds = {mode: scores["chosen"] for mode, scores in judged.items()}
+    noise = seed_noise(study)["sd"]
     fits = [fit_cell(cell, kinds, bootstrap) for cell in able if set(cell.modes) <= set(kinds)]
-    return {"law_notes": notes, "held_out": judged, "laws": [_law(study, fit, train_flops) for fit in fits]}
+    return {"law_notes": notes, "held_out": judged, "laws": [_law(fit, noise, train_flops) for fit in fits]}
 
 
-def _law(study: Study, fit: TransferFit, train_flops: Sequence[float]) -> dict:
-    cell, noise = fit.cell, seed_noise(study)["sd"]
+def _law(fit: TransferFit, noise: float | None, train_flops: Sequence[float]) -> dict:
+    cell = fit.cell
     schedules = [
         {
             "train_flops": float(spent),
             "splits": splits(fit, spent, noise),
             "valleys": {mode: valley(fit, mode, spent) for mode in cell.modes},
-            "measured": measured(study, cell, spent),
         }
         for spent in train_flops or budgets(cell)
     ]
     named = {"shape": cell.shape.label, "patch_size": cell.shape.patch_size, "image_size": cell.shape.image_size}
     of_fit = {"base_image_size": cell.base_image_size, "kinds": fit.kinds, "floor": fit.form.floor}
     of_rows = {"zero_line": cell.zero_line, "flops_per_image": cell.flops_per_image, "num_rows": len(cell.y)}
-    said = {"parameters": parameters(fit), "misfit": misfit(fit), "curves": _curves(fit), "schedules": schedules}
+    said = {"misfit": misfit(fit), "curves": _curves(fit), "schedules": schedules}
     return named | of_fit | of_rows | said
 
 

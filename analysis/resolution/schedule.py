@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from analysis.resolution.curves import SCRATCH, Study
+from analysis.resolution.curves import SCRATCH
 from analysis.resolution.law import TransferFit
 from analysis.resolution.law_rows import Cell
 from sovit import UserError
@@ -110,21 +110,6 @@ def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 60) -> di
     if fit.draws is not None:
         out["low"], out["high"] = zip(*(fit.interval(column, 1e-300) for column in fit.loss(n0, n1, mode, fit.draws).T))
     return out | {"inside": None if inside is None else list(inside)}
-
-
-def measured(study: Study, cell: Cell, train_flops: float, metric: str = "val_loss") -> list[dict]:
-    """What was run, at this budget: each mode and length of pre-training whose trunks' branches lie on both sides of it.
-
-    {mode, base_examples, share, loss (geometric mean over seeds, read between two branches), n}.
-    """
-    out = []
-    for arm, curves in study.arms().items():
-        able = [c for c in curves.values() if c.total_flops[0] <= train_flops <= c.total_flops[-1]]
-        if arm.shape == cell.shape and arm.mode in cell.modes and able:
-            loss = math.exp(float(np.mean([math.log(c.at("total_flops", train_flops, metric)) for c in able])))
-            named = {"mode": arm.mode, "base_examples": arm.base_examples}
-            out.append(named | {"share": able[0].base_flops / train_flops, "loss": loss, "n": len(able)})
-    return out
 
 
 def _least(loss, low: float, high: float) -> tuple[float, float]:

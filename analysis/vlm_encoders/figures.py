@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.panels import finish, grid, mark
-from analysis.vlm_encoders.report import CLASSIFICATION, TEXT_ONLY
+from analysis.vlm_encoders.tables import CLASSIFICATION, TEXT_ONLY
 from sovit.report.figures.style import GREY, OKABE_ITO, styled
 
 CONTROLS = (GREY, "#b5b5b5")
@@ -20,7 +20,7 @@ def vlm_vs_encoder(found: dict) -> Figure:
 
     Right: the loss on each family as a ratio to the text-only baseline's of the same seed, mean and range.
 
-    found: as of analysis.vlm_encoders.report.summarise.
+    found: as of analysis.vlm_encoders.tables.summarise.
     """
     arms = found["arms"]
     encoders = [name for name, arm in arms.items() if arm["encoder_loss"] is not None]

@@ -7,7 +7,7 @@ import planted_transfer as planted
 import pytest
 
 from analysis.flexivit import tables
-from analysis.flexivit.cost import WAYS, sizes_text, summarise_sizes
+from analysis.flexivit.tables import WAYS, sizes_text, summarise_sizes
 from analysis.resolution.curves import read_study
 from sovit import UserError
 
@@ -96,5 +96,4 @@ def test_the_analysis_writes_what_it_says(tmp_path, capsys):
     assert tables.main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "flexivit" / "report.md").read_text() == capsys.readouterr().out
     assert json.loads((tmp_path / "flexivit.json").read_text())["shapes"][0]["patch_sizes"] == [2, 4, 8]
-    assert (tmp_path / "flexivit" / "loss_by_flops.png").stat().st_size > 10_000
     assert tables.main([str(tmp_path / "no.jsonl")]) == 2
