@@ -1,7 +1,7 @@
 """A vision-language model in plain PyTorch: patch tokens of any Encoder, a projector, any Hugging Face causal LM.
 
 An image enters as M placeholder tokens in the text, whose embeddings are replaced by the projected patch tokens (LLaVA,
-arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is said: see sovit.encoder.open.
+arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is an option.
 
     legend: B rows or prompts, T tokens, I images a row, M tokens an image, D width of the language model, V words
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from sovit import UserError
 from sovit.encoder.open import Encoder
+from sovit.spec.vlm_run import VlmRun
 from sovit.vlm.language_model import LanguageModel
 from sovit.vlm.packing import NO_LABEL, Document, Packed, check_lengths, pack, visible
 from sovit.vlm.projectors import build as build_projector
+from sovit.vlm.projectors import parse
 
 # before the image, between image or exchange and the question, between question and answer
 TEMPLATES = {
@@ -28,30 +31,33 @@ TEMPLATES = {
     "short": ("", "\n{question}", " {answer}"),
     "plain": ("", "\nQuestion: {question} Answer:", " {answer}"),
 }
-
-
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of Gemma 2, Granite, Cohere
 
 
-def number_word(number: int) -> str:
-    return NUMBERS[number] if number < len(NUMBERS) else str(number)
+@dataclass(frozen=True)
+class ModelOptions:
+    """How encoder and language model are joined.
 
+    projector: a name of sovit.vlm.projectors.PROJECTORS, with options as in pixel_shuffle_linear?factor=2. layer: block of
+    the encoder that is read; norm: through its final norm. template: of TEMPLATES. layout: "flat", or "rows" where each row
+    of image tokens is announced in words. seed: of the projector's weights.
+    """
 
-class VlmBatch(NamedTuple):
-    """Packed rows with their images [B, I, 3, S, S] in [0, 1]; see Packed for the rest."""
+    projector: str = "mlp2x_gelu"
+    layer: int = -1
+    norm: bool = True
+    template: str = "chat"
+    layout: str = "flat"
+    seed: int = 0
 
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    document: Tensor
-    exchange: Tensor
-    image: Tensor
-    source: Tensor
-    images: Tensor
+    @classmethod
+    def of(cls, run: VlmRun) -> ModelOptions:
+        return cls(run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed)
 
 
 class LearnedTokens(nn.Module):
-    """What stands for the image in the blind model: M vectors, learned, the same for every image."""
+    """What stands for the image in a text-only baseline: M vectors, learned, the same for every image."""
 
     def __init__(self, num_tokens: int, width: int, seed: int):
         super().__init__()
@@ -64,76 +70,56 @@ class LearnedTokens(nn.Module):
 
 
 class VisionLanguageModel(nn.Module):
-    """encoder: an Encoder, or the number of learned tokens of a blind model.
+    """encoder: an Encoder, or the number of learned tokens of a text-only baseline. Raises UserError for unfit options."""
 
-    projector: a name of sovit.vlm.projectors.PROJECTORS, with options as in pixel_shuffle_linear?factor=2.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder | int,
-        language_model: LanguageModel,
-        projector: str = "mlp2x_gelu",
-        layer: int = -1,
-        norm: bool = True,
-        template: str = "chat",
-        layout: str = "flat",
-        seed: int = 0,
-    ):
+    def __init__(self, encoder: Encoder | int, language_model: LanguageModel, options: ModelOptions = ModelOptions()):
         super().__init__()
-        self.words, self.layer, self.norm, self.template = language_model, layer, norm, TEMPLATES[template]
+        self.language_model, self.options = language_model, options
         self.lm: Any = language_model.model
         width = self.lm.get_input_embeddings().weight.shape[1]  # D
         self.projector: Any
         if isinstance(encoder, int):
             self.encoder, self.vision = None, None
-            self.projector = LearnedTokens(encoder, width, seed)
+            self.projector = LearnedTokens(encoder, width, options.seed)
         else:
             self.encoder, self.vision = encoder, encoder.module
-            name, _, options = projector.partition("?")
-            given = {}
-            for option in filter(None, options.split("&")):
-                key, equals, value = option.partition("=")
-                if not equals or not value.isdecimal():
-                    raise UserError(f"projector={projector!r}: {option!r} is no option; give such as factor=2")
-                given[key] = int(value)
-            self.projector = build_projector(name, encoder.width, width, num_tokens=encoder.grid**2, seed=seed, **given)
+            name, given = parse(options.projector)
+            sizes = dict(num_tokens=encoder.grid**2, seed=options.seed)
+            self.projector = build_projector(name, encoder.width, width, **sizes, **given)
         self.num_image_tokens: int = self.projector.num_tokens_out
-        if layout == "rows" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
+        if options.layout == "rows" and math.isqrt(self.num_image_tokens) ** 2 != self.num_image_tokens:
             raise UserError(
                 f"layout=rows needs a square of image tokens, not {self.num_image_tokens}; take layout=flat"
             )
-        self.layout = layout
 
     # text ----------------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
-        ids = self.words.tokenizer.encode(text, add_special_tokens=False)
-        if self.words.image_token_id in ids:
-            word = self.words.tokenizer.decode([self.words.image_token_id])
+        ids = self.language_model.tokenizer.encode(text, add_special_tokens=False)
+        if self.language_model.image_token_id in ids:
+            word = self.language_model.tokenizer.decode([self.language_model.image_token_id])
             raise UserError(f"the text {text[:60]!r} holds {word!r}, which stands for image tokens; leave it out")
         return ids
 
     def document(self, exchanges: Iterable[tuple[str, str]], with_image: bool = True) -> Document:
         """An image, if any, and (question, answer) pairs about it, as token ids; an answer ends with the end token."""
-        before, question, answer = self.template
+        before, question, answer = TEMPLATES[self.options.template]
         prefix = self.encode(before) + (self._image() if with_image else [])
+        end = [self.language_model.eos_token_id]
         pairs = [
-            (
-                self.encode(question.format(question=asked)),
-                self.encode(answer.format(answer=said)) + [self.words.eos_token_id],
-            )
+            (self.encode(question.format(question=asked)), self.encode(answer.format(answer=said)) + end)
             for asked, said in exchanges
         ]
         return Document(prefix, pairs)
 
     def _image(self) -> list[int]:
         """Placeholders of an image: all in one line, or row by row, each announced in words as SmolVLM announces tiles."""
-        token = self.words.image_token_id
-        if self.layout == "flat":
+        token = self.language_model.image_token_id
+        if self.options.layout == "flat":
             return [token] * self.num_image_tokens
         side = math.isqrt(self.num_image_tokens)
-        rows = [self.encode(f"Row {number_word(row)}:") + [token] * side for row in range(1, side + 1)]
+        numbers = [NUMBERS[row] if row < len(NUMBERS) else str(row) for row in range(1, side + 1)]
+        rows = [self.encode(f"Row {number}:") + [token] * side for number in numbers]
         newline = self.encode("\n")
         return [i for row in rows[:-1] for i in row + newline] + rows[-1]
 
@@ -145,7 +131,8 @@ class VisionLanguageModel(nn.Module):
             return self.projector(len(images))
         frozen = not any(p.requires_grad for p in self.encoder.module.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            seen = self.encoder.tokens(self.encoder.preprocess(images), self.layer, self.norm)  # [B, N, D_vision]
+            # [B, N, D_vision]
+            seen = self.encoder.tokens(self.encoder.preprocess(images), self.options.layer, self.options.norm)
         return self.projector(seen)
 
     def embed(self, ids: Tensor, images: Tensor | None) -> Tensor:
@@ -154,46 +141,46 @@ class VisionLanguageModel(nn.Module):
         if images is None:
             return x
         seen = self.image_tokens(images).flatten(0, 1).to(x.dtype)  # [n M, D]
-        places = (ids == self.words.image_token_id).nonzero(as_tuple=True)
+        places = (ids == self.language_model.image_token_id).nonzero(as_tuple=True)
         return x.index_put(places, seen)
 
-    def forward(self, batch: VlmBatch) -> Tensor:
-        """Logits [L, V] at the labelled tokens of packed rows, in the order of labels[labels != NO_LABEL]."""
-        images = batch.images[batch.image >= 0] if self.num_image_tokens else None  # [n, 3, S, S], row by row
-        x = self.embed(batch.ids, images)
-        return self._logits(x, visible(Packed(*batch[:-1])), batch.positions, batch.labels != NO_LABEL)
+    def forward(self, batch: Packed) -> Tensor:
+        """Logits [L, V] at the labelled tokens of packed rows, in the order of labels[labels != NO_LABEL].
 
-    def _logits(self, x: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
-        """The vocabulary is far wider than the model: only the tokens that are wanted [B, T] go through its head."""
+        The vocabulary is far wider than the model: only those tokens go through its head. Raises UserError where packed
+        documents would see each other.
+        """
+        images = batch.images[batch.image >= 0] if batch.images.numel() else None  # [n, 3, S, S], row by row
+        x, mask, wanted = self.embed(batch.ids, images), visible(batch), batch.labels != NO_LABEL
         config = self.lm.config
         implementation = config.get_text_config()._attn_implementation
         if implementation == "eager":  # it adds the mask to the scores: True would add one and hide nothing
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
         elif implementation != "sdpa":
             raise UserError(
-                f"{self.words.name} computes its attention by {implementation}, which is not known to keep packed"
+                f"{self.language_model.name} computes its attention by {implementation}, which is not known to keep packed"
                 ' documents apart; set "attn_implementation": "sdpa" or "eager" in its config.json'
             )
-        plain = not any(getattr(config, name, None) for name in SCALED_LOGITS)
-        arguments = dict(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False)
-        if plain:
-            return self.lm.get_output_embeddings()(self.lm.get_decoder()(**arguments).last_hidden_state[wanted])
-        return self.lm(**arguments).logits[wanted]
+        arguments = dict(inputs_embeds=x, attention_mask=mask, position_ids=batch.positions, use_cache=False)
+        if any(getattr(config, name, None) for name in SCALED_LOGITS):
+            return self.lm(**arguments).logits[wanted]
+        return self.lm.get_output_embeddings()(self.lm.get_decoder()(**arguments).last_hidden_state[wanted])
 
     # answers -------------------------------------------------------------------------------------------------------------
 
     def check_lengths(self, documents: Iterable[Document], max_length: int) -> None:
         """Raise UserError where one is longer than a row: of `max_length`, or of what the language model reads."""
-        check_lengths([document.num_tokens for document in documents], min(max_length, self.words.context_length))
+        check_lengths(
+            [document.num_tokens for document in documents], min(max_length, self.language_model.context_length)
+        )
 
-    def batch(self, documents: Sequence[Document], images: Tensor | None, max_length: int) -> VlmBatch:
-        """Pack documents, of which number d shows image number d of `images` [n, 3, S, S]."""
-        packed = pack(documents, min(max_length, self.words.context_length), self.words.pad_token_id)
-        device = self.lm.device
-        if images is None:
-            images = torch.zeros(len(documents), 3, 1, 1)
-        packed = Packed(*(t.to(device) for t in packed))
-        return VlmBatch(*packed, images.to(device)[packed.image.clamp_min(0)])
+    def batch(self, documents: Sequence[Document], images: Tensor | None, max_length: int) -> Packed:
+        """Pack documents, of which number d shows image number d of `images` [n, 3, S, S], or none."""
+        reads = self.language_model
+        packed = pack(documents, min(max_length, reads.context_length), reads.pad_token_id)
+        if images is not None:
+            packed = packed._replace(images=images[packed.image.clamp_min(0)])
+        return Packed(*(t.to(self.lm.device) for t in packed))
 
     @torch.no_grad()
     def score(self, images: Tensor | None, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Tensor]:
@@ -208,13 +195,8 @@ class VisionLanguageModel(nn.Module):
             self.document([(prompt, answer) for answer in candidates], images is not None)
             for prompt, candidates in zip(prompts, answers, strict=True)
         ]
-        batch = self.batch(documents, images, self.words.context_length)
-        if images is None:
-            logits = self._logits(
-                self.embed(batch.ids, None), visible(Packed(*batch[:-1])), batch.positions, batch.labels != NO_LABEL
-            )
-        else:
-            logits = self(batch)
+        batch = self.batch(documents, images, self.language_model.context_length)
+        logits = self(batch)
         told = batch.labels != NO_LABEL
         of_token = -F.cross_entropy(logits.float(), batch.labels[told], reduction="none")
         total = torch.zeros(sum(map(len, answers)), device=of_token.device)
@@ -229,14 +211,14 @@ class VisionLanguageModel(nn.Module):
 
         use_cache=False reads the whole text again for every token: slow, and what the cached path must equal.
         """
-        ends, pad = self.words.eos_token_id, self.words.pad_token_id
+        ends, pad = self.language_model.eos_token_id, self.language_model.pad_token_id
         rows = [self.document([(prompt, "")], images is not None) for prompt in prompts]
         lines = [document.prefix + document.exchanges[0][0] for document in rows]  # no answer yet
         longest = max(map(len, lines))
-        if longest + max_new_tokens > self.words.context_length:
+        if longest + max_new_tokens > self.language_model.context_length:
             raise UserError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit into the"
-                f" {self.words.context_length} that {self.words.name} reads; shorten it"
+                f" {self.language_model.context_length} that {self.language_model.name} reads; shorten it"
             )
         device = self.lm.device
         ids = torch.tensor([[pad] * (longest - len(line)) + line for line in lines], device=device)  # padded left
@@ -265,8 +247,5 @@ class VisionLanguageModel(nn.Module):
         return [self._text(line) for line in said.tolist()]
 
     def _text(self, ids: list[int]) -> str:
-        end = ids.index(self.words.eos_token_id) if self.words.eos_token_id in ids else len(ids)
-        return self.words.tokenizer.decode(ids[:end]).strip()
-
-
-SCALED_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")  # of Gemma 2, Granite, Cohere
+        end = ids.index(self.language_model.eos_token_id) if self.language_model.eos_token_id in ids else len(ids)
+        return self.language_model.tokenizer.decode(ids[:end]).strip()

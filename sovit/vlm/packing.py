@@ -12,6 +12,7 @@ packs its annotations, arXiv 2409.17146).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ class Packed(NamedTuple):
     ids, positions, labels [B, T] int64: labels[b, t] is the token to be told at t, NO_LABEL where none is. document and
     exchange [B, T]: which of its row a token is of, -1 padding; exchange -1 the prefix. image [B, I]: number of the image
     in the batch that the row's documents begin with, -1 where it has fewer. source [B, T]: number of the exchange in the
-    batch, in the order given, at labelled tokens; -1 elsewhere.
+    batch, in the order given, at labelled tokens; -1 elsewhere. images [B, I, 3, S, S]: in [0, 1], empty without any.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Packed(NamedTuple):
     exchange: Tensor
     image: Tensor
     source: Tensor
+    images: Tensor = torch.empty(0)
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -79,39 +81,25 @@ def pack(documents: Sequence[Document], max_length: int, pad_id: int) -> Packed:
     """Pack documents, of which number d shows image number d. Raises UserError where one is longer than a row."""
     lengths = [document.num_tokens for document in documents]
     check_lengths(lengths, max_length)
-    first_source = [0]  # of each document
-    for document in documents:
-        first_source.append(first_source[-1] + len(document.exchanges))
+    first = [0, *accumulate(len(document.exchanges) for document in documents)]  # number of a document's first exchange
     rows = bins(lengths, max_length)
-    width = max(sum(lengths[d] for d in row) for row in rows)
-    columns: dict[str, list[list[int]]] = {name: [] for name in ("ids", "positions", "labels", "document", "exchange")}
-    columns["source"] = []
+    lines = []  # of (id, position, label, document, exchange, source), one a token
     for row in rows:
-        line: dict[str, list[int]] = {name: [] for name in columns}
-
-        def add(line, ids, positions, labels, document, exchange, source) -> None:
-            line["ids"] += ids
-            line["positions"] += positions
-            line["labels"] += labels
-            line["document"] += [document] * len(ids)
-            line["exchange"] += [exchange] * len(ids)
-            line["source"] += [source if label != NO_LABEL else -1 for label in labels]
-
+        line: list[tuple[int, ...]] = []
         for place, d in enumerate(row):
             prefix, exchanges = documents[d]
-            add(line, prefix, range(len(prefix)), [NO_LABEL] * len(prefix), place, -1, -1)
+            line += [(token, position, NO_LABEL, place, -1, -1) for position, token in enumerate(prefix)]
             for e, (question, answer) in enumerate(exchanges):
-                ids = question + answer
-                told = [NO_LABEL] * (len(question) - 1) + answer + [NO_LABEL]
-                positions = range(len(prefix), len(prefix) + len(ids))
-                add(line, ids, positions, told, place, e, first_source[d] + e)
-        padding = width - len(line["ids"])
-        fill = {"ids": pad_id, "positions": 0, "labels": NO_LABEL, "document": -1, "exchange": -1, "source": -1}
-        for name in columns:
-            columns[name].append(line[name] + [fill[name]] * padding)
-    most = max(map(len, rows))
+                labels = [NO_LABEL] * (len(question) - 1) + answer + [NO_LABEL]
+                for position, (token, label) in enumerate(zip(question + answer, labels, strict=True), len(prefix)):
+                    line.append((token, position, label, place, e, -1 if label == NO_LABEL else first[d] + e))
+        lines.append(line)
+    width, most = max(map(len, lines)), max(map(len, rows))
+    padding = (pad_id, 0, NO_LABEL, -1, -1, -1)
+    table = torch.tensor([line + [padding] * (width - len(line)) for line in lines])  # [B, T, 6]
+    ids, positions, labels, document, exchange, source = table.permute(2, 0, 1).contiguous()
     image = torch.tensor([row + [-1] * (most - len(row)) for row in rows])
-    return Packed(**{name: torch.tensor(lines) for name, lines in columns.items()}, image=image)
+    return Packed(ids, positions, labels, document, exchange, image, source)
 
 
 def visible(packed: Packed) -> Tensor:

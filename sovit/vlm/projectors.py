@@ -49,6 +49,18 @@ def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: in
     return module
 
 
+def parse(projector: str) -> tuple[str, dict[str, int]]:
+    """(name, options) of a text such as pixel_shuffle_linear?factor=2. Raises UserError for what is no option."""
+    name, _, options = projector.partition("?")
+    given = {}
+    for option in filter(None, options.split("&")):
+        key, equals, value = option.partition("=")
+        if not equals or not value.isdecimal():
+            raise UserError(f"projector={projector!r}: {option!r} is no option; give such as factor=2")
+        given[key] = int(value)
+    return name, given
+
+
 def options_of(name: str) -> dict[str, int | None]:
     """The options of a projector with their defaults."""
     parameters = inspect.signature(PROJECTORS[name]).parameters.values()

@@ -23,7 +23,7 @@ from sovit.spec.any_run import AnyRun
 from sovit.spec.run import Run
 from sovit.spec.vlm_run import PARTS, Stage, VlmRun
 from sovit.vlm.language_model import LanguageModel, open_language_model
-from sovit.vlm.model import VisionLanguageModel
+from sovit.vlm.model import ModelOptions, VisionLanguageModel
 from sovit.vlm.packing import NO_LABEL
 from sovit.vlm.questions.questions import open_questions
 
@@ -49,9 +49,7 @@ class Trials:
             self.words = {run.language_model: open_language_model(run.language_model)}  # one at a time: they are large
         words = self.words[run.language_model]
         large = sum(p.numel() for p in words.model.parameters()) > LARGE
-        model = VisionLanguageModel(
-            self._encoder(run), words, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
-        ).to(self.device)
+        model = VisionLanguageModel(self._encoder(run), words, ModelOptions.of(run)).to(self.device)
         shape = (model.encoder.width, model.encoder.depth) if model.encoder and not large else ()
         asked = (
             run.language_model,

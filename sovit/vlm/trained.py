@@ -13,7 +13,7 @@ from sovit.encoder.open import Encoder, load_encoder
 from sovit.encoder.weights import Unusable, load_weights, weights_digest
 from sovit.spec.vlm_run import PARTS, Part, VlmRun
 from sovit.vlm.language_model import open_language_model
-from sovit.vlm.model import VisionLanguageModel
+from sovit.vlm.model import ModelOptions, VisionLanguageModel
 
 MODULES = {"vision": "vision", "projector": "projector", "language_model": "lm"}  # part -> attribute of the model
 
@@ -31,12 +31,10 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
             raise UserError(
                 f"{run.encoder} reads {size} px, the questions' images have {run.image_size}; set image_size={size}"
             )
-    model = VisionLanguageModel(
-        encoder, language_model, run.projector, run.layer, run.norm, run.template, run.layout, run.init_seed
-    ).to(device)
+    model = VisionLanguageModel(encoder, language_model, ModelOptions.of(run)).to(device)
     model.requires_grad_(False)
     for part in PARTS:
-        module = getattr(model, MODULES[part])  # a blind model has no vision
+        module = getattr(model, MODULES[part])  # a text-only baseline has none
         if module is not None and any(stage.parts[part].mode == "lora" for stage in run.stages):
             add_adapters(module, run)
     if in_half(run):
@@ -46,7 +44,7 @@ def build(run: VlmRun, runs_dir: Path | str, device: str = "cpu") -> VisionLangu
 
 def parts_digests(model: VisionLanguageModel) -> dict[str, str]:
     """What identifies the weights that a run begins with, and that its file does not hold where they stay frozen."""
-    found = {"language_model_sha256": model.words.sha256}
+    found = {"language_model_sha256": model.language_model.sha256}
     if model.encoder is not None:
         weights = {k: v for k, v in model.encoder.module.state_dict().items() if "lora_" not in k}
         found["encoder_sha256"] = weights_digest(weights)

@@ -30,8 +30,8 @@ from sovit.train.command import main
 from sovit.train.device import device_name
 from sovit.train.loop import Diverged, Task, parts_of, schedule, within_memory
 from sovit.vlm.evaluate import validate
-from sovit.vlm.model import VisionLanguageModel, VlmBatch
-from sovit.vlm.packing import NO_LABEL
+from sovit.vlm.model import VisionLanguageModel
+from sovit.vlm.packing import NO_LABEL, Packed
 from sovit.vlm.questions.questions import Questions, open_questions
 from sovit.vlm.trained import MODULES, build, in_half, parts_digests, trained_names, trained_of
 
@@ -78,13 +78,13 @@ class VlmTrainer(Trainer):
 
     # data ----------------------------------------------------------------------------------------------------------------
 
-    def batch_at(self, step: int) -> VlmBatch:
+    def batch_at(self, step: int) -> Packed:
         start, count = step * self.run.batch_size, self.run.batch_size
         asked = self.questions.ask("train", start, count)
         documents = [self.model.document([(q.question, q.answer) for q in questions]) for questions in asked]
         return self.model.batch(documents, self.questions.images("train", start, count), self.run.max_length)
 
-    def loss_fn(self, batch: VlmBatch) -> tuple[torch.Tensor, int]:
+    def loss_fn(self, batch: Packed) -> tuple[torch.Tensor, int]:
         with self.autocast(self.run.precision == "bfloat16" and not in_half(self.run)):
             logits = self.model(batch)  # [L, V]
         labels = batch.labels[batch.labels != NO_LABEL]

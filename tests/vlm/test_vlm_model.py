@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from sovit.vlm.evaluate import asked, cluster_interval, unparsed, validate  # noqa: E402
 from sovit.vlm.language_model import open_language_model  # noqa: E402
-from sovit.vlm.model import VisionLanguageModel  # noqa: E402
+from sovit.vlm.model import ModelOptions, VisionLanguageModel  # noqa: E402
 from sovit.vlm.packing import NO_LABEL  # noqa: E402
 from sovit.vlm.questions.questions import Question, open_questions  # noqa: E402
 
@@ -25,7 +25,7 @@ FAMILIES = ("most", "count", "more")
 def model_of(encoder="trained", **more) -> VisionLanguageModel:
     torch.manual_seed(0)
     eye = 3 if encoder == "blind" else timm_encoder("eye", build(SHAPE, 16, seed=1))
-    return VisionLanguageModel(eye, open_language_model("random:2x32"), template="plain", **more).eval()
+    return VisionLanguageModel(eye, open_language_model("random:2x32"), ModelOptions(template="plain", **more)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ PROMPTS = ["How many cells are red?", "Why?", "Which colour is the most frequent
 
 def test_placeholders_are_filled_in_order_and_nothing_else_is(model):
     images = torch.rand(2, 3, 16, 16)
-    token = model.words.image_token_id
+    token = model.language_model.image_token_id
     ids = torch.tensor([[5, *[token] * 16, 6], [7, 8, *[token] * 16]])
     x = model.embed(ids, images)
     seen = model.image_tokens(images)
@@ -90,7 +90,7 @@ def test_generation_ends_at_the_end_token(model):
     """A head that likes one letter twice and then the end token."""
     model = model_of()
     head, calls = model.lm.lm_head, []
-    letter, end = model.encode("q")[0], model.words.eos_token_id
+    letter, end = model.encode("q")[0], model.language_model.eos_token_id
 
     def planted(x):
         calls.append(x.shape)
@@ -117,7 +117,7 @@ def test_scores_are_the_log_probabilities_of_the_whole_text(model):
                 start = ids.shape[1] - len(told)
                 expected = sum(logits[start - 1 + t, word] for t, word in enumerate(told))
                 torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
-                assert told[-1] == model.words.eos_token_id
+                assert told[-1] == model.language_model.eos_token_id
 
 
 def test_documents_stay_apart_however_attention_is_computed():
@@ -136,7 +136,7 @@ def test_documents_stay_apart_however_attention_is_computed():
 def test_an_answer_is_wrong_exactly_where_greedy_generation_says_something_else(questions):
     """The error is told without generating; here it is held against generating, by a head that says yes or no, then ends."""
     model = model_of(seed=3)
-    head, end = model.lm.lm_head, model.words.eos_token_id
+    head, end = model.lm.lm_head, model.language_model.eos_token_id
     words = [model.document([("", word)]).exchanges[0][1][0] for word in ("yes", "no")]
     place = iter(range(100))
 
@@ -265,8 +265,8 @@ def test_bad_input_is_said_in_one_line(model):
 
 def test_text_that_spells_the_image_token_is_refused():
     model = model_of()
-    word = model.words.tokenizer.decode([model.words.image_token_id])
-    if model.words.tokenizer.encode(word, add_special_tokens=False) != [model.words.image_token_id]:
+    word = model.language_model.tokenizer.decode([model.language_model.image_token_id])
+    if model.language_model.tokenizer.encode(word, add_special_tokens=False) != [model.language_model.image_token_id]:
         pytest.skip("this tokenizer cannot be made to spell it")
     with pytest.raises(UserError, match="stands for image tokens"):
         model.encode(f"a {word} b")
