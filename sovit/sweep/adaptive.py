@@ -83,9 +83,6 @@ class Question:
         return float(sum(run.shape.train_flops_per_image(self.num_classes) * run.total_examples for run in runs))
 
 
-# rounds --------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Look:
     """What is known when a round begins, and what it would ask for. stop: why no more is asked for, or ""."""
@@ -125,15 +122,15 @@ def asked(question: Question, rounds: Sequence[Mapping]) -> list[Run]:
     runs = {run.trunk_id: run for run in question.pilot}
     for pick in (pick for one in rounds for pick in one["picks"]):
         run = _run_of(question, pick["candidate"])
-        budgets = {*run.budgets, *(runs[run.trunk_id].budgets if run.trunk_id in runs else ())}
+        budgets = {*run.budgets, *runs.get(run.trunk_id, run).budgets}
         runs[run.trunk_id] = run.replace(budgets=tuple(sorted(budgets)))
     return list(runs.values())
 
 
 def _run_of(question: Question, candidate: Mapping) -> Run:
-    first, shape, seed = question.pilot[0], Shape(**candidate["shape"]), candidate["init_seed"]
-    seeds = dict(init_seed=seed, data_seed=seed)
-    run = first.replace(shape=shape, recipe=question.recipe(shape), budgets=tuple(candidate["budgets"]), **seeds)
+    shape, seeds = Shape(**candidate["shape"]), dict.fromkeys(("init_seed", "data_seed"), candidate["init_seed"])
+    more = dict(recipe=question.recipe(shape), budgets=tuple(candidate["budgets"]), **seeds)
+    run = question.pilot[0].replace(shape=shape, **more)
     run = override(run, [o for o in question.overrides if not o.startswith("shape.")])  # its shape has them already
     if candidate["trunk_id"] not in (None, run.trunk_id):
         raise UserError(
@@ -158,11 +155,8 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     taken = BeliefOptions(question.form, zero_line=data.zero_line, reachable=question.values, discrepancy_dof=np.inf)
     belief = learn(columns, y, question.target_flops, taken)
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
-    tested = []
-    for pick in made:
-        run = _run_of(question, pick["candidate"])
-        if pick["is_check"] and (value := measured.get(run.run_id(run.budgets[-1]))):
-            tested.append(dict(predicted=pick["predicted"][-1], measured=value))
+    found = [(pick["predicted"][-1], measured.get(_run_of(question, pick["candidate"]).run_ids[-1])) for pick in made]
+    tested = [dict(predicted=p, measured=m) for pick, (p, m) in zip(made, found) if pick["is_check"] and m]
     checks = Checks(tested, seed_sd(columns, y))
     done, verdict = should_stop(belief, checks)
     stop, picks = verdict if done else "", []
@@ -200,15 +194,9 @@ def picks_of(
 
 
 def seed_sd(columns: Mapping, y: np.ndarray) -> float | None:
-    """S.d. of ln loss between the seeds of one shape at one number of images, pooled; None where nothing was repeated.
-
-    A belief's own noise also holds what its form gets wrong, which no seed explains.
-    """
+    """S.d. of ln loss between the seeds of one shape at one number of images, pooled; None where nothing was repeated."""
     keys = np.stack([columns[name] for name in (*DIMENSIONS, "num_examples")], 1)
     return pooled_sd(np.log(y), np.unique(keys, axis=0, return_inverse=True)[1].ravel())
-
-
-# the command line ----------------------------------------------------------------------------------------------------
 
 
 def main(
@@ -246,7 +234,7 @@ def main(
 
 def grow(question: Question, options: argparse.Namespace, run: Callable[..., list[dict]] = run_sweep) -> int:
     """Rounds of look, write down, train, until a look says stop. Returns the exit status."""
-    path, rounds = rounds_path(question, options), read_rounds(question, options)
+    rounds = read_rounds(question, options)
     while True:
         sweep = _sweep(question, rounds, options)
         if sweep.pending():
@@ -256,15 +244,13 @@ def grow(question: Question, options: argparse.Namespace, run: Callable[..., lis
         else:
             sweep.collect()
         now = look(question, rounds, sweep.ledger, options.workers)
-        print(f"round {len(rounds)}: {now.line}", flush=True)
+        print("\n".join([f"round {len(rounds)}: {now.line}", *map(pick_text, now.picks)]), flush=True)
         if now.stop:
-            write_atomic(path, _text(question, rounds, now.to_dict()))
+            write_rounds(question, options, rounds, now.to_dict())
             print(f"{now.stop}\nnext: sovit fit {sweep.ledger}")
             return 0
-        for pick in now.picks:
-            print(f"  {pick_text(pick)}", flush=True)
         rounds.append(dict(round=len(rounds) + 1, **now.to_dict()))
-        write_atomic(path, _text(question, rounds, None))
+        write_rounds(question, options, rounds, None)
 
 
 def _dry_run(question: Question, options: argparse.Namespace) -> int:
@@ -276,10 +262,9 @@ def _dry_run(question: Question, options: argparse.Namespace) -> int:
     now = look(question, rounds, sweep.ledger, options.workers)
     if options.json:
         print(json.dumps(now.to_dict(), indent=1))
-        return 0
-    print(f"{question.name} after {len(rounds)} rounds: {now.line}\n{now.stop or now.verdict}")
-    for pick in now.picks:
-        print(f"  {pick_text(pick)}")
+    else:
+        said = [f"{question.name} after {len(rounds)} rounds: {now.line}", now.stop or now.verdict]
+        print("\n".join([*said, *map(pick_text, now.picks)]))
     return 0
 
 
@@ -287,7 +272,7 @@ def pick_text(pick: Pick) -> str:
     """One line: what and why, its cost in it, and the loss that it should give."""
     losses = zip(pick.candidate.budgets, pick.predicted, pick.prediction_sd)
     predicted = ", ".join(f"{loss:.4f} +- {100 * sd:.2g} % at {n:,}" for n, loss, sd in losses)
-    return f"{pick.why}; predicted {predicted}"
+    return f"  {pick.why}; predicted {predicted}"
 
 
 def _sweep(question: Question, rounds: Sequence[Mapping], options: argparse.Namespace) -> Sweep:
@@ -295,18 +280,18 @@ def _sweep(question: Question, rounds: Sequence[Mapping], options: argparse.Name
     return Sweep(question.name, asked(question, rounds), options.runs, ledger, options.storage, question.metric)
 
 
-def rounds_path(question: Question, options: argparse.Namespace) -> Path:
-    return options.results / f"{question.name}_rounds.json"
-
-
 def read_rounds(question: Question, options: argparse.Namespace) -> list[dict]:
-    path = rounds_path(question, options)
+    path = options.results / f"{question.name}_rounds.json"
     try:
         return json.loads(path.read_text())["rounds"] if path.exists() else []
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it: it is worked out again from the ledger") from None
 
 
-def _text(question: Question, rounds: Sequence[Mapping], end: Mapping | None) -> str:
+def write_rounds(
+    question: Question, options: argparse.Namespace, rounds: Sequence[Mapping], end: Mapping | None
+) -> None:
+    """end: the look that stopped, None while it goes on."""
     body = dict(target_flops=question.target_flops, max_flops=question.max_flops, end=end, rounds=rounds)
-    return json.dumps(body, indent=1, allow_nan=False) + "\n"
+    path = options.results / f"{question.name}_rounds.json"
+    write_atomic(path, json.dumps(body, indent=1, allow_nan=False) + "\n")

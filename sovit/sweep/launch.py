@@ -31,11 +31,7 @@ from sovit.sweep.status import study_status
 from sovit.sweep.status_text import status_text
 
 POLL_SECONDS = 0.5
-
-
 DRAW_SECONDS = 2.0  # between two drawings of the status
-
-
 STOP_SECONDS = 60.0  # that workers have to save what they are at
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,8 @@ from sovit.spec.any_run import AnyRun
 from sovit.spec.shape import TRAINED
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
-
-
 # Exit statuses of a worker that left of its own accord. Any other, Python's 1 of a traceback among them, is a death.
 NOTHING_WAITS, CANNOT_WRITE, STOPPED = 0, os.EX_IOERR, 130
-
-
-LOOK_SECONDS = 0.01  # that a look at a lock may hold it at most
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -86,11 +80,6 @@ class JournalLock:
         self.file.close()
 
 
-def design_of(runs: Sequence[AnyRun]) -> dict[str, list[int]]:
-    """trunk_id -> budgets: what makes two designs the same."""
-    return {run.trunk_id: list(run.budgets) for run in runs}
-
-
 def open_study(
     name: str, storage: optuna.storages.BaseStorage, runs: Sequence[AnyRun], metric: str = "val_loss"
 ) -> optuna.Study:
@@ -100,7 +89,7 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
-    design, before = design_of(runs), study.user_attrs.get("design", {})
+    design, before = {run.trunk_id: list(run.budgets) for run in runs}, study.user_attrs.get("design", {})
     if any(not set(budgets) <= set(design.get(trunk, ())) for trunk, budgets in before.items()):
         raise UserError(f"a study named {name!r} with another design exists; give this one another name with --name")
     value = study.user_attrs.get("metric", "val_loss" if before else metric)
@@ -162,22 +151,17 @@ class Sweep:
                     " give another design another name with --name"
                 )
 
-    def last(self, run: AnyRun) -> dict:
-        """The row of the largest budget of a run that is done."""
-        if not self.is_done(run):
-            raise ValueError(f"run={run.trunk_id} is not done")
-        return self._done[run.trunk_id]
-
-    def is_done(self, run: AnyRun) -> bool:
-        if run.trunk_id in self._done:
-            return True
-        row = None
-        for run_id in run.run_ids:
+    def answer(self, run: AnyRun) -> dict | None:
+        """The row of a run's largest budget, once each of its branches is answered and probed; None before."""
+        row = self._done.get(run.trunk_id)
+        for run_id in () if row else run.run_ids:
             row = self._row(run, run_id)
             if row is None or lacks_probe(run, row):
-                return False
-        self._done[run.trunk_id] = row or {}
-        return True
+                return None
+        return self._done.setdefault(run.trunk_id, row or {})
+
+    def is_done(self, run: AnyRun) -> bool:
+        return self.answer(run) is not None
 
     def restore_records(self) -> None:
         """What stands in the ledger but is still to be probed gets its record back: it is probed, not trained again.
@@ -195,24 +179,6 @@ class Sweep:
                     )
                 if read_record(self.runs_dir, run.trunk_id, run_id) is None:
                     write_record(self.runs_dir, row)
-
-    def refuse_missing_bases(self) -> None:
-        """Raise UserError where a run is still to be made that begins at a branch without weights here, which gets none."""
-        for run in self.pending():
-            if not run.base or run.base.startswith("timm:"):
-                continue
-            trunk = run.base.rpartition("-")[0]
-            if (self.runs_dir / trunk / f"{run.base}.safetensors").exists():
-                continue
-            base = self.runs.get(trunk)
-            rows = dict(zip(base.run_ids, self.rows(base))) if base else {}
-            row = rows.get(run.base, {"status": "missing"})
-            if row and row["status"] != "diverged":  # of such a base each run on it says so, and the others go on
-                what = "needs the encoder" if run.kind == "vlm" else "begins at"
-                raise UserError(
-                    f"{run.trunk_id} {what} {run.base}, whose weights are not in {self.runs_dir};"
-                    " copy them there, or train anew with other --runs and --results"
-                )
 
     def pending(self) -> list[AnyRun]:
         return [run for run in self.runs.values() if not self.is_done(run)]
@@ -234,8 +200,8 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
     for trunk, run in sweep.runs.items():
         if trunk in attended:
             continue
-        if sweep.is_done(run):
-            value = sweep.last(run).get(sweep.metric)
+        if (row := sweep.answer(run)) is not None:
+            value = row.get(sweep.metric)
             if trunk not in answered and value is not None:  # the store was deleted: rebuild it
                 of = {"value": value, "user_attrs": _attributes(run, launch)}
                 study.add_trial(optuna.create_trial(params=run.numbers, distributions=distributions(run), **of))
@@ -313,7 +279,7 @@ def look(sweep: Sweep, study: optuna.Study, launch: str) -> Snapshot:
         trials = study.get_trials(deepcopy=False)
     # in this order: what is taken up is held before the lock is free, and what is no longer held may be done
     held = [trunk for trunk in sweep.runs if is_locked(sweep.runs_dir / trunk / "lock")]
-    done = {trunk: sweep.last(run) for trunk, run in sweep.runs.items() if sweep.is_done(run)}
+    done = {trunk: row for trunk, run in sweep.runs.items() if (row := sweep.answer(run)) is not None}
     in_training = tuple(trunk for trunk in held if trunk not in done)
     waits = any(trial.state == TrialState.WAITING for trial in trials)
     num_abandoned = sum(trial.state == TrialState.FAIL and "error" not in trial.user_attrs for trial in trials)
@@ -332,16 +298,3 @@ def distributions(run: AnyRun) -> dict:
         str: optuna.distributions.CategoricalDistribution(TRAINED),
     }
     return {name: of_type[type(value)] for name, value in run.numbers.items()}
-
-
-def _try_lock(file) -> bool:
-    """Lock a file unless another process holds it. One that only looks holds it for a moment, which is waited for."""
-    until = time.monotonic() + LOOK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(LOOK_SECONDS / 10)

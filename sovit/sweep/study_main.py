@@ -101,6 +101,35 @@ def dry_run(sweep: Sweep, options: argparse.Namespace) -> int:
     return 0
 
 
+def run_study(
+    runs: Sequence[AnyRun],
+    workers: int = 2,
+    results: Path | str = OUTPUTS,
+    name: str = "study",
+    metric: str = "val_loss",
+    device: str = "cpu",
+) -> list[dict]:
+    """Train runs as a study and return the rows of its ledger, RESULTS/<name>.jsonl; what is done already is not repeated.
+
+        shapes = sovit.star(sovit.named_shape("S/16"), {"depth": (6, 24)})
+        rows = sovit.run_study([sovit.Run(s, sovit.Recipe(peak_lr=1e-3), budgets=(100_000,)) for s in shapes])
+
+    Args:
+        runs: trunks, which are kept in runs/.
+        workers: processes, one thread each.
+        results: folder of the ledger.
+        name: of the study; another design needs another name.
+        metric: column that is the value of a trial.
+        device: such as cpu or cuda.
+
+    Raises UserError as `run_sweep` does.
+    """
+    if workers < 1:
+        raise UserError(f"workers={workers} must be at least 1")
+    named = [run.replace(study=name) for run in runs]
+    return run_sweep(Sweep(name, named, Path("runs"), Path(results) / f"{name}.jsonl", metric=metric), workers, device)
+
+
 def overridden(runs: Sequence[AnyRun], assignments: Sequence[str]) -> list[AnyRun]:
     """`override` each run by what it has a field for. A run that begins at a branch of another, or reads that encoder, goes
     on from it as it is now.
@@ -144,7 +173,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     from sovit.train.device import check_device
 
     check_device(device)
-    sweep.refuse_missing_bases()
+    refuse_missing_bases(sweep)
     pending = sweep.pending()
     if pending:
         _open_data(sweep, encoder_runs(list(sweep.runs.values())), device)
@@ -163,6 +192,24 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
             f"{sweep.name}: {len(left)} trunks are not done; see {log}, and run the same command again", file=sys.stderr
         )
     return rows
+
+
+def refuse_missing_bases(sweep: Sweep) -> None:
+    """Raise UserError where a run is still to be made that begins at a branch without weights here, which gets none."""
+    for run in sweep.pending():
+        trunk = run.base.rpartition("-")[0]
+        weights = sweep.runs_dir / trunk / f"{run.base}.safetensors"
+        if not run.base or run.base.startswith("timm:") or weights.exists():
+            continue
+        base = sweep.runs.get(trunk)
+        rows = dict(zip(base.run_ids, sweep.rows(base))) if base else {}
+        row = rows.get(run.base, {"status": "missing"})
+        if row and row["status"] != "diverged":  # of such a base each run on it says so, and the others go on
+            what = "needs the encoder" if run.kind == "vlm" else "begins at"
+            raise UserError(
+                f"{run.trunk_id} {what} {run.base}, whose weights are not in {sweep.runs_dir};"
+                " copy them there, or train anew with other --runs and --results"
+            )
 
 
 def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:

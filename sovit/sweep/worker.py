@@ -18,6 +18,7 @@ killed worker by itself:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -43,7 +44,6 @@ from sovit.sweep.queue import (
     Sweep,
     _state,
     _tell,
-    _try_lock,
     distributions,
     is_waiting,
     open_storage,
@@ -52,8 +52,7 @@ from sovit.sweep.queue import (
 from sovit.train.progress import write_progress
 
 WAIT_SECONDS = 0.2  # between two looks at the lock of a trunk that another study trains
-
-
+LOOK_SECONDS = 0.01  # that a look at a lock may hold it at most
 BLOCKED_SECONDS = 1.0  # between two looks at a queue in which all that is left waits for its base
 
 
@@ -121,6 +120,19 @@ def _await_lock(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, holder, 
     return False
 
 
+def _try_lock(file) -> bool:
+    """Lock a file unless another process holds it. One that only looks holds it for a moment, which is waited for."""
+    until = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(LOOK_SECONDS / 10)
+
+
 def _take_up(trial: optuna.Trial, run: AnyRun) -> None:
     """Take the enqueued values up into the trial."""
     for name, d in distributions(run).items():
@@ -150,7 +162,9 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyR
         _record_failure(sweep, todo, reason)
         _tell_result(study, trial, None, reason)
         return
-    last = sweep.last(run)
+    last = sweep.answer(run)
+    if last is None:
+        raise ValueError(f"run={run.trunk_id} was trained and is not done")
     reason = f"no {sweep.metric}" if last["status"] == "ok" else f"{last['status']}: {last.get('error')}"
     _tell_result(study, trial, last.get(sweep.metric), reason)
 

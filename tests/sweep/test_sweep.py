@@ -21,7 +21,7 @@ from kill_rounds import FAULTS, kill_rounds
 from optuna.trial import TrialState
 
 from sovit import UserError
-from sovit.files import locked
+from sovit.files import is_locked, locked
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.records import write_record
 from sovit.spec.run import Recipe, Run
@@ -58,7 +58,7 @@ def trials(folder, name="s"):
 
 
 def held(folder, design):
-    return [run for run in design if sweep.is_locked(Path(folder) / "runs" / run.trunk_id / "lock")]
+    return [run for run in design if is_locked(Path(folder) / "runs" / run.trunk_id / "lock")]
 
 
 def wait_for(condition, seconds=60):
@@ -145,7 +145,9 @@ def test_a_base_without_weights_is_refused_before_anything_is_trained(tmp_path, 
     opened = fake_sweep.opened(tmp_path, [tuning] if where == "another study" else [base, tuning])
     with pytest.raises(UserError, match=f"begins at {base.run_ids[0]}, whose weights are not in .*; copy them there"):
         sweep_study_main.run_sweep(opened, 1)
-    fake_sweep.opened(tmp_path, [base, tuning], "t").refuse_missing_bases()  # there it is still to be trained
+    sweep_study_main.refuse_missing_bases(
+        fake_sweep.opened(tmp_path, [base, tuning], "t")
+    )  # there it is still to be trained
 
 
 def test_a_sweep_without_trouble(tmp_path):
@@ -358,8 +360,8 @@ def test_a_trial_given_up_while_its_worker_waits_for_the_lock_is_left(tmp_path):
 def test_somebody_who_looks_at_a_lock_does_not_keep_it_from_a_worker(tmp_path):
     with open(tmp_path / "lock", "a") as holder, open(tmp_path / "lock") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        threading.Timer(queue.LOOK_SECONDS / 4, fcntl.flock, (other, fcntl.LOCK_UN)).start()
-        assert queue._try_lock(holder)
+        threading.Timer(sweep.LOOK_SECONDS / 4, fcntl.flock, (other, fcntl.LOCK_UN)).start()
+        assert sweep._try_lock(holder)
 
 
 def test_a_worker_that_crashes_is_said_and_replaced(tmp_path, capfd):
@@ -476,12 +478,12 @@ def test_looking_at_a_lock_does_not_take_it(tmp_path):
     (tmp_path / "lock").touch()
     with open(tmp_path / "lock") as other:
         fcntl.flock(other, fcntl.LOCK_SH)  # somebody who looks
-        assert not sweep.is_locked(tmp_path / "lock")
+        assert not is_locked(tmp_path / "lock")
     with open(tmp_path / "lock") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)  # somebody who trains
-        assert sweep.is_locked(tmp_path / "lock")
-    assert not sweep.is_locked(tmp_path / "lock")
-    assert not sweep.is_locked(tmp_path / "none")
+        assert is_locked(tmp_path / "lock")
+    assert not is_locked(tmp_path / "lock")
+    assert not is_locked(tmp_path / "none")
 
 
 # the journal ---------------------------------------------------------------------------------------------------------
@@ -795,7 +797,7 @@ def test_exit_status_of_a_study_that_is_not_done(tmp_path, capsys, monkeypatch):
     broken.write_text("raise SystemExit(3)\n")
     real = launch.launch
     monkeypatch.setattr(
-        launch, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)])
+        sweep_study_main, "launch", lambda *arguments: real(*arguments, worker_command=[sys.executable, str(broken)])
     )
     assert study_main(tmp_path) == 1
     said = capsys.readouterr().err
