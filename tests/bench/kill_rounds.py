@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 FAULTS = ("lost", "doubled", "unasked", "trials wrong", "launches failed", "dead workers")
 PHASES = ("reconcile", "ask", "train", "record", "tell", "append", "merge")
 NUM_TRUNKS, BUDGETS, PAUSE = 20, (1600, 3200), 0.01  # of a round's study; seconds a point
@@ -314,7 +315,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
     if len(sys.argv) > 1 and sys.argv[1] in ("launch", "work"):
         sys.exit(take_part(sys.argv[1], sys.argv[2:]))
     sys.exit(main())
