@@ -288,5 +288,7 @@ def whitener_of(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
-def _optimum(form, centre, phi, geometry, limits, log_budget) -> np.ndarray:
+def _optimum(
+    form: Form, centre: np.ndarray, phi: np.ndarray, geometry: Geometry, limits: dict, log_budget: float
+) -> np.ndarray:
     return optimum_of(form, centre, np.exp(phi)[None], geometry, limits, log_budget, head=True)[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sovit.predict.integer_search import SIZES, Lattice, every, region
+from sovit.predict.integer_search import SIZES, Lattice, region
 
 SEARCH = 8.0  # a survey spans this factor below and above the real optimum
 SURVEY = dict(width=32, depth=32, mlp_dim=48)  # most values a dimension in a survey
@@ -45,16 +45,16 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
     at, noise = grid.target, grid.target.fit.noise
     most = best_loss * float(np.exp(noise.sd))
     boxes = region(grid, most)
-    if boxes is None or (count := int(np.prod(boxes[1] - boxes[0] + 1, axis=1).sum())) > MAX_COMPARED:
+    if boxes is None or (count := int(np.prod(boxes.high - boxes.low + 1, axis=1).sum())) > MAX_COMPARED:
         index, pair = _survey(grid, near)
     else:
-        index, pair = every(*boxes)
+        index, pair = boxes.shapes()
     table, loss = grid.table(index, pair), grid.loss(index, pair)
     inside = loss <= most
     found, loss = {n: column[inside].astype(int) for n, column in table.items()}, loss[inside]
     open_above = []
     if boxes is not None:
-        ends = {n: np.concatenate([grid.table(box, boxes[2])[n] for box in boxes[:2]]) for n in at.dims}
+        ends = {n: np.concatenate([grid.table(end, boxes.pair)[n] for end in (boxes.low, boxes.high)]) for n in at.dims}
     else:
         found, loss = {n: np.append(column, best[n]) for n, column in found.items()}, np.append(loss, best_loss)
         ends, count = found, len(set(zip(*found.values())))

@@ -114,108 +114,113 @@ def lattice(target: Target, rules: Rules, held: Mapping | None = None) -> Lattic
     return made
 
 
-def minimise(grid: Lattice, near: Mapping) -> tuple[dict, float]:
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of the lattice, n of them: first and last index by size [n, K], and the pair [n]."""
+
+    low: np.ndarray
+    high: np.ndarray
+    pair: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+    @property
+    def several(self) -> np.ndarray:
+        """Which hold more than one shape [n]."""
+        return np.any(self.low < self.high, axis=1)
+
+    def take(self, which: np.ndarray) -> Boxes:
+        return Boxes(self.low[which], self.high[which], self.pair[which])
+
+    def join(self, other: Boxes) -> Boxes:
+        parts = zip((self.low, self.high, self.pair), (other.low, other.high, other.pair))
+        return Boxes(*map(np.concatenate, parts))
+
+    def halves(self) -> Boxes:
+        """Each box in two, along the size in which it is widest on the log scale."""
+        rows, k = np.arange(len(self)), np.argmax(self.high / self.low, axis=1)
+        low, high = self.low[rows, k], self.high[rows, k]
+        middle = np.clip(np.floor(np.sqrt(low * high.astype(float))).astype(int), low, high - 1)
+        first_high, second_low = self.high.copy(), self.low.copy()
+        first_high[rows, k], second_low[rows, k] = middle, middle + 1
+        return Boxes(self.low, first_high, self.pair).join(Boxes(second_low, self.high, self.pair))
+
+    def shapes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every shape of the boxes, one a row: index [., K] and pair [.]."""
+        parts = [
+            np.stack(np.meshgrid(*map(np.arange, low, high + 1), indexing="ij"), -1).reshape(-1, len(low))
+            for low, high in zip(self.low, self.high)
+        ]
+        return np.concatenate(parts), np.repeat(self.pair, [len(part) for part in parts])
+
+
+Best = tuple[dict[str, int], float]  # a shape by dimension, and its loss
+
+
+def minimise(grid: Lattice, near: Mapping) -> Best:
     """The shape of least predicted loss and that loss: exact. `near`: a guess of the sizes, which only saves time."""
-    low, high, pair = _root(grid)
-    guess = np.array([near[n] for n in SIZES]) / grid.steps
+    boxes = _root(grid)
+    guess = np.floor(np.array([near[n] for n in SIZES]) / grid.steps).astype(int)
     corners = np.stack(np.meshgrid(*[[0, 1]] * len(SIZES), indexing="ij"), -1).reshape(-1, len(SIZES))
-    first = np.clip(np.floor(guess).astype(int) + corners, grid.low, None)
-    trial = np.concatenate([np.tile(first, (len(grid.pairs), 1)), low])
-    trial_pair = np.concatenate([np.repeat(np.arange(len(grid.pairs)), len(first)), pair])
-    best, best_loss = _better(grid, trial, trial_pair, None, np.inf)
-    low, high, pair = _several(low, high, pair)
-    bound = grid.loss(high, pair, paid=low)
-    while len(low):
-        take = np.argsort(bound, kind="stable")
-        now, later = take[:CHUNK], take[CHUNK:]
-        new_low, new_high, new_pair = _halves(low[now], high[now], pair[now])
-        fits = grid.allowed(grid.table(new_low, new_pair))
-        new_low, new_high, new_pair = new_low[fits], new_high[fits], new_pair[fits]
-        middle = np.floor(np.sqrt(new_low * new_high)).astype(int)
-        best, best_loss = _better(grid, middle, new_pair, best, best_loss)
-        best, best_loss = _better(grid, new_low, new_pair, best, best_loss)
-        new_low, new_high, new_pair = _several(new_low, new_high, new_pair)
-        low, high, pair = (
-            np.concatenate([a[later], b]) for a, b in ((low, new_low), (high, new_high), (pair, new_pair))
-        )
-        bound = np.concatenate([bound[later], grid.loss(new_high, new_pair, paid=new_low)])
-        open_ = bound < best_loss * (1 - SLACK)
-        low, high, pair, bound = low[open_], high[open_], pair[open_], bound[open_]
-    return best, best_loss
+    first = np.clip(guess + corners, grid.low, None)
+    trial = np.concatenate([np.tile(first, (len(grid.pairs), 1)), boxes.low])
+    best = _better(grid, trial, np.r_[np.repeat(np.arange(len(grid.pairs)), len(first)), boxes.pair], ({}, np.inf))
+    boxes = boxes.take(boxes.several)
+    bound = grid.loss(boxes.high, boxes.pair, paid=boxes.low)
+    while len(boxes):
+        order = np.argsort(bound, kind="stable")
+        now, later = order[:CHUNK], order[CHUNK:]
+        new = boxes.take(now).halves()
+        new = new.take(grid.allowed(grid.table(new.low, new.pair)))
+        middle = np.floor(np.sqrt(new.low * new.high)).astype(int)
+        best = _better(grid, np.concatenate([middle, new.low]), np.tile(new.pair, 2), best)
+        new = new.take(new.several)
+        boxes = boxes.take(later).join(new)
+        bound = np.concatenate([bound[later], grid.loss(new.high, new.pair, paid=new.low)])
+        open_ = bound < best[1] * (1 - SLACK)
+        boxes, bound = boxes.take(open_), bound[open_]
+    return best
 
 
-def region(grid: Lattice, most: float) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """All shapes of loss at most `most`, as boxes: first and last index [n, K] and pair [n]. None beyond MAX_CELLS."""
-    low, high, pair = _root(grid)
-    found: list = []
-    seen = 0
-    while len(low):
-        seen += len(low)
+def region(grid: Lattice, most: float) -> Boxes | None:
+    """All shapes of loss at most `most`; None where more than MAX_CELLS boxes would have to be looked at."""
+    boxes, seen = _root(grid), 0
+    found = boxes.take(np.zeros(len(boxes), bool))
+    while len(boxes):
+        seen += len(boxes)
         if seen > MAX_CELLS:
             return None
-        inside = (grid.loss(low, pair, paid=high) <= most) & grid.allowed(grid.table(high, pair))
-        found.append((low[inside], high[inside], pair[inside]))
-        open_ = ~inside & (low < high).any(1) & (grid.loss(high, pair, paid=low) <= most * (1 + SLACK))
-        low, high, pair = _halves(low[open_], high[open_], pair[open_])
-        fits = grid.allowed(grid.table(low, pair))
-        low, high, pair = low[fits], high[fits], pair[fits]
-    return tuple(np.concatenate(part) for part in zip(*found))  # type: ignore[return-value]
+        inside = grid.loss(boxes.low, boxes.pair, paid=boxes.high) <= most
+        inside &= grid.allowed(grid.table(boxes.high, boxes.pair))
+        found = found.join(boxes.take(inside))
+        bound = grid.loss(boxes.high, boxes.pair, paid=boxes.low)
+        boxes = boxes.take(~inside & boxes.several & (bound <= most * (1 + SLACK))).halves()
+        boxes = boxes.take(grid.allowed(grid.table(boxes.low, boxes.pair)))
+    return found
 
 
-def every(low: np.ndarray, high: np.ndarray, pair: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every shape of the boxes of a region, one a row: index [n, K] and pair [n]."""
-    ranges = zip(low, high + 1)
-    parts = [
-        np.stack(np.meshgrid(*map(np.arange, *ends), indexing="ij"), -1).reshape(-1, low.shape[1]) for ends in ranges
-    ]
-    return np.concatenate(parts), np.repeat(pair, [len(part) for part in parts])
-
-
-def _root(grid: Lattice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _root(grid: Lattice) -> Boxes:
     """One box for each pair: from the least sizes to the largest that any shape with a size can have."""
-    low = np.tile(grid.low, (len(grid.pairs), 1))
-    pair = np.arange(len(grid.pairs))
+    low, pair = np.tile(grid.low, (len(grid.pairs), 1)), np.arange(len(grid.pairs))
     fits = grid.allowed(grid.table(low, pair))
     low, pair = low[fits], pair[fits]
     high = low.copy()
     for k, name in enumerate(SIZES):
-        if name not in grid.target.dims:
-            continue
-        jump = 1 << 40  # more than any size: found by halving the jump
+        jump = 1 << 40 if name in grid.target.dims else 0  # more than any size: found by halving the jump
         while jump:
-            trial = high.copy()
-            trial[:, k] += jump
-            # the others at their least, so that no shape is left out
-            alone = low.copy()
-            alone[:, k] = trial[:, k]
-            high = np.where(grid.allowed(grid.table(alone, pair))[:, None], trial, high)
+            alone = low.copy()  # the others at their least, so that no shape is left out
+            alone[:, k] = high[:, k] + jump
+            high[:, k] = np.where(grid.allowed(grid.table(alone, pair)), alone[:, k], high[:, k])
             jump //= 2
-    return low, high, pair
+    return Boxes(low, high, pair)
 
 
-def _several(low, high, pair):
-    """The boxes that hold more than one shape."""
-    several = (low < high).any(1)
-    return low[several], high[several], pair[several]
-
-
-def _halves(low, high, pair):
-    """Each box in two, along the size in which it is widest on the log scale."""
-    rows = np.arange(len(low))
-    k = np.argmax(high / low, axis=1)
-    middle = np.floor(np.sqrt(low[rows, k] * high[rows, k].astype(float))).astype(int)
-    middle = np.clip(middle, low[rows, k], high[rows, k] - 1)
-    first_high, second_low = high.copy(), low.copy()
-    first_high[rows, k], second_low[rows, k] = middle, middle + 1
-    return np.concatenate([low, second_low]), np.concatenate([first_high, high]), np.concatenate([pair, pair])
-
-
-def _better(grid: Lattice, index, pair, best, best_loss):
+def _better(grid: Lattice, index: np.ndarray, pair: np.ndarray, best: Best) -> Best:
+    """The best of the shapes index [n, K], pair [n], and the best so far."""
     table = grid.table(index, pair)
-    fits = grid.allowed(table)
-    if fits.any():
-        loss = np.where(fits, grid.loss(index, pair), np.inf)
-        i = int(loss.argmin())
-        if loss[i] < best_loss:
-            return {n: int(values[i]) for n, values in table.items()}, float(loss[i])
-    return best, best_loss
+    loss = np.where(grid.allowed(table), grid.loss(index, pair), np.inf)
+    i = int(loss.argmin()) if len(loss) else -1
+    return (
+        ({n: int(values[i]) for n, values in table.items()}, float(loss[i])) if i >= 0 and loss[i] < best[1] else best
+    )

@@ -74,7 +74,7 @@ class Target:
         """Images that the budget pays for, [S], real."""
         return self.train_flops / 3 / self.geometry.flops(table, head=True)
 
-    def loss(self, table: Mapping, theta=None, images=None) -> np.ndarray:
+    def loss(self, table: Mapping, theta: np.ndarray | None = None, images: np.ndarray | None = None) -> np.ndarray:
         """Predicted loss, [S], or [R, S] for theta [R, P]; trained for the budget unless `images` [S] are given."""
         images = self.images(table) if images is None else images
         form = self.fit.shape_form
@@ -82,7 +82,7 @@ class Target:
         value = form.evaluate(self.fit.theta[None] if theta is None else theta, u)[0]
         return np.exp(value[0] if theta is None else value)
 
-    def loss_of(self, values: Mapping, theta=None) -> np.ndarray:
+    def loss_of(self, values: Mapping, theta: np.ndarray | None = None) -> np.ndarray:
         """Loss of one shape, dimension -> value: a number, or [R] for theta [R, P]."""
         return self.loss({n: np.array([x]) for n, x in values.items()}, theta)[..., 0]
 
@@ -103,12 +103,11 @@ class Target:
         """The same law at another budget, which may be beyond MAX_DECADES."""
         return Target(self.fit, float(train_flops), self.geometry)
 
-    def optimum(self, theta=None, held: Mapping | None = None) -> np.ndarray:
+    def optimum(self, theta: np.ndarray | None = None, held: Mapping | None = None) -> np.ndarray:
         """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
-        fit = self.fit
-        many = fit.theta[None] if theta is None else theta
-        centre, grid = fit.centre, fit.data.grid
-        v = optimum_of(fit.shape_form, centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
+        fit, many = self.fit, self.fit.theta[None] if theta is None else theta
+        form, grid = fit.shape_form, fit.data.grid
+        v = optimum_of(form, fit.centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
         return v[0] if theta is None else v
 
     def run_pairs(self) -> np.ndarray:
@@ -125,7 +124,7 @@ class Target:
             pairs = [(p, s) for p, s in pairs if sides[0] <= s // p <= sides[-1] and s // p % common == 0]
         return np.array(pairs, int).reshape(-1, 2)
 
-    def paired(self, v: np.ndarray, theta: np.ndarray, images=None) -> np.ndarray:
+    def paired(self, v: np.ndarray, theta: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
         """Loss of each theta [R, P] at its own ln x [R, K]: [R]; trained for the budget unless `images` [R] are given."""
         table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
         images = self.images(table) if images is None else images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +13,7 @@ LEVEL = 0.90
 MIN_SEEDS = 3
 
 
-def paired(differences) -> dict:
+def paired(differences: Sequence[float] | np.ndarray) -> dict:
     """Mean of d = ln loss(ours) - ln loss(theirs) over seeds [S] with its 90 % Student t interval, and the verdict.
 
     `better` if the interval lies below 0, `worse` if above, else `not distinguishable`. Fewer than MIN_SEEDS seeds have

@@ -10,6 +10,7 @@ Numpy only. Intervals are the headline ones, read draw by draw.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ BELOW, ABOVE = 10.0, 100.0  # how far below and above the budgets run
 SMALLEST, LARGEST = 1e-3, 1e6  # factors of a dimension between which `spend` looks for its FLOPs
 
 
-def trade(fit: Fit, train_flops: float, name: str, **rules) -> dict:
+def trade(fit: Fit, train_flops: float, name: str, **rules: Any) -> dict:
     """`by_value`, `along` and `spend` of a law at a budget, as plain data: what `sovit predict --by NAME` says.
 
     {form, metric, level, train_flops, by, rules, values, turns, spend, curves}. Raises UserError for a dimension that is not

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -117,7 +118,7 @@ class Recommendation:
         return {name: found[name] for name in FRONTIER} | dict(flat=flat)
 
 
-def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
+def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
     """The best shape for a training budget in FLOPs, head included, under `rules` (fields of `Rules`).
 
     Without rules width is a multiple of the data's head_dim and mlp_dim of 8; patch and image size are values that were
@@ -141,7 +142,7 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
     shape = at.shape(best, given.head_dim)
     plain = best if given == free else minimise(lattice(at, free), near)[0]
     least = {kind: _least(at, kind) for kind in fit.draws}
-    headline = least.get("random_effects", (None, None))[1]
+    headline = least["random_effects"][1] if "random_effects" in least else None
     optimum = _optimum_by_dimension(at, real, least)
     decades = float(np.log10(train_flops / budgets_run(fit)[1]))
     proportional = proportional_shape(at, given.head_dim, best_loss)
@@ -177,11 +178,9 @@ def best_shape(fit: Fit, train_flops: float, **rules) -> Recommendation:
     )
 
 
-def rules_of(at: Target, *, head_dim: int | None = None, **rules) -> Rules:
-    """Rules with what was not said filled in: head_dim = that of the data."""
-    return Rules(
-        at.geometry.head_dim if head_dim is None else head_dim, **{k: v for k, v in rules.items() if v is not None}
-    )
+def rules_of(at: Target, **rules: Any) -> Rules:
+    """Rules with the head_dim of the data where none is said."""
+    return Rules(**dict(head_dim=at.geometry.head_dim) | rules)
 
 
 def proportional_shape(at: Target, head_dim: int, reference: float) -> Proportional:

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,13 @@ from sovit.predict.law_at_budget import Target, columns, predicted_difference, t
 from sovit.predict.paired_test import MIN_SEEDS, paired
 from sovit.predict.recommend import best_shape
 from sovit.spec.run import Recipe, Run, budgets_for
-from sovit.spec.shape import Shape
+from sovit.spec.shape import DIMENSIONS, Shape
 
 RULE = (
     "d = ln loss(recommended) - ln loss({}) for each seed; verdict by the 90 % Student t interval of its mean:"
     " better if it lies below 0, worse if above 0, else not distinguishable"
 )
+IDENTITY = (*DIMENSIONS, "head_dim", "pool")  # of a shape in the rows
 USUAL, OTHER = "usual", "other law's"  # the second arm
 
 
@@ -98,7 +100,7 @@ def _digest(law_path: Path) -> str:
         raise UserError(f"cannot read the law {law_path}: {error.strerror}; make one with sovit fit") from None
 
 
-def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields) -> list[Run]:
+def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields: Any) -> list[Run]:
     """The trunks of both arms, one for each seed, each with the one budget of the prediction; of equal arms, one."""
     runs = []
     for seed in prediction["seeds"]:
@@ -113,22 +115,21 @@ def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe
 def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
     """Apply the rule to the rows of both arms. Raises UserError where a seed of an arm has no finite measurement."""
     arms = {}
-    pairs = {(arm["shape"]["patch_size"], arm["shape"]["image_size"]) for arm in prediction["arms"].values()}
-    for name, arm in prediction["arms"].items():
-        shape = Shape(**arm["shape"])
+    shapes = {name: Shape(**arm["shape"]) for name, arm in prediction["arms"].items()}
+    grids = {f"/{shape.patch_size}@{shape.image_size}" for shape in shapes.values()}
+    for name, shape in shapes.items():
         losses = []
         for seed in prediction["seeds"]:
-            found = [
-                r for r in rows if r["init_seed"] == seed and all(r.get(k) == v for k, v in _identity(shape).items())
-            ]
+            identity = {k: getattr(shape, k) for k in IDENTITY} | {"init_seed": seed}
+            found = [row for row in rows if all(row.get(k) == v for k, v in identity.items())]
             if len(found) != 1 or found[0]["status"] != "ok" or found[0].get(metric) is None:
                 raise UserError(
                     f"the {name} arm, {shape.label}, has no single {metric} for seed {seed}; run the study again"
                 )
             losses.append(found[0][metric])
         arms[name] = {
-            **arm,
-            "label": shape.label + f"/{shape.patch_size}@{shape.image_size}" * (len(pairs) > 1),
+            **prediction["arms"][name],
+            "label": shape.label + f"/{shape.patch_size}@{shape.image_size}" * (len(grids) > 1),
             "losses": losses,
             "mean": float(np.mean(losses)),
             "sd": float(np.std(losses, ddof=1)),
@@ -148,10 +149,6 @@ def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dic
         "prediction_error": {k: math.log(a["mean"] / a["predicted"]) for k, a in arms.items()},
         "verdict": found,
     }
-
-
-def _identity(shape: Shape) -> dict:
-    return {k: getattr(shape, k) for k in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")}
 
 
 def verdict_text(result: dict) -> str:
