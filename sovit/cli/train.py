@@ -59,7 +59,6 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bo
 class ProfileShapes(Geometry):
     """Which shapes to profile beside those named."""
 
-    grid: Annotated[tuple[str, ...], Help("Such as width=16,32 depth=1,2 mlp_dim=64.")] = ()
     law: Annotated[Path | None, Help("A law.json: patch, image, pool, head dim and classes are its own.")] = None
     train_flops: Annotated[float | None, Help("With --law: also its best shape for this budget, and the usual.")] = None
 
@@ -73,7 +72,6 @@ class ProfileOptions:
     dtype: Annotated[str, Help("float32, or bfloat16 by autocast.")] = "float32"
     num_classes: Annotated[Whole | None, Help("Classes of the task head (default: the law's, else 1000).")] = None
     repeats: Annotated[Whole, Help("Rounds in which all take turns.")] = 9
-    again: Annotated[bool, Help("Measure what the file holds already, too.")] = False
     batch_sizes: Annotated[tuple[Whole, ...], Help("1 is latency (default 1 32; with --trained 2).")] = ()
     out: Annotated[
         Path | None,
@@ -107,8 +105,7 @@ def profile(
     if threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads)
-    which = given(beside)
-    found, num_classes = shapes_for(shapes, which.pop("grid"), which.pop("law", None), **which)
+    found, num_classes = shapes_for(shapes, **given(beside))
     said = {name: value for name, value in given(options).items() if value != ()}
     said["num_classes"] = options.num_classes or num_classes or 1000
     if trained and "full" not in trained:  # with which the others are compared

@@ -88,9 +88,8 @@ def check_fits(
         missing = {"weights"}
     if missing:
         raise Unusable(f"it is no state of training, it lacks {sorted(missing)[0]}")
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            raise Unusable(f"{name} has shape {found.get(name)} there and {wanted.get(name)} here")
+    if name := next((name for name in wanted | found if wanted.get(name) != found.get(name)), None):
+        raise Unusable(f"{name} has shape {found.get(name)} there and {wanted.get(name)} here")
     if state.get("base_sha256", base_sha256) != base_sha256:  # older files do not say
         raise Unusable("it was fine-tuned from a base with other weights")
     if groups != found_groups:

@@ -83,26 +83,16 @@ def main(
         print(f"usage: python -m {module} RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
         return 2
     try:
+        path, runs_dir, device = arguments + ["runs", "cpu"][len(arguments) - 1 :]
         try:
-            d = json.loads(Path(arguments[0]).read_text())
+            d = json.loads(Path(path).read_text())
         except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot read the run {arguments[0]}: {error}") from None
-        runs_dir, device = arguments[1:] + ["runs", "cpu"][len(arguments) - 1 :]
+            raise UserError(f"cannot read the run {path}: {error}") from None
         rows = train_here(read(d), runs_dir, device, train)
-    except KeyboardInterrupt as stop:
-        if str(stop):  # else before it had begun
-            say(str(stop))
-        return 130
-    except OutOfMemory as error:
-        say(str(error))
-        return 1
-    except UserError as error:
-        say(str(error))
-        return 2
+    except (KeyboardInterrupt, UserError) as error:
+        if str(error):  # else stopped before it had begun
+            say(str(error))
+        return 130 if isinstance(error, KeyboardInterrupt) else 1 if isinstance(error, OutOfMemory) else 2
     for row in rows:
         print(json.dumps({k: row[k] for k in ("run_id", "status", "num_examples", "val_loss", "val_error")}))
     return 0 if all(row["status"] == "ok" for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sovit import UserError
-from sovit.data import Source, named_data, open_data
+from sovit.data import named_data, open_data
 from sovit.encoder.base import Base
 from sovit.encoder.trained import open_base
 from sovit.files import locked
 from sovit.ledger.ledger import update_ledger
 from sovit.spec.run import Recipe, Run
-from sovit.spec.shape import TRAINED
 from sovit.train.command import train_here
 from sovit.train.device import check_device
 from sovit.train.evaluate import validate
@@ -40,61 +39,46 @@ def fine_tune(
     run = tuning(base, **options).replace(study=ledger.stem)
     source = open_data(run.data, run.preset, run.shape.image_size, run.shape.patch_size, run.data_seed, device)
     check_readout(run, source.readout)
-    cost = summary(run, base, source.num_classes)
+    found: dict = {"cost": summary(run, base, source.num_classes), "before": {}, "rows": []}
     if dry_run:
-        return {"cost": cost, "before": {}, "rows": []}
-    before = _before(run, base, source, device)
+        return found
+    if base.run and (base.run.data, base.run.preset) == (run.data, run.preset):
+        metrics = validate(begin(run, base, source.num_classes).to(device), source)
+        found["before"] = {metric: metrics[metric] for metric in ("val_loss", "val_error")}
     with locked(ledger.with_suffix(".lock")):
         pass  # a folder that cannot be written is found now, not after the training
-    rows = train_here(run, runs_dir, device)
-    update_ledger(ledger, [row | {"study": ledger.stem} for row in rows])
-    return {"cost": cost, "before": before, "rows": rows}
-
-
-def _before(run: Run, base: Base, source: Source, device: str) -> dict:
-    """Loss and error of the base at the new size, before any training; nothing where it has no task head for the data."""
-    if base.run is None or (base.run.data, base.run.preset) != (run.data, run.preset):
-        return {}
-    metrics = validate(begin(run, base, source.num_classes).to(device), source)
-    return {metric: metrics[metric] for metric in ("val_loss", "val_error")}
+    found["rows"] = train_here(run, runs_dir, device)
+    update_ledger(ledger, [row | {"study": ledger.stem} for row in found["rows"]])
+    return found
 
 
 def tuning(
-    base: Base,
-    trained: str = "attention",
-    *,
-    image_size: int | None = None,
-    patch_size: int | None = None,
-    budgets: Sequence[int] = (),
-    data: str = "",
-    peak_lr: float | None = None,
-    **recipe: Any,
+    base: Base, trained: str = "attention", *, data: str = "", budgets: Sequence[int] = (), **changes: Any
 ) -> Run:
     """The Run that fine-tunes a base; what is not said is as the base was trained.
 
-    data: SOURCE:PRESET. budgets: images, a cooldown branch at each; without them a fifth of the base's. peak_lr: without
-    it RATE x the base's own, or TIMM_RATE. Warm-up takes as long as the base's, but at most a tenth of the first budget.
-    The images are those that the base saw, from its first on. Raises UserError for what cannot be guessed of a timm model.
+    data: SOURCE:PRESET. budgets: images, a cooldown branch at each; without them a fifth of the base's. changes:
+    image_size, patch_size and fields of Recipe. peak_lr: without it RATE x the base's own, or TIMM_RATE. Warm-up takes as
+    long as the base's, but at most a tenth of the first budget. The images are those that the base saw, from its first on.
+    Raises UserError for what cannot be guessed of a timm model.
     """
     before = base.run
     if before is None and not (data and budgets):
         raise UserError(f"{base.name} does not say what it was trained on; give --data SOURCE:PRESET and --examples N")
-    start = Recipe(peak_lr=TIMM_RATE) if before is None else replace(before.recipe, patch_sizes=())
-    if peak_lr is None and before is not None:  # of a base that was fine-tuned itself, over what it had been before
-        whole = start.peak_lr / (RATE[before.trained] if before.base else 1.0)
-        peak_lr = float(f"{RATE.get(trained, 1.0) * whole:.4g}")
-    settled = replace(start, peak_lr=start.peak_lr if peak_lr is None else peak_lr, **recipe)
-    if data and not data.partition(":")[2]:
-        raise UserError(f"--data {data} names no preset; give SOURCE:PRESET, such as stream:cpu (sovit data list)")
+    sizes = {name: changes.pop(name) for name in ("image_size", "patch_size") if name in changes}
+    recipe = replace(before.recipe, patch_sizes=()) if before else Recipe(peak_lr=TIMM_RATE)
+    if before:  # of a base that was fine-tuned itself, over what the rate had been before
+        whole = recipe.peak_lr / (RATE[before.trained] if before.base else 1.0)
+        recipe = replace(recipe, peak_lr=float(f"{RATE.get(trained, 1.0) * whole:.4g}"))
+    recipe = replace(recipe, **changes)
     if not budgets:
-        batches = max(5, round((base.num_examples or 0) / 5 / settled.batch_size))
-        budgets = (batches * settled.batch_size,)
-    settled = replace(settled, warmup_examples=min(start.warmup_examples, min(budgets) // 10))
+        budgets = (max(5, round((base.num_examples or 0) / 5 / recipe.batch_size)) * recipe.batch_size,)
+    if data and ":" not in data:
+        raise UserError(f"--data {data} names no preset; give SOURCE:PRESET, such as stream:cpu (sovit data list)")
     source, preset, _ = named_data(data or f"{before.data}:{before.preset}" if before else data)
-    sizes = {"image_size": image_size, "patch_size": patch_size}
     return Run(
-        shape=base.shape.replace(**{name: size for name, size in sizes.items() if size is not None}),
-        recipe=settled,
+        shape=base.shape.replace(**sizes),
+        recipe=replace(recipe, warmup_examples=min(recipe.warmup_examples, min(budgets) // 10)),
         budgets=tuple(budgets),
         data=source,
         preset=preset,
@@ -107,51 +91,41 @@ def tuning(
 
 
 def summary(run: Run, base: Base, num_classes: int) -> dict:
-    """What a fine-tuning costs, before it is made: parameters, FLOPs and bytes (of float32) against training it whole."""
-    shape = run.shape
-    params = {part: shape.trained_params(num_classes, part) for part in TRAINED}
-    flops = {part: shape.step_flops(num_classes, part) for part in TRAINED}
-    n = run.budgets[-1]
+    """What a fine-tuning costs, before it is made: parameters and FLOPs against training all of it."""
+    shape, part, n = run.shape, run.trained, run.budgets[-1]
+    params, flops = shape.trained_params(num_classes, part), shape.step_flops(num_classes, part)
     return {
         "base": base.name,
-        "trained": run.trained,
+        "trained": part,
         "from": {"image_size": base.shape.image_size, "patch_size": base.shape.patch_size},
         "to": {"image_size": shape.image_size, "patch_size": shape.patch_size},
         "shape": shape.label,
         "peak_lr": run.recipe.peak_lr,
         "num_examples": n,
-        "trained_params": params[run.trained],
-        "share_of_params": params[run.trained] / params["full"],
-        "step_flops": flops[run.trained],
-        "share_of_step": flops[run.trained] / flops["full"],
+        "trained_params": params,
+        "share_of_params": params / shape.trained_params(num_classes, "full"),
+        "step_flops": flops,
+        "share_of_step": flops / shape.step_flops(num_classes, "full"),
         "train_flops": run.train_flops(n, num_classes),
         "base_train_flops": base.train_flops,
     }
 
 
-def summary_text(said: dict) -> str:
-    """One or two lines of `summary`."""
-    sizes = [f"{said[at]['image_size']} px by {said[at]['patch_size']}" for at in ("from", "to")]
-    of_base = (
-        f", {said['train_flops'] / said['base_train_flops']:.0%} of those of its base"
-        if said["base_train_flops"]
-        else ""
-    )
-    return (
-        f"{said['base']} ({said['shape']}), {sizes[0]} -> {sizes[1]}: {said['trained']},"
-        f" {said['trained_params']:,} parameters, {said['share_of_params']:.0%} of all;"
-        f" a step computes {said['share_of_step']:.0%} of a full one\n"
-        f"{said['num_examples']:,} images at a peak rate of {said['peak_lr']:g}: {said['train_flops']:.2e} FLOPs{of_base}"
-    )
-
-
 def result_text(result: dict) -> str:
-    """What `fine_tune` brought, for a person."""
-    lines = [summary_text(result["cost"])]
+    """What `fine_tune` costs and brought, for a person."""
+    cost, base_flops = result["cost"], result["cost"]["base_train_flops"]
+    sizes = " -> ".join("{image_size} px by {patch_size}".format_map(cost[at]) for at in ("from", "to"))
+    of_base = f", {cost['train_flops'] / base_flops:.0%} of those of its base" if base_flops else ""
+    lines = [
+        f"{cost['base']} ({cost['shape']}), {sizes}: {cost['trained']}, {cost['trained_params']:,} parameters,"
+        f" {cost['share_of_params']:.0%} of all; a step computes {cost['share_of_step']:.0%} of a full one",
+        f"{cost['num_examples']:,} images at a peak rate of {cost['peak_lr']:g}: {cost['train_flops']:.2e} FLOPs{of_base}",
+    ]
+    metrics = "loss {val_loss:.4f}, error {val_error:.1%}"
     if result["before"]:
-        lines.append("before    loss {val_loss:.4f}, error {val_error:.1%}".format_map(result["before"]))
+        lines.append(f"before    {metrics}".format_map(result["before"]))
     for row in result["rows"]:
-        found = "loss {val_loss:.4f}, error {val_error:.1%}".format_map(row) if row["status"] == "ok" else row["status"]
+        found = metrics.format_map(row) if row["status"] == "ok" else row["status"]
         stored = f"; {row['stored_bytes']:,} bytes beside its base" if row.get("stored_bytes") else ""
         lines.append(f"{row['run_id']}    {found} after {row['num_examples']:,} images{stored}")
     if any(row["status"] == "ok" for row in result["rows"]):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,13 @@ def profile(
     *,
     trained: Sequence[str] = (),
     out: Path | None = None,
-    again: bool = False,
     on_progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> list[dict]:
     """Measure shapes, or training `trained` parts of them, at each batch size into the ledger `out`.
 
-    What the ledger holds is not measured again (again: it is dropped first). settings: fields of `Settings`, of parts with
-    batches of 2 and 5 repeats unless said otherwise. Returns the rows that were asked for. Raises UserError for an unknown
-    part, and as `Settings` does.
+    What the ledger holds is not measured again. settings: fields of `Settings`, of parts with batches of 2 and 5 repeats
+    unless said otherwise. Returns the rows that were asked for. Raises UserError for an unknown part, and as `Settings`.
     """
     if unknown := [part for part in trained if part not in TRAINED]:
         raise UserError(f"trained={unknown[0]!r} is unknown; choose of {', '.join(TRAINED)}")
@@ -61,12 +59,12 @@ def profile(
     batches = sorted(set(under.batch_sizes))
     asked = dict.fromkeys(Job(s, b, part) for s in shapes for b in batches for part in trained or [""])
     jobs = {under.profile_id(job): job for job in asked}
-    rows = _known_rows(out, jobs, again)
+    rows = _known_rows(out, jobs)
     for i, (name, job) in enumerate(jobs.items(), 1):
         if name not in rows:
             on_progress(f"memory {i}/{len(jobs)}: {job}")
             rows[name] = _new_row(name, job, under) | unless_out_of_memory(partial(_memory, job, under))
-            _save_rows(out, {name: rows[name]})
+            _save_row(out, rows[name])
     turns = [
         (repeat, name)
         for repeat in range(under.repeats)
@@ -77,7 +75,7 @@ def profile(
         on_progress(f"repeat {repeat + 1}/{under.repeats}: {jobs[name]}{about}")
         if rows[name]["status"] == "ok":
             rows[name] |= unless_out_of_memory(partial(_turn, rows[name], jobs[name], under))
-            _save_rows(out, {name: rows[name]})
+            _save_row(out, rows[name])
     return [rows[name] for name in jobs]
 
 
@@ -189,20 +187,14 @@ def _times_left(count: int) -> Iterator[str]:
         yield f", about {left:.0f} s left" if taken else ""
 
 
-def _known_rows(out: Path, names: Iterable[str], again: bool) -> dict[str, dict]:
-    """The rows of a profile ledger under these ids; again: none, and the ledger loses them."""
-    names = set(names)
-    if again:
-        _save_rows(out, {}, drop=names)
+def _known_rows(out: Path, names: Collection[str]) -> dict[str, dict]:
+    """The rows of a profile ledger under these ids."""
     found = read_profiles(out) if out.exists() and out.stat().st_size else []
     return {row["profile_id"]: row for row in found if row["profile_id"] in names}
 
 
-def _save_rows(out: Path, rows: dict[str, dict], drop: Collection[str] = ()) -> None:
-    """Put rows into a profile ledger in place of those with their ids."""
-
-    def change(old: list[dict]) -> list[dict]:
-        kept = {row["profile_id"]: row for row in old if row["profile_id"] not in drop}
-        return list((kept | rows).values())
-
-    rewrite_rows(out, read_profiles, change)
+def _save_row(out: Path, row: dict) -> None:
+    """Put a row into a profile ledger in place of the one with its id."""
+    rewrite_rows(
+        out, read_profiles, lambda old: [*({r["profile_id"]: r for r in old} | {row["profile_id"]: row}).values()]
+    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sovit import UserError
 from sovit.law.fitted_law import read_law
@@ -19,57 +19,34 @@ MIB = 2**20
 
 
 def shapes_for(
-    names: Sequence[str] = (),
-    grid: Sequence[str] = (),
-    law: Path | None = None,
-    train_flops: float | None = None,
-    **fields,
+    names: Sequence[str] = (), law: Path | None = None, train_flops: float | None = None, **fields: Any
 ) -> tuple[list[Shape], int | None]:
     """The shapes that a command line asks for, and the classes of the law's task head (None without a law).
 
     names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
-    patch_size, image_size, pool). grid: `width=16,32 depth=1,2 mlp_dim=64`, all combinations. train_flops: with a law, its
-    best shape for that budget and ViT-B's proportions at it, too. Raises UserError.
+    patch_size, image_size, pool). train_flops: with a law, its best shape for that budget and ViT-B's proportions at it,
+    too. Raises UserError.
     """
-    fields = {name: value for name, value in fields.items() if value is not None}
-    known: dict = {}
-    num_classes = None
-    shapes = []
+    shapes, geometry = [], Geometry()
     if law is not None:
         fit = read_law(law)
-        geometry = fit.geometry or Geometry()
-        known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
-        known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
-        num_classes = geometry.num_classes
+        geometry = fit.geometry or geometry
         if train_flops is not None:
             best = best_shape(fit, train_flops)
             shapes += [best.shape, best.proportional.shape]
     elif train_flops is not None:
         raise UserError(f"train_flops={train_flops:g} is a budget for a law; name one")
+    known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
+    known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
     for name in names:
         if re.fullmatch(r"\d+(x\d+){2,3}", name):
             own = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
             shapes.append(Shape(**known | fields | own))
         else:
             shapes.append(named_shape(name, **fields))
-    shapes += [Shape(**known | fields | point) for point in _grid(grid)]
     if not shapes:
-        raise UserError("no shape to profile; name some, such as B/16 or 32x2x256, a grid, or a law with a budget")
-    return list(dict.fromkeys(shapes)), num_classes
-
-
-def _grid(parts: Sequence[str]) -> list[dict[str, int]]:
-    """All combinations of `width=16,32 depth=1 mlp_dim=64`."""
-    values: dict[str, list[int]] = {}
-    for part in parts:
-        name, _, numbers = part.partition("=")
-        if name not in ("width", "depth", "mlp_dim") or not re.fullmatch(r"\d+(,\d+)*", numbers):
-            raise UserError(f"grid {part} is not NAME=N,N,... with width, depth or mlp_dim; write width=16,32")
-        values[name] = [int(number) for number in numbers.split(",")]
-    missing = [name for name in ("width", "depth", "mlp_dim") if name not in values]
-    if parts and missing:
-        raise UserError(f"grid lacks {missing[0]}; write {missing[0]}=N,N,...")
-    return [dict(zip(values, point)) for point in itertools.product(*values.values())] if parts else []
+        raise UserError("no shape to profile; name some, such as B/16 or 32x2x256, or a law with a budget")
+    return list(dict.fromkeys(shapes)), geometry.num_classes
 
 
 def profile_text(rows: Sequence[dict]) -> str:

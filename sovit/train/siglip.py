@@ -1,4 +1,4 @@
-"""Contrastive eyes: an encoder that learns to tell which of a batch's captions is an image's own.
+"""The contrastive objective: an encoder learns to tell which of a batch's captions is an image's own.
 
 The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343, algorithm 1): with L2-normalised embeddings x_i of the images
 and y_j of the captions, z_ij = 1 where i = j and -1 elsewhere, and learned t' and b,
@@ -17,7 +17,6 @@ import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +25,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sovit import UserError
-from sovit.data import Source, open_data
-from sovit.data.captions import Captions, open_captions
+from sovit.data import Source
+from sovit.data.captions import Captions
 from sovit.encoder.model import build
-from sovit.encoder.trained import load_branch
-from sovit.encoder.weights import load_weights
 from sovit.spec.run import Recipe
 from sovit.spec.shape import Shape
 from sovit.spec.siglip_costs import DEPTH, EMBED_DIM, HEAD_DIM, MLP_DIM, WIDTH, text_params
@@ -150,17 +146,15 @@ def zero_line(batch_size: int) -> float:
 def validate_pairs(model: Any, source: Source, captions: Captions) -> dict[str, float | None]:
     """The metrics of a row: val_loss, val_error and val_zero_shot_error.
 
-    val_loss and val_error are of batches of VAL_BATCH consecutive validation images (what is left over at the end is left
-    out). val_error: the share of images to which another caption of their batch, in other words, is more similar than
-    their own; a guess is wrong in 1 - 1 / VAL_BATCH. val_zero_shot_error/<attribute>: of all validation images, the share
-    to which a prompt is the most similar that is not true of them; without the attribute, the mean over attributes.
-    `row_columns` has what a guess gives.
+    val_loss and val_error are of batches of VAL_BATCH consecutive validation images (the rest at the end is left out).
+    val_error: the share of images to which another caption of their batch, in other words, is more similar than their own.
+    val_zero_shot_error/<attribute>: of all validation images, the share to which a prompt is the most similar that is not
+    true of them; without the attribute, the mean over attributes. `row_columns` has what a guess gives.
     """
     model.eval()
     batch = val_batch(source)
     whole = source.num_val - source.num_val % batch
-    embedded, rows = [], VAL_ROWS
-    start = 0
+    embedded, rows, start = [], VAL_ROWS, 0
     while start < source.num_val:
         part, rows = within_memory(partial(_embedded, model, source, start), rows)
         embedded.append(part)
@@ -218,21 +212,3 @@ def row_columns(source: Source, captions: Captions) -> dict:
         found[f"zero_shot_chance/{name}"] = 1 - share.mean().item()
         found[f"zero_shot_majority/{name}"] = 1 - share.max().item()
     return found
-
-
-def open_text_tower(run_id: str, runs_dir: Path | str = "runs") -> tuple[Any, Captions]:
-    """The encoder of a trained branch with its text tower (module `text`), in eval mode, and the captions it reads.
-
-    `embed_images` and `embed_words` of them give what zero-shot compares. Raises UserError for a branch that is not there
-    or was not trained with captions.
-    """
-    model, run = load_branch(run_id, runs_dir)
-    if run.recipe.objective != "siglip":
-        raise UserError(f"{run_id} was trained by {run.recipe.objective} and has no text tower; name a siglip run")
-    shape = run.shape
-    source = open_data(run.data, run.preset, shape.image_size, shape.patch_size, run.data_seed)
-    captions = open_captions(run.data, source)
-    model.text = new_text_tower(captions, run.init_seed)
-    weights, _ = load_weights(Path(runs_dir) / run.trunk_id / f"{run_id}.safetensors")
-    model.load_state_dict(weights)
-    return model.eval(), captions

@@ -30,8 +30,6 @@ from sovit.vlm.questions.questions import open_questions
 LARGE = (
     10_000_000  # parameters of a language model above which one image is tried, not a batch, and one encoder for all
 )
-
-
 SHORT = 2.0  # seconds
 
 
@@ -50,24 +48,16 @@ class Trials:
         words = self.words[run.language_model]
         large = sum(p.numel() for p in words.model.parameters()) > LARGE
         model = VisionLanguageModel(self._encoder(run), words, ModelOptions.of(run)).to(self.device)
+        num_images = 1 if large else run.batch_size
         shape = (model.encoder.width, model.encoder.depth) if model.encoder and not large else ()
-        asked = (
-            run.language_model,
-            run.data,
-            run.preset,
-            run.image_size,
-            run.families,
-            run.template,
-            run.layout,
-            run.max_length,
-        )
-        key = (*asked, model.num_image_tokens, *shape, 1 if large else run.batch_size, run.precision)
+        asked = (run.data, run.preset, run.image_size, run.families, run.template, run.layout, run.max_length)
+        key = (run.language_model, *asked, model.num_image_tokens, *shape, num_images, run.precision)
         found = []
         for stage in run.stages:
-            modes = tuple(stage.parts[part].mode for part in PARTS)
-            if (*key, modes) not in self.known:
-                self.known[*key, modes] = try_step(model, run, stage, 1 if large else run.batch_size, self.device)
-            found.append(self.known[*key, modes])
+            step = (*key, *(stage.parts[part].mode for part in PARTS))
+            if step not in self.known:
+                self.known[step] = try_step(model, run, stage, num_images, self.device)
+            found.append(self.known[step])
         return found
 
     def _encoder(self, run: VlmRun) -> Encoder | int:

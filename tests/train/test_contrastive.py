@@ -14,7 +14,8 @@ from sovit.data.captions import open_captions
 from sovit.encoder.export import export_encoder
 from sovit.encoder.model import build, parameter_groups
 from sovit.encoder.open import load_encoder
-from sovit.encoder.trained import load_branch, open_base
+from sovit.encoder.trained import open_base
+from sovit.encoder.weights import load_weights
 from sovit.ledger.ledger import update_ledger
 from sovit.ledger.measurements import measurements
 from sovit.spec.run import Recipe, Run, budgets_for
@@ -28,7 +29,6 @@ from sovit.train.siglip import (
     build_pair,
     embed_images,
     embed_words,
-    open_text_tower,
     pair_loss,
     sigmoid_loss,
     validate_pairs,
@@ -313,7 +313,10 @@ def test_a_killed_run_resumes_to_the_same_bits(trained, tmp_path):
 
 def test_the_stored_branch_gives_its_metrics_back_and_its_encoder_alone(trained, tmp_path):
     runs_dir, rows = trained
-    model, captions = open_text_tower(RUN.run_id(LONG), runs_dir)
+    model, _, captions = pair()
+    weights, _ = load_weights(runs_dir / RUN.trunk_id / f"{RUN.run_id(LONG)}.safetensors")
+    model.load_state_dict(weights)
+    model.eval()
     found = validate_pairs(model, open_data("stream", "cpu", 16, 4, 0), captions)
     assert found == {k: rows[1][k] for k in found}
     encoder = load_encoder(RUN.run_id(LONG), runs_dir)
@@ -382,14 +385,6 @@ def test_what_cannot_be_trained_is_said_in_a_line(tmp_path, capsys, recipe, fiel
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_classifier_has_no_text_tower(tmp_path):
-    run = Run(SHAPE, Recipe(0.004), (160,))
-    train(run, tmp_path)
-    with pytest.raises(UserError, match="was trained by classification and has no text tower; name a siglip run"):
-        open_text_tower(run.run_id(160), tmp_path)
-    assert load_branch(run.run_id(160), tmp_path)[0].num_classes == 16
 
 
 def test_captions_fit_any_pooling(tmp_path):
