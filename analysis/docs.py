@@ -21,7 +21,7 @@ from analysis.finetune_cost.tables import table as savings_table
 from analysis.flexivit.tables import sizes_table
 from analysis.published.flops import table as flops_table
 from analysis.published.shapes import table as shapes_table
-from analysis.resolution.report import schedule_table, scratch_table, short_table
+from analysis.resolution.tables import schedule_table, scratch_table, short_table
 from analysis.vlm_encoders.tables import short_text
 from sovit.law.diagnostics import SIGNIFICANT
 from sovit.law.forms import LAWS

@@ -31,20 +31,20 @@ COLUMNS = {  # heading -> cost
 
 
 def summary(rows: Sequence[dict]) -> dict:
-    """The savings of each shape and batch under its name, and those claimed."""
+    """Sum up the savings of each shape and batch under its name, and those claimed."""
     groups = [dict(group, name=name_of(Shape(**group["shape"]))) for group in savings(rows)]
     return {"claimed": PAPER, "groups": groups}
 
 
 def name_of(shape: Shape) -> str:
-    """S/16@384 where the shape is a named one, else its dimensions."""
+    """Name a shape: S/16@384 where it is a named one, else its dimensions."""
     named = {dimensions[:3]: name for name, dimensions in VARIANTS.items()}
     name = named.get((shape.width, shape.depth, shape.mlp_dim), shape.label)
     return f"{name}/{shape.patch_size}@{shape.image_size}"
 
 
 def table(found: dict) -> str:
-    """Attention's ratios as a Markdown table, the claim in its first row; shapes without are left out."""
+    """Write attention's ratios as a Markdown table, the claim in its first row; shapes without are left out."""
     lines = [f"| attention ÷ full | batch | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
     claimed = [f"{1 - PAPER[cost]:.2f}" if cost in PAPER else "" for cost in COLUMNS.values()]
     lines.append(f"| *claimed* | | {' | '.join(claimed)} |")

@@ -29,7 +29,7 @@ WAYS = {
 
 
 def images_of_single(way: str, flexi: Curve, singles: dict[int, Curve], size: int) -> float:
-    """Images that the trunk of one size sees for each FLOP of the Flexi trunk.
+    """Count the images that the trunk of one size sees for each FLOP of the Flexi trunk.
 
     `all`: the FLOPs are shared among the trunks of all sizes so that each sees as many images.
     """
@@ -43,7 +43,10 @@ def images_of_single(way: str, flexi: Curve, singles: dict[int, Curve], size: in
 def compare_sizes(
     flexi: dict[tuple, Curve], singles: dict[tuple, dict[int, Curve]], size: int, way: str, metric: str
 ) -> list[dict]:
-    """Points {x, images, seeds, d, flexi, single, **paired} at Flexi FLOPs x, rising, within both; [] without overlap."""
+    """Compare trunks at one patch size and Flexi FLOPs x, within what both have run.
+
+    Returns points {x, images, seeds, d, flexi, single, **paired}, x rising; [] where they do not overlap.
+    """
     seeds = [seed for seed in sorted(flexi) if size in singles.get(seed, ())]
     rate = {seed: images_of_single(way, flexi[seed], singles[seed], size) for seed in seeds}
     name = f"{metric}@p{size}"
@@ -60,7 +63,7 @@ def compare_sizes(
 
 
 def summarise_sizes(paths: Sequence[Path | str]) -> dict:
-    """Every shape's Flexi trunks against its trunks of one size. Raises UserError where there is no such pair."""
+    """Compare every shape's Flexi trunks with its trunks of one size. Raises UserError where there is no such pair."""
     study = read_study(paths, several_sizes=True)
     found = [_entry(*group) for group in _groups(study).values() if all(group)]
     if not any(entry["comparisons"] for entry in found):
@@ -100,7 +103,7 @@ def _entry(flexi: dict, singles: dict) -> dict:
 
 
 def sizes_table(found: dict, metric: str = "val_loss") -> str:
-    """At each patch size, at the largest common budget of each way: the Flexi trunk against single ones, as markdown."""
+    """Tabulate the Flexi trunk against single ones at each patch size, at the largest common budget of each way."""
     at = {
         (entry["shape"], entry["image_size"], c["patch_size"], c["way"]): c["points"][-1]
         for entry in found["shapes"]
@@ -111,7 +114,7 @@ def sizes_table(found: dict, metric: str = "val_loss") -> str:
 
 
 def sizes_text(found: dict) -> str:
-    """The report: the tables of loss and error, as markdown."""
+    """Write the report: the answer, and the tables of loss and error, as Markdown."""
     tables = {"loss": sizes_table(found), "error": sizes_table(found, "val_error")}
     return markdown(REPORT, found=found, tables=tables, ways=WAYS)
 

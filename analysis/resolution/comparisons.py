@@ -31,7 +31,7 @@ RULE = (
 
 
 def cells(study: Study) -> list[dict]:
-    """Each arm and budget: costs, and mean, s.d. (None for one seed) and n of loss and error over seeds."""
+    """Sum up each arm and budget: costs, and mean, s.d. (None for one seed) and n of loss and error over seeds."""
     out = []
     for arm, curves in study.arms().items():
         for examples in sorted({n for curve in curves.values() for n in curve.examples}):
@@ -49,7 +49,7 @@ def cells(study: Study) -> list[dict]:
 
 
 def seed_noise(study: Study, metric: str = "val_loss") -> dict:
-    """S.d. of ln metric between seeds of one arm and budget, pooled; n: degrees of freedom, by trunks."""
+    """Pool the s.d. of ln metric between seeds of one arm and budget; n: degrees of freedom, by trunks."""
     arms = list(study.arms().values())
     rows = [
         ((a, examples), math.log(value))
@@ -63,7 +63,7 @@ def seed_noise(study: Study, metric: str = "val_loss") -> dict:
 
 
 def pooled_sd(groups: Sequence, values: np.ndarray) -> float | None:
-    """S.d. of the values [n] within groups (a key each), pooled; None where no group has two."""
+    """Pool the s.d. of the values [n] within groups (a key each); None where no group has two."""
     place = {key: i for i, key in enumerate(dict.fromkeys(groups))}
     index = np.array([place[key] for key in groups], int)
     means = np.bincount(index, values) / np.bincount(index) if len(index) else values
@@ -72,7 +72,7 @@ def pooled_sd(groups: Sequence, values: np.ndarray) -> float | None:
 
 
 def storage(study: Study) -> list[dict]:
-    """Bytes of the file that one more resolution costs, by what was trained, and its share of full fine-tuning's."""
+    """Count the bytes of a file for one more resolution, by what was trained, and their share of full fine-tuning's."""
     found: dict[Shape, dict] = {}
     for curve in study.curves:
         if curve.arm.mode != SCRATCH and np.isfinite(curve.stored_bytes[-1]):
@@ -86,9 +86,9 @@ def storage(study: Study) -> list[dict]:
 
 
 def compare(ours: dict, theirs: dict, axis: str, metric: str = "val_loss") -> list[dict]:
-    """Two arms (seed -> Curve) at equal `axis`: {x, seeds, d [S], ours, theirs (geometric means), **paired}, x rising.
+    """Compare two arms (seed -> Curve) at equal `axis`: both ends of what all their trunks have run, our branches between.
 
-    At both ends of what all trunks of both arms have run, and at our branches between. [] where they do not overlap.
+    Returns points {x, seeds, d [S], ours, theirs (geometric means), **paired}, x rising; [] where they do not overlap.
     """
     seeds = sorted(set(ours) & set(theirs))
     both = [side[seed] for side in (ours, theirs) for seed in seeds]
@@ -109,7 +109,7 @@ def compare(ours: dict, theirs: dict, axis: str, metric: str = "val_loss") -> li
 
 
 def comparisons(study: Study, metric: str = "val_loss") -> list[dict]:
-    """Every comparison of COMPARED that the arms allow: what the arms share, ours, theirs, axis, points of `compare`."""
+    """Make every comparison of COMPARED that the arms allow: what they share, ours, theirs, axis, points of `compare`."""
     arms, out = study.arms(), []
     bases = {arm.shape: arm.base for arm in arms if arm.base}
     for arm, curves in arms.items():
@@ -127,7 +127,7 @@ def comparisons(study: Study, metric: str = "val_loss") -> list[dict]:
 
 
 def pool(found: list[dict], by: Sequence[str] = ()) -> list[dict]:
-    """Comparisons of one kind together, at the largest common budget of each: seeds are what is counted.
+    """Pool comparisons of one kind, at the largest common budget of each: seeds are what is counted.
 
     d of a seed is its mean over the comparisons (shapes, resolutions, bases), so that n is the number of seeds. Those that
     lack a seed of the others are left out and counted in `without`. by: further names to tell apart, such as image_size.

@@ -77,7 +77,7 @@ class Curve:
         return float(self.own_flops[-1] / self.examples[-1])
 
     def at(self, axis: str, x: float, metric: str) -> float:
-        """The metric at x, by the line in logarithms between the two branches around it; UserError outside of them."""
+        """Read the metric at x off the line in logarithms between the two branches around it; UserError outside of them."""
         known = getattr(self, axis)
         if not known[0] * (1 - 1e-9) <= x <= known[-1] * (1 + 1e-9):
             raise UserError(
@@ -106,7 +106,7 @@ class Study:
 
 
 def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Study:
-    """The trunks of the ledgers. Rows that are excluded or not ok are left out with their reason.
+    """Read the trunks of the ledgers. Rows that are excluded or not ok are left out with their reason.
 
     several_sizes: keep the trunks whose patch size is drawn by batch, as arms of the mode FLEXI. Raises UserError for
     a malformed ledger or row, two trunks of one arm and seed, rows of different data, no row left.

@@ -29,7 +29,7 @@ STYLES = {"attention": "-", "full": DASHED}
 
 
 def transfer_figures(found: dict) -> dict[str, Figure]:
-    """Name -> figure, of what `analysis.resolution.report.summarise` found; the split where there is a law."""
+    """Name -> figure, of what `analysis.resolution.tables.summarise` found; the split where there is a law."""
     out = {"loss_by_total_flops": by_total_flops(found)}
     return out | ({"split": split(found)} if found["laws"] else {})
 

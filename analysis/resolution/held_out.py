@@ -16,7 +16,7 @@ AS_GOOD = 1.05  # a simpler form whose RMSE is within 5 % of the best one's is a
 
 
 def held_out(cell: Cell) -> list[tuple[str, np.ndarray]]:
-    """(what was held out, rows): the longest fine-tuning of each trunk; the longest pre-training; the longest of both.
+    """Hold out, as (what, rows), the longest fine-tuning of each trunk; the longest pre-training; the longest of both.
 
     Where some leave three pairs of n0 and n1, what all but the richest forms need, those that leave fewer are not judged by.
     """
@@ -37,7 +37,7 @@ def held_out(cell: Cell) -> list[tuple[str, np.ndarray]]:
 
 
 def score(cells: Sequence[Cell], mode: str, kinds: Sequence[str] = tuple(KINDS)) -> dict:
-    """Error of each kind in one mode on held-out rows, and of the nearest run; chosen: the best, or a simpler one as good.
+    """Score each kind in one mode on held-out rows, and the nearest run; choose the best, or a simpler one as good.
 
     Returns {kinds: {name: {rmse, bias, n, splits: {name: rmse}}}, chosen}. A kind that some part of the rows cannot
     determine is not judged. Raises UserError where none can be.

@@ -161,7 +161,7 @@ class TransferFit:
     draws: np.ndarray | None
 
     def loss(self, n0, n1, mode: str, theta: np.ndarray | None = None) -> np.ndarray:
-        """Predicted loss [R, ...] at images n0 and n1 (broadcast); mode "scratch" reads n1 alone."""
+        """Predict the loss [R, ...] at images n0 and n1 (broadcast); mode "scratch" reads n1 alone."""
         place = -1 if mode == SCRATCH else self.cell.modes.index(mode)
         n0, n1 = np.broadcast_arrays(np.asarray(n0, float), np.asarray(n1, float))
         theta = self.solved.theta[None] if theta is None else theta
@@ -169,7 +169,7 @@ class TransferFit:
         return np.exp(self.form.value(theta, u)).reshape(len(theta), *n1.shape)
 
     def interval(self, draws: np.ndarray, floor: float | None = None) -> tuple[float, float]:
-        """The 90 % interval of what was computed from the draws, [R]."""
+        """Return the 90 % interval of what was computed from the draws, [R]."""
         return interval(draws, stretch(self.solved.dof), floor)
 
 
@@ -200,7 +200,7 @@ def fit_cell(cell: Cell, kinds: str | Mapping[str, str], bootstrap: int = 0, see
 
 
 def misfit(fit: TransferFit) -> dict:
-    """Residuals against the noise between seeds, F test of their variances by trunks on both sides."""
+    """Test residuals against the noise between seeds: F test of their variances by trunks on both sides."""
     cell, log_y = fit.cell, np.log(fit.cell.y)
     residual = fit.form.value(fit.solved.theta[None], cell.u(cell.n0, cell.n1, cell.mode))[0] - log_y
     rms = math.sqrt(float(residual @ residual) / max(len(log_y) - len(fit.form.names), 1))

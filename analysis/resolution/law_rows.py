@@ -39,7 +39,7 @@ class Cell:
         return float(np.log(self.n1[tuned]).mean()), float(np.log(self.n0[tuned]).mean())
 
     def u(self, n0, n1, mode) -> np.ndarray:
-        """What the form reads of rows: ln n1 and ln n0 centred, and the mode, [3, n]."""
+        """Return what the form reads of rows: ln n1 and ln n0 centred, and the mode, [3, n]."""
         x1, v0 = self.centre
         n0 = np.where(np.asarray(mode) < 0, math.exp(v0), np.asarray(n0, float))
         return np.stack(np.broadcast_arrays(np.log(n1) - x1, np.log(n0) - v0, np.asarray(mode, float)))
@@ -50,18 +50,18 @@ class Cell:
         return dataclasses.replace(self, trunk=trunk, **{name: getattr(self, name)[keep] for name in names})
 
     def only(self, mode: str) -> Cell:
-        """The rows from scratch and those of one mode."""
+        """Keep the rows from scratch and those of one mode."""
         kept = self.take((self.mode < 0) | (self.mode == self.modes.index(mode)))
         return dataclasses.replace(kept, modes=(mode,), mode=np.where(kept.mode < 0, -1, 0))
 
     def of(self, mode: str) -> tuple[float, float, np.ndarray, np.ndarray]:
-        """FLOPs an image of the base and of this mode, and the n0 and n1 that were run in it."""
+        """Return the FLOPs an image of the base and of this mode, and the n0 and n1 that were run in it."""
         mine = self.mode == self.modes.index(mode)
         return self.flops_per_image["base"], self.flops_per_image[mode], self.n0[mine], self.n1[mine]
 
 
 def cells_of(study: Study, metric: str = "val_loss") -> tuple[list[Cell], list[str]]:
-    """What a law can be fitted to, and a line for each target that it cannot."""
+    """Gather what a law can be fitted to, and a line for each target that it cannot."""
     out, notes = [], []
     for target in study.targets():
         scratch = [c for c in study.curves if c.arm.shape == target and c.arm.mode == SCRATCH]

@@ -22,20 +22,20 @@ LEVEL = 0.03  # as far as whole batches miss a budget
 
 
 def budgets(cell: Cell) -> list[float]:
-    """Budgets to split: those run from scratch that a fine-tuning inside the data can cost, and 3/4 of the most of these."""
+    """List budgets to split: those run from scratch that a fine-tuning can cost, and 3/4 of the largest that one did."""
     low, high = (end(ends) for end, ends in zip((min, max), zip(*(span(cell, mode) for mode in cell.modes))))
     every = {float(n) * cell.flops_per_image[SCRATCH] for n in cell.n1[cell.mode < 0]}
     return sorted({*(c for c in every if low <= c <= high), 0.75 * high})
 
 
 def span(cell: Cell, mode: str) -> tuple[float, float]:
-    """Least and largest total FLOPs of the n0 and n1 that were run in a mode."""
+    """Return the least and largest total FLOPs of the n0 and n1 that were run in a mode."""
     f0, f1, n0, n1 = cell.of(mode)
     return f0 * n0.min() + f1 * n1.min(), f0 * n0.max() + f1 * n1.max()
 
 
 def window(cell: Cell, mode: str, train_flops: float) -> tuple[float, float] | None:
-    """Shares of the budget whose n0 and n1 both lie within what was run; None where there are none."""
+    """Return the shares of the budget whose n0 and n1 both lie within what was run; None where there are none."""
     f0, f1, n0, n1 = cell.of(mode)
     low = max(f0 * n0.min(), train_flops - f1 * n1.max()) / train_flops
     high = min(f0 * n0.max(), train_flops - f1 * n1.min()) / train_flops
@@ -43,7 +43,7 @@ def window(cell: Cell, mode: str, train_flops: float) -> tuple[float, float] | N
 
 
 def best_split(fit: TransferFit, mode: str, train_flops: float, noise_sd: float | None) -> dict:
-    """The best share of pre-training, with its interval, its loss, the flat region and what to be warned of.
+    """Find the best share of pre-training, with its interval, its loss, the flat region and what to be warned of.
 
     flat: shares whose loss lies within one noise s.d. of the best. status: `edge` where the best is the end of what was
     run, `ok` otherwise; `beyond` is then what the law would have without that end, which no run supports. Ends of
@@ -92,13 +92,13 @@ def best_split(fit: TransferFit, mode: str, train_flops: float, noise_sd: float 
 
 
 def splits(fit: TransferFit, train_flops: float, noise_sd: float | None) -> dict:
-    """The best split of every mode that was run for a budget; UserError where none was."""
+    """Find the best split of every mode that was run for a budget; UserError where none was."""
     able = [mode for mode in fit.cell.modes if window(fit.cell, mode, train_flops)]
     return {mode: best_split(fit, mode, train_flops, noise_sd) for mode in able or fit.cell.modes[:1]}
 
 
 def valley(fit: TransferFit, mode: str, train_flops: float, num: int = 60) -> dict:
-    """Predicted loss along every split, for a figure: share, loss, low and high [num] (None without draws).
+    """Predict the loss along every split, for a figure: share, loss, low and high [num] (None without draws).
 
     inside: the shares whose n0 and n1 were both run, None where there are none.
     """

@@ -185,12 +185,12 @@ def _verdict(order: list[str], table: dict, pairs: dict) -> dict:
 
 
 def short_text(found: dict) -> str:
-    """What was asked of whom, a line an arm, and the verdict; as markdown."""
+    """Write what was asked of whom, a line an arm, and the verdict; as markdown."""
     return REPORT.module.short_text(found, CLASSIFICATION).strip() + "\n"
 
 
 def report_text(found: dict) -> str:
-    """The verdict, the arms, each pair of them, and the loss on each family; as markdown."""
+    """Write the verdict, the arms, each pair of them, and the loss on each family; as markdown."""
     return markdown(REPORT, found=found, classification=CLASSIFICATION)
 
 

@@ -119,7 +119,7 @@ def _costs(row: dict, full: dict) -> dict:
 
 
 def savings_text(found: Sequence[dict]) -> str:
-    """The costs of each part and, in parentheses, their ratios to those of "full"."""
+    """Write the costs of each part and, in parentheses, their ratios to those of "full"."""
     lines = []
     for group in found:
         rows = [[part, *(_cell(costs, *unit) for unit in UNITS.values())] for part, costs in group["parts"].items()]

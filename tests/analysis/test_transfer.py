@@ -16,8 +16,8 @@ from analysis.resolution.curves import Arm, Curve, read_study
 from analysis.resolution.held_out import held_out, score
 from analysis.resolution.law import KINDS, TransferForm, fit_cell, misfit
 from analysis.resolution.law_rows import cells_of
-from analysis.resolution.report import report_text, summarise
 from analysis.resolution.schedule import best_split, budgets, span, splits, valley, window
+from analysis.resolution.tables import report_text, summarise
 from sovit import UserError
 from sovit.predict.paired_test import paired
 
