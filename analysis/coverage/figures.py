@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from sovit.report.figures.style import GREY, INK, OKABE_ITO, PAGE, PALE, legend_row, panels, styled
+from sovit.report.figures.style import GREY, INK, OKABE_ITO, PALE, finish, grid, mark, styled
 
 INTERVALS = {"random_effects": "headline (RE-t)", "pairs": "pairs of trunks"}
 QUANTITIES = {"exponent": "growth exponents", "shape_10x": "best shape at 10×", "shape_100x": "best shape at 100×"}
@@ -26,19 +25,7 @@ def coverage(lines: Sequence[dict]) -> Figure:
     num_right = sum(line["right"] for line in ordered)
     place = -np.arange(len(ordered), dtype=float)
     place[num_right:] -= 1.2
-    height = 0.95 + 0.2 * (len(ordered) + 1.2)
-    figure, axes = panels(
-        1,
-        3,
-        PAGE,
-        height,
-        sharey=True,
-        left=0.355,
-        right=0.985,
-        bottom=0.42 / height,
-        top=1 - 0.52 / height,
-        wspace=0.13,
-    )
+    figure, ((*axes,),) = grid(1, 3, 0.95 + 0.2 * (len(ordered) + 1.2), sharey=True)
     for axis, (quantity, title) in zip(axes, QUANTITIES.items()):
         axis.axvspan(*BAND, color=PALE, alpha=0.55, lw=0, zorder=0)
         axis.axvline(lines[0]["level"] if lines else 0.9, color=GREY, lw=0.8, zorder=1)
@@ -70,12 +57,11 @@ def coverage(lines: Sequence[dict]) -> Figure:
             va="center", fontsize=7, fontstyle="italic", color=INK,
         )  # fmt: skip
     handles = [
-        Line2D([], [], marker=MARKERS[i], ls="", ms=4, color=OKABE_ITO[i], label=text)
+        mark(text, marker=MARKERS[i], ms=4, color=OKABE_ITO[i])
         for i, (kind, text) in enumerate(INTERVALS.items())
         if any(kind in line["coverage"] for line in lines)
     ]
-    legend_row(figure, handles, 0.35)
-    return figure
+    return finish(figure, handles)
 
 
 def label(line: dict) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sovit.report.figures.style import GREY, OKABE_ITO, PAGE, legend_row, panels, styled
+from sovit.report.figures.style import GREY, OKABE_ITO, finish, grid, styled
 
 # what is drawn: colour, dashes of the searches that know no law, name. A summary may hold more strategies
 LINES = {
@@ -33,10 +33,8 @@ def active(summary: dict):
     truths = summary["truths"]
     columns = min(3, len(truths))
     rows = -(-len(truths) // columns)
-    figure, axes = panels(
-        rows, columns, PAGE, 0.85 + 1.95 * rows, left=0.075, right=0.99, bottom=0.19 / rows + 0.02,
-        top=1 - 0.62 / (0.85 + 1.95 * rows), hspace=0.38, wspace=0.22,
-    )  # fmt: skip
+    figure, panels = grid(rows, columns, 0.85 + 1.95 * rows)
+    axes = panels.ravel()
     shown: dict = {}
     for i, (axis, (truth, entry)) in enumerate(zip(axes, truths.items())):
         for name, strategy in entry["strategies"].items():
@@ -62,5 +60,4 @@ def active(summary: dict):
             axis.set_xlabel("compute spent (SoViT stars)")
     for axis in axes[len(truths) :]:
         axis.set_axis_off()
-    legend_row(figure, list(shown.values()), 0.07, ncols=4)
-    return figure
+    return finish(figure, list(shown.values()), ncols=4)

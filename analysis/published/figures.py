@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from sovit.report.figures.style import GREY, INK, OKABE_ITO, PAGE, legend_row, panels, set_ticks, styled
+from sovit.report.figures.style import GREY, INK, OKABE_ITO, finish, grid, mark, set_ticks, styled
 
 # form -> label, colour, marker, line style, line width; in the order of the legend
 LINES: dict = {
@@ -34,9 +33,8 @@ def extrapolation_distance(found: Sequence[Mapping]) -> Figure:
     sets = [data for data in found if "pooled" in data]
     columns = min(3, len(sets))
     rows = -(-len(sets) // columns)
-    height = 0.95 + 1.75 * rows
-    margins = dict(left=0.075, right=0.985, bottom=0.45 / height, top=1 - 0.68 / height, wspace=0.25, hspace=0.42)
-    figure, axes = panels(rows, columns, PAGE, height, **margins)
+    figure, panels = grid(rows, columns, 0.95 + 1.75 * rows)
+    axes = panels.ravel()
     drawn: set = set()
     for axis, data in zip(axes, sets):
         forms = data["pooled"]["forms"]
@@ -54,12 +52,10 @@ def extrapolation_distance(found: Sequence[Mapping]) -> Figure:
         axis.set_title(f"{data['name']}, {data['metric'].removeprefix('val_')}")
     for axis in axes[len(sets) :]:
         axis.set_visible(False)
-    figure.supxlabel("decades of compute beyond the dearest row fitted", fontsize=8, y=0.008)
-    figure.supylabel("RMSE of ln(predicted / measured) × 100", fontsize=8, x=0.005)
     handles = [
-        Line2D([], [], color=colour, marker=marker, ms=3, ls=style, lw=width, label=label)
+        mark(label, color=colour, marker=marker, ms=3, ls=style, lw=width)
         for form, (label, colour, marker, style, width) in LINES.items()
         if form in drawn
     ]
-    legend_row(figure, handles, 0.06, ncols=5)
-    return figure
+    x = "decades of compute beyond the dearest row fitted"
+    return finish(figure, handles, x, "RMSE of ln(predicted / measured) × 100", ncols=5)

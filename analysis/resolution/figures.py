@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.panels import finish, grid, mark
 from analysis.resolution.curves import SCRATCH
 from sovit.predict.paired_test import student_t
 from sovit.report.figures.style import (
@@ -15,8 +14,11 @@ from sovit.report.figures.style import (
     METRICS,
     OKABE_ITO,
     curve_label,
+    finish,
     flops_label,
+    grid,
     loss_axis,
+    mark,
     ramp,
     spread_labels,
     styled,

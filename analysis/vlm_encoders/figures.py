@@ -7,9 +7,8 @@ from itertools import cycle
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.panels import finish, grid, mark
 from analysis.vlm_encoders.tables import CLASSIFICATION, TEXT_ONLY
-from sovit.report.figures.style import GREY, OKABE_ITO, styled
+from sovit.report.figures.style import GREY, OKABE_ITO, finish, grid, mark, styled
 
 CONTROLS = (GREY, "#b5b5b5")
 

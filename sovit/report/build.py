@@ -92,7 +92,9 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
     facts |= at_budget | dict(data=data_facts(data, fits[headline].model.dims))
     folder = Path(chosen.out) if chosen.out is not None else law_folder(data.paths)
     _write_laws(folder, data, fits, headline)
-    drawn = draw(fits[headline], data, best, scores, facts, found, folder) if chosen.figures else []
+    drawn = (
+        draw(fits[headline], data, facts | dict(held_out=scores, sensitivity=found), folder) if chosen.figures else []
+    )
     facts |= dict(recommendation=best.to_dict() if best else None, figures=drawn)
     facts["frontier"] = [row.to_frontier_row() for row in at_budget["frontier"]]
     write_atomic(folder / SENSITIVITY, _json(found))
@@ -193,7 +195,7 @@ def _json(value) -> str:
     return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False, default=asdict) + "\n"
 
 
-def draw(fit, data: Measurements, best, scores, facts: Mapping, found: dict, folder: Path) -> list[str]:
+def draw(fit: Fit, data: Measurements, facts: Mapping, folder: Path) -> list[str]:
     """Write every figure that this law allows; returns their names in the order of the report."""
     from sovit.report import figures as plot
 
@@ -201,10 +203,10 @@ def draw(fit, data: Measurements, best, scores, facts: Mapping, found: dict, fol
         fit_by_dimension=plot.fit_by_dimension(fit, data) if facts["data"]["design"] else None,
         isoflop=plot.isoflop(fit, data),
         residuals=plot.residuals(fit, data),
-        extrapolation=plot.extrapolation(scores, data.metric),
+        extrapolation=plot.extrapolation(facts["held_out"], data.metric),
         frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
-        sensitivity=plot.sensitivity(found),
-        optimal_shape=plot.optimal_shape(fit, best),
+        sensitivity=plot.sensitivity(facts["sensitivity"]),
+        optimal_shape=plot.optimal_shape(fit, facts["recommendation"]),
         **{f"trade_{name}": plot.trade(trade, data) for name, trade in facts["trades"].items()},
     )
     for name, figure in made.items():

@@ -3,7 +3,8 @@
 from sovit.report.figures.extrapolation import extrapolation, residuals
 from sovit.report.figures.frontier import frontier
 from sovit.report.figures.hardware import pareto_fronts
-from sovit.report.figures.law import budget_levels, fit_by_dimension, isoflop, optimal_path, optimal_shape
+from sovit.report.figures.law import fit_by_dimension, isoflop, optimal_shape
+from sovit.report.figures.law_lines import budget_levels, optimal_path
 from sovit.report.figures.patch_tradeoff import trade
 from sovit.report.figures.sensitivity import sensitivity
 from sovit.report.figures.study import contact_sheet, learning_rates, validation

@@ -5,26 +5,27 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from sovit.predict.law_at_budget import budgets_run
 from sovit.report.figures.style import (
+    DASHED,
     GREY,
     INK,
     METRICS,
     OKABE_ITO,
-    PAGE,
     PALE,
     TRAIN_FLOPS,
-    legend_row,
+    band,
+    finish,
+    grid,
     loss_axis,
-    panels,
+    mark,
     styled,
 )
 from sovit.report.text import label as shape_label
 
+DIAMOND = dict(marker="D", ms=3.6, mfc="white")
 MAX_LABELS = 9  # shapes that are named
 
 
@@ -37,53 +38,42 @@ def frontier(fit, rows, data=None) -> Figure:
     """
     budgets = np.array([row.train_flops for row in rows])
     largest = budgets_run(fit)[1]
-    figure, axes = panels(1, 3, PAGE, 3.0, left=0.075, right=0.985, bottom=0.15, top=0.9, wspace=0.3)
+    figure, ((*axes,),) = grid(1, 3, 3.0)
     metric = data.metric if data is not None else fit.data.metric or "loss"
     series = [
         (None, "loss", METRICS.get(metric, metric), OKABE_ITO[0]),
         ("num_params", "num_params", "encoder parameters", OKABE_ITO[1]),
         ("num_examples", "num_examples", "images seen", OKABE_ITO[2]),
     ]
+    beyond = budgets >= largest / (1 + 1e-9)
+    first = max(0, int(np.argmax(beyond)) - 1) if beyond.any() else len(budgets)
     for axis, (size, whole, label, colour) in zip(axes, series):
-        bands = [_ends(rows, size, prefix) for prefix in ("pairs_", "")]
-        for band, alpha in zip(bands, (0.16, 0.32)):
-            if band is not None:
-                axis.fill_between(budgets, *band, color=colour, alpha=alpha, lw=0, zorder=1)
+        for prefix, alpha in (("pairs_", 0.16), ("", 0.32)):
+            if (ends := _ends(rows, size, prefix)) is not None:
+                axis.fill_between(budgets, *ends, color=colour, alpha=alpha, lw=0, zorder=1)
         values = np.array([row.optimum_size[size].estimate if size else row.optimum_loss for row in rows])
-        inside, beyond = budgets <= largest * (1 + 1e-9), budgets >= largest / (1 + 1e-9)
-        first = max(0, int(np.argmax(beyond)) - 1) if beyond.any() else len(budgets)
+        inside = budgets <= largest * (1 + 1e-9)
         axis.plot(budgets[inside], values[inside], color=colour, zorder=3)
-        axis.plot(budgets[first:], values[first:], color=colour, ls=(0, (3, 1.5)), zorder=3)
-        shapes = [getattr(row, whole) for row in rows]
-        axis.plot(budgets, shapes, ls="", marker="D", ms=3.6, mfc="white", mec=colour, zorder=4)
+        axis.plot(budgets[first:], values[first:], color=colour, ls=DASHED, zorder=3)
+        axis.plot(budgets, [getattr(row, whole) for row in rows], **DIAMOND, ls="", mec=colour, zorder=4)
         axis.axvline(largest, color=GREY, lw=0.6, ls=":", zorder=2)
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_ylabel(label)
-        if data is not None and "train_flops" in data.columns:
-            column = dict(loss=data.y).get(whole, data.columns.get(whole))
-            if column is not None:
-                flops = data.columns["train_flops"]
-                shade = GREY if whole == "loss" else PALE  # shapes are named on the other panels
-                axis.scatter(flops, column, s=7, color=shade, alpha=0.7, linewidths=0, zorder=0.5)
+        axis.set(xscale="log", yscale="log", ylabel=label)
+        if data is not None and "train_flops" in data.columns and (whole == "loss" or whole in data.columns):
+            column = data.y if whole == "loss" else data.columns[whole]
+            shade = GREY if whole == "loss" else PALE  # shapes are named on the other panels
+            axis.scatter(data.columns["train_flops"], column, s=7, color=shade, alpha=0.7, lw=0, zorder=0.5)
     low, high = _ends(rows, None, "") or (np.array([row.loss for row in rows]),) * 2
-    top = high if data is None else np.append(high, data.y)
-    loss_axis(axes[0], np.append(low, top), pad=1.06)
+    loss_axis(axes[0], np.concatenate([low, high, [] if data is None else data.y]), pad=1.06)
     _name(axes[1], rows)
-    figure.supxlabel(TRAIN_FLOPS, fontsize=8, y=0.01)
-    handles: list[Artist] = [
-        Line2D([], [], color=INK, label="law’s optimum"),
-        Line2D([], [], color=INK, ls=(0, (3, 1.5)), label="beyond the runs"),
-        Line2D([], [], ls="", marker="D", ms=3.6, mfc="white", mec=INK, label="best whole shape"),
-    ]
+    handles: list[Artist] = [mark("law’s optimum", color=INK), mark("beyond the runs", color=INK, ls=DASHED)]
+    handles.append(mark("best whole shape", **DIAMOND, mec=INK))
     if _ends(rows, None, "") is not None:
-        handles.append(Patch(color=GREY, alpha=0.5, lw=0, label="90 %, headline"))
+        handles.append(band("90 %, parametric bootstrap", 0.5))
     if _ends(rows, None, "pairs_") is not None:
-        handles.append(Patch(color=GREY, alpha=0.22, lw=0, label="90 %, pairs of trunks"))
+        handles.append(band("90 %, cluster bootstrap", 0.22))
     if data is not None:
-        handles.append(Line2D([], [], ls="", marker="o", ms=3, color=GREY, label="run"))
-    legend_row(figure, handles, 0.06)
-    return figure
+        handles.append(mark("run", marker="o", ms=3, color=GREY))
+    return finish(figure, handles, TRAIN_FLOPS)
 
 
 def _ends(rows, size: str | None, prefix: str):

@@ -5,22 +5,23 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from sovit.ledger.measurements import levels
 from sovit.report.figures.style import (
+    DASHED,
     DIMENSIONS,
     GREY,
     INK,
     METRICS,
     OKABE_ITO,
-    PAGE,
     TRAIN_FLOPS,
+    band,
+    finish,
     flops_label,
-    legend_row,
+    grid,
     loss_axis,
-    panels,
+    mark,
     styled,
 )
 
@@ -31,64 +32,65 @@ MOST = 0.35  # excess shown at most
 def trade(found: dict, data=None) -> Figure:
     """Left the loss, right the excess over the best of the values; bands are headline intervals, dashed beyond the runs.
 
-    found: of `sovit.predict.patch_tradeoff.trade`. data: the measurements of the law; the best run of each value at each budget is a point.
-    A turn (triangle, with its interval as a bar) is where the value with more tokens becomes the better one.
+    found: of `sovit.predict.patch_tradeoff.trade`. data: the measurements of the law, of which the best run of each value
+    at each budget is a point. A turn (triangle, with its interval as a bar) is where the value with more tokens becomes the
+    better one.
     """
     curves, name = found["curves"], found["by"]
     budgets = np.array(curves["train_flops"])
-    first, last = found["turns"][0]["run"] if found["turns"] else (budgets[0], budgets[-1])
-    figure, (left, right) = panels(1, 2, PAGE, 3.0, left=0.075, right=0.985, bottom=0.155, top=0.84, wspace=0.2)
+    run = tuple(found["turns"][0]["run"]) if found["turns"] else (budgets[0], budgets[-1])
+    figure, ((left, right),) = grid(1, 2, 3.0)
     colours = dict(zip((curve["value"] for curve in curves["values"]), OKABE_ITO))
-    run = (budgets >= first / 1.001) & (budgets <= last * 1.001), "-"
-    parts = [run, (budgets <= first * 1.001, (0, (3, 1.5))), (budgets >= last / 1.001, (0, (3, 1.5)))]
     for curve in curves["values"]:
-        colour = colours[curve["value"]]
         for axis, what in ((left, "loss"), (right, "excess")):
-            line = np.array(curve[what])
-            if curve[f"{what}_low"] is not None:
-                low, high = np.array(curve[f"{what}_low"]), np.array(curve[f"{what}_high"])
-                axis.fill_between(budgets, low, high, color=colour, alpha=0.22, lw=0, zorder=1)
-            for here, style in parts:
-                axis.plot(budgets[here], line[here], color=colour, ls=style, zorder=3)
+            _curve(axis, budgets, curve, what, colours[curve["value"]], run)
     measured = [] if data is None else _best_runs(data, name)
     for value, flops, loss in measured:
         left.plot(flops, loss, marker="o", ms=3, mec="white", mew=0.4, color=colours.get(value, GREY), ls="", zorder=4)
     for i, turn in enumerate(t for t in found["turns"] if t["where"]["estimate"] == "within"):
-        height = -0.012 - 0.011 * i
+        height, colour = -0.012 - 0.011 * i, colours[turn["more"]]
         ends = [turn[end] if turn["where"][end] == "within" else edge for end, edge in _edges(turn, budgets)]
         if turn["where"]["low"] is not None:
-            right.plot(ends, [height] * 2, color=colours[turn["more"]], lw=1.2, zorder=3, clip_on=True)
-        right.plot(
-            turn["estimate"], height, marker="^", ms=5, color=colours[turn["more"]], mec="white", mew=0.4, zorder=4
-        )
+            right.plot(ends, [height] * 2, color=colour, lw=1.2, zorder=3)
+        right.plot(turn["estimate"], height, marker="^", ms=5, color=colour, mec="white", mew=0.4, zorder=4)
     for axis in (left, right):
-        axis.set_xscale("log")
-        axis.set_xlim(budgets[0], budgets[-1])
-        for end in (first, last):
+        axis.set(xscale="log", xlim=(budgets[0], budgets[-1]))
+        for end in run:
             axis.axvline(end, color=GREY, lw=0.6, ls=":", zorder=2)
         axis.axvline(found["train_flops"], color=INK, lw=0.6, zorder=2)
-    every = [x for curve in curves["values"] for x in curve["loss"]] + [loss for _, _, loss in measured]
-    loss_axis(left, np.array(every))
+    loss_axis(left, np.array([x for c in curves["values"] for x in c["loss"]] + [loss for _, _, loss in measured]))
     left.set_ylabel(METRICS.get(found["metric"], found["metric"]))
-    top = max(x for curve in curves["values"] for x in curve["excess"])
-    right.axhline(0, color=GREY, lw=0.6, zorder=1)
-    right.set_ylim(-0.06, min(MOST, max(0.05, 1.05 * top)))
-    right.yaxis.set_major_locator(
-        FixedLocator([t for t in MaxNLocator(6).tick_values(0, right.get_ylim()[1]) if t >= 0])
-    )
-    right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    right.set_ylabel("excess over the best of them")
-    figure.supxlabel(TRAIN_FLOPS, fontsize=8, y=0.01)
+    _excess_axis(right, max(x for curve in curves["values"] for x in curve["excess"]))
     label = DIMENSIONS[name].split(" (")[0]
-    handles: list[Artist] = [Line2D([], [], color=c, label=f"{label} {v}") for v, c in colours.items()]
+    handles: list[Artist] = [mark(f"{label} {v}", color=c) for v, c in colours.items()]
     if curves["values"][0]["loss_low"] is not None:
-        handles.append(Patch(color=GREY, alpha=0.4, lw=0, label=f"{found['level']:.0%}"))
-    handles.append(Line2D([], [], ls="", marker="^", ms=5, color=GREY, label="turn, with its interval"))
+        handles.append(band(f"{found['level']:.0%}", 0.4))
+    handles.append(mark("turn, with its interval", marker="^", ms=5, color=GREY))
     if measured:
-        handles.append(Line2D([], [], ls="", marker="o", ms=3, color=GREY, label="best run"))
-    handles.append(Line2D([], [], color=INK, lw=0.6, label=f"{flops_label(found['train_flops'])}"))
-    legend_row(figure, handles, 0.06, ncols=min(len(handles), 7))
-    return figure
+        handles.append(mark("best run", marker="o", ms=3, color=GREY))
+    handles.append(mark(flops_label(found["train_flops"]), color=INK, lw=0.6))
+    return finish(figure, handles, TRAIN_FLOPS)
+
+
+def _curve(axis, budgets: np.ndarray, curve: dict, what: str, colour: str, run: tuple[float, float]) -> None:
+    """The `what` of one value against the budget with its band, dashed beyond the budgets run."""
+    line, (first, last) = np.array(curve[what]), run
+    if curve[f"{what}_low"] is not None:
+        axis.fill_between(
+            budgets, curve[f"{what}_low"], curve[f"{what}_high"], color=colour, alpha=0.22, lw=0, zorder=1
+        )
+    inside = (budgets >= first / 1.001) & (budgets <= last * 1.001)
+    for part, dashes in ((inside, "-"), (budgets <= first * 1.001, DASHED), (budgets >= last / 1.001, DASHED)):
+        axis.plot(budgets[part], line[part], color=colour, ls=dashes, zorder=3)
+
+
+def _excess_axis(axis, top: float) -> None:
+    axis.axhline(0, color=GREY, lw=0.6, zorder=1)
+    axis.set_ylim(-0.06, min(MOST, max(0.05, 1.05 * top)))
+    ticks = MaxNLocator(6).tick_values(0, axis.get_ylim()[1])
+    axis.yaxis.set_major_locator(FixedLocator([t for t in ticks if t >= 0]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axis.set_ylabel("excess over the best of them")
 
 
 def _edges(turn: dict, budgets: np.ndarray) -> list[tuple[str, float]]:
@@ -99,8 +101,6 @@ def _edges(turn: dict, budgets: np.ndarray) -> list[tuple[str, float]]:
 
 def _best_runs(data, name: str) -> list[tuple[float, float, float]]:
     """(value, training FLOPs, loss) of the best run of each value at each budget, for the budgets that rows share."""
-    from sovit.ledger.measurements import levels
-
     if "train_flops" not in data.columns or name not in data.columns:
         return []
     group, centres = levels(data.columns["train_flops"])

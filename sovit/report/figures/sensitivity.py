@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from sovit.report.figures.style import DIMENSIONS, GREY, INK, OKABE_ITO, PAGE, PALE, panels, styled
+from sovit.report.figures.style import DIMENSIONS, GREY, INK, OKABE_ITO, PALE, grid, styled
 
 KINDS = {
     "shape": "one shape left out",
@@ -19,7 +19,7 @@ KINDS = {
 
 @styled
 def sensitivity(found: dict) -> Figure | None:
-    """Dots of each dimension's exponent by kind of alteration, from `sovit.law.sensitivity.sensitivity`; None without any."""
+    """Dots of each dimension's exponent by kind of alteration, as `sovit.law.sensitivity` finds them; None without any."""
     dims = list(found.get("dimensions", {}))
     rows = [r for r in found.get("alterations", ()) if r["kind"] == found["headline"]["kind"]]
     if not dims or not rows:
@@ -28,8 +28,7 @@ def sensitivity(found: dict) -> Figure | None:
     drops = [f"{d['num_shapes']} shapes left out" for d in found["drops"]]
     order = [KINDS[n] for n in lines]
     order[1 if lines[0] == "shape" else 0 : 1 if lines[0] == "shape" else 0] = drops
-    height = 0.75 + 0.27 * len(order)
-    figure, axes = panels(1, len(dims), PAGE, height, sharey=True, left=0.17, right=0.99, bottom=0.42 / height, top=0.9)
+    figure, ((*axes,),) = grid(1, len(dims), 0.75 + 0.27 * len(order), sharey=True)
     place = {label: -i for i, label in enumerate(order)}
     for axis, dim in zip(axes, dims):
         own = found["dimensions"][dim]
@@ -54,5 +53,5 @@ def sensitivity(found: dict) -> Figure | None:
         axis.set_ylim(-len(order) + 0.4, 0.6)
         axis.set_title(DIMENSIONS.get(dim, dim).split(" (")[0])
         axis.margins(x=0.06)
-    figure.text(0.58, 0.06 / height, "exponent s of x* ∝ compute^s", ha="center", va="bottom")
+    figure.supxlabel("exponent s of x* ∝ compute^s")
     return figure

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sovit import UserError
 from sovit.report.figures.style import (
     COLUMN,
+    DASHED,
     GREY,
     INK,
     METRICS,
@@ -21,13 +21,17 @@ from sovit.report.figures.style import (
     PALE,
     _write,
     dimension_axis,
+    finish,
     flops_label,
-    legend_row,
+    grid,
     loss_axis,
-    panels,
+    mark,
     ramp,
     styled,
 )
+
+DIAMOND = dict(marker="D", ms=4.5, mfc="white")
+PAIR, ENDS = ("difference", "predicted_difference"), ("mean", "estimate", "low", "high")
 
 
 @styled
@@ -42,58 +46,37 @@ def learning_rates(rule: dict) -> Figure:
     colours = dict(zip(budgets, ramp(len(budgets))))
     columns = min(4, len(shapes))
     rows = -(-len(shapes) // columns)
-    height = 0.75 + 1.55 * rows
-    figure, axes = panels(
-        rows,
-        columns,
-        PAGE,
-        height,
-        left=0.07,
-        right=0.985,
-        bottom=0.42 / height,
-        top=1 - 0.55 / height,
-        wspace=0.3,
-        hspace=0.5,
-    )
+    figure, panels = grid(rows, columns, 0.75 + 1.55 * rows)
+    axes = panels.ravel()
     every = sorted({rate for case in rule["cases"] for rate in case["rates"]})
+    dashed = dict(color=OKABE_ITO[1], lw=0.9, ls=DASHED)
     for axis, shape in zip(axes, shapes):
         mine = [case for case in rule["cases"] if case["shape"] == shape]
         for case in mine:
             colour = colours[case["train_flops"]]
             axis.plot(case["rates"], case["losses"], color=colour, marker="o", ms=3, lw=0.9)
             if case["best_rate"] is not None:
-                axis.plot(
-                    case["best_rate"],
-                    case["best_loss"],
-                    marker="D",
-                    ms=4.5,
-                    mec=colour,
-                    mew=1.1,
-                    ls="",
-                    zorder=4,
-                    mfc=PALE if case["edge"] else "white",
-                )
+                look = DIAMOND | dict(mec=colour, mew=1.1, mfc=PALE if case["edge"] else "white")
+                axis.plot(case["best_rate"], case["best_loss"], **look, ls="", zorder=4)
         if mine[-1]["rule_rate"]:
-            axis.axvline(mine[-1]["rule_rate"], color=OKABE_ITO[1], lw=0.9, ls=(0, (3, 1.5)), zorder=1)
+            axis.axvline(mine[-1]["rule_rate"], **dashed, zorder=1)
         dimension_axis(axis, np.array(every), limits=(every[0] / 1.3, every[-1] * 1.3))
         loss_axis(axis, np.concatenate([case["losses"] for case in mine]))
         axis.set_title(shape)
     for axis in axes[len(shapes) :]:
         axis.set_visible(False)
-    figure.supxlabel("peak learning rate (panels: width × depth × MLP dim)", fontsize=8, y=0.015)
-    figure.supylabel(METRICS.get(rule["metric"], rule["metric"]), fontsize=8, x=0.005)
     handles = [
-        Line2D([], [], color=c, marker="o", ms=3, lw=0.9, label=f"{flops_label(b)} training FLOPs")
-        for b, c in colours.items()
-    ]
-    handles += [
-        Line2D([], [], ls="", marker="D", ms=4.5, mfc="white", mec=GREY, label="best rate (parabola)"),
-        Line2D([], [], color=OKABE_ITO[1], lw=0.9, ls=(0, (3, 1.5)), label="rule"),
+        *(
+            mark(f"{flops_label(b)} training FLOPs", color=c, marker="o", ms=3, lw=0.9, ls="-")
+            for b, c in colours.items()
+        ),
+        mark("best rate (parabola)", **DIAMOND, mec=GREY),
+        mark("rule", **dashed),
     ]
     if any(case["edge"] for case in rule["cases"]):
-        handles.append(Line2D([], [], ls="", marker="D", ms=4.5, mfc=PALE, mec=GREY, label="best at the edge"))
-    legend_row(figure, handles, 0.06)
-    return figure
+        handles.append(mark("best at the edge", **(DIAMOND | dict(mfc=PALE)), mec=GREY))
+    x = "peak learning rate (panels: width × depth × MLP dim)"
+    return finish(figure, handles, x, METRICS.get(rule["metric"], rule["metric"]))
 
 
 @styled
@@ -105,12 +88,9 @@ def validation(result: dict) -> Figure:
     first arm less second, predicted_difference {estimate, low, high} (ends may be None), train_flops, verdict.
     """
     names, arms = list(result["arms"]), list(result["arms"].values())
-    figure, (left, right) = panels(
-        1, 2, COLUMN + 1.2, 2.7, left=0.125, right=0.97, bottom=0.165, top=0.83, wspace=0.5, width_ratios=(1.7, 1)
-    )
+    figure, ((left, right),) = grid(1, 2, 2.7, COLUMN + 1.2, width_ratios=(1.7, 1))
     losses = np.array([arm["losses"] for arm in arms], float)  # [arm, seed]
-    for seed in range(losses.shape[1]):
-        left.plot(range(len(arms)), losses[:, seed], color=PALE, lw=1.0, zorder=1)
+    left.plot(range(len(arms)), losses, color=PALE, lw=1.0, zorder=1)
     for i, arm in enumerate(arms):
         left.scatter(np.full(losses.shape[1], i), losses[i], s=16, color=OKABE_ITO[i], linewidths=0, zorder=3)
         left.plot([i - 0.16, i + 0.16], [losses[i].mean()] * 2, color=OKABE_ITO[i], lw=1.6, zorder=2)
@@ -123,31 +103,30 @@ def validation(result: dict) -> Figure:
     left.tick_params(axis="x", length=0)
     left.set_ylabel(METRICS.get(result.get("metric", "val_loss"), result.get("metric")))
     left.set_title(f"{losses.shape[1]} seeds an arm, {flops_label(result['train_flops'])} training FLOPs", fontsize=7)
-    difference = result["difference"]
-    paired = 100 * (np.log(losses[0]) - np.log(losses[1]))
-    right.scatter(paired, np.linspace(0.62, 0.88, len(paired)), s=12, color=GREY, linewidths=0)
-    right.plot([100 * difference["low"], 100 * difference["high"]], [0.38] * 2, color=INK, lw=1.4)
-    right.plot(100 * difference["mean"], 0.38, marker="o", ms=4.5, color=INK)
-    rows = {0.75: "by\nseed", 0.38: "mean,\n90 %"}
-    said = result["predicted_difference"]
-    if said["low"] is not None:
-        right.plot([100 * said["low"], 100 * said["high"]], [0.13] * 2, color=GREY, lw=1.2)
-    right.plot(100 * said["estimate"], 0.13, marker="|", ms=9, mew=1.5, color=INK)
-    rows[0.13] = "predicted"
-    right.axvline(0, color=GREY, lw=0.7, ls=":")
-    right.set_ylim(0, 1)
-    right.set_yticks(list(rows), list(rows.values()))
-    right.tick_params(axis="y", length=0)
-    right.spines["left"].set_visible(False)
-    right.xaxis.set_major_locator(MaxNLocator(4))
-    right.set_xlabel("difference in ln loss × 100", fontsize=7)
+    _differences(right, result, 100 * (np.log(losses[0]) - np.log(losses[1])))
     right.set_title(f"{names[0]}: {result['verdict']}", fontsize=7)
-    handles = [
-        Line2D([], [], color=GREY, lw=1.2, marker="_", ms=8, mew=1.5, mec=INK, label="predicted beforehand, with 90 %"),
-        Line2D([], [], color=PALE, lw=1.0, label="one seed"),
-    ]
-    legend_row(figure, handles, 0.1)
-    return figure
+    before = mark("predicted beforehand, with 90 %", color=GREY, lw=1.2, marker="_", ms=8, mew=1.5, mec=INK, ls="-")
+    return finish(figure, [before, mark("one seed", color=PALE, lw=1.0)])
+
+
+def _differences(axis, result: dict, paired: np.ndarray) -> None:
+    """Differences in 100 ln loss: each seed's, their mean with its interval, and the predicted one."""
+    measured, said = (
+        {k: None if v is None else 100 * v for k, v in result[name].items() if k in ENDS} for name in PAIR
+    )
+    axis.scatter(paired, np.linspace(0.62, 0.88, len(paired)), s=12, color=GREY, linewidths=0)
+    axis.plot([measured["low"], measured["high"]], [0.38] * 2, color=INK, lw=1.4)
+    axis.plot(measured["mean"], 0.38, marker="o", ms=4.5, color=INK)
+    if said["low"] is not None:
+        axis.plot([said["low"], said["high"]], [0.13] * 2, color=GREY, lw=1.2)
+    axis.plot(said["estimate"], 0.13, marker="|", ms=9, mew=1.5, color=INK)
+    axis.axvline(0, color=GREY, lw=0.7, ls=":")
+    axis.set_ylim(0, 1)
+    axis.set_yticks([0.75, 0.38, 0.13], ["by\nseed", "mean,\n90 %", "predicted"])
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.set_xlabel("difference in ln loss × 100", fontsize=7)
 
 
 @styled

@@ -1,17 +1,20 @@
-"""What all figures share: sizes, colours, axes, and how they are written.
+"""What all figures share: colours, axes, legends, and how they are written; `sovit.mplstyle` holds the rest.
 
-Sizes are those of a printed column (3.4 in) or page (7 in) at 8 points. Colours: budgets run through a perceptually
-even ramp, categories take the Okabe-Ito palette; both survive colour blindness and grey printing.
+Budgets run through a perceptually even ramp, categories take the Okabe-Ito palette; both survive colour blindness and
+grey printing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sovit import UserError
@@ -28,36 +31,12 @@ DIMENSIONS = {
     "num_params": "encoder parameters",
 }
 PAGE, COLUMN = 7.0, 3.4  # inches
+LINE = 125  # letters of a legend that fit on a page, about
 INK, GREY, PALE = "#222222", "#767676", "#d9d9d9"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLE: dict = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4,
-    "lines.linewidth": 1.3,
-    "axes.edgecolor": INK,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.titlelocation": "left",
-    "svg.hashsalt": "sovit",
-    "svg.fonttype": "path",
-    "path.simplify": False,
-}
-styled = matplotlib.rc_context(STYLE)  # as a decorator: the style holds inside the function and nowhere else
+DASHED = (0, (3, 1.5))
+STYLE = Path(__file__).with_name("sovit.mplstyle")
+styled = matplotlib.rc_context(fname=STYLE)  # as a decorator: the style holds inside the function and nowhere else
 
 
 def ramp(count: int) -> list:
@@ -85,11 +64,32 @@ def _write(figure: Figure, path: Path, metadata: dict) -> None:
         raise UserError(f"cannot write {path}: {reason}; choose another file") from None
 
 
-def panels(rows: int, columns: int, width: float, height: float, sharey=False, width_ratios=None, **margins):
-    figure = Figure(figsize=(width, height))
-    grid = figure.add_gridspec(rows, columns, width_ratios=width_ratios, **margins)
-    axes = grid.subplots(sharey=sharey, squeeze=False).ravel()
-    return figure, axes
+def grid(rows: int, columns: int, height: float, width: float = PAGE, **options) -> tuple[Figure, np.ndarray]:
+    """Make a figure of rows x columns panels, sizes in inches. Returns it and its axes [rows, columns]."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def mark(label: str, **style) -> Line2D:
+    """An entry of a legend that is drawn as a line or, with a marker, as a point."""
+    return Line2D([], [], label=label, **(dict(ls="") if "marker" in style else {}) | style)
+
+
+def band(label: str, alpha: float) -> Patch:
+    """An entry of a legend that is drawn as a grey patch."""
+    return Patch(color=GREY, alpha=alpha, lw=0, label=label)
+
+
+def finish(figure: Figure, handles: Sequence, x: str = "", y: str = "", ncols: int | None = None) -> Figure:
+    """Put the legend above the panels, and the labels that they share around them. ncols: None = as fills a page."""
+    letters = sum(len(handle.get_label()) + 6 for handle in handles)
+    columns = ncols or -(-len(handles) // -(-letters // LINE))
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    if x:
+        figure.supxlabel(x)
+    if y:
+        figure.supylabel(y)
+    return figure
 
 
 def flops_label(value: float) -> str:
@@ -100,21 +100,6 @@ def flops_label(value: float) -> str:
         head, exponent = "1", exponent + 1
     digits = str(exponent).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
     return f"10{digits}" if head == "1" else f"{head}×10{digits}"
-
-
-def legend_row(figure, handles, left: float, ncols: int | None = None) -> None:
-    """A legend in a row along the top of the figure, from `left` (figure units)."""
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(left, 1.0),
-        ncols=ncols or len(handles),
-        handletextpad=0.4,
-        columnspacing=1.1,
-        borderaxespad=0.15,
-        handlelength=1.5,
-        labelspacing=0.25,
-    )
 
 
 def curve_label(axis, x: float, y: float, text: str, colour) -> None:
@@ -160,8 +145,8 @@ def dimension_axis(axis, values, which: str = "x", limits=None) -> None:
     (axis.set_xscale if which == "x" else axis.set_yscale)("log")
     unique = np.unique(values)
     low, high = limits or (unique.min() / 1.2, unique.max() * 1.2)
-    spot = axis.get_position()
-    inches = spot.width * axis.figure.get_figwidth() if which == "x" else spot.height * axis.figure.get_figheight()
+    spot, (wide, tall) = axis.get_position(), axis.figure.get_size_inches()
+    inches = spot.width * wide if which == "x" else spot.height * tall
     shown = [unique[0]]
     for value in unique[1:]:
         gap = np.log(value / shown[-1]) / np.log(high / low) * inches
