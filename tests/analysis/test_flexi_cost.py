@@ -96,4 +96,6 @@ def test_the_analysis_writes_what_it_says(tmp_path, capsys):
     assert tables.main([str(path), "--out", str(tmp_path)]) == 0
     assert (tmp_path / "flexivit" / "report.md").read_text() == capsys.readouterr().out
     assert json.loads((tmp_path / "flexivit.json").read_text())["shapes"][0]["patch_sizes"] == [2, 4, 8]
+    assert tables.main([str(path), "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "flexivit.json").read_text())
     assert tables.main([str(tmp_path / "no.jsonl")]) == 2
