@@ -32,7 +32,7 @@ def trade(fit: Fit, train_flops: float, name: str, **rules: Any) -> dict:
     """`by_value`, `along` and `spend` of a law at a budget, as plain data: what `sovit predict --by NAME` says.
 
     {form, metric, level, train_flops, by, rules, values, turns, spend, curves}. Raises UserError for a dimension that is not
-    patch_size or image_size or of which the law has no term, and as `predict.best_shape` does.
+    patch_size or image_size or of which the law has no term, and as `best_shape` does.
     """
     at = target(fit, train_flops)
     if name not in TOKENS:

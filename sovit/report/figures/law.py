@@ -139,7 +139,7 @@ def isoflop(fit, data) -> Figure | None:
 def optimal_shape(fit, recommendation=None) -> Figure | None:
     """Optimal value of each dimension against compute with both bands; dashed beyond the runs, values run shaded.
 
-    recommendation: a `predict.Recommendation` to mark, or None. None where the law does not say what a shape costs.
+    recommendation: the one to mark, or None. None where the law does not say what a shape costs.
     """
     if not fit.exponents or "num_params" in fit.exponents:
         return None
