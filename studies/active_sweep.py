@@ -5,9 +5,9 @@
 Same data, recipe, learning-rate rule and budgets as studies/stream_star.py. A pilot of small trunks, then rounds: fit
 (the form that fitted the star best), pick the runs that lower the expected regret at --target-flops most per FLOP
 (`sovit.predict.next_run.choose`; as many as there are workers), write down what they should give, train them. Every
-fifth pick is a check: the best run there can be, by the law, of a shape never run. The study stops when such a check came true and the expected
-regret is under the noise between seeds, or when --max-flops are spent. `--dry-run` shows the next picks and why;
-runs/results/active_stream_rounds.json keeps every round.
+fifth pick is a check: the best run there can be, by the law, of a shape never run. The study stops when such a check
+came true and the expected regret is under the noise between seeds, or when --max-flops are spent. `--dry-run` shows the
+next picks and why; runs/results/active_stream_rounds.json keeps every round.
 
 Cost: 7 trunks and what the picks add, 8e12 FLOPs at most, a third of the star's; about 15 minutes of two cores.
 Expected: on a planted law of this form 0.3 % regret at 1e13. On the stream itself the form misses by 3 %, and the study
