@@ -9,6 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from analysis.resolution.curves import SCRATCH
 from sovit.predict.paired_test import student_t
 from sovit.report.figures.style import (
+    DASHED,
     GREY,
     INK,
     METRICS,
@@ -26,7 +27,6 @@ from sovit.report.figures.style import (
 
 COLOURS = dict(zip(("full", "attention", "mlp", "head"), OKABE_ITO)) | {SCRATCH: INK}
 MARKERS = {"full": "s", "attention": "o", "mlp": "v", "head": "D", SCRATCH: "x"}
-DASHED = (0, (3, 1.5))
 STYLES = {"attention": "-", "full": DASHED}
 
 
