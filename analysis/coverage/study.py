@@ -17,9 +17,9 @@ import numpy as np
 
 from sovit import UserError
 from sovit.files import write_atomic
-from sovit.law import simulate as planted
 from sovit.law.bootstrap import LEVEL
-from sovit.law.coverage import BAD, Setup, one_set, setup, summary
+from sovit.law.checks import simulate as planted
+from sovit.law.checks.coverage import BAD, Setup, one_set, setup, summary
 
 DESIGNS = {
     "star": lambda: planted.sovit_star(),
@@ -133,7 +133,7 @@ def run_condition(condition: Condition, draws: int = 99) -> dict:
     assert s is not None
     return dict(
         name=condition.name, right=condition.right, **dataclasses.asdict(condition), draws=draws, failed=failed,
-        num_rows=len(s.own), num_trunks=int(s.own.max()) + 1, level=LEVEL, reaches=list(s.reaches),
+        num_rows=len(s.rows.trunk), num_trunks=int(s.rows.trunk.max()) + 1, level=LEVEL, reaches=list(s.reaches),
         **summary(s.labels, np.array(true), sets), seconds=round(time.perf_counter() - began, 1),
     )  # fmt: skip
 

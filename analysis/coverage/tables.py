@@ -21,7 +21,7 @@ from pathlib import Path
 
 from analysis.coverage import study
 from sovit import OUTPUTS, UserError
-from sovit.law import coverage
+from sovit.law.checks import coverage
 
 
 def main(argv: list[str] | None = None) -> int:

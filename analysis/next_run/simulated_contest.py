@@ -16,9 +16,10 @@ from functools import cache
 
 import numpy as np
 
-from sovit.law import simulate as planted
-from sovit.law.design_matrix import prepare
+from sovit.law.checks import simulate as planted
+from sovit.law.design_matrix import prepare_fit
 from sovit.law.exponents import optimum_of
+from sovit.law.options import LawOptions
 from sovit.predict.belief import Belief, BeliefOptions, learn
 from sovit.predict.candidates import Candidate, Search, candidates
 from sovit.predict.next_run import CHECK_EVERY, Checks, check_pick, choose
@@ -155,11 +156,10 @@ def regrets(world: World) -> dict[str, float]:
 
 def joint_shapes(world: World) -> dict[str, np.ndarray]:
     """Shapes [3] that plain `joint` recommends at both targets: whitened Huber, no prior, no weights for its form."""
-    from sovit.law.fitter import solve
+    from sovit.law.solver.fitter import solve
 
-    rows = prepare("joint", world.columns, world.y, planted.DIMS)
-    trunk = np.unique(world.columns["trunk_id"], return_inverse=True)[1]
-    theta = solve(rows.form, rows.u, rows.y, trunk).theta[None]
+    rows = prepare_fit("joint", world.columns, world.y, LawOptions(dims=planted.DIMS)).rows
+    theta = solve(rows).theta[None]
     grid = {d: list(REACHABLE[d]) for d in planted.DIMS}
     where = {m: np.log(t / 3) for m, t in TARGETS.items()}
     return {m: np.exp(optimum_of(rows.form, rows.centre, theta, planted.SOVIT, grid, t)[0]) for m, t in where.items()}

@@ -28,8 +28,8 @@ from analysis.published.learning_curves import curves
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
 from sovit.law import fitted_law
+from sovit.law.fit import FORMS, FORMS_WITHOUT_LINE, choose_headline
 from sovit.law.forms import LAWS
-from sovit.report.build import FORMS, FORMS_WITHOUT_LINE, choose_headline
 
 CHOSEN = ("headline", "of_all")  # no forms but choices: among those `sovit fit` tries, among all of TRIED
 

@@ -24,7 +24,7 @@ from analysis.published.multistart import NUM_STARTS, fit_columns, optimum, pinn
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
 from sovit.law import fit as law
-from sovit.law.nnls import nnls
+from sovit.law.solver.starts import nnls
 
 HUBER_DELTA = 1e-3  # of the Gemstones authors, on log loss
 # file, terms, the authors' exponents, their E, as their repository prints them
@@ -115,7 +115,7 @@ def vision(folder: Path, num_starts: int = CURVE_STARTS) -> dict:
                 recorded.append(dict(model=model, window=window) | found | score(predicted, test.y))
             for form, given in CURVE_FORMS.items():
                 # squared log residuals, as in the publishers' code; a curve is one run, so rows are taken as they are
-                whole = fit_columns(form, given(train), ("num_examples",), loss="log_squares")
+                whole = fit_columns(form, given(train), ("num_examples",), kind="log_squares")
                 curves.append(
                     dict(
                         model=model,

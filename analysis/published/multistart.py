@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.published.sweeps import Sweep
-from sovit.law.fitter import Groups, loss_of, polish, solve
 from sovit.law.forms import LAWS
+from sovit.law.solver.fitter import Loss, Rows, solve
+from sovit.law.solver.polish import Groups, Objective, loss_of, polish
 
 NUM_STARTS = 100
 FINISHED = 5  # the best of scipy's starts, which are run on until they stop for good
@@ -37,14 +38,14 @@ class Fitted:
         return dict(zip(self.form.names, map(float, raw)))
 
 
-def fit_columns(name: str, sweep: Sweep, terms: tuple[str, ...], **options) -> Fitted:
-    """`solve` for the columns `terms` of a published sweep, rows as they are (no trunks). Options as of `solve`."""
+def fit_columns(name: str, sweep: Sweep, terms: tuple[str, ...], **loss) -> Fitted:
+    """`solve` for the columns `terms` of a published sweep, rows as they are (no trunks). loss: fields of `Loss`."""
     start = time.perf_counter()
     form = LAWS[name].build((), sweep.zero_line, terms)
     logs = np.log(np.stack([sweep.columns[t] for t in terms]))
     centre = logs.mean(1)
     u = logs - centre[:, None]
-    solved = solve(form, u, sweep.y, np.arange(len(sweep.y)), whiten=False, **options)
+    solved = solve(Rows(form, u, sweep.y, np.arange(len(sweep.y))), Loss(**loss, whiten=False))
     return Fitted(form, centre, u, sweep.y, solved, time.perf_counter() - start)
 
 
@@ -126,6 +127,6 @@ class Pinned:
 def pinned_objective(fitted: Fitted, values: Mapping[str, float]) -> float:
     """The lowest objective at these exponents, over amplitudes and floor."""
     form, groups = Pinned(fitted.form, values), Groups.plain(np.arange(len(fitted.y)))
-    options = dict(groups=groups, delta=fitted.solved.delta, tolerance=1e-13)
-    done = polish(form, fitted.u, fitted.solved.theta[None], np.log(fitted.y), **options)
+    problem = Objective(form, fitted.u, np.log(fitted.y), groups, fitted.solved.delta)
+    done = polish(problem, fitted.solved.theta[None], tolerance=1e-13)
     return float(done.objective[0])

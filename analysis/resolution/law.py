@@ -25,8 +25,8 @@ from analysis.resolution.curves import SCRATCH
 from analysis.resolution.law_rows import Cell
 from sovit import UserError
 from sovit.law.bootstrap import interval, random_effects, stretch
-from sovit.law.fitter import Solved, solve
 from sovit.law.form import BOUND_POWER
+from sovit.law.solver.fitter import Rows, Solved, solve
 
 SIGNIFICANT = 0.05
 
@@ -193,9 +193,9 @@ def fit_cell(cell: Cell, kinds: str | Mapping[str, str], bootstrap: int = 0, see
     floor = len(np.unique(cell.n1[cell.mode < 0])) > 2
     form = TransferForm(tuple(chosen.values()), cell.zero_line, floor)
     u = cell.u(cell.n0, cell.n1, cell.mode)
-    solved = solve(form, u, cell.y, cell.trunk)
-    rng, source = np.random.default_rng(seed), np.arange(len(cell.y))
-    draws = random_effects(form, u, solved, bootstrap, rng, source).theta if bootstrap else None
+    rows = Rows(form, u, cell.y, cell.trunk)
+    solved = solve(rows)
+    draws = random_effects(rows, solved, bootstrap, np.random.default_rng(seed)).theta if bootstrap else None
     return TransferFit(cell, chosen, form, solved, draws)
 
 

@@ -105,8 +105,7 @@ def predict(
     Args:
         law: law.json of sovit fit
     """
-    from sovit.law.fit import read_siblings
-    from sovit.law.fitted_law import read_law
+    from sovit.law.fitted_law import read_law, read_siblings
     from sovit.predict import growth_rules as growth
     from sovit.predict.patch_tradeoff import trade
     from sovit.predict.recommend import best_shape

@@ -13,42 +13,39 @@ from collections import Counter
 
 import numpy as np
 
-from sovit.law.fitter import Polished, Solved, polish
+from sovit.law.solver.fitter import Rows, Solved
+from sovit.law.solver.polish import Objective, Polished, polish
 
 LEVEL = 0.90
 MIN_CLUSTERS = 3
 
 
-def random_effects(form, u, solved: Solved, num: int, rng, source: np.ndarray) -> Polished:
-    """`num` refits of data drawn from the fit. `source` [n]: measurement behind each row (an arm's centre repeats).
-
-    What was known of the noise of a row is drawn with it.
-    """
-    return _refit(form, u, _drawn(form, u, solved, num, rng, source), None, solved)
+def random_effects(rows: Rows, solved: Solved, num: int, rng: np.random.Generator) -> Polished:
+    """`num` refits of data drawn from the fit; what was known of the noise of a row is drawn with it."""
+    return _refit(rows, _drawn(rows, solved, num, rng), None, solved)
 
 
-def pairs(form, u, y, solved: Solved, num: int, rng, strata: np.ndarray) -> Polished:
+def pairs(rows: Rows, solved: Solved, num: int, rng: np.random.Generator, strata: np.ndarray) -> Polished:
     """`num` refits with trunk weights: within each stratum as many trunks as it has, with replacement; strata [G]."""
-    return _refit(form, u, np.log(y), _weights(num, rng, strata)[:, solved.groups.index], solved)
+    return _refit(rows, np.log(rows.y), _weights(num, rng, strata)[:, rows.trunk], solved)
 
 
-def both(form, u, y, solved: Solved, num: int, rng, source: np.ndarray, strata: np.ndarray) -> Polished:
+def both(rows: Rows, solved: Solved, num: int, rng: np.random.Generator, strata: np.ndarray) -> Polished:
     """Both at once, random effects first, [2 num]: the same draws, and half the time where `num` is small."""
-    log_y = np.concatenate([_drawn(form, u, solved, num, rng, source), np.broadcast_to(np.log(y), (num, len(y)))])
-    weights = _weights(num, rng, strata)[:, solved.groups.index]
-    return _refit(form, u, log_y, np.concatenate([np.ones_like(weights), weights]), solved)
+    log_y = np.concatenate([_drawn(rows, solved, num, rng), np.broadcast_to(np.log(rows.y), (num, len(rows.y)))])
+    weights = _weights(num, rng, strata)[:, rows.trunk]
+    return _refit(rows, log_y, np.concatenate([np.ones_like(weights), weights]), solved)
 
 
-def _drawn(form, u, solved: Solved, num: int, rng, source: np.ndarray) -> np.ndarray:
+def _drawn(rows: Rows, solved: Solved, num: int, rng: np.random.Generator) -> np.ndarray:
     """ln y of `num` data sets from the fit, [num, n]."""
-    groups = solved.groups
-    trunk = rng.standard_normal((num, len(groups.kappa)))[:, groups.index]
-    row = rng.standard_normal((num, int(source.max()) + 1))[:, source]
-    row_sd = solved.row_sd if solved.known_sd is None else np.hypot(solved.row_sd, solved.known_sd)
-    return form.evaluate(solved.theta[None], u)[0] + solved.trunk_sd * trunk + row_sd * row
+    trunk = rng.standard_normal((num, len(solved.groups.kappa)))[:, rows.trunk]
+    row = rng.standard_normal((num, int(rows.source.max()) + 1))[:, rows.source]
+    clean = rows.form.evaluate(solved.theta[None], rows.u)[0]
+    return clean + solved.trunk_sd * trunk + solved.drawn_row_sd() * row
 
 
-def _weights(num: int, rng, strata: np.ndarray) -> np.ndarray:
+def _weights(num: int, rng: np.random.Generator, strata: np.ndarray) -> np.ndarray:
     """How often each trunk was drawn, [num, G]."""
     weights = np.zeros((num, len(strata)))
     for stratum in np.unique(strata):
@@ -57,19 +54,19 @@ def _weights(num: int, rng, strata: np.ndarray) -> np.ndarray:
     return weights
 
 
-def _refit(form, u, log_y, weights, solved: Solved) -> Polished:
+def _refit(rows: Rows, log_y: np.ndarray, weights: np.ndarray | None, solved: Solved) -> Polished:
     """Each replicate from the fit, and by arm from a second start too, of which the better counts.
 
     From the fit alone about 1 % of a star's replicates by arm stay more than .1 % above their optimum, with the second
     .1 %; of the other forms none does. It is the steepest in the data of the four best points of the grid.
     """
-    num = len(weights) if weights is not None else len(log_y)
-    options = dict(weights=weights, groups=solved.groups, delta=solved.delta)
-    first = polish(form, u, np.tile(solved.theta, (num, 1)), log_y, **options)
+    form, num = rows.form, len(weights) if weights is not None else len(log_y)
+    objective = Objective(form, rows.u, log_y, solved.groups, solved.delta, weights)
+    first = polish(objective, np.tile(solved.theta, (num, 1)))
     if not (form.arms and form.shared):
         return first
-    grid = form.starts(u, np.exp(form.evaluate(solved.theta[None], u)[0][0]))[:4]
-    second = polish(form, u, np.tile(grid[grid[:, -1].argmax()], (num, 1)), log_y, **options)
+    grid = form.starts(rows.u, np.exp(form.evaluate(solved.theta[None], rows.u)[0][0]))[:4]
+    second = polish(objective, np.tile(grid[grid[:, -1].argmax()], (num, 1)))
     better = second.objective < first.objective
     return Polished(
         np.where(better[:, None], second.theta, first.theta),

@@ -5,83 +5,134 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from sovit import UserError
+from sovit.law.bootstrap import strata_of
 from sovit.law.form import Form
 from sovit.law.forms import LAWS, facing
 from sovit.law.geometry import Geometry
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Rows
 from sovit.spec.shape import DIMENSIONS, POOLS
 
 IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "init_seed", "data_seed", "peak_lr")
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows a form is fitted to. `source` maps each to the row given: a star's centre stands once in every arm."""
-
-    form: Form
-    u: np.ndarray  # [K, n] centred log columns
-    y: np.ndarray  # [n]
-    source: np.ndarray  # [n]
-    centre: np.ndarray  # [K]
-
-    def trunks(self, index: np.ndarray) -> np.ndarray:
-        """Trunk of each row as 0..G-1 [n], for `index`, the trunks of the rows given."""
-        return np.unique(index[self.source], return_inverse=True)[1].ravel()
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What a fit starts from: the columns checked, and the rows of the form with their trunks and known noise."""
 
+    name: str
+    form: Form
     table: dict[str, np.ndarray]
     y: np.ndarray  # [N] of the rows given
     dims: tuple[str, ...]
     centre: dict[str, float]  # of the design, by dimension
-    arms: np.ndarray  # [N] of the rows given
-    index: np.ndarray  # [N] trunk of the rows given
+    arms: np.ndarray  # [N]
+    index: np.ndarray  # [N] trunk
     log_sd: np.ndarray | None  # [N] what is known of the noise of ln y
-    rows: Rows
-    own: np.ndarray  # [n] trunk of each row of the form
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of the form, columns centred. Raises UserError for too few."""
+        logs, source = _logs(self.form, self.table, self.arms)
+        if self.form.arms:
+            _check_arms(self, np.bincount(logs[2].astype(int), minlength=len(self.dims)))
+            own = [logs[0, logs[2] == g].mean() for g in range(len(self.dims))]
+            centre = np.array([*own, logs[1].mean()])
+        else:
+            for name, column in zip(self.form.terms, logs):
+                if np.ptp(column) == 0:
+                    raise UserError(f"column {name!r} has one value only; form={self.name!r} needs at least two of it")
+            centre = logs.mean(1)
+        num = len(self.form.names)
+        if len(source) <= num:
+            raise UserError(
+                f"{len(source)} rows cannot determine the {num} parameters of form={self.name!r};"
+                f" give at least {num + 1}"
+            )
+        trunk = np.unique(self.index[source], return_inverse=True)[1].ravel()
+        known = None if self.log_sd is None else self.log_sd[source]
+        return Rows(self.form, _centred(self.form, logs, centre), self.y[source], trunk, known, source, centre)
 
     @property
-    def known_sd(self) -> np.ndarray | None:
-        """Known noise of each row of the form [n]."""
-        return None if self.log_sd is None else self.log_sd[self.rows.source]
+    def strata(self) -> np.ndarray:
+        """Stratum of each trunk of the form's rows, from its arm [G]."""
+        first = np.unique(self.rows.trunk, return_index=True)[1]
+        return strata_of(self.arms[self.rows.source][first].tolist())
+
+    def take(self, which: np.ndarray) -> Prepared:
+        """Those of the rows given that a mask or index names; centre and arms of the design stay."""
+        table = {name: column[which] for name, column in self.table.items()}
+        log_sd = None if self.log_sd is None else self.log_sd[which]
+        y, arms, index = self.y[which], self.arms[which], self.index[which]
+        return dataclasses.replace(self, table=table, y=y, arms=arms, index=index, log_sd=log_sd)
+
+    def named(self, name: str, terms: Sequence[str] | None = None) -> Prepared:
+        """The same rows for another form."""
+        form = LAWS[name].build(self.dims, self.form.zero_line, tuple(terms) if terms else None)
+        return dataclasses.replace(self, name=name, form=form)
 
 
-def prepare_fit(
-    form: str,
-    columns: Mapping,
-    y,
-    *,
-    clusters=None,
-    dims: Sequence[str] | None = None,
-    terms: Sequence[str] | None = None,
-    zero_line: float | None = None,
-    geometry: Mapping | None = None,
-    measurement_sd=None,
-    whiten: bool = True,
-) -> Prepared:
-    """Check columns and losses and make the rows that `form` is fitted to; arguments as in `law.fit`.
+def prepare_fit(form: str, columns: Mapping, y: Any, options: LawOptions = LawOptions()) -> Prepared:
+    """Check columns and losses and say which rows `form` is fitted to.
 
     Raises UserError for bad columns, too few rows, unknown names.
     """
-    table, y = check(form, columns, y, clusters, terms, zero_line, geometry)
-    log_sd = relative_sd(measurement_sd, y, whiten)
-    named = varied_dims(table, dims) if LAWS[form].uses_dims and terms is None else ()
+    table, y = check(form, columns, y, options)
+    log_sd = relative_sd(options.measurement_sd, y, options.estimator.whitens)
+    terms = tuple(options.terms) if options.terms is not None else None
+    named = varied_dims(table, options.dims) if LAWS[form].uses_dims and terms is None else ()
     centre, arms = star(table, named) if named else ({}, np.full(len(y), "all"))
-    rows = prepare(form, table, y, named, zero_line=zero_line, terms=terms, arms=arms)
-    index = trunks(table, clusters, len(y))
-    return Prepared(table, y, named, centre, arms, index, log_sd, rows, rows.trunks(index))
+    built = LAWS[form].build(named, options.zero_line, terms)
+    return Prepared(form, built, table, y, named, centre, arms, trunks(table, options.clusters, len(y)), log_sd)
 
 
-def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=None) -> tuple[dict, np.ndarray]:
+def _logs(form: Form, table: Mapping, arms: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """ln of a form's columns [K, n], and the rows that they came from [n].
+
+    Of a form by arm: ln x of the row's own arm, ln compute, the arm; rows on an arm or at the centre.
+    """
+    if not form.arms:
+        logs = np.log(np.stack([positive(table, n) for n in form.terms]))
+        return logs, np.arange(logs.shape[1])
+    picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]
+    source, arm = np.concatenate(picks), np.repeat(np.arange(len(picks)), [len(p) for p in picks])
+    own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(form.terms, picks, facing(form.terms))]))
+    return np.stack([own, np.log(positive(table, "compute")[source]), arm.astype(float)]), source
+
+
+def _centred(form: Form, logs: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    if form.arms:
+        return np.stack([logs[0] - centre[logs[2].astype(int)], logs[1] - centre[-1], logs[2]])
+    return logs - centre[:, None]
+
+
+def features(form: Form, centre: np.ndarray, table: Mapping, arms: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
+    logs, source = _logs(form, table, arms)
+    return _centred(form, logs, centre), source
+
+
+def _check_arms(ready: Prepared, counts: np.ndarray) -> None:
+    num = sum(name.endswith(f"_{ready.dims[0]}") for name in ready.form.names)  # parameters of one arm
+    if counts.min() < num:
+        thin = ready.dims[int(np.argmin(counts))]
+        raise UserError(
+            f"the arm {thin!r} of form={ready.name!r} has {counts.min()} rows for {num} parameters; run more of it, or"
+            " fit 'joint'"
+        )
+
+
+def check(form: str, columns: Mapping, y: Any, options: LawOptions) -> tuple[dict, np.ndarray]:
     """Columns as arrays and y as floats. Raises UserError (one line) naming the first bad column, row or option."""
     if form not in LAWS:
         raise UserError(f"form={form!r} is unknown; choose one of {', '.join(LAWS)}")
+    terms, zero_line, clusters = options.terms, options.zero_line, options.clusters
     able = [name for name, entry in LAWS.items() if entry.takes_terms]
     if (terms is not None and form not in able) or (terms is None and LAWS[form].needs_terms):
         raise UserError(
@@ -105,7 +156,7 @@ def check(form: str, columns: Mapping, y, clusters, terms, zero_line, geometry=N
     if "compute" not in table and {"forward_flops", "num_examples"} <= set(table):
         table["compute"] = table["forward_flops"].astype(float) * table["num_examples"].astype(float)
     needed = terms or LAWS[form].needs
-    if "num_params" in needed and "num_params" not in table and (known := geometry_of(table, geometry)):
+    if "num_params" in needed and "num_params" not in table and (known := geometry_of(table, options.geometry)):
         table["num_params"] = known.num_params({d: positive(table, d) for d in DIMENSIONS if d in table})
     if "num_patches" in needed and "num_patches" not in table and {"patch_size", "image_size"} <= set(table):
         table["num_patches"] = (positive(table, "image_size") / positive(table, "patch_size")) ** 2
@@ -201,41 +252,6 @@ def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndar
     return centre, np.where(count == 0, "centre", np.where(count == 1, arm, "corner"))
 
 
-def prepare(form_name: str, table, y, dims, *, zero_line=None, terms=None, arms=None, centre=None) -> Rows:
-    """Centred logs for a form; `centre` reuses that of another fit. Raises UserError for too few rows."""
-    form = LAWS[form_name].build(tuple(dims), zero_line, terms)
-    if form.arms:
-        picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in dims]
-        source = np.concatenate(picks)
-        arm = np.repeat(np.arange(len(dims)), [len(p) for p in picks])
-        own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(dims, picks, facing(dims))]))
-        t = np.log(positive(table, "compute")[source])
-        own_params = sum(name.endswith(f"_{dims[0]}") for name in form.names)  # of one arm
-        if min(len(p) for p in picks) < own_params:
-            thin = dims[int(np.argmin([len(p) for p in picks]))]
-            raise UserError(
-                f"the arm {thin!r} of form={form_name!r} has {min(len(p) for p in picks)} rows for {own_params}"
-                " parameters; run more of it, or fit 'joint'"
-            )
-        if centre is None:
-            centre = np.array([own[arm == g].mean() for g in range(len(dims))] + [t.mean()])
-        u = np.stack([own - centre[arm], t - centre[-1], arm.astype(float)])
-        rows = Rows(form, u, y[source], source, centre)
-    else:
-        logs = np.log(np.stack([positive(table, name) for name in form.terms]))
-        for name, column in zip(form.terms, logs):
-            if np.ptp(column) == 0:
-                raise UserError(f"column {name!r} has one value only; form={form_name!r} needs at least two of it")
-        centre = logs.mean(1) if centre is None else centre
-        rows = Rows(form, logs - centre[:, None], y, np.arange(len(y)), centre)
-    if len(rows.y) <= len(form.names):
-        raise UserError(
-            f"{len(rows.y)} rows cannot determine the {len(form.names)} parameters of form={form_name!r};"
-            f" give at least {len(form.names) + 1}"
-        )
-    return rows
-
-
 def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
     """FLOPs geometry: `given` over the most common value in the columns; an unsaid pool is the one that matches FLOPs.
 
@@ -287,15 +303,3 @@ def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
         tried.append((round(sum(off), 9), len(tried), candidate, off[0], float(np.exp(ratio.mean()))))
     _, _, geometry, off, scale = min(tried, key=lambda t: t[:2])
     return scaled(geometry, 1.0 if off < 1e-6 or "flops_scale" in known else scale)
-
-
-def features(form, centre, table, arms) -> tuple[np.ndarray, np.ndarray]:
-    """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
-    if not form.arms:
-        logs = np.log(np.stack([positive(table, n) for n in form.terms]))
-        return logs - centre[:, None], np.arange(logs.shape[1])
-    picks = [np.flatnonzero((arms == d) | (arms == "centre")) for d in form.terms]
-    source, arm = np.concatenate(picks), np.repeat(np.arange(len(picks)), [len(p) for p in picks])
-    own = np.log(np.concatenate([positive(table, d)[p] ** s for d, p, s in zip(form.terms, picks, facing(form.terms))]))
-    t = np.log(positive(table, "compute")[source])
-    return np.stack([own - centre[arm], t - centre[-1], arm.astype(float)]), source

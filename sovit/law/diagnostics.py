@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sovit import UserError
-from sovit.law.design_matrix import Rows, positive
-from sovit.law.fitter import free_columns
+from sovit.law.design_matrix import positive
+from sovit.law.solver.fitter import Rows, Solved, free_columns
 from sovit.spec.shape import DIMENSIONS
 
 SIGNIFICANT = 0.05  # p of the F test of lack of fit
@@ -84,7 +85,7 @@ class Diagnostics:
     held_out_rows: list[int]
 
 
-def seed_noise(table, y, index, solved) -> Noise:
+def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved) -> Noise:
     """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals.
 
     n: degrees of freedom between trunks (branches of one trunk share its seed); seeded trunks less seeded shapes.
@@ -132,7 +133,7 @@ def _distinct(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.unique(a * (int(b.max()) + 1) + b), int(b.max()) + 1)
 
 
-def describe(rows: Rows, solved, noise: Noise, table) -> dict:
+def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping) -> dict:
     """Fields of `Diagnostics` that the point fit gives.
 
     `weakest` is the direction in which the rows say least: the least singular vector of the Jacobian with columns of
@@ -205,7 +206,7 @@ def _lack_of_fit(misfit: float | None, noise: Noise, dof: float) -> LackOfFit:
     return LackOfFit(residual_over_noise=misfit, noise_source=noise.source, p=p, note=words)
 
 
-def _pattern(residual: np.ndarray, rows: Rows, table) -> dict:
+def _pattern(residual: np.ndarray, rows: Rows, table: Mapping) -> dict:
     """Mean ln(predicted/measured) of small and large models at low and high compute, halves split at the medians."""
     if not {"compute", "num_examples"} <= set(table):
         return {}

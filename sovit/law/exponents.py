@@ -169,3 +169,28 @@ def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0
         low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
         out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)
     return out
+
+
+def size_growth(theta: np.ndarray, draws: dict, widen: tuple[float, float], compute_range) -> Growth:
+    """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
+
+    def share(many):
+        return many[:, 4] / (many[:, 3] + many[:, 4])
+
+    low = high = pairs_low = pairs_high = None
+    if draws:
+        low, high = interval(share(draws["random_effects"]), widen[0])
+        pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
+    absent = min(theta[:2]) <= 0
+    note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
+    return Growth(
+        estimate=None if absent else float(share(theta[None])[0]),
+        low=low,
+        high=high,
+        kind="joint",
+        compute_range=compute_range,
+        status="unidentified" if absent else "ok",
+        pairs_low=pairs_low,
+        pairs_high=pairs_high,
+        note=note,
+    )

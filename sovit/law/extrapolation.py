@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law.design_matrix import features, positive, prepare
+from sovit.law.design_matrix import Prepared, features, positive
 from sovit.law.exponents import MIN_SPAN
-from sovit.law.fitter import solve
+from sovit.law.solver.fitter import Loss, solve
 
 CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
 
@@ -59,17 +59,18 @@ def compute_cut(compute: np.ndarray) -> float:
     return float(np.exp((order[i] + order[i - 1]) / 2))
 
 
-def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> Extrapolation:
+def extrapolation(ready: Prepared, loss: Loss, cut: float | None = None) -> Extrapolation:
     """Fit below a compute cut, score above it; RMSE and signed bias of ln(predicted / measured), baselines beside it.
 
     Baselines: `chinchilla` (size N and images, no shape), `compute_only` (E + A t^-a: constant proportions, all that
     matters is compute), `nearest` (the loss of the nearest run below the cut, which is what no law at all would say).
     """
+    table, y = ready.table, ready.y
     if "compute" not in table:
         return Extrapolation(note="no compute column")
     compute = positive(table, "compute")
+    span = compute.max() / compute.min()
     if compute.max() < MIN_SPAN * compute.min():
-        span = compute.max() / compute.min()
         return Extrapolation(note=f"the rows span a factor {span:.3g} in compute, too little for one")
     rule = "given" if cut else CUT_RULE
     cut = cut or compute_cut(compute)
@@ -77,17 +78,16 @@ def extrapolation(form_name, table, y, dims, index, arms, options, cut=None) -> 
     if not (below.any() and above.any()):
         missing = "above" if below.any() else "below"
         return Extrapolation(note=f"no row is {missing} the cut at compute {cut:.3g}")
-    forms = {}
-    tries = {form_name: (form_name, options["terms"]), "compute_only": ("additive", ("compute",))}
+    tries = {ready.name: ready, "compute_only": ready.named("additive", ("compute",))}
     if {"num_params", "num_examples"} <= set(table):
-        tries["chinchilla"] = "chinchilla", None
-    for label, (name, terms) in tries.items():
+        tries["chinchilla"] = ready.named("chinchilla") if ready.name != "chinchilla" else ready
+    forms = {}
+    for label, tried in tries.items():
         try:
-            scored = _extrapolate(name, table, y, dims, index, arms, below, above, options | dict(terms=terms))
+            forms[label] = _extrapolate(tried, loss, below, above)
         except (UserError, np.linalg.LinAlgError) as error:
-            scored = Score(rmse=None, bias=None, n=0, note=str(error))
-        forms[label] = scored
-    near = (*dims, "num_examples") if dims or "num_examples" in table else ("compute",)
+            forms[label] = Score(rmse=None, bias=None, n=0, note=str(error))
+    near = (*ready.dims, "num_examples") if ready.dims or "num_examples" in table else ("compute",)
     logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
     nearest = np.flatnonzero(below)[_nearest(logs[below], logs[above], logs.std(0))]
     forms["nearest"] = _score(y, np.flatnonzero(above), y[nearest])
@@ -107,23 +107,18 @@ def _nearest(run: np.ndarray, asked: np.ndarray, spread: np.ndarray) -> np.ndarr
     return out[back.ravel()]
 
 
-def _extrapolate(name, table, y, dims, index, arms, below, above, options) -> Score:
-    parts = [{k: v[rows] for k, v in table.items()} for rows in (below, above)]
-    keep = dict(zero_line=options["zero_line"], terms=options["terms"])
-    train = prepare(name, parts[0], y[below], dims, arms=arms[below], **keep)
-    trunk = train.trunks(index[below])
-    known = options["known_sd"]
-    known = None if known is None else known[below][train.source]
-    fitted = solve(train.form, train.u, train.y, trunk, known_sd=known, **options["solver"])
-    u, source = features(train.form, train.centre, parts[1], arms[above])
+def _extrapolate(ready: Prepared, loss: Loss, below: np.ndarray, above: np.ndarray) -> Score:
+    rows, rest = ready.take(below).rows, ready.take(above)
+    theta = solve(rows, loss).theta
+    u, source = features(rows.form, rows.centre, rest.table, rest.arms)
     if not len(source):
         return Score(rmse=None, bias=None, n=0, note="no row above the cut that the form describes")
-    value = np.exp(train.form.evaluate(fitted.theta[None], u)[0][0])
-    rows, place = np.unique(source, return_inverse=True)  # a row at the centre gets the mean of its arms
-    return _score(y, np.flatnonzero(above)[rows], np.bincount(place, value) / np.bincount(place))
+    value = np.exp(rows.form.evaluate(theta[None], u)[0][0])
+    which, place = np.unique(source, return_inverse=True)  # a row at the centre gets the mean of its arms
+    return _score(ready.y, np.flatnonzero(above)[which], np.bincount(place, value) / np.bincount(place))
 
 
-def _score(y, rows: np.ndarray, predicted: np.ndarray) -> Score:
+def _score(y: np.ndarray, rows: np.ndarray, predicted: np.ndarray) -> Score:
     residual = np.log(predicted / y[rows])
     rmse, bias = float(np.sqrt((residual**2).mean())), float(residual.mean())
     return Score(rmse=rmse, bias=bias, n=len(rows), rows=rows.tolist(), predicted=predicted.tolist())

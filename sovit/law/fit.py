@@ -1,171 +1,141 @@
-"""Fit a law to measured losses, with intervals that are honest about trunks: `fit` -> `Fit`, JSON both ways.
+"""Fit a law to measured losses, with intervals that are honest about trunks: `fit_law` and `fit` -> `Fit`.
 
-    data = measurements(["results/stream_star.jsonl"])
-    fit = law.fit("joint", data.columns, data.y, bootstrap=1000)
-    fit.exponents["width"]      # its estimate, low, high, status of width* ~ compute^s
-    fit.predict(columns)        # losses
-    Fit.from_json(fit.to_json())
+    law = fit_law(read_ledger("results/stream_star.jsonl"))             # the form chosen by held-out error
+    law = fit("joint", data.columns, data.y, bootstrap=1000)            # one form, of columns
+    law.exponents["width"]      # its estimate, low, high, status of width* ~ compute^s
+    law.predict(columns)        # losses
 
 Compute is SoViT's t: forward FLOPs of the encoder x images seen. The algorithm, its tolerances and what failed are in
-the module docstrings of `fitter` (estimator), `bootstrap` (intervals) and `allocate` (optimum).
+the module docstrings of `solver` (estimator), `bootstrap` (intervals) and `compute_optimum`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sovit import UserError
-from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, strata_of, stretch
-from sovit.law.design_matrix import geometry_of, positive, prepare_fit
+from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, stretch
+from sovit.law.design_matrix import Prepared, geometry_of, positive, prepare_fit
 from sovit.law.diagnostics import Diagnostics, Draws, describe, seed_noise
-from sovit.law.exponents import Growth, Interval, exponents
+from sovit.law.exponents import Growth, Interval, exponents, size_growth
 from sovit.law.extrapolation import Extrapolation, extrapolation
-from sovit.law.fitted_law import Data, Fit, Model, read_law
-from sovit.law.fitter import solve
+from sovit.law.fitted_law import Data, Fit, Model
 from sovit.law.form import FALLING
-from sovit.law.forms import LAWS
+from sovit.law.forms import LAWS, WHOLE_SHAPE
+from sovit.law.geometry import Geometry
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Solved, solve
+from sovit.ledger.measurements import Measurements, measurements_of
 
-__all__ = ["LAWS", "Fit", "fit"]
+__all__ = ["LAWS", "Fit", "fit", "fit_law"]
 
-
+FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
+FORMS_TOKENS = ("joint_tokens", "bounded_tokens")  # besides, where patch or image size was varied
+FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the chance loss is not known
 DRAW_DIGITS = 8  # significant digits of a stored bootstrap draw
 
 
-def fit(
-    form,
-    columns,
-    y,
-    *,
-    clusters=None,
-    loss="huber_log",
-    huber_delta=None,
-    bootstrap=0,
-    seed=0,
-    dims=None,
-    terms=None,
-    zero_line=None,
-    whiten=None,
-    geometry=None,
-    cut=None,
-    extrapolate=True,
-    measurement_sd=None,
-    metric=None,
-    coverage=0,
-) -> Fit:
+def fit_law(rows: Sequence[Mapping], metric: str = "val_loss", form: str | None = None, bootstrap: int = 1000) -> Fit:
+    """Fit every form that the rows allow and return the one that extrapolates best.
+
+    rows: of a ledger; those that are not ok are left out. form: this one instead. bootstrap: draws of each interval.
+    Raises UserError for bad rows and where no form can be fitted.
+    """
+    data = measurements_of(rows, metric)
+    fits, _ = fit_forms(data, form, bootstrap=bootstrap)
+    return fits[choose_headline(fits, form)[0]]
+
+
+def fit_forms(data: Measurements, form: str | None = None, **options: Any) -> tuple[dict[str, Fit], dict[str, str]]:
+    """Fit every form that the rows allow; returns the fits, and the reasons of the others, by form.
+
+    form: one to fit besides. options: fields of `LawOptions`, such as bootstrap and seed. Raises UserError where none
+    fits, or not the one asked for.
+    """
+    tried: tuple[str, ...] = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
+    if any(len(np.unique(data.columns[n])) > 1 for n in ("patch_size", "image_size") if n in data.columns):
+        tried += tuple(name for name in FORMS_TOKENS if data.zero_line is not None or not LAWS[name].bounded)
+    fits: dict[str, Fit] = {}
+    refused: dict[str, str] = {}
+    for name in dict.fromkeys((*tried, *([form] if form else []))):
+        try:
+            fits[name] = fit_measurements(name, data, **options)
+        except np.linalg.LinAlgError as error:
+            refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
+        except UserError as error:
+            if name == form:
+                raise
+            refused[name] = str(error)
+    if form in refused:
+        raise UserError(refused[form])
+    if not fits or (not form and "width" in data.columns and not any(LAWS[name].uses_dims for name in fits)):
+        raise UserError(next(iter(refused.values())))  # a law blind to shape is no answer where shapes were run
+    return fits, refused
+
+
+def fit_measurements(name: str, data: Measurements, **options: Any) -> Fit:
+    """Fit one form to measurements, with what they know of their noise and of the chance loss."""
+    if LAWS[name].bounded:
+        if data.zero_line is None:
+            raise UserError(f"form={name!r} needs the chance loss: rows with zero_line, or val_loss with num_classes")
+        options["zero_line"] = data.zero_line
+    found = fit(name, data.columns, data.y, measurement_sd=data.measurement_sd, metric=data.metric, **options)
+    left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
+    return dataclasses.replace(found, data=dataclasses.replace(found.data, left_out=left_out, notes=data.notes))
+
+
+def choose_headline(fits: Mapping[str, Fit], form: str | None) -> tuple[str, str]:
+    """The headline form and the reason: the one asked for, else the least extrapolation error of those that can rank
+    whole shapes (the others describe part of the rows, or no shape, so that their scores choose nothing)."""
+    if form is not None:
+        return form, "it was asked for"
+    able = [name for name in fits if name in WHOLE_SHAPE]
+    if not able:
+        return next(iter(fits)), "no form that ranks whole shapes could be fitted"
+    errors = {name: error for name in able if (error := fits[name].extrapolation.rmse(name)) is not None}
+    if len(able) == 1:
+        return able[0], "it is the only form fitted that ranks whole shapes"
+    if not errors:
+        return able[0], "no form could be scored by extrapolation; the first of the table is kept"
+    best = min(errors, key=lambda n: errors[n])
+    others = [f"{n} {100 * errors[n]:.2f} %" if n in errors else f"{n} not scored" for n in able if n != best]
+    return best, (
+        f"among the forms that rank whole shapes it predicts the held-out, most expensive rows best"
+        f" (RMSE {100 * errors[best]:.2f} %; {', '.join(others)})"
+    )
+
+
+def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
     """Fit the law `form` (a key of LAWS) to losses y [n] > 0 measured at columns name -> [n].
 
-    clusters      trunk of each row; None = the column trunk_id, else rows that agree in all but num_examples
-    loss          "huber_log" or "log_squares", of ln(predicted / measured)
-    huber_delta   None = 1.345 robust s.d., whitened by trunk; a number = as in a paper (1e-3), rows as they are
-    bootstrap     draws of each of the two bootstraps; needs 3 trunks (1,000 for results to keep)
-    dims          dimensions of the law; None = those of width, depth, mlp_dim, patch_size, image_size that vary
-    terms         form "additive": the columns of sum_k A_k x_k^-a_k + eps. ("num_params", "tokens"),
-                  ("width", "depth", "tokens") and so on are the Gemstones forms (2502.06857). Form "shifted": the same
-                  in place of the dims, the last of them shifted; ("num_examples",) or ("compute",) is a plain curve
-    zero_line     form "bounded" only: the loss of knowing nothing
-    whiten        None = as said under huber_delta
-    geometry      what the columns do not say for counting FLOPs: patch_size, image_size, pool, head_dim, num_classes
-    cut           compute that splits fit and score of the extrapolation test; None = `diagnose.compute_cut`
-    measurement_sd  [n], in units of y: what is known of the noise of each row by itself, such as that of a few-shot error
-                  over its support sets (only what is not shared by all rows: that cancels where rows are compared). A row
-                  weighs by 1 / (tau^2 + its own variance) in the log loss, tau^2 being estimated from what is left, and
-                  the parametric bootstrap draws both. Needs whitening, so huber_delta=None
-    metric        what y is, such as "val_loss": kept in `data` for the words of a prediction
-    coverage      data sets drawn from the fitted law and refitted, to see how often its intervals hold it (100 tell it
-                  to 2 points); about .5 s each, into diagnostics["coverage"]
-
-    Raises UserError (one line, value and remedy) for bad columns, too few rows or trunks, unknown names.
+    options: the fields of `LawOptions`. Raises UserError (one line, value and remedy) for bad columns, too few rows or
+    trunks, unknown names.
     """
-    if loss not in ("huber_log", "log_squares"):
-        raise UserError(f"loss={loss!r} is unknown; choose huber_log or log_squares")
-    if huber_delta is not None and not huber_delta > 0:
-        raise UserError(f"huber_delta={huber_delta!r} is not positive; give a number such as 1e-3, or None")
-    whiten = (huber_delta is None) if whiten is None else whiten
-    ready = prepare_fit(
-        form,
-        columns,
-        y,
-        clusters=clusters,
-        dims=dims,
-        terms=terms,
-        zero_line=zero_line,
-        geometry=geometry,
-        measurement_sd=measurement_sd,
-        whiten=whiten,
-    )
-    table, y, dims, arms, rows, own = ready.table, ready.y, ready.dims, ready.arms, ready.rows, ready.own
-    index, shaped = ready.index, LAWS[form].uses_dims and terms is None
-    num_clusters = int(own.max()) + 1
-    if bootstrap and num_clusters < MIN_CLUSTERS:
+    chosen = LawOptions(**options)
+    ready = prepare_fit(form, columns, y, chosen)
+    rows = ready.rows
+    num_clusters = int(rows.trunk.max()) + 1
+    if chosen.bootstrap and num_clusters < MIN_CLUSTERS:
         raise UserError(
-            f"bootstrap={bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
+            f"bootstrap={chosen.bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
         )
-    solver = dict(loss=loss, huber_delta=huber_delta, whiten=whiten)
-    solved = solve(rows.form, rows.u, rows.y, own, known_sd=ready.known_sd, **solver)
-    noise = seed_noise(table, y, index, solved)
-    diagnostics = describe(rows, solved, noise, table)
-    known = geometry_of(table, geometry) if shaped else None
-    data = _data(table, dims, ready.centre, metric)
-    draws, widen = {}, (1.0, 1.0)
-    if bootstrap:
-        rng = np.random.default_rng(seed)
-        strata = strata_of(arms[rows.source][np.unique(own, return_index=True)[1]].tolist())
-        made = dict(
-            random_effects=random_effects(rows.form, rows.u, solved, bootstrap, rng, rows.source),
-            pairs=pairs(rows.form, rows.u, rows.y, solved, bootstrap, rng, strata),
-        )
-        draws = {kind: _rounded(done.theta) for kind, done in made.items()}
-        widen = stretch(solved.dof), pairs_stretch(strata)
-        went = {
-            kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
-            for kind, done in made.items()
-        }
-        diagnostics["draws"] = Draws(num=bootstrap, seed=seed, t_over_z=widen[0], pairs_stretch=widen[1], **went)
-    params, intervals = _params(rows, solved.theta, draws, widen)
-    growths: dict = {}
-    absent: dict = {}
-    countable = rows.form.arms or known is not None
-    if dims and countable and data.compute_range:
-        growths, absent = exponents(
-            rows.form,
-            rows.centre,
-            solved.theta,
-            draws.get("random_effects"),
-            draws.get("pairs"),
-            widen,
-            known,
-            data.grid,
-            data.compute_range,
-        )
-    elif form == "chinchilla":
-        growths = _size_growth(rows, solved.theta, draws, widen, data)
-    diagnostics["absent_share"] = absent
-    diagnostics["interval_ratio"] = {
-        d: float(abs(np.log(e.pairs_high / e.pairs_low)) / max(abs(np.log(e.high / e.low)), 1e-12))
-        for d, e in growths.items()
-        if e.low is not None
-    }
-    if coverage:
-        diagnostics["coverage"] = _coverage(rows, solved, own, arms, known, data, growths, coverage, seed, solver)
-    diagnostics["held_out_rows"] = sorted(set(range(len(y))) - set(rows.source.tolist()))
-    extra = Extrapolation()
-    if extrapolate:
-        options = dict(zero_line=zero_line, terms=terms, solver=solver, known_sd=ready.log_sd)
-        extra = extrapolation(form, table, y, dims, index, arms, options, cut)
-    model = Model(
-        dims=list(dims),
-        terms=list(rows.form.terms),
-        names=list(rows.form.names),
-        theta=solved.theta.tolist(),
-        centres=rows.centre.tolist(),
-        zero_line=zero_line,
-        loss=loss,
-        huber_delta=None if np.isinf(solved.delta) else solved.delta,
-        whitened=bool(whiten),
-    )
+    solved = solve(rows, chosen.estimator)
+    noise = seed_noise(ready.table, ready.y, ready.index, solved)
+    found = describe(rows, solved, noise, ready.table)
+    shaped = LAWS[form].uses_dims and chosen.terms is None
+    geometry = geometry_of(ready.table, chosen.geometry) if shaped else None
+    data = _data(ready, chosen.metric)
+    draws, went = _bootstrap(ready, solved, chosen)
+    params, intervals = _params(rows, solved.theta, draws, went)
+    growths, absent = _growths(ready, solved, geometry, data, draws, went)
+    found |= dict(draws=went, absent_share=absent, interval_ratio=_ratios(growths))
+    if chosen.coverage:
+        found["coverage"] = _coverage(ready, solved, geometry, data, growths, chosen)
+    found["held_out_rows"] = sorted(set(range(len(ready.y))) - set(rows.source.tolist()))
     return Fit(
         form,
         params,
@@ -175,23 +145,69 @@ def fit(
         len(np.unique(rows.source)),
         num_clusters,
         solved.objective,
-        extra,
-        Diagnostics(**diagnostics),
-        model,
+        extrapolation(ready, chosen.estimator, chosen.cut) if chosen.extrapolate else Extrapolation(),
+        Diagnostics(**found),
+        _model(ready, solved, chosen),
         data,
-        known,
+        geometry,
         draws={kind: theta.tolist() for kind, theta in draws.items()},
     )
 
 
-def _coverage(rows, solved, own, arms, known, data, growths, num, seed, solver) -> dict:
-    from sovit.law import coverage
+def _bootstrap(ready: Prepared, solved: Solved, options: LawOptions) -> tuple[dict[str, np.ndarray], Draws | None]:
+    """Draws of both kinds [R, P], as they are stored, and how they went; nothing without a bootstrap."""
+    if not options.bootstrap:
+        return {}, None
+    rng = np.random.default_rng(options.seed)
+    made = dict(
+        random_effects=random_effects(ready.rows, solved, options.bootstrap, rng),
+        pairs=pairs(ready.rows, solved, options.bootstrap, rng, ready.strata),
+    )
+    went = {
+        kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
+        for kind, done in made.items()
+    }
+    draws = Draws(
+        random_effects=went["random_effects"],
+        pairs=went["pairs"],
+        num=options.bootstrap,
+        seed=options.seed,
+        t_over_z=stretch(solved.dof),
+        pairs_stretch=pairs_stretch(ready.strata),
+    )
+    return {kind: _rounded(done.theta) for kind, done in made.items()}, draws
+
+
+def _growths(ready, solved, geometry, data, draws, went) -> tuple[dict[str, Growth], dict[str, float]]:
+    """Growth exponents by dimension, and the share of draws without each; of no dimension where none can be counted."""
+    rows, widen = ready.rows, (went.t_over_z, went.pairs_stretch) if went else (1.0, 1.0)
+    if ready.dims and (rows.form.arms or geometry is not None) and data.compute_range:
+        sides = draws.get("random_effects"), draws.get("pairs")
+        return exponents(rows.form, rows.centre, solved.theta, *sides, widen, geometry, data.grid, data.compute_range)
+    if ready.name == "chinchilla":
+        return dict(num_params=size_growth(solved.theta, draws, widen, data.compute_range)), {}
+    return {}, {}
+
+
+def _ratios(growths: Mapping[str, Growth]) -> dict[str, float]:
+    """Width of the pairs interval over that of the headline, in ln, by dimension."""
+    return {
+        d: float(abs(np.log(e.pairs_high / e.pairs_low)) / max(abs(np.log(e.high / e.low)), 1e-12))
+        for d, e in growths.items()
+        if e.low and e.high and e.pairs_low and e.pairs_high
+    }
+
+
+def _coverage(ready, solved, geometry: Geometry | None, data: Data, growths, options: LawOptions) -> dict:
+    from sovit.law.checks import coverage
 
     if not growths or set(data.grid) & set(FALLING) or not data.compute_range:
-        raise UserError(f"coverage={num} needs growth exponents of width, depth or MLP dim; this law has none")
-    strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
-    setup = coverage.Setup(rows, own, strata, known, data.grid, tuple(data.compute_range), solver, (10.0,))
-    return coverage.of_fit(setup, solved, num, seed=seed)
+        raise UserError(
+            f"coverage={options.coverage} needs growth exponents of width, depth or MLP dim; this law has none"
+        )
+    ends = data.compute_range[0], data.compute_range[1]
+    setup = coverage.Setup(ready.rows, ready.strata, geometry, data.grid, ends, options.estimator, (10.0,))
+    return coverage.of_fit(setup, solved, options.coverage, seed=options.seed)
 
 
 def _rounded(theta: np.ndarray) -> np.ndarray:
@@ -200,23 +216,41 @@ def _rounded(theta: np.ndarray) -> np.ndarray:
     return np.vectorize(lambda value, d: round(float(value), int(d)))(theta, digits)
 
 
-def _params(rows, theta, draws, widen) -> tuple[dict, dict]:
+def _params(rows, theta, draws, went: Draws | None) -> tuple[dict[str, float | None], dict[str, Interval]]:
     raw = rows.form.raw(theta[None], rows.centre)[0]
-    params = dict(zip(rows.form.names, (float(p) for p in raw)))
+    params: dict = dict(zip(rows.form.names, (float(p) for p in raw)))
     for amplitude, exponent in rows.form.partners:
         if params[amplitude] <= 0:
             params[exponent] = None
+    if went is None:
+        return params, {}
     spread = {kind: rows.form.raw(many, rows.centre) for kind, many in draws.items()}
     intervals = {}
-    for i, name in enumerate(rows.form.names if draws else ()):
+    for i, name in enumerate(rows.form.names):
         # on the plain scale: a parameter on its bound 0 in some draws has no log; none of them can be negative
-        low, high = interval(spread["random_effects"][:, i], widen[0], floor=None)
-        pairs_low, pairs_high = interval(spread["pairs"][:, i], widen[1], floor=None)
+        low, high = interval(spread["random_effects"][:, i], went.t_over_z, floor=None)
+        pairs_low, pairs_high = interval(spread["pairs"][:, i], went.pairs_stretch, floor=None)
         intervals[name] = Interval(low=max(low, 0.0), high=high, pairs_low=max(pairs_low, 0.0), pairs_high=pairs_high)
     return params, intervals
 
 
-def _data(table, dims, centre, metric) -> Data:
+def _model(ready: Prepared, solved: Solved, options: LawOptions) -> Model:
+    rows = ready.rows
+    return Model(
+        dims=list(ready.dims),
+        terms=list(rows.form.terms),
+        names=list(rows.form.names),
+        theta=solved.theta.tolist(),
+        centres=rows.centre.tolist(),
+        zero_line=options.zero_line,
+        loss=options.loss,
+        huber_delta=None if np.isinf(solved.delta) else solved.delta,
+        whitened=options.estimator.whitens,
+    )
+
+
+def _data(ready: Prepared, metric: str | None) -> Data:
+    table, dims = ready.table, ready.dims
     ranges: dict = {}
     for name in ("compute", "num_examples", "train_flops"):
         if name in table:
@@ -226,36 +260,4 @@ def _data(table, dims, centre, metric) -> Data:
         count = positive(table, "image_size") / positive(table, "patch_size")
         sides = np.unique(np.rint(count).astype(int)).tolist()
     grid = {d: np.unique(positive(table, d)).tolist() for d in dims}
-    return Data(grid=grid, centre=centre, grid_sides=sides, metric=metric or None, **ranges)
-
-
-def _size_growth(rows, theta, draws, widen, data) -> dict[str, Growth]:
-    """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
-
-    def share(many):
-        return many[:, 4] / (many[:, 3] + many[:, 4])
-
-    low = high = pairs_low = pairs_high = None
-    if draws:
-        low, high = interval(share(draws["random_effects"]), widen[0])
-        pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
-    absent = min(theta[:2]) <= 0
-    note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
-    found = Growth(
-        estimate=None if absent else float(share(theta[None])[0]),
-        low=low,
-        high=high,
-        kind="joint",
-        compute_range=data.compute_range,
-        status="unidentified" if absent else "ok",
-        pairs_low=pairs_low,
-        pairs_high=pairs_high,
-        note=note,
-    )
-    return dict(num_params=found)
-
-
-def read_siblings(path: Path, forms: Sequence[str]) -> dict[str, Fit]:
-    """Read the laws of other `forms` that `sovit fit` kept of the same rows, as far as they stand beside `path`."""
-    folder = path.parent if path.parent.name == "forms" else path.parent / "forms"
-    return {form: read_law(folder / f"{form}.json") for form in forms if (folder / f"{form}.json").is_file()}
+    return Data(grid=grid, centre=ready.centre, grid_sides=sides, metric=metric or None, **ranges)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,6 +160,12 @@ class Fit:
             reason = str(error).splitlines()[0]
             raise UserError(f"not a law.json ({reason}); write one with `sovit fit LEDGER --out DIR`") from None
 
+    def best_shape(self, train_flops: float, **rules: Any) -> Any:
+        """The best integer shape for a budget: `sovit.best_shape` of this law, with its rules."""
+        import sovit
+
+        return getattr(sovit, "best_shape")(self, train_flops, **rules)  # noqa: B009 - a lazy name of the root
+
     def save(self, path: Path | str) -> None:
         """Write law.json, atomically."""
         write_atomic(Path(path), self.to_json())
@@ -190,3 +196,9 @@ def read_law(path: Path | str) -> Fit:
         raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a law.json (not text); make one with sovit fit") from None
+
+
+def read_siblings(path: Path, forms: Sequence[str]) -> dict[str, Fit]:
+    """Read the laws of other `forms` that `sovit fit` kept of the same rows, as far as they stand beside `path`."""
+    folder = path.parent if path.parent.name == "forms" else path.parent / "forms"
+    return {form: read_law(folder / f"{form}.json") for form in forms if (folder / f"{form}.json").is_file()}

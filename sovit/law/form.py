@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 
 import numpy as np
 
-from sovit.law.nnls import nnls
-
-SIZE_GRID = (0.1, 0.3, 0.6, 1.0, 1.8, 3.0)
-
-
-DATA_GRID = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
-
-
-SHIFT_GRID = (0.0, 0.1, 0.5, 2.0, 10.0)
-
-
-DATA_COLUMNS = ("num_examples", "tokens", "compute")
-
+from sovit.law.solver.starts import DATA_COLUMNS, starts
 
 FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
-
-
-NUM_STARTS = 8
-
-
-MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
-
-
-IN_MEMORY = 2_000_000  # numbers of the bases that are solved at once
-
-
 BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
-
-
 MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
 
 
@@ -75,24 +49,24 @@ class Form:
         return tuple(dict.fromkeys(factor for term in self.formula for factor in term.factors))
 
     @cached_property
-    def _row(self) -> np.ndarray:
+    def row(self) -> np.ndarray:
         """Row of u that each exponent stands on."""
         columns = ("x", "compute") if self.arms else self.terms
         return np.array([columns.index(column) for column, _, _ in self.exponents])
 
     @cached_property
-    def _sign(self) -> np.ndarray:
+    def signs(self) -> np.ndarray:
         return np.array([sign for _, _, sign in self.exponents], float)
 
     @cached_property
-    def _holds(self) -> list[list[int]]:
+    def holds(self) -> list[list[int]]:
         """Exponents of each term."""
         return [[self.exponents.index(factor) for factor in term.factors] for term in self.formula]
 
     @cached_property
     def _of(self) -> list[list[int]]:
         """Terms of each exponent."""
-        return [[j for j, held in enumerate(self._holds) if e in held] for e in range(len(self.exponents))]
+        return [[j for j, held in enumerate(self.holds) if e in held] for e in range(len(self.exponents))]
 
     @cached_property
     def _data(self) -> list[bool]:
@@ -106,7 +80,7 @@ class Form:
         return tuple(t.amplitude for t in self.formula) + tuple(name for _, name, _ in self.exponents) + extra
 
     @cached_property
-    def _index(self) -> np.ndarray:
+    def place(self) -> np.ndarray:
         """Place in theta of each local parameter in each arm, [L, arms]."""
         place = {name: i for i, name in enumerate(self.names)}
         return np.array([[place.get(f"{p}_{arm}", place.get(p)) for arm in self.arms or ("",)] for p in self._local])
@@ -132,7 +106,7 @@ class Form:
         for column, name, _ in self.exponents:
             ends[name] = lowest.get(name, lowest.get("", 0.05)), 2.0 if column in DATA_COLUMNS else 4.0
         both = np.empty((2, len(self.names)))
-        for name, places in zip(self._local, self._index):
+        for name, places in zip(self._local, self.place):
             both[:, places] = np.array(ends[name])[:, None]
         return both[0], both[1]
 
@@ -148,7 +122,7 @@ class Form:
             return value, jac
         full = np.empty((len(theta), len(self.names), u.shape[-1]))
         own = u[2].astype(int) == np.arange(len(self.arms))[:, None]
-        for i, places in enumerate(self._index):
+        for i, places in enumerate(self.place):
             if len(set(places)) == 1:
                 full[:, places[0]] = jac[:, i]
             else:
@@ -166,7 +140,7 @@ class Form:
         if self.power_mean:
             return theta + step
         out, num = theta + step, len(self.formula)
-        sizes, powers = self._index[:num], self._index[num : num + len(self.exponents)]
+        sizes, powers = self.place[:num], self.place[num : num + len(self.exponents)]
         low, high = self.bounds
         size, grown = theta[:, sizes], out[:, sizes]  # [R, J, arms]
         old, new = theta[:, powers], np.clip(out[:, powers], low[powers], high[powers])  # [R, E, arms]
@@ -195,18 +169,16 @@ class Form:
 
         These from the most exponents to the fewest: (term, its exponents, the terms that hold them all).
         """
-        above = [
-            [i for i, b in enumerate(self._holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self._holds)
-        ]
-        alone = [j for j, at in enumerate(self._holds) if len(at) == 1 and not above[j]]
-        others = sorted(set(range(len(self.formula))) - set(alone), key=lambda j: -len(self._holds[j]))
-        return alone, [self._holds[j][0] for j in alone], [(j, self._holds[j], above[j]) for j in others]
+        above = [[i for i, b in enumerate(self.holds) if i != j and set(a) <= set(b)] for j, a in enumerate(self.holds)]
+        alone = [j for j, at in enumerate(self.holds) if len(at) == 1 and not above[j]]
+        others = sorted(set(range(len(self.formula))) - set(alone), key=lambda j: -len(self.holds[j]))
+        return alone, [self.holds[j][0] for j in alone], [(j, self.holds[j], above[j]) for j in others]
 
     def elasticities(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ln f [R, n] and d ln f / d u [R, K, n], for the optimum. Not for a form by arm."""
         value, part, _ = self._work(theta, u)
         out = np.zeros((len(theta), len(self.terms), u.shape[-1]))
-        for e, (row, sign) in enumerate(zip(self._row, self._sign)):
+        for e, (row, sign) in enumerate(zip(self.row, self.signs)):
             weight = sign * theta[:, len(self.formula) + e, None]
             if self.shift and row == len(self.terms) - 1:  # d ln(n + d) / d ln n
                 weight = weight / (1 + theta[:, -1:] * np.exp(-u[..., row, :]))
@@ -218,11 +190,11 @@ class Form:
     def _plain(self) -> bool:
         """A sum of one power each and the floor, which block operations evaluate faster than term by term."""
         linked = self.arms or self.shift or self.power_mean or self.zero_line is not None
-        return not linked and self._holds == [[e] for e in range(len(self.exponents))] + [[]]
+        return not linked and self.holds == [[e] for e in range(len(self.exponents))] + [[]]
 
     def _plain_work(self, theta, u):
         num = len(self.exponents)
-        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        logs = self.signs[:, None] * u[..., self.row, :]  # [E, n]
         factor = np.exp(theta[:, num + 1 :, None] * logs)
         value = (theta[:, :num, None] * factor).sum(1) + theta[:, num : num + 1]
         jac = np.empty((len(theta), 2 * num + 1, u.shape[-1]))
@@ -238,18 +210,18 @@ class Form:
             return self._plain_work(theta, u)
         num, held = len(self.formula), len(self.formula) + len(self.exponents)
         if self.arms:
-            own = theta[:, self._index[:, u[2].astype(int)]]  # [R, L, n]
+            own = theta[:, self.place[:, u[2].astype(int)]]  # [R, L, n]
         else:
             own = theta[:, :, None]  # [R, L, 1]
-        logs = self._sign[:, None] * u[..., self._row, :]  # [E, n]
+        logs = self.signs[:, None] * u[..., self.row, :]  # [E, n]
         if self.shift:
             logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
             shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
-            for e in np.flatnonzero(self._row == len(self.terms) - 1):
-                logs[:, e] = self._sign[e] * np.log(shifted / (1 + theta[:, -1:]))
+            for e in np.flatnonzero(self.row == len(self.terms) - 1):
+                logs[:, e] = self.signs[e] * np.log(shifted / (1 + theta[:, -1:]))
         factor = np.exp(own[:, num:held] * logs)
         power = []
-        for at in self._holds:
+        for at in self.holds:
             product_of = factor[:, at[0]] if at else None
             for e in at[1:]:
                 product_of = product_of * factor[:, e]
@@ -275,9 +247,9 @@ class Form:
             np.multiply(moved, logs[..., e, :], out=jac[:, num + e])
         if self.shift:
             jac[:, -1] = 0.0
-            for e in np.flatnonzero(self._row == len(self.terms) - 1):
+            for e in np.flatnonzero(self.row == len(self.terms) - 1):
                 for j in self._of[e]:
-                    jac[:, -1] += self._sign[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
+                    jac[:, -1] += self.signs[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
         return value, part, jac
 
     def _link(self, part, s):
@@ -312,83 +284,14 @@ class Form:
 
     def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The best points of an exponent grid, amplitudes by NNLS on relative error; [starts, P]."""
-        if self.power_mean:
-            return self._mean_starts(u, y)
-        names = [name for _, name, _ in self.exponents] + ["d"] * self.shift
-        grid = dict(zip(names, self._grids()))
-        own = [name for name in names if name not in self.shared]
-        points = np.array(list(product(*(grid[name] for name in own))))
-        num, found, score = len(self.formula), [], []
-        for common in product(*(grid[name] for name in names if name in self.shared)):
-            local = np.empty((len(points), len(names)))
-            local[:, [names.index(n) for n in own]] = points
-            local[:, [names.index(n) for n in names if n in self.shared]] = common
-            theta = np.empty((NUM_STARTS, len(self.names)))
-            objective = np.zeros(NUM_STARTS)
-            for g in range(len(self.arms) or 1):
-                rows = u[2] == g if self.arms else slice(None)
-                amplitude, squares = self._amplitudes(local, u[:, rows], y[rows])
-                best = np.argsort(squares, kind="stable")[:NUM_STARTS]
-                best = np.resize(best, NUM_STARTS)
-                theta[:, self._index[:num, g]] = amplitude[best]
-                theta[:, self._index[num:, g]] = local[best]
-                objective += squares[best]
-            keep = 1 if self.arms and self.shared else min(NUM_STARTS, len(points))
-            found.append(theta[:keep])
-            score.append(objective[:keep])
-        best = np.argsort(np.concatenate(score), kind="stable")[:NUM_STARTS]
-        return np.concatenate(found)[best]
+        return starts(self, u, y)
 
-    def _grids(self) -> list[tuple[float, ...]]:
-        """Grid of each exponent (and of the shift), thinned until all points that go together are at most MAX_GRID."""
-        free = sum(name not in self.shared for _, name, _ in self.exponents)
-        per_term, limit = len(SIZE_GRID), MAX_GRID / (len(SHIFT_GRID) if self.shift else 1)
-        while per_term**free > limit and per_term > 2:
-            per_term -= 1
-        pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
-        grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in self.exponents]
-        return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * self.shift
-
-    def _amplitudes(self, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Best amplitudes [G, J] at exponents local [G, E], and the sum of squared relative errors [G]."""
-        size = max(1, IN_MEMORY // (len(self.formula) * len(y)))
-        parts = [local[i : i + size] for i in range(0, len(local), size)]
-        found = [nnls(self._basis(part, u) / y, np.ones(len(y))) for part in parts]
-        return np.concatenate([amplitude for amplitude, _ in found]), np.concatenate([squares for _, squares in found])
-
-    def _basis(self, local: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
-        logs = np.broadcast_to(self._sign[:, None] * u[self._row], (len(local), len(self.exponents), u.shape[1]))
-        if self.shift:
-            logs = logs.copy()
-            for e in np.flatnonzero(self._row == len(self.terms) - 1):
-                logs[:, e] = self._sign[e] * np.log((np.exp(u[-1]) + local[:, -1:]) / (1 + local[:, -1:]))
-        out = np.ones((len(local), len(self.formula), u.shape[1]))
-        for j, at in enumerate(self._holds):
-            if at:
-                out[:, j] = np.exp((local[:, at, None] * logs[:, at]).sum(1))
-        return out
-
-    def _mean_starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Starts of the plain sum on the unbounded loss, each at several s, amplitudes rescaled so that the level fits."""
-        loss = y
-        if self.zero_line is not None:
-            capped = np.minimum(y, 0.98 * self.zero_line)
-            loss = (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
-        base = replace(self, power_mean=False, zero_line=None).starts(u, loss)
-        found = []
-        for s in (1.0, 1.7, 3.0):
-            for factor in (1.0, 1.2, 1.5, 2.0):
-                theta = np.insert(base, len(self.formula) + len(self.exponents), s, 1)
-                theta[:, [bool(t.factors) for t in self.formula] + [False] * (theta.shape[1] - len(self.formula))] *= (
-                    factor
-                )
-                found.append(theta)
-        theta = np.array(found)  # [s x factor, starts, P]
-        residual = (self.evaluate(theta.reshape(-1, theta.shape[2]), u)[0] - np.log(y)) ** 2
-        score = residual.sum(1).reshape(3, 4, -1).argmin(1)  # the best factor of each (s, start)
-        theta = theta.reshape(3, 4, len(base), -1)
-        return np.concatenate([theta[i, score[i], np.arange(len(base))] for i in range(3)])
+    def unbounded(self, y: np.ndarray) -> np.ndarray:
+        """The losses that the zero line bends to y [n]."""
+        if self.zero_line is None:
+            return y
+        capped = np.minimum(y, 0.98 * self.zero_line)
+        return (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """Undo the centring: A x^-a = (A e^{a centre}) applied to the raw column. centre: of each column, [K].
@@ -398,12 +301,12 @@ class Form:
         out, num = theta.copy(), len(self.formula)
         for g in range(len(self.arms) or 1):
             middle = np.array([centre[g], centre[-1]]) if self.arms else np.asarray(centre)
-            for place, at in zip(self._index[:num, g], self._holds):
+            for place, at in zip(self.place[:num, g], self.holds):
                 for e in at:
-                    out[:, place] *= np.exp(-self._sign[e] * theta[:, self._index[num + e, g]] * middle[self._row[e]])
+                    out[:, place] *= np.exp(-self.signs[e] * theta[:, self.place[num + e, g]] * middle[self.row[e]])
         if self.shift:  # the amplitude is the loss at the centre, (n + d) / (1 + d) being 1 there
             j = self._data.index(True)
-            for e in self._holds[j]:
-                out[:, j] *= (1 + theta[:, -1]) ** (-self._sign[e] * theta[:, num + e])
+            for e in self.holds[j]:
+                out[:, j] *= (1 + theta[:, -1]) ** (-self.signs[e] * theta[:, num + e])
             out[:, -1] *= np.exp(centre[-1])
         return out

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,20 +103,35 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
     paths = [Path(p) for p in ledgers]
     if not paths:
         raise UserError("no ledger given; name at least one file of rows")
-    where = ", ".join(p.name for p in paths)
-    left_out: list[tuple[str, str]] = []
-    bad = left_out if skip_bad else None
-    read = [row for path in paths for row in read_rows(path, bad)]
+    bad: list[tuple[str, str]] = []
+    rows = [row for path in paths for row in read_rows(path, bad if skip_bad else None)]
+    reasons: dict[str, str] = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        reasons |= read_exclusions(folder / "exclusions.csv")
+    where, names = ", ".join(p.name for p in paths), [str(p) for p in paths]
+    return measurements_of(rows, metric, Source(where, names, reasons, bad, skip_bad))
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, for messages; which are excluded, by run_id; the lines refused before; see `measurements`."""
+
+    where: str = "the rows"
+    paths: Sequence[str] = ()
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    refused: Sequence[tuple[str, str]] = ()
+    skip_bad: bool = False
+
+
+def measurements_of(read: Sequence[Mapping], metric: str = "val_loss", source: Source = Source()) -> Measurements:
+    """Measurements of ledger rows in memory, as `measurements` makes them of files."""
+    where, reasons, skip_bad, left_out = source.where, source.excluded, source.skip_bad, list(source.refused)
     num_read, num_bad = len(read), len(left_out)
-    rows = merge(read, where, bad)
-    del read
+    rows = merge([dict(row) for row in read], where, left_out if skip_bad else None)
     notes = []
     repeats = num_read - len(rows) - len(left_out) + num_bad
     if repeats:
         notes.append(f"{repeats} of {num_read} rows repeat the run_id of another, with which they agree: counted once")
-    reasons: dict[str, str] = {}
-    for folder in dict.fromkeys(path.parent for path in paths):
-        reasons |= read_exclusions(folder / "exclusions.csv")
     kept = []
     for row in rows:
         if row["run_id"] in reasons:
@@ -134,7 +149,6 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
         why = "all excluded, diverged, failed, fine-tuned or vision-language models"
         raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
     statuses = dict(Counter(row["status"] for row in rows))
-    del rows
     for name in SAME:
         count = Counter(str(row.get(name)) for row in kept)
         if len(count) > 1:
@@ -182,8 +196,9 @@ def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, ski
     y = np.array([row[metric] for row in kept], float)
     noise, support = noise_of(kept, metric) or (None, None)
     measurement_sd = noise * y if noise is not None and noise.any() else None
-    names = [str(p) for p in paths]
-    return Measurements(metric, columns, y, kept, left_out, statuses, names, measurement_sd, support, notes)
+    return Measurements(
+        metric, columns, y, kept, left_out, statuses, list(source.paths), measurement_sd, support, notes
+    )
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:

@@ -1,13 +1,13 @@
 """Read the rows that `sovit profile` wrote: one flat JSON object a (shape, device, dtype, batch, threads).
 
-    schema profile_id status (ok | out_of_memory), the shape, num_classes num_params forward_flops head_flops
-    device device_name dtype threads clock batch_size versions commit commit_dirty date num_repeats
-    forward_seconds, forward_seconds_low, _high    one forward pass of a batch: median and quartiles of the repeats
-    train_step_seconds, _low, _high                forward, backward and AdamW of a batch
-    forward_samples, train_step_samples            the repeats themselves
-    forward_bytes, train_bytes                     peak memory of both, weights included
-    images_per_second forward_flops_per_second train_flops_per_second
-    load_before load_after                         load average of the machine, one minute
+schema profile_id status (ok | out_of_memory), the shape, num_classes num_params forward_flops head_flops
+device device_name dtype threads clock batch_size versions commit commit_dirty date num_repeats
+forward_seconds, forward_seconds_low, _high    one forward pass of a batch: median and quartiles of the repeats
+train_step_seconds, _low, _high                forward, backward and AdamW of a batch
+forward_samples, train_step_samples            the repeats themselves
+forward_bytes, train_bytes                     peak memory of both, weights included
+images_per_second forward_flops_per_second train_flops_per_second
+load_before load_after                         load average of the machine, one minute
 """
 
 from __future__ import annotations

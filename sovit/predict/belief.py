@@ -12,10 +12,12 @@ from sovit import UserError
 from sovit.law.compute_optimum import curvature
 from sovit.law.design_matrix import check, geometry_of, positive, trunks, varied_dims
 from sovit.law.exponents import box, optimum_of
-from sovit.law.fitter import HUBER, Groups, polish
 from sovit.law.form import DATA_COLUMNS, Form
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import HUBER
+from sovit.law.solver.polish import Groups, Objective, polish
 from sovit.spec.shape import Shape
 
 FORM = "joint_n"
@@ -169,7 +171,7 @@ class Posterior:
         observed = np.concatenate([whitener @ self.log_y, np.zeros(num)])
         room = np.concatenate([self.u, np.zeros((len(self.u), num))], 1)
         groups, problem = Groups.plain(np.arange(len(observed))), _Whitened(self.form, whitener, self.prior)
-        done = polish(problem, room, starts, observed, groups=groups, delta=HUBER, tolerance=1e-7, cap=400)
+        done = polish(Objective(problem, room, observed, groups, HUBER), starts, tolerance=1e-7, cap=400)
         return done.theta[int(done.objective.argmin())]
 
     def covariance(self, phi: np.ndarray, sds: Spreads) -> np.ndarray:
@@ -219,7 +221,7 @@ def learn(
         raise UserError(f"form={options.form!r} cannot choose runs; choose one of {', '.join(known)}")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
-    table, y = check(options.form, columns, y, None, None, options.zero_line)
+    table, y = check(options.form, columns, y, LawOptions(zero_line=options.zero_line))
     if len(y) > MAX_ROWS:
         raise UserError(f"{len(y)} rows are too many to weigh a next run; give {MAX_ROWS} at most, near the target")
     dims, geometry = varied_dims(table, None), geometry_of(table, options.geometry)

@@ -9,7 +9,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,15 @@ import numpy as np
 
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.law import fit as law
-from sovit.law.coverage import words as coverage_words
-from sovit.law.fitted_law import Fit, plain
-from sovit.law.forms import LAWS, WHOLE_SHAPE
-from sovit.law.sensitivity import sensitivity
+from sovit.law.checks.coverage import words as coverage_words
+from sovit.law.checks.sensitivity import sensitivity
+from sovit.law.fit import choose_headline, fit_forms, fit_measurements
+from sovit.law.fitted_law import plain
+from sovit.law.forms import LAWS
 from sovit.ledger.measurements import Measurements, measurements
 from sovit.report.facts import budget_facts, data_facts, held_out, law_facts
-from sovit.report.text import percent, render
+from sovit.report.text import render
 
-FORMS = ("joint", "bounded", "sovit", "chinchilla")  # tried by default, in the order in which ties are settled
-FORMS_TOKENS = ("joint_tokens", "bounded_tokens")  # besides, where patch or image size was varied
-FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the chance loss is not known
 MIN_DRAWS = 100  # fewer do not give a 90 % interval
 SENSITIVITY, FACTS = "sensitivity.json", "report.json"  # beside law.json: what report.md shows that law.json lacks
 INPUTS = "inputs.json"  # beside law.json: what it was made of, written last
@@ -79,12 +76,13 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
     """
     chosen = FitOptions(**options)
     data = measurements(paths, chosen.metric, skip_bad=chosen.skip_bad)
-    fits, refused = fit_forms(data, chosen)
+    given = dict(bootstrap=chosen.bootstrap, seed=chosen.seed)
+    fits, refused = fit_forms(data, chosen.form, **given)
     headline, why = choose_headline(fits, chosen.form)
     at_budget = budget_facts(data, fits, headline, chosen.train_flops)
     scores = held_out(fits, headline, data)
     if chosen.coverage:
-        fits[headline] = _fit(headline, data, chosen, coverage=chosen.coverage)
+        fits[headline] = fit_measurements(headline, data, coverage=chosen.coverage, **given)
     simulated = coverage_words(counted) if (counted := fits[headline].diagnostics.coverage) else ""
     best = at_budget["recommendation"]
     found = _sensitivity(data, fits, headline, best, chosen)
@@ -112,65 +110,6 @@ def report_text(folder: Path) -> str:
     """Render report.md from the law.json, report.json and sensitivity.json of `folder`."""
     body, facts, found = (json.loads((folder / name).read_text()) for name in ("law.json", FACTS, SENSITIVITY))
     return re.sub(r"\n{3,}", "\n\n", render("report.md.j2", law=body, facts=facts, found=found)).rstrip() + "\n"
-
-
-def fit_forms(data: Measurements, options: FitOptions) -> tuple[dict[str, Fit], dict[str, str]]:
-    """Fit every form that the rows allow; returns the fits, and the reasons of the others, by form.
-
-    Raises UserError where none fits, or not the one asked for.
-    """
-    form = options.form
-    tried: tuple[str, ...] = FORMS_WITHOUT_LINE if data.zero_line is None else FORMS
-    if any(len(np.unique(data.columns[n])) > 1 for n in ("patch_size", "image_size") if n in data.columns):
-        tried += tuple(name for name in FORMS_TOKENS if data.zero_line is not None or not LAWS[name].bounded)
-    fits: dict[str, Fit] = {}
-    refused: dict[str, str] = {}
-    for name in dict.fromkeys((*tried, *([form] if form else []))):
-        try:
-            fits[name] = _fit(name, data, options)
-        except np.linalg.LinAlgError as error:
-            refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
-        except UserError as error:
-            if name == form:
-                raise
-            refused[name] = str(error)
-    if form in refused:
-        raise UserError(refused[form])
-    if not fits or (not form and "width" in data.columns and not any(LAWS[name].uses_dims for name in fits)):
-        raise UserError(next(iter(refused.values())))  # a law blind to shape is no answer where shapes were run
-    left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
-    noted = {name: replace(fit.data, left_out=left_out, notes=data.notes) for name, fit in fits.items()}
-    return {name: replace(fit, data=noted[name]) for name, fit in fits.items()}, refused
-
-
-def _fit(name: str, data: Measurements, options: FitOptions, coverage: int = 0):
-    given: dict = dict(bootstrap=options.bootstrap, seed=options.seed, metric=options.metric, coverage=coverage)
-    if LAWS[name].bounded:
-        if data.zero_line is None:
-            raise UserError(f"form={name!r} needs the chance loss: rows with zero_line, or val_loss with num_classes")
-        given["zero_line"] = data.zero_line
-    return law.fit(name, data.columns, data.y, measurement_sd=data.measurement_sd, **given)
-
-
-def choose_headline(fits: dict, form: str | None) -> tuple[str, str]:
-    """The headline form and the reason: the one asked for, else the least extrapolation error of those that can rank
-    whole shapes (the others describe part of the rows, or no shape, so that their scores choose nothing)."""
-    if form is not None:
-        return form, "it was asked for"
-    able = [name for name in fits if name in WHOLE_SHAPE]
-    if not able:
-        return next(iter(fits)), "no form that ranks whole shapes could be fitted"
-    errors = {name: error for name in able if (error := fits[name].extrapolation.rmse(name)) is not None}
-    if len(able) == 1:
-        return able[0], "it is the only form fitted that ranks whole shapes"
-    if not errors:
-        return able[0], "no form could be scored by extrapolation; the first of the table is kept"
-    best = min(errors, key=lambda n: errors[n])
-    others = ", ".join(f"{n} {percent(errors[n]) if n in errors else 'not scored'}" for n in able if n != best)
-    return best, (
-        f"among the forms that rank whole shapes it predicts the held-out, most expensive rows best"
-        f" (RMSE {percent(errors[best])}; {others})"
-    )
 
 
 def _sensitivity(data: Measurements, fits: dict, headline: str, best, options: FitOptions) -> dict:

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
+from sovit.law.checks.sensitivity import extrapolation_cuts
 from sovit.law.design_matrix import star
 from sovit.law.diagnostics import SIGNIFICANT
 from sovit.law.extrapolation import Score
 from sovit.law.fitted_law import Fit, plain
 from sovit.law.forms import WHOLE_SHAPE
-from sovit.law.sensitivity import extrapolation_cuts
 from sovit.ledger.measurements import LEVEL_WIDTH, Measurements, levels
 from sovit.predict.growth_rules import exact_growth, other_rules
 from sovit.predict.law_at_budget import TOKENS, ladder

@@ -10,7 +10,7 @@ import pytest
 from analysis.next_run import simulated_contest as contest
 from analysis.next_run import summary
 from analysis.next_run.simulated_contest import World
-from sovit.law import simulate as planted
+from sovit.law.checks import simulate as planted
 from sovit.predict.candidates import Candidate
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -99,7 +99,7 @@ def test_learning_curves_as_recorded(model, lowest, c, eps, rmse, bias):
     scored = fits.score(found["eps"] + found["beta"] * (test.columns["num_examples"] / 1e9) ** -found["c"], test.y)
     assert round(found["c"], 2) == c and round(found["eps"], 2) == eps and round(scored["rmse"], 3) == rmse
     assert scored["bias"] == pytest.approx(bias, abs=5.6e-4)  # -.00345 stands as -.004
-    ours = fits.fit_columns("additive", fits.without_line(train), ("num_examples",), loss="log_squares")
+    ours = fits.fit_columns("additive", fits.without_line(train), ("num_examples",), kind="log_squares")
     on_grid = np.log((found["eps"] + found["beta"] * (train.columns["num_examples"] / 1e9) ** -found["c"]) / train.y)
     assert ours.solved.objective < 0.5 * on_grid @ on_grid
 
@@ -180,7 +180,7 @@ def test_the_second_optimiser_finds_what_ours_would_have_missed(tmp_path):
 
     write_curves(tmp_path, lambda n: bounded_error(n) * (1 + 0.01 * np.sin(n)))
     sweep = fits.without_line(public.vision(tmp_path)["ViT/S/16", "inet_10"])
-    found = fits.fit_columns("additive", sweep, ("num_examples",), loss="log_squares")
+    found = fits.fit_columns("additive", sweep, ("num_examples",), kind="log_squares")
     assert abs(fits.optimum(found, 8)["excess"]) < fits.TOLERANCE
     worse = dataclasses.replace(
         found, solved=dataclasses.replace(found.solved, objective=found.solved.objective * 1.01)

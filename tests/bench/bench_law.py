@@ -16,11 +16,13 @@ import planted
 from scipy.optimize import least_squares, minimize
 
 from sovit.law import fit as law
-from sovit.law.bootstrap import pairs, random_effects, strata_of
-from sovit.law.design_matrix import codes, prepare, star
-from sovit.law.fitter import loss_of, solve
+from sovit.law.bootstrap import pairs, random_effects
+from sovit.law.design_matrix import prepare_fit
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Loss, solve
+from sovit.law.solver.polish import loss_of
 
 STARTS = 100
 DELTAS = {"squared": np.inf, "Huber 1e-3": 1e-3, "Huber .005": 5e-3}
@@ -41,9 +43,8 @@ def rows_of(name: str, seed: int, sd: float = 0.005):
     table["num_params"] = Geometry(**planted.GEOMETRY).num_params(table)
     y = planted.loss(table, power=1.9 if name == "bounded" else None) * planted.noise(trunk, sd, seed)
     dims = planted.DIMS if LAWS[name].uses_dims else ()
-    arms = star(table, planted.DIMS)[1]
-    rows = prepare(name, table, y, dims, arms=arms, zero_line=planted.ZERO_LINE if name == "bounded" else None)
-    return rows, codes(trunk[rows.source]), arms
+    zero_line = planted.ZERO_LINE if LAWS[name].bounded else None
+    return prepare_fit(name, table, y, LawOptions(clusters=trunk, dims=dims or None, zero_line=zero_line))
 
 
 def random_starts(form, num: int, seed: int) -> np.ndarray:
@@ -91,9 +92,9 @@ def trust_region(form, u, log_y, delta, starts) -> np.ndarray:
     return np.array([one(start) for start in starts])
 
 
-def ours(rows, index, delta):
-    options = dict(loss="log_squares") if np.isinf(delta) else dict(loss="huber_log", huber_delta=delta)
-    return solve(rows.form, rows.u, rows.y, index, whiten=False, **options)
+def ours(rows, delta):
+    loss = dict(kind="log_squares") if np.isinf(delta) else dict(huber_delta=delta)
+    return solve(rows, Loss(whiten=False, **loss))
 
 
 def multistart(forms, num: int, num_sets: int) -> None:
@@ -106,10 +107,10 @@ def multistart(forms, num: int, num_sets: int) -> None:
     for name in forms:
         for label, delta in DELTAS.items():
             for seed in range(num_sets):
-                rows, index, _ = rows_of(name, seed)
+                rows = rows_of(name, seed).rows
                 log_y, starts = np.log(rows.y), random_starts(rows.form, num, seed)
                 found, spent = {}, {}
-                spent["ours"], solved = min((timed(ours, rows, index, delta) for _ in range(3)), key=lambda t: t[0])
+                spent["ours"], solved = min((timed(ours, rows, delta) for _ in range(3)), key=lambda t: t[0])
                 for way in (lbfgs, trust_region):
                     spent[way], found[way] = timed(way, rows.form, rows.u, log_y, delta, starts)
                 best = min(f.min() for f in found.values())
@@ -129,13 +130,12 @@ def multistart(forms, num: int, num_sets: int) -> None:
 def bootstraps() -> None:
     """1,000 refits of a star, each bootstrap alone."""
     for name in ("joint", "bounded", "sovit"):
-        rows, index, arms = rows_of(name, 0)
-        solved = solve(rows.form, rows.u, rows.y, index)
-        strata = strata_of(arms[rows.source][np.unique(index, return_index=True)[1]].tolist())
+        ready = rows_of(name, 0)
+        solved = solve(ready.rows)
         rng = np.random.default_rng(0)
         made = {
-            "random effects": timed(random_effects, rows.form, rows.u, solved, 1000, rng, rows.source),
-            "pairs": timed(pairs, rows.form, rows.u, rows.y, solved, 1000, rng, strata),
+            "random effects": timed(random_effects, ready.rows, solved, 1000, rng),
+            "pairs": timed(pairs, ready.rows, solved, 1000, rng, ready.strata),
         }
         words = [
             f"{kind} {spent:.2f} s ({done.iterations.mean():.0f} iterations, {done.converged.mean():.3f} converged)"
@@ -147,11 +147,11 @@ def bootstraps() -> None:
 def against_scipy() -> None:
     """The point fit (starts and polish) and scipy's multi-starts, alternating in one run."""
     for name in ("joint", "sovit"):
-        rows, index, _ = rows_of(name, 0)
+        rows = rows_of(name, 0).rows
         log_y, starts = np.log(rows.y), random_starts(rows.form, STARTS, 0)
         for label, delta in DELTAS.items():
-            solved = ours(rows, index, delta)
-            spent = np.median([timed(ours, rows, index, delta)[0] for _ in range(5)])
+            solved = ours(rows, delta)
+            spent = np.median([timed(ours, rows, delta)[0] for _ in range(5)])
             text = f"{name:8} {label:11} ours {spent:.4f} s {solved.objective:.10g};"
             for way in (lbfgs, trust_region):
                 theirs, found = timed(way, rows.form, rows.u, log_y, delta, starts)

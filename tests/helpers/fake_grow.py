@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit.law import simulate as planted
+from sovit.law.checks import simulate as planted
 from sovit.ledger.provenance import provenance
 from sovit.ledger.records import read_record, write_record
 from sovit.ledger.schema import new_row

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sovit.law.simulate import ARMS, CENTRE, DIMS, IMAGES
+from sovit.law.checks.simulate import ARMS, CENTRE, DIMS, IMAGES
 from sovit.spec.shape import encoder_flops
 
 GEOMETRY = dict(patch_size=14, image_size=224, pool="map", head_dim=16)

@@ -11,10 +11,10 @@ import pytest
 
 from analysis.coverage import study
 from sovit import UserError
-from sovit.law import coverage
 from sovit.law import fit as law
-from sovit.law import simulate as planted
 from sovit.law.bootstrap import interval
+from sovit.law.checks import coverage
+from sovit.law.checks import simulate as planted
 
 ROOT = Path(__file__).resolve().parents[2]
 

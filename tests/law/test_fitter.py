@@ -1,23 +1,27 @@
 """The fitter against dense formulas, on many rows, and against what a full set of starts would find."""
 
+from dataclasses import replace
+
 import numpy as np
 import planted
 import pytest
 from scipy.optimize import nnls as reference
 
 from sovit.law import fit as law
-from sovit.law import simulate as truths
 from sovit.law.bootstrap import _refit
-from sovit.law.design_matrix import codes, prepare, star
-from sovit.law.fitter import Groups, components, free_columns, group_sums, polish, robust_sd, solve
+from sovit.law.checks import simulate as truths
+from sovit.law.design_matrix import prepare_fit
 from sovit.law.forms import LAWS
-from sovit.law.nnls import nnls
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Loss, components, free_columns, robust_sd, solve
+from sovit.law.solver.polish import Groups, Objective, group_sums, polish
+from sovit.law.solver.starts import nnls
 
 
 def rows_of(name="joint", sd=0.005, seed=0):
     table, trunk = planted.star()
     y = planted.loss(table) * planted.noise(trunk, sd, seed)
-    return prepare(name, table, y, planted.DIMS, arms=star(table, planted.DIMS)[1]), trunk
+    return prepare_fit(name, table, y, LawOptions(clusters=trunk, dims=planted.DIMS)).rows
 
 
 @pytest.mark.parametrize("p", [4, 6])
@@ -56,20 +60,20 @@ def test_whitening_of_many_rows_equals_the_dense_formula(scaled, monkeypatch):
     own = x * scale if scaled else x
     want = own - (own @ (member / (member**2).sum(0) * kappa)) @ member.T
     for most in (0, 1000):
-        monkeypatch.setattr("sovit.law.fitter.DENSE_ROWS", most)
+        monkeypatch.setattr("sovit.law.solver.polish.DENSE_ROWS", most)
         np.testing.assert_allclose(Groups(index, kappa, scale if scaled else None).whiten(x), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_components_equal_the_dense_formula(known):
     """E[r'Pr] and E[r'(I-P)r] with M = I - QQ' written out, [n, n]."""
-    rows, trunk = rows_of()
-    solved = solve(rows.form, rows.u, rows.y, trunk)
+    rows = rows_of()
+    solved = solve(rows)
     rng = np.random.default_rng(0)
     n, log_y = len(rows.y), np.log(rows.y)
     known_sd, scale = (rng.uniform(0.001, 0.004, n), rng.uniform(0.7, 1.4, n)) if known else (None, None)
     weight = np.ones(n) if scale is None else scale
-    found = components(rows.form, rows.u, solved.theta, log_y, trunk, known_sd, scale)
+    found = components(replace(rows, known_sd=known_sd), solved.theta, scale)
 
     value, jac = rows.form.evaluate(solved.theta[None], rows.u)
     residual, jac = (value[0] - log_y) * weight, jac[0] * weight
@@ -79,7 +83,7 @@ def test_components_equal_the_dense_formula(known):
     residual = maker @ residual if known else residual
     limit = 2.5 * robust_sd(residual, len(columns))
     residual = np.clip(residual, -limit, limit)
-    member = members(trunk, weight)
+    member = members(rows.trunk, weight)
     size = (member**2).sum(0)
     between = member / np.sqrt(size)
     project = between @ between.T
@@ -92,9 +96,9 @@ def test_components_equal_the_dense_formula(known):
             r - np.trace(a @ noise @ np.diag(known_sd**2)) for r, a in zip(right, (maker @ project @ maker, maker))
         ]
     trunk_var, row_var = np.linalg.solve(left, right)
-    assert found[2] == pytest.approx(np.trace(maker @ project @ maker), rel=1e-10)
+    assert found.dof == pytest.approx(np.trace(maker @ project @ maker), rel=1e-10)
     if trunk_var > 0 and row_var > 0:
-        assert found[:2] == pytest.approx((np.sqrt(trunk_var), np.sqrt(row_var)), rel=1e-9)
+        assert (found.trunk_sd, found.row_sd) == pytest.approx((np.sqrt(trunk_var), np.sqrt(row_var)), rel=1e-9)
 
 
 def test_a_step_along_the_valley_is_the_step_to_first_order():
@@ -110,29 +114,32 @@ def test_a_step_along_the_valley_is_the_step_to_first_order():
 
 @pytest.mark.parametrize("name", ["joint", "sovit"])
 def test_replicates_are_the_same_whichever_they_are_fitted_with(name, monkeypatch):
-    rows, trunk = rows_of(name)
-    own = codes(trunk[rows.source])
-    solved = solve(rows.form, rows.u, rows.y, own)
+    rows = rows_of(name)
+    solved = solve(rows)
     log_y = np.log(rows.y) + 0.005 * np.random.default_rng(0).standard_normal((30, len(rows.y)))
-    options = dict(groups=solved.groups, delta=solved.delta)
-    many = polish(rows.form, rows.u, np.tile(solved.theta, (30, 1)), log_y, **options)
-    monkeypatch.setattr("sovit.law.fitter.CACHED", 7 * len(solved.theta) * len(rows.y))  # seven at once, others waiting
-    few = polish(rows.form, rows.u, np.tile(solved.theta, (30, 1)), log_y, **options)
+    problem = Objective(rows.form, rows.u, log_y, solved.groups, solved.delta)
+    many = polish(problem, np.tile(solved.theta, (30, 1)))
+    monkeypatch.setattr(
+        "sovit.law.solver.polish.CACHED", 7 * len(solved.theta) * len(rows.y)
+    )  # seven at once, others waiting
+    few = polish(problem, np.tile(solved.theta, (30, 1)))
     np.testing.assert_allclose(few.objective, many.objective, rtol=1e-7)
     assert few.converged.mean() == pytest.approx(many.converged.mean(), abs=0.1)  # at the edge, rounding decides
 
 
 def test_replicates_by_arm_reach_what_all_starts_of_the_grid_reach():
     """At 1 % noise the fit alone as a start leaves some above their optimum by .1 %, the second start hardly any."""
-    rows, trunk = rows_of("sovit", sd=0.01, seed=4)
-    solved = solve(rows.form, rows.u, rows.y, codes(trunk[rows.source]))
+    rows = rows_of("sovit", sd=0.01, seed=4)
+    solved = solve(rows)
     rng = np.random.default_rng(0)
-    noise = solved.trunk_sd * rng.standard_normal((80, 18))[:, trunk] + solved.row_sd * rng.standard_normal((80, 54))
+    noise = solved.trunk_sd * rng.standard_normal((80, 18))[:, rows.trunk] + solved.row_sd * rng.standard_normal(
+        (80, 54)
+    )
     log_y = rows.form.evaluate(solved.theta[None], rows.u)[0] + noise
-    found = _refit(rows.form, rows.u, log_y, None, solved)
+    found = _refit(rows, log_y, None, solved)
     grid = rows.form.starts(rows.u, rows.y)
-    options = dict(groups=solved.groups, delta=solved.delta)
-    every = polish(rows.form, rows.u, np.repeat(grid, 80, 0), np.tile(log_y, (len(grid), 1)), **options)
+    problem = Objective(rows.form, rows.u, np.tile(log_y, (len(grid), 1)), solved.groups, solved.delta)
+    every = polish(problem, np.repeat(grid, 80, 0))
     best = every.objective.reshape(len(grid), 80).min(0)
     assert found.converged.mean() > 0.98 and (found.objective > 1.001 * best).mean() <= 0.02
 
@@ -156,12 +163,11 @@ def test_the_spread_of_the_starts_is_that_of_all_of_them(name, seed):
     """Starts that meet go on as one; those that end elsewhere are told, with and without a further pass."""
     design, truth = truths.sovit_star(), truths.truth("eq3")
     y = design.losses(truth) * truths.noise(design, 0.01, 0.5, np.random.default_rng(seed))
-    rows = prepare(name, design.columns, y, truths.DIMS, arms=star(design.columns, truths.DIMS)[1])
-    trunk = np.unique(design.trunk[rows.source], return_inverse=True)[1].ravel()
+    rows = prepare_fit(name, design.columns, y, LawOptions(clusters=design.trunk, dims=truths.DIMS)).rows
     starts = rows.form.starts(rows.u, rows.y)
-    solved = solve(rows.form, rows.u, rows.y, trunk, huber_delta=1e-3, whiten=False)
-    options = dict(groups=Groups.plain(trunk), delta=1e-3, tolerance=1e-10)
-    objective = polish(rows.form, rows.u, starts, np.log(rows.y), **options).objective
+    solved = solve(rows, Loss(huber_delta=1e-3, whiten=False))
+    problem = Objective(rows.form, rows.u, np.log(rows.y), Groups.plain(rows.trunk), 1e-3)
+    objective = polish(problem, starts, tolerance=1e-10).objective
     excess = objective / objective.min() - 1
     assert (excess.max() > 1e-4) == (name == "sovit")
     assert solved.num_starts == len(starts) and solved.agreeing == pytest.approx((excess < 1e-6).mean())

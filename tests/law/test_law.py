@@ -12,11 +12,13 @@ import pytest
 from sovit import UserError
 from sovit.law import fit as law
 from sovit.law import fitted_law
-from sovit.law.design_matrix import prepare, star, trunks
-from sovit.law.fitter import Groups, components, loss_of, polish, solve
+from sovit.law.design_matrix import prepare_fit, trunks
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.law.nnls import nnls
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Loss, components, solve
+from sovit.law.solver.polish import Groups, Objective, loss_of, polish
+from sovit.law.solver.starts import nnls
 
 GEMSTONES = Path(__file__).resolve().parents[3] / "shared" / "data" / "gemstones"
 FORMS = tuple(name for name in LAWS if name != "additive")  # which is joint over other columns
@@ -28,10 +30,10 @@ def rows_of(name, sd=0.005, seed=0):
     table["num_params"] = table["forward_flops"] / 512
     table["num_patches"] = np.random.default_rng(7).choice([64.0, 144.0, 256.0], len(trunk))
     y = planted.loss(table, power=TRUE_POWER.get(name)) * planted.noise(trunk, sd, seed)
-    arms = star(table, planted.DIMS)[1]
     dims = planted.DIMS if LAWS[name].uses_dims else ()
     zero_line = planted.ZERO_LINE if LAWS[name].bounded else None
-    return prepare(name, table, y, dims, arms=arms, zero_line=zero_line), trunk
+    options = LawOptions(clusters=trunk, dims=dims or None, zero_line=zero_line)
+    return prepare_fit(name, table, y, options).rows
 
 
 def fit(name="joint", sd=0.005, seed=0, **options):
@@ -44,7 +46,7 @@ def fit(name="joint", sd=0.005, seed=0, **options):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_jacobian_equals_finite_differences(name):
-    rows, _ = rows_of(name)
+    rows = rows_of(name)
     theta = rows.form.starts(rows.u, rows.y)[:1]
     theta = np.clip(theta, rows.form.bounds[0] + 0.02, np.minimum(rows.form.bounds[1], 50) - 0.02)
     jac = rows.form.evaluate(theta, rows.u)[1][0]
@@ -72,10 +74,9 @@ def test_nnls_equals_scipy():
 def test_no_start_of_a_multistart_finds_a_lower_objective(name, delta):
     from scipy.optimize import least_squares
 
-    rows, trunk = rows_of(name, seed=3)
-    own = np.unique(trunk[rows.source], return_inverse=True)[1]
-    loss = dict(loss="log_squares") if np.isinf(delta) else dict(loss="huber_log", huber_delta=delta)
-    ours = solve(rows.form, rows.u, rows.y, own, whiten=False, **loss)
+    rows = rows_of(name, seed=3)
+    loss = dict(kind="log_squares") if np.isinf(delta) else dict(huber_delta=delta)
+    ours = solve(rows, Loss(whiten=False, **loss))
     low, high = rows.form.bounds
     rng, found = np.random.default_rng(0), []
 
@@ -362,12 +363,13 @@ def test_rows_of_one_shape_are_one_trunk_by_default():
 
 
 def test_refits_from_a_warm_start_converge():
-    rows, trunk = rows_of("joint")
-    solved = solve(rows.form, rows.u, rows.y, trunk)
+    rows = rows_of("joint")
+    solved = solve(rows)
     log_y = np.log(rows.y) + 0.005 * np.random.default_rng(0).standard_normal((200, 54))
-    done = polish(rows.form, rows.u, np.tile(solved.theta, (200, 1)), log_y, groups=solved.groups, delta=solved.delta)
+    problem = Objective(rows.form, rows.u, log_y, solved.groups, solved.delta)
+    done = polish(problem, np.tile(solved.theta, (200, 1)))
     assert done.converged.mean() > 0.99
-    assert components(rows.form, rows.u, solved.theta, np.log(rows.y), trunk)[2] > 10
+    assert components(rows, solved.theta).dof > 10
 
 
 def test_import_needs_neither_torch_nor_scipy():

@@ -8,7 +8,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law import simulate as planted
+from sovit.law.checks import simulate as planted
 from sovit.spec.shape import Shape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -11,9 +11,11 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
+from sovit.law.checks.alterations import windows
+from sovit.law.checks.refits import Frame
+from sovit.law.checks.sensitivity import extrapolation_cuts, sensitivity
 from sovit.law.exponents import inside
 from sovit.law.geometry import Geometry
-from sovit.law.sensitivity import _Frame, _windows, extrapolation_cuts, sensitivity
 from sovit.ledger.measurements import measurements
 from sovit.report import figures as plot
 from sovit.spec.shape import COUNTINGS, Shape, encoder_flops
@@ -235,7 +237,7 @@ def test_one_budget_has_no_window_and_no_cut(data):
     one = data.columns["train_flops"] < data.columns["train_flops"].min() * 1.1
     single = dataclasses.replace(data, columns={k: v[one] for k, v in data.columns.items()}, y=data.y[one])
     fit = fitted(data)
-    assert _windows(_Frame(single, fit, BUDGET)) == [] == extrapolation_cuts(single, {"joint": fit})
+    assert windows(Frame(single, fit, BUDGET)) == [] == extrapolation_cuts(single, {"joint": fit})
 
 
 def test_optimum_stays_inside_where_the_closed_form_says(data):

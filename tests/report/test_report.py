@@ -11,8 +11,9 @@ import pytest
 from sovit import UserError
 from sovit.law import fit as law
 from sovit.law import fitted_law
+from sovit.law.fit import choose_headline
 from sovit.ledger.measurements import measurements
-from sovit.report.build import choose_headline, fit_ledgers, report_text
+from sovit.report.build import fit_ledgers, report_text
 from sovit.report.facts import equation, extrapolation_table, held_out, rate_rule, run_before
 from sovit.report.text import few, listed, wider
 from sovit.report.validation import validation_page

@@ -15,7 +15,7 @@ import pytest
 from fake_grow import TRUTH, main
 
 from sovit.law import fit as law
-from sovit.law import simulate as planted
+from sovit.law.checks import simulate as planted
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.measurements import measurements
 from sovit.predict.belief import BeliefOptions, learn

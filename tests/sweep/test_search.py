@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from sovit import UserError
-from sovit.law import simulate as planted
+from sovit.law.checks import simulate as planted
 from sovit.predict.belief import BeliefOptions
 from sovit.predict.candidates import Search, candidates
 from sovit.predict.next_run import choose

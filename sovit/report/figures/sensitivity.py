@@ -19,7 +19,7 @@ KINDS = {
 
 @styled
 def sensitivity(found: dict) -> Figure | None:
-    """Dots of each dimension's exponent by kind of alteration, as `sovit.law.sensitivity` finds them; None without any."""
+    """Dots of each dimension's exponent by kind of alteration, as `checks.sensitivity` finds them; None without any."""
     dims = list(found.get("dimensions", {}))
     rows = [r for r in found.get("alterations", ()) if r["kind"] == found["headline"]["kind"]]
     if not dims or not rows:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law import simulate as planted
-from sovit.law.bootstrap import LEVEL, both, interval, pairs_stretch, strata_of, stretch
-from sovit.law.design_matrix import Rows, prepare, star
+from sovit.law.bootstrap import LEVEL, both, interval, pairs_stretch, stretch
+from sovit.law.checks import simulate as planted
+from sovit.law.design_matrix import prepare_fit, star
 from sovit.law.exponents import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
-from sovit.law.fitter import Solved, solve
+from sovit.law.options import LawOptions
+from sovit.law.solver.fitter import Loss, Rows, Solved, solve
 
 KINDS = ("random_effects", "pairs")
 
@@ -37,14 +38,12 @@ class Setup:
     """What all sets of one simulation share: a form and a design."""
 
     rows: Rows
-    own: np.ndarray  # [n] trunk of each row of the form
     strata: np.ndarray  # [G]
     geometry: planted.Geometry | None
     grid: dict
     ends: tuple[float, float]  # smallest and largest compute
-    solver: dict = dataclasses.field(default_factory=dict)  # options of `fitter.solve`
+    loss: Loss = Loss()
     reaches: tuple[float, ...] = REACHES
-    known_sd: np.ndarray | None = None
 
     @property
     def labels(self) -> list[tuple[str, str]]:
@@ -69,24 +68,24 @@ class Setup:
 
 def setup(form: str, design: planted.Design, zero_line: float | None = None) -> Setup:
     """A form on a planted design."""
-    table = design.columns
-    dims = () if form == "chinchilla" else planted.DIMS
-    arms = star(table, planted.DIMS)[1]
+    table, dims = design.columns, () if form == "chinchilla" else planted.DIMS
     dummy = np.exp(0.1 * np.sin(np.arange(len(design.trunk))))
-    rows = prepare(form, table, dummy, dims, zero_line=zero_line, arms=arms)
-    own = rows.trunks(design.trunk)
-    strata = strata_of([str(arms[rows.source][np.flatnonzero(own == g)[0]]) for g in range(int(own.max()) + 1)])
+    options = LawOptions(clusters=design.trunk, dims=dims or None, zero_line=zero_line)
+    ready = prepare_fit(form, table, dummy, options)
+    ready = dataclasses.replace(ready, arms=star(table, planted.DIMS)[1], index=design.trunk)
     grid = {d: np.unique(table[d]).tolist() for d in dims}
-    return Setup(rows, own, strata, design.geometry, grid, (table["compute"].min(), table["compute"].max()))
+    ends = table["compute"].min(), table["compute"].max()
+    return Setup(ready.rows, ready.strata, design.geometry, grid, ends)
 
 
 def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator) -> dict:
     """Fit one data set, log_y over the rows of the form: estimate [M], ends [2, M, 2] by KINDS, troubles."""
     form = s.rows.form
-    solved = solve(form, s.rows.u, np.exp(log_y), s.own, known_sd=s.known_sd, **s.solver)
+    rows = dataclasses.replace(s.rows, y=np.exp(log_y))
+    solved = solve(rows, s.loss)
     estimate = s.quantities(solved.theta[None])[0]
     out: dict = dict(estimate=estimate, ends=np.empty((2, len(estimate), 2)), nu=solved.dof)
-    done = both(form, s.rows.u, np.exp(log_y), solved, draws, rng, s.rows.source, s.strata)
+    done = both(rows, solved, draws, rng, s.strata)
     values = s.quantities(done.theta).reshape(2, draws, -1)
     for kind, widen in enumerate((stretch(solved.dof), pairs_stretch(s.strata))):
         out["ends"][kind] = [interval(column, widen, floor=None) for column in values[kind].T]
@@ -172,15 +171,13 @@ def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -
     """
     rng = np.random.default_rng([seed, num])
     form, source = s.rows.form, s.rows.source
-    s = dataclasses.replace(s, known_sd=solved.known_sd)
-    row_sd = solved.row_sd if solved.known_sd is None else np.hypot(solved.row_sd, solved.known_sd)
     clean = form.evaluate(solved.theta[None], s.rows.u)[0][0]
     sets, failed = [], 0
     for _ in range(num):
-        trunk = solved.trunk_sd * rng.standard_normal(int(s.own.max()) + 1)[s.own]
+        trunk = solved.trunk_sd * rng.standard_normal(int(s.rows.trunk.max()) + 1)[s.rows.trunk]
         row = rng.standard_normal(int(source.max()) + 1)[source]
         try:
-            sets.append(one_set(s, clean + trunk + row_sd * row, draws, rng))
+            sets.append(one_set(s, clean + trunk + solved.drawn_row_sd() * row, draws, rng))
         except np.linalg.LinAlgError:
             failed += 1
     if not sets:

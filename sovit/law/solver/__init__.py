@@ -1,0 +1,1 @@
+"""The estimator: starts on a grid, a batched Levenberg-Marquardt, variance components. numpy only."""

@@ -1,0 +1,253 @@
+"""The point fit: grid starts, polish, variance components by trunk, and a whitened refit. Numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sovit import UserError
+from sovit.law.solver.polish import Groups, Objective, group_sums, polish
+
+POINT_TOLERANCE = 1e-10
+HUBER = 1.345  # 95 % efficiency on Gaussian noise
+START_ROWS = 2_000  # starts are sought among whole trunks of about so many rows
+REWEIGHTED = 3  # passes over components and weights where part of the noise is known
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows a form is fitted to: centred log columns u [K, n], losses y [n] and the trunk of each, 0..G-1 [n].
+
+    source [n]: the row given that each stands for; a star's centre stands once in every arm. known_sd [n]: s.d. of a
+    part of each row's log error that was measured apart.
+    """
+
+    form: Any
+    u: np.ndarray
+    y: np.ndarray
+    trunk: np.ndarray
+    known_sd: np.ndarray | None = None
+    source: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+    centre: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.source):
+            object.__setattr__(self, "source", np.arange(len(self.y)))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised. kind: huber_log or log_squares, of ln(predicted / measured).
+
+    huber_delta: None = 1.345 robust s.d.; whiten by trunk: None = where huber_delta is None. Raises UserError.
+    """
+
+    kind: str = "huber_log"
+    huber_delta: float | None = None
+    whiten: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("huber_log", "log_squares"):
+            raise UserError(f"loss={self.kind!r} is unknown; choose huber_log or log_squares")
+        if self.huber_delta is not None and not self.huber_delta > 0:
+            raise UserError(f"huber_delta={self.huber_delta!r} is not positive; give a number such as 1e-3, or None")
+
+    @property
+    def whitens(self) -> bool:
+        return (self.huber_delta is None) if self.whiten is None else self.whiten
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A point fit: theta [P], its loss, and the noise it leaves; known_sd [n] is the part of a row's that was given."""
+
+    theta: np.ndarray
+    objective: float
+    delta: float
+    groups: Groups  # whitening included
+    trunk_sd: float
+    row_sd: float
+    dof: float  # between-trunk degrees of freedom, nu
+    iterations: int
+    converged: bool
+    spread: float  # largest relative excess of the objective over the starts
+    agreeing: float  # share of the starts that reached the best objective to 1e-6
+    starts: np.ndarray  # polished starts, best first
+    num_starts: int  # polished; those that reached one objective in the first pass went on as one
+    known_sd: np.ndarray | None = None
+
+    def drawn_row_sd(self) -> float | np.ndarray:
+        """S.d. of a row's own error, the known part included."""
+        return self.row_sd if self.known_sd is None else np.hypot(self.row_sd, self.known_sd)
+
+
+def robust_sd(residual: np.ndarray, num_free: int) -> float:
+    """Median absolute residual / .6745, inflated for the fitted parameters."""
+    n = len(residual)
+    return float(np.median(np.abs(residual)) / 0.6745 * np.sqrt(n / max(n - num_free, 1)))
+
+
+def solve(rows: Rows, loss: Loss = Loss(), starts: np.ndarray | None = None) -> Solved:
+    """Fit one data set: grid starts, polish, then variance components by trunk and one whitened refit.
+
+    huber_delta=None takes 1.345 x the robust s.d. of the unwhitened residuals, in two passes. With known_sd rows weigh by
+    1 / (row_sd^2 + known_sd^2) within what trunks share; components, weights and fit are iterated REWEIGHTED times.
+    """
+    form, log_y, plain = rows.form, np.log(rows.y), Groups.plain(rows.trunk)
+    starts = _starts(rows) if starts is None else starts
+    huber = loss.kind == "huber_log"
+    from_data = huber and loss.huber_delta is None
+    delta = float(loss.huber_delta) if huber and loss.huber_delta is not None else np.inf
+
+    def refit(theta: np.ndarray, groups: Groups, delta: float):
+        done = polish(Objective(form, rows.u, log_y, groups, delta), theta, POINT_TOLERANCE)
+        order = np.argsort(done.objective, kind="stable")
+        return done, order, done.theta[order], done.objective[order]
+
+    def robust_delta(theta: np.ndarray, scale: np.ndarray | float) -> float:
+        residual = (form.evaluate(theta[:1], rows.u)[0][0] - log_y) * scale
+        return max(HUBER * robust_sd(residual, theta.shape[1]), 1e-12)
+
+    done, order, theta, objective = refit(starts, plain, delta)
+    theta, objective, share = _distinct(theta, objective)
+    for _ in range(2 if from_data else 0):
+        delta = robust_delta(theta, 1.0)
+        done, order, theta, objective = refit(theta, plain, delta)
+        share = share[order]
+    groups = plain
+    for _ in range(1 if rows.known_sd is None else REWEIGHTED):
+        found = components(rows, theta[0], groups.scale)
+        groups = Groups(rows.trunk, found.kappa, found.scale) if loss.whitens else plain
+        if found.scale is not None and from_data:
+            delta = robust_delta(theta, found.scale)
+        if loss.whitens and (found.kappa.any() or found.scale is not None):
+            done, order, theta, objective = refit(theta, groups, delta)
+            share = share[order]
+    excess = (objective - objective[0]) / max(objective[0], 1e-20)
+    best = int(np.argmin(done.objective))
+    return Solved(
+        theta[0],
+        float(objective[0]),
+        delta,
+        groups,
+        found.trunk_sd,
+        found.row_sd,
+        found.dof,
+        int(done.iterations[best]),
+        bool(done.converged[best]),
+        float(excess.max()),
+        float(share[excess < 1e-6].sum()),
+        theta,
+        len(starts),
+        rows.known_sd,
+    )
+
+
+def _starts(rows: Rows) -> np.ndarray:
+    """Starting points: those of the form; with many rows, their polish on whole trunks of START_ROWS of them."""
+    form = rows.form
+    if len(rows.y) <= START_ROWS:
+        return form.starts(rows.u, rows.y)
+    size = np.bincount(rows.trunk)
+    trunk = np.random.default_rng(0).permutation(len(size))
+    taken = trunk[: max(1, int(np.searchsorted(np.cumsum(size[trunk]), START_ROWS)))]
+    some = np.flatnonzero(np.isin(rows.trunk, taken))
+    groups = Groups.plain(np.unique(rows.trunk[some], return_inverse=True)[1].ravel())
+    u, y = rows.u[:, some], rows.y[some]
+    done = polish(Objective(form, u, np.log(y), groups), form.starts(u, y))
+    order = np.argsort(done.objective, kind="stable")
+    return _distinct(done.theta[order], done.objective[order])[0]
+
+
+def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of fits ordered by their objective the first of each that differs by 1e-6: theta, objective, share of the fits."""
+    first = np.ones(len(theta), bool)
+    first[1:] = np.diff(objective) > 1e-6 * np.maximum(objective[1:], 1e-20)
+    return theta[first], objective[first], np.bincount(np.cumsum(first) - 1) / len(theta)
+
+
+def free_columns(form, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:
+    """Parameters that move the fit: off their bounds and with a column that is not zero. theta [P], jac [P, n]."""
+    low, high = form.bounds
+    size = np.linalg.norm(jac, axis=1)
+    return (theta > low) & (theta < high) & (size > 1e-9 * size.max())
+
+
+@dataclass(frozen=True)
+class Components:
+    """Trunk and row s.d. of the log error, between-trunk degrees of freedom, whitening kappa [G] and scale [n]."""
+
+    trunk_sd: float
+    row_sd: float
+    dof: float
+    kappa: np.ndarray
+    scale: np.ndarray | None
+
+
+def components(rows: Rows, theta: np.ndarray, scale: np.ndarray | None = None) -> Components:
+    """Variance components of the residuals of theta [P], weighed by `scale` [n].
+
+    Residuals are r = M e with M = I - QQ' (Q spans the free Jacobian columns) and e = Z u + v. With P the projector on
+    trunk means, E[r'Pr] and E[r'(I-P)r] are linear in the two variances: two equations, corrected for the fitted
+    parameters. Residuals are winsorised at 2.5 robust s.d. so that two bad rows do not pass for noise.
+    known_sd is a further independent error: its share of both expectations is taken off, and the new scale weighs rows by
+    what is left and known together.
+    """
+    known_sd, sums = rows.known_sd, group_sums(rows.trunk)
+    weight = np.ones(len(rows.y)) if scale is None else scale
+    residual, q = _residual(rows, theta, weight)
+    size = sums(weight**2)  # Z holds each trunk's weights as a column, P = B B' with B = Z / sqrt(size)
+    qz = sums(q * weight)  # Q'Z [p, G]
+    qb = qz / np.sqrt(size)
+    inner = qb @ qb.T
+    dof = len(size) - float(np.trace(inner))  # of M P M
+    total = float(residual @ residual)
+    rp = float((sums(residual * weight) ** 2 / size).sum())
+    # traces of M P M and M (I - P) M against ZZ' and I
+    tz = float(size.sum() - (qz**2).sum())
+    pz = float(size.sum() - 2 * (np.sqrt(size) * (qb * qz).sum(0)).sum() + ((qz @ qz.T) * inner).sum())
+    pv, tv = dof, float(max(len(rows.y) - len(q), 1))
+    if known_sd is not None:
+        along = weight / np.sqrt(size)[rows.trunk]
+        trace_p = along**2 - 2 * along * (q * qb[:, rows.trunk]).sum(0) + (q * (inner @ q)).sum(0)
+        trace_t = 1 - (q**2).sum(0)  # the same traces against a diagonal covariance
+        pv, tv = float(weight**2 @ trace_p), float(weight**2 @ trace_t)
+        known = (weight * known_sd) ** 2
+        rp, total = rp - float(known @ trace_p), total - float(known @ trace_t)
+    system = np.array([[pz, pv], [tz - pz, tv - pv]])
+    trunk_var = row_var = -1.0
+    if (np.bincount(rows.trunk) > 1).any() and np.linalg.cond(system) < 1e8:
+        trunk_var, row_var = np.linalg.solve(system, [rp, total - rp])
+    if trunk_var <= 0:
+        trunk_var, row_var = 0.0, total / tv
+    elif row_var < 0 and known_sd is not None:  # the known part is all that rows of a trunk differ by
+        trunk_var = max(total / tz, 0.0)
+    row_var = max(row_var, 1e-3 * trunk_var)  # a finite kappa where the branches of a trunk agree to the digit
+    kappa, new_scale = _weights(rows, trunk_var, row_var, size)
+    return Components(float(np.sqrt(trunk_var)), float(np.sqrt(max(row_var, 0.0))), max(dof, 1.0), kappa, new_scale)
+
+
+def _residual(rows: Rows, theta: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighed, winsorised residuals [n], and an orthonormal basis of the free Jacobian columns [p, n]."""
+    value, jac = rows.form.evaluate(theta[None], rows.u)
+    residual, jac = (value[0] - np.log(rows.y)) * weight, jac[0] * weight
+    columns = jac[free_columns(rows.form, theta, jac)]
+    q = np.linalg.qr((columns / np.linalg.norm(columns, axis=1, keepdims=True)).T)[0].T
+    if rows.known_sd is not None:  # of whatever fit it is, weighted or not, M e is what its residuals hold of the error
+        residual = residual - q.T @ (q @ residual)
+    limit = 2.5 * robust_sd(residual, len(columns))
+    return (np.clip(residual, -limit, limit) if limit > 0 else residual), q
+
+
+def _weights(rows: Rows, trunk_var: float, row_var: float, size: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Whitening kappa [G] and scale [n] (None without known noise) of these variances; size [G] of the trunks."""
+    if rows.known_sd is None:
+        if trunk_var <= 0:
+            return np.zeros(len(size)), None
+        return 1 - np.sqrt(row_var / (row_var + size * trunk_var)), None
+    own = max(row_var, 0.0) + rows.known_sd**2
+    own = np.maximum(own, 1e-3 * (own.mean() + trunk_var))  # no row outweighs a thousand
+    kappa = 1 - 1 / np.sqrt(1 + trunk_var * group_sums(rows.trunk)(1 / own))
+    return kappa, np.sqrt(1 / own / (1 / own).mean())
