@@ -20,7 +20,7 @@ from sovit.files import write_atomic
 from sovit.law.checks.coverage import words as coverage_words
 from sovit.law.checks.sensitivity import sensitivity
 from sovit.law.fit import choose_headline, fit_forms, fit_measurements
-from sovit.law.fitted_law import plain
+from sovit.law.fitted_law import Fit, plain
 from sovit.law.forms import LAWS
 from sovit.ledger.measurements import Measurements, measurements
 from sovit.report.facts import budget_facts, data_facts, held_out, law_facts

@@ -1,7 +1,7 @@
 """How fast is the law engine, and does it find the global optimum? Everything side by side with scipy in one run.
 
 python tests/bench/bench_law.py                 bootstraps, the point fit against 100 starts of scipy, 1e5 rows
-python tests/bench/bench_law.py --multistart    every form, squared and Huber losses, three data sets each, 100 starts of scipy
+python tests/bench/bench_law.py --multistart    every form and loss, three data sets each, 100 starts of scipy
 Times are of the process, one thread: run with OMP_NUM_THREADS=1.
 """
 
