@@ -141,23 +141,19 @@ def contact_sheet(images, captions, path: Path | str, *, title: str = "", column
             f"a contact sheet needs images [B, H, W, 3] and B captions, got {images.shape} and {len(captions)}"
         )
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    cell = PAGE / columns
+    rows, cell = -(-len(images) // columns), PAGE / columns
     fits = max(8, round(cell * 15))  # characters a line
     wrapped = [
         "\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits] for c in captions
     ]
     text = 0.13 * max((w.count("\n") + 1 if w else 0 for w in wrapped), default=0) + 0.08
-    height = rows * (cell * 0.94 + text) + 0.3
-    figure = Figure(figsize=(PAGE, height))
-    for i, (image, caption) in enumerate(zip(images, wrapped)):
-        x, y = (i % columns) * cell + 0.03 * cell, height - 0.26 - (i // columns) * (cell * 0.94 + text) - cell * 0.94
-        axis = figure.add_axes((x / PAGE, y / height, 0.94 * cell / PAGE, 0.94 * cell / height))
+    figure, axes = grid(rows, columns, rows * (cell * 0.94 + text) + 0.3)
+    for axis in axes.ravel()[len(images) :]:
+        axis.set_visible(False)
+    for axis, image, caption in zip(axes.ravel(), images, wrapped):
         axis.imshow(image, interpolation="nearest")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set(visible=True, color=PALE)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(visible=True, color=PALE)
         axis.text(0, -0.03, caption, transform=axis.transAxes, fontsize=6, va="top")
-    figure.text(0.03 * cell / PAGE, 1 - 0.06 / height, title, fontsize=8, va="top")
+    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     _write(figure, Path(path), {"Software": None} if Path(path).suffix != ".svg" else {"Date": None, "Creator": None})
