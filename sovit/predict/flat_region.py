@@ -79,19 +79,16 @@ def flat_region(grid: Lattice, near: Mapping, best: Mapping, best_loss: float, l
 
 def _listed(found: Mapping, loss: np.ndarray, best: Mapping, best_loss: float) -> list[dict]:
     """At most MAX_LISTED shapes, the best first; where there are more, one for each value of all but mlp_dim."""
-    order = np.argsort(loss, kind="stable")
+    order, first = np.argsort(loss, kind="stable"), np.array([best[n] for n in found])
     table = np.stack([column[order] for column in found.values()], 1)  # [n, D]
-    loss = loss[order]
-    first = np.array([best[n] for n in found])
-    rest = np.flatnonzero((table != first).any(1))
-    if len(rest) >= MAX_LISTED:
+    rest = (table != first).any(1)
+    table, loss = np.concatenate([first[None], table[rest]]), np.append(best_loss, loss[order][rest])
+    if len(table) > MAX_LISTED:
         others = [k for k, n in enumerate(found) if n != "mlp_dim"]
-        same = (table[rest][:, others] == first[others]).all(1)
-        _, heads = np.unique(table[rest][:, others], axis=0, return_index=True)
-        rest = rest[np.sort(heads[~same[heads]])]
-    rows = [(first, best_loss), *zip(table[rest], loss[rest])][:MAX_LISTED]
-    names = list(found)
-    return [dict(zip(names, x.tolist())) | dict(regret=max(0.0, float(value / best_loss - 1))) for x, value in rows]
+        heads = np.sort(np.unique(table[:, others], axis=0, return_index=True)[1])
+        table, loss = table[heads], loss[heads]
+    regret = np.maximum(0.0, loss / best_loss - 1).tolist()
+    return [dict(zip(found, x)) | dict(regret=r) for x, r in zip(table[:MAX_LISTED].tolist(), regret)]
 
 
 def _survey(grid: Lattice, near: Mapping) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from math import expm1, log10
 
 import jinja2
 
+from sovit.predict.paired_test import verdict_of
 from sovit.predict.recommend import Recommendation
 
 NAMES = {
@@ -54,7 +55,7 @@ def _environment() -> jinja2.Environment:
     ]
     words += [label, shape_words, count_words, flat_words, bullets, table, columns]
     environment.filters |= {function.__name__: function for function in words}
-    environment.filters |= dict(log10=log10, relative=relative)
+    environment.filters |= dict(log10=log10, relative=relative, gain_verdict=gain_verdict)
     return environment
 
 
@@ -154,6 +155,11 @@ def gain(excess: Mapping, sign: bool = False) -> str:
 
 
 # shapes and tables ----------------------------------------------------------------------------------------------------
+
+
+def gain_verdict(difference: Mapping) -> str:
+    """The verdict on a difference of gains, of which more is better."""
+    return verdict_of(-difference["high"], -difference["low"])
 
 
 def label(shape: Mapping, dims: Iterable[str] = ()) -> str:
