@@ -76,7 +76,7 @@ def take_part(role: str, arguments: list[str]) -> int:
     import optuna
     from optuna.storages.journal import JournalFileBackend
 
-    from sovit.sweep import launch
+    from sovit.sweep import launch, queue
     from sovit.sweep import worker as sweep
 
     fake_sweep.PAUSE, launch.POLL_SECONDS = PAUSE, 0.05
@@ -86,7 +86,8 @@ def take_part(role: str, arguments: list[str]) -> int:
     note.around(fake_sweep, "write_record", "record")
     note.around(sweep, "_tell_result", "tell")
     note.around(JournalFileBackend, "append_logs", "append")
-    note.around(sweep, "update_ledger", "merge")
+    note.around(queue, "reconcile", "reconcile")
+    note.around(queue, "update_ledger", "merge")
     note.stack.clear()
     note.enter("between")
     if role == "work":
