@@ -100,7 +100,7 @@ def profile(
 
     from sovit.report.finetune_savings import savings, savings_text
     from sovit.train.profile import profile as measure
-    from sovit.train.profile_shapes import profile_text, shapes_for
+    from sovit.train.profile.shapes import profile_text, shapes_for
 
     if threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")

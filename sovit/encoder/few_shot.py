@@ -19,30 +19,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sovit import UserError
 from sovit.ledger.few_shot_columns import SD_FLOOR, SHOTS, is_probed
 from sovit.spec.any_run import AnyRun
 
-RIDGE = 2.0**10
-
-
-BIAS = 100.0
+RIDGE, BIAS = 2.0**10, 100.0
 
 
 def support_sets(labels: np.ndarray, num_classes: int, seed: int, most: int = SHOTS[-1]) -> np.ndarray:
-    """Indices [C, most] into `labels` [n]: the first `most` of each class in the order of this seed.
-
-    Raises UserError where a class has fewer.
-    """
+    """Indices [C, most] into `labels` [n]: the first `most` of each class in the order of this seed; none may have fewer."""
     random = np.random.default_rng(seed)
-    orders = [random.permutation(np.flatnonzero(labels == c)) for c in range(num_classes)]
-    fewest = min(range(num_classes), key=lambda c: len(orders[c]))
-    if len(orders[fewest]) < most:
-        raise UserError(
-            f"class {fewest} has {len(orders[fewest])} examples among {len(labels)}, fewer than {most} shots need;"
-            " give data with more of it"
-        )
-    return np.stack([order[:most] for order in orders])
+    return np.stack([random.permutation(np.flatnonzero(labels == c))[:most] for c in range(num_classes)])
 
 
 def ridge(features: np.ndarray, labels: np.ndarray, num_classes: int, penalty: float = RIDGE):

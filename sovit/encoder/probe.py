@@ -82,16 +82,13 @@ def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu")
     ):
         batches = source_batches(source.train, len(labels), min(len(labels) + POOL_STEP, most))
         labels = np.concatenate([labels, *(batch.labels.cpu().numpy() for batch in batches)])
-    try:
-        sets = [support_sets(labels, source.num_classes, seed) for seed in SUPPORT_SEEDS]
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
     different = num_different(source, labels)
     if different.min() < SHOTS[-1]:
         raise UserError(
             f"{name}: class {different.argmin()} has {different.min()} different examples among {len(labels)}, fewer than"
             f" {SHOTS[-1]} shots need; give data with more of it"
         )
+    sets = [support_sets(labels, source.num_classes, seed) for seed in SUPPORT_SEEDS]
     support = np.unique(sets)
     indices = [np.searchsorted(support, chosen) for chosen in sets]
     return ProbeData(name, source, image_size, support, labels[support], indices, len(labels))
@@ -144,7 +141,8 @@ def probe(encoder: Encoder, data: str | ProbeData = "icons:single40", show: bool
     that cannot be probed on, and where the features are not finite.
     """
     if isinstance(data, str):
-        data = open_probe(data, encoder.preprocess.image_size, patch_size(encoder))
+        device = next((p.device.type for p in encoder.module.parameters()), "cpu")
+        data = open_probe(data, encoder.preprocess.image_size, patch_size(encoder), device)
     support, test, test_labels = features(encoder, data, show)
     if not (np.isfinite(support).all() and np.isfinite(test).all()):
         raise UserError(f"{encoder.name} gives features that are not finite on {data.name}; it cannot be probed")
@@ -161,11 +159,9 @@ def compare(names: Sequence[str], data_name: str, runs_dir: Path | str = "runs",
             opened[size] = open_probe(data_name, *size, device)
             say(str(opened[size]) + f"; {size[0]} px")
         errors = probe(encoder, opened[size], show=True)
+        shots = {s: {"error": np.mean(e), "sd": np.std(e, ddof=1), "n": len(e), "errors": e} for s, e in errors.items()}
         what = {"encoder": name, "image_size": size[0], "width": encoder.width, "num_params": encoder.num_params}
-        spread = {
-            s: {"error": np.mean(e), "sd": np.std(e, ddof=1), "n": len(e), "errors": e} for s, e in errors.items()
-        }
-        found.append(what | {"zero_line": opened[size].zero_line, "shots": spread})
+        found.append(what | {"zero_line": opened[size].zero_line, "shots": shots})
     return {"data": data_name, "encoders": found}
 
 
@@ -202,13 +198,10 @@ def probe_branches(rows: Sequence[dict], name: str, runs_dir: Path | str, device
     return [found.get(row["run_id"], row) for row in rows]
 
 
-def probed(
-    rows: Iterable[Mapping[str, Any]],
-    name: str,
-    runs_dir: Path | str,
-    device: str,
-    known: Iterable[Mapping[str, Any]] = (),
-) -> Iterator:
+Rows = Iterable[Mapping[str, Any]]
+
+
+def probed(rows: Rows, name: str, runs_dir: Path | str, device: str, known: Rows = ()) -> Iterator[dict]:
     """Probe the branch of each row; yield the row with the columns, when its record has them.
 
     Raises UserError where one of the rows `known` was probed on other data of that name.
@@ -253,7 +246,7 @@ def probe_ledger(ledger: Path, runs_dir: Path, name: str, device: str = "cpu") -
     }
 
 
-def check_same_data(rows: Iterable[Mapping[str, Any]], data: ProbeData) -> None:
+def check_same_data(rows: Rows, data: ProbeData) -> None:
     """Raises UserError where one of `rows` of that resolution was probed on other samples under the same name."""
     key = data.source.content_key
     for row in rows:

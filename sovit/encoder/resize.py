@@ -7,13 +7,16 @@ of kernels, 8 -> 4 -> 8 keeps 4 x 4 numbers of 8 x 8, and 4 -> 8 -> 4 is not the
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sovit import UserError
+from sovit.encoder.model import build
+from sovit.spec.run import Run
 from sovit.spec.shape import Shape
 
 # ours -> torch's, antialiased where they make smaller, as Pillow and timm resize images. "bicubic" is timm's choice for
@@ -87,6 +90,31 @@ def resize_state(state: Mapping[str, Tensor], old: Shape, new: Shape, method: st
         "pos_embed": resize_positions(state["pos_embed"], before, after, old.num_prefix_tokens, method),
         "patch_embed.proj.weight": resize_patches(kernel, new.patch_size, method),
     }
+
+
+def at_patch_size(model: Any, shape: Shape, patch_size: int) -> Callable[[Tensor], Tensor]:
+    """images -> what `model`, of `shape`, gives when it reads them by patches of another size.
+
+    One trunk at several patch sizes (FlexiViT, arXiv 2212.08013): kernel and positions are resized from those of the model
+    at every call, linearly as in the paper, so that gradients reach the stored ones and nothing is resized twice. At the
+    shape's own size it is the model itself.
+    """
+    if patch_size == shape.patch_size:
+        return model
+    new = shape.replace(patch_size=patch_size)
+    with torch.device("meta"):
+        form = build(new, model.num_classes)  # the modules at the new size, without weights
+
+    def forward(images: Tensor) -> Tensor:
+        weights = resize_state(dict(model.named_parameters()), shape, new, "linear")
+        return torch.func.functional_call(form, weights, (images,), strict=True)
+
+    return forward
+
+
+def resize_method(run: Run | None) -> str:
+    """How the weights of a run are resized after it: as they were in it, else as timm does it."""
+    return "linear" if run and run.recipe.patch_sizes else "bicubic"
 
 
 @functools.lru_cache(maxsize=256)

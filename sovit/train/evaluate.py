@@ -21,7 +21,7 @@ def validate(
 ) -> dict[str, float | None]:
     """Mean cross-entropy (nats) and error over all validation labels, and by skill as `val_loss/<skill>`.
 
-    forward: images -> logits, where it is not the model's own (`sovit.encoder.flexivit`).
+    forward: images -> logits, where it is not the model's own (`sovit.encoder.resize`).
 
     Where several patches carry the label of one cell, also `val_cell_error`, the error of the cell's summed logits, and
     `val_cell_loss`, the cross-entropy of its mean logits: one answer a cell, however many patches it has.

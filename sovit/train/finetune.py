@@ -9,9 +9,7 @@ A fine-tuning is a Run like any other, with `base` (where its weights start), it
 
 Of a MAP head, which is attention too, `attention` trains the projections (its number of tokens is what changes), `mlp` the
 MLP; its probe, like class token and registers, every norm and LayerScale, and the patch embedding stay frozen. The
-published code differs in two ways, both for its pattern `.attn.`: it leaves a MAP head's attention and every second
-attention of parallel blocks frozen. Here all attentions are trained; a block whose attention and MLP share one matrix is
-refused.
+published code leaves a MAP head's attention frozen, too, for its pattern `.attn.`.
 """
 
 from __future__ import annotations
@@ -22,20 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sovit import UserError
 from sovit.data import NORMALISATION
 from sovit.encoder.base import Base
-from sovit.encoder.flexivit import resize_method
 from sovit.encoder.model import build
-from sovit.encoder.resize import resize_state
+from sovit.encoder.resize import resize_method, resize_state
 from sovit.spec.run import Run
-from sovit.spec.shape import TRAINED
 
 NAMES = {  # trained -> the parameters that are, by name in timm
-    "attention": re.compile(
-        r"blocks\.\d+\.(attn|attns\.\d+\.attn)\.(qkv|proj)\.|attn_pool\.(q|kv|proj)\.|pos_embed$|head\."
-    ),
-    "mlp": re.compile(r"blocks\.\d+\.(mlp|ffns\.\d+\.mlp)\.|attn_pool\.mlp\.|pos_embed$|head\."),
+    "attention": re.compile(r"blocks\.\d+\.attn\.(qkv|proj)\.|attn_pool\.(q|kv|proj)\.|pos_embed$|head\."),
+    "mlp": re.compile(r"blocks\.\d+\.mlp\.|attn_pool\.mlp\.|pos_embed$|head\."),
     "head": re.compile(r"head\."),
     "full": re.compile(""),
 }
@@ -44,20 +37,12 @@ NAMES = {  # trained -> the parameters that are, by name in timm
 def freeze(model: Any, trained: str) -> tuple[str, ...]:
     """Leave only what `trained` names with a gradient; return the names of those parameters.
 
-    model: a timm VisionTransformer. Call it before an optimiser is made: one made before would go on to decay what is
-    frozen. Raises UserError for an unknown `trained`, and for blocks that cannot be parted.
+    model: a timm VisionTransformer of a Shape. Call it before an optimiser is made: one made before would go on to decay
+    what is frozen.
     """
-    if trained not in TRAINED:
-        raise UserError(f"trained={trained!r} is unknown; choose one of {', '.join(TRAINED)}")
-    fused = next((name for name, _ in model.named_parameters() if re.search(r"blocks\.\d+\.in_proj\.", name)), None)
-    if fused and trained in ("attention", "mlp"):
-        raise UserError(f"trained={trained}: {fused} holds attention and MLP in one matrix; use full or head")
-    names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bool(NAMES[trained].match(name)))
-        if parameter.requires_grad:
-            names.append(name)
-    return tuple(names)
+    return tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def begin(run: Run, base: Base, num_classes: int) -> Any:

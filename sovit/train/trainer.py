@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from sovit import UserError
 from sovit.data import Batch, open_data
 from sovit.data.captions import open_captions
-from sovit.encoder.flexivit import at_patch_size
 from sovit.encoder.model import build, parameter_groups
 from sovit.encoder.probe import probe_branches
+from sovit.encoder.resize import at_patch_size
 from sovit.encoder.trained import base_of
 from sovit.encoder.weights import save_weights
 from sovit.ledger.provenance import provenance

@@ -10,9 +10,9 @@ from sovit import UserError
 from sovit.cli.main import main
 from sovit.encoder.export import export_encoder, write_config
 from sovit.encoder.export.config import FORMATS, config_of
-from sovit.encoder.flexivit import at_patch_size
 from sovit.encoder.from_timm import load_timm_base
 from sovit.encoder.open import load_encoder
+from sovit.encoder.resize import at_patch_size
 from sovit.encoder.trained import load_branch
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sovit import UserError
-from sovit.encoder.flexivit import at_patch_size
 from sovit.encoder.model import build
-from sovit.encoder.resize import resize_state
+from sovit.encoder.resize import at_patch_size, resize_state
 from sovit.encoder.trained import base_of, load_branch
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape

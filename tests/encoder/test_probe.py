@@ -143,7 +143,9 @@ def test_data_that_cannot_be_probed_on(pictures, name, patch, message):
 
 def test_too_few_examples_name_the_data(pictures, monkeypatch):
     monkeypatch.setattr(probe, "POOL", 60)
-    with pytest.raises(UserError, match=r"hub:.*: class \d has \d+ examples among 60, fewer than 25 shots need"):
+    with pytest.raises(
+        UserError, match=r"hub:.*: class \d has \d+ different examples among 60, fewer than 25 shots need"
+    ):
         probe.open_probe(pictures, 16, 4)
 
 

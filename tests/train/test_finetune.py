@@ -80,24 +80,6 @@ def test_attention_is_exactly_the_projections_positions_and_head():
     assert len(names) == 2 * 4 + 6 + 3
 
 
-def test_both_attentions_of_parallel_blocks_are_trained_and_fused_ones_refused():
-    def model(block):
-        return timm.models.VisionTransformer(
-            img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3, block_fn=block
-        )
-
-    blocks = timm.models.vision_transformer
-    two = model(blocks.ParallelThingsBlock)
-    names = freeze(two, "attention")
-    assert {f"blocks.0.attns.{i}.attn.qkv.weight" for i in (0, 1)} <= set(names)
-    assert not any("ffns" in name or "norm" in name for name in names)
-    assert {name for name in freeze(two, "mlp") if "blocks" in name} == {
-        f"blocks.0.ffns.{i}.mlp.{fc}.{end}" for i in (0, 1) for fc in ("fc1", "fc2") for end in ("weight", "bias")
-    }
-    with pytest.raises(UserError, match="holds attention and MLP in one matrix; use full or head"):
-        freeze(model(blocks.ParallelScalingBlock), "attention")
-
-
 @pytest.mark.parametrize("trained", ["attention", "mlp", "head"])
 def test_frozen_tensors_have_no_gradient_no_state_no_decay_and_stay(trained):
     model = build(BASE, 10, "fan_in", seed=0)

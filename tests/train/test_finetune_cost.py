@@ -20,8 +20,8 @@ from sovit.spec.named_shapes import named_shape, stored_params
 from sovit.spec.shape import TRAINED, Shape
 from sovit.train import profile as profiling
 from sovit.train.finetune import freeze
-from sovit.train.memory import count_saved
-from sovit.train.profile_step import DTYPES, Job, Settings, built, random_batch, saved_bytes, train_steps
+from sovit.train.profile.memory import count_saved
+from sovit.train.profile.step import DTYPES, Job, Settings, built, random_batch, saved_bytes, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "results" / "finetune_cost.jsonl"

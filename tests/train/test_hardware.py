@@ -16,9 +16,9 @@ from sovit.law.fitted_law import read_law
 from sovit.ledger.profiles import read_profiles, shape_of
 from sovit.predict.pareto import DECADES, front, loss_of_images, pareto
 from sovit.spec.shape import Shape
-from sovit.train.memory import peak_bytes
 from sovit.train.profile import profile
-from sovit.train.profile_shapes import shapes_for
+from sovit.train.profile.memory import peak_bytes
+from sovit.train.profile.shapes import shapes_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = ROOT / "results" / "stream_star_law" / "law.json"
@@ -101,7 +101,7 @@ def test_a_batch_that_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path):
     code = (
         "import resource, sys, json, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path; from sovit.train.profile import profile; from sovit.spec.shape import Shape\n"
-        "from sovit.train.profile_shapes import profile_text\n"
+        "from sovit.train.profile.shapes import profile_text\n"
         "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**29,) * 2)\n"
         "shape = Shape(16, 1, 64, 8, 4, 16, 'none')\n"

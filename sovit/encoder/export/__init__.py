@@ -18,9 +18,8 @@ from sovit.encoder.export.config import config_of
 from sovit.encoder.export.model_card import card
 from sovit.encoder.export.roundtrip_check import CHECKS
 from sovit.encoder.export.tensors import TENSORS, nanovlm_tensors
-from sovit.encoder.flexivit import resize_method
 from sovit.encoder.model import build
-from sovit.encoder.resize import resize_state
+from sovit.encoder.resize import resize_method, resize_state
 from sovit.encoder.trained import load_branch
 from sovit.files import write_atomic
 from sovit.spec.run import Run

@@ -30,8 +30,8 @@ from sovit.ledger.profiles import read_profiles
 from sovit.ledger.provenance import provenance
 from sovit.spec.named_shapes import stored_params
 from sovit.spec.shape import TRAINED, Shape
-from sovit.train.memory import peak_bytes, unless_out_of_memory
-from sovit.train.profile_step import Job, Settings, built, forward, random_batch, saved_bytes, train_steps
+from sovit.train.profile.memory import peak_bytes, unless_out_of_memory
+from sovit.train.profile.step import Job, Settings, built, forward, random_batch, saved_bytes, train_steps
 
 SCHEMA = 1
 TURN_SECONDS = 0.03  # a repeat is the median of the calls that fit into so long

@@ -20,7 +20,7 @@ from sovit.spec.shape import Shape
 from sovit.train.device import check_device
 from sovit.train.finetune import freeze
 from sovit.train.loop import OutOfMemory, Position, Task, fit
-from sovit.train.memory import count_saved
+from sovit.train.profile.memory import count_saved
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
