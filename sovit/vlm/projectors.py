@@ -7,21 +7,39 @@
     perceiver             gated MLP to the text's width, then latents that attend to it (Idefics2, arXiv 2405.02246)
     avgpool_rms_linear    mean of factor² neighbours, RMSNorm with 1 + weight, one matrix (Gemma 3, arXiv 2503.19786)
 
-Attributes bear the names of the released weights, so that `load_released` needs few renames; each module equals its
-counterpart in transformers on the same weights (results/vlm_parity.json, held by tests).
+Attributes bear the names of the released weights; each module equals its counterpart in transformers on the same weights
+(results/vlm_parity.json, held by tests).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Of the perceiver, as released. `mlp_dim` is the language model's, None: 4 x width_out."""
+
+    num_latents: int = 64
+    depth: int = 3
+    num_heads: int = 16
+    head_dim: int = 96
+    num_kv_heads: int = 4
+    mlp_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; give one that is"
+            )
 
 
 def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: int = 0, **options: Any) -> nn.Module:
@@ -34,17 +52,16 @@ def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: in
     """
     if name not in PROJECTORS:
         raise UserError(f"unknown projector {name!r}; choose one of {', '.join(PROJECTORS)}")
-    sizes = {"width_in": width_in, "width_out": width_out, "num_tokens": num_tokens}
     known = options_of(name)
     for option in options.keys() - known.keys():
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(f"projector {name} has no option {option!r}; {has}")
-    for what, value in {**sizes, **options}.items():
+    for what, value in dict(width_in=width_in, width_out=width_out, num_tokens=num_tokens, **options).items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{what}={value!r} of projector {name} does not fit; give a whole number of at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = PROJECTORS[name](width_in, width_out, num_tokens, **options)
+        module = PROJECTORS[name](width_in, width_out, num_tokens, **known | options)
         initialise(module)
     return module
 
@@ -61,10 +78,9 @@ def parse(projector: str) -> tuple[str, dict[str, int]]:
     return name, given
 
 
-def options_of(name: str) -> dict[str, int | None]:
+def options_of(name: str) -> dict[str, Any]:
     """The options of a projector with their defaults."""
-    parameters = inspect.signature(PROJECTORS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return OPTIONS.get(name, {})
 
 
 def initialise(module: nn.Module) -> None:
@@ -79,41 +95,6 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(m.mm_input_projection_weight, std=m.mm_input_projection_weight.shape[0] ** -0.5)
 
 
-def load_released(projector: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Copy released weights into a projector of ours, strictly, and return it.
-
-    `state_dict` is the projector's own or the whole system's, with the names of transformers, nanoVLM, LLaVA's or
-    InternVL's first release. Raises UserError where a weight is missing, left over or of another size.
-    """
-    parts: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        part, dot, rest = key.removeprefix("model.").partition(".")
-        if dot and part in RELEASED_PARTS:
-            parts[rest] = value
-    renamed = {}
-    for key, value in (parts or state_dict).items():
-        for theirs, ours in getattr(projector, "RELEASED", {}).items():
-            if key.startswith(theirs):
-                key = ours + key.removeprefix(theirs)
-                break
-        renamed[key] = value
-    own = projector.state_dict()
-    name = type(projector).__name__
-    for key in own.keys() ^ renamed.keys():
-        what = "misses" if key in own else "has beside them"
-        raise UserError(f"the weights for {name} {what} {key!r}; give those of a system that has this projector")
-    for key, value in own.items():
-        if value.shape != renamed[key].shape:
-            theirs, ours = (" x ".join(map(str, v.shape)) for v in (renamed[key], value))
-            raise UserError(f"{key} of {name} is {ours}, of the weights {theirs}; build it with their sizes")
-    projector.load_state_dict(renamed)
-    return projector
-
-
-# where the projector stands in: transformers' Llava, InternVL, Gemma3; Idefics2, Idefics3, SmolVLM; nanoVLM; LLaVA; InternVL
-RELEASED_PARTS = ("multi_modal_projector", "connector", "MP", "mm_projector", "mlp1")
-
-
 # one matrix, or two -------------------------------------------------------------------------------------------------
 
 
@@ -124,8 +105,6 @@ class Linear(nn.Linear):
 
 
 class Mlp2xGelu(nn.Module):
-    RELEASED: ClassVar = {"0.": "linear_1.", "2.": "linear_2."}
-
     def __init__(self, width_in: int, width_out: int, num_tokens: int):
         super().__init__()
         self.num_tokens_out = num_tokens
@@ -165,12 +144,10 @@ def grid_side(num_tokens: int, factor: int) -> int:
 
 
 class PixelShuffleLinear(nn.Module):
-    RELEASED: ClassVar = {"modality_projection.": ""}
-
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
         super().__init__()
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.factor = factor
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.proj = nn.Linear(factor**2 * width_in, width_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,12 +155,10 @@ class PixelShuffleLinear(nn.Module):
 
 
 class PixelShuffleMlp(nn.Module):
-    RELEASED: ClassVar = {"0.": "layer_norm.", "1.": "linear_1.", "3.": "linear_2."}
-
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
         super().__init__()
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.factor = factor
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.layer_norm = nn.LayerNorm(factor**2 * width_in)
         self.linear_1 = nn.Linear(factor**2 * width_in, width_out)
         self.linear_2 = nn.Linear(width_out, width_out)
@@ -194,10 +169,10 @@ class PixelShuffleMlp(nn.Module):
 
 
 class AvgpoolRmsLinear(nn.Module):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, *, factor: int = 2):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
         super().__init__()
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.factor = factor
+        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.mm_input_projection_weight = nn.Parameter(torch.empty(width_in, width_out))
         self.mm_soft_emb_norm = OnePlusRmsNorm(width_in)
 
@@ -229,27 +204,14 @@ RMS_EPS = 1e-6  # of Gemma 3's and Idefics2's norms
 
 
 class Perceiver(nn.Module):
-    """Idefics2's connector; its defaults are the released ones. `mlp_dim` is the language model's, else 4 x width_out."""
+    """Idefics2's connector."""
 
-    def __init__(
-        self,
-        width_in: int,
-        width_out: int,
-        num_tokens: int,
-        *,
-        num_latents: int = 64,
-        depth: int = 3,
-        num_heads: int = 16,
-        head_dim: int = 96,
-        num_kv_heads: int = 4,
-        mlp_dim: int | None = None,
-    ):
+    def __init__(self, width_in: int, width_out: int, num_tokens: int, **options: Any):
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise UserError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}; give one that is")
-        self.num_tokens_out = num_latents
-        self.modality_projection = GatedMlp(width_in, mlp_dim or 4 * width_out, width_out)
-        self.perceiver_resampler = Resampler(width_out, num_latents, depth, num_heads, head_dim, num_kv_heads)
+        latents = Latents(**options)
+        self.num_tokens_out = latents.num_latents
+        self.modality_projection = GatedMlp(width_in, latents.mlp_dim or 4 * width_out, width_out)
+        self.perceiver_resampler = Resampler(width_out, latents)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask [B, N]: True where a token is of the image, False where it pads; None: all are."""
@@ -268,10 +230,10 @@ class GatedMlp(nn.Module):
 
 
 class Resampler(nn.Module):
-    def __init__(self, width: int, num_latents: int, depth: int, num_heads: int, head_dim: int, num_kv_heads: int):
+    def __init__(self, width: int, options: Latents):
         super().__init__()
-        self.latents = nn.Parameter(torch.empty(num_latents, width))
-        self.layers = nn.ModuleList(ResamplerLayer(width, num_heads, head_dim, num_kv_heads) for _ in range(depth))
+        self.latents = nn.Parameter(torch.empty(options.num_latents, width))
+        self.layers = nn.ModuleList(ResamplerLayer(width, options) for _ in range(options.depth))
         self.norm = nn.RMSNorm(width, RMS_EPS)
 
     def forward(self, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -284,11 +246,11 @@ class Resampler(nn.Module):
 
 
 class ResamplerLayer(nn.Module):
-    def __init__(self, width: int, num_heads: int, head_dim: int, num_kv_heads: int):
+    def __init__(self, width: int, options: Latents):
         super().__init__()
         self.input_latents_norm = nn.RMSNorm(width, RMS_EPS)
         self.input_context_norm = nn.RMSNorm(width, RMS_EPS)
-        self.self_attn = ResamplerAttention(width, num_heads, head_dim, num_kv_heads)
+        self.self_attn = ResamplerAttention(width, options)
         self.post_attention_layernorm = nn.RMSNorm(width, RMS_EPS)
         self.mlp = GatedMlp(width, 4 * width, width)
 
@@ -301,13 +263,14 @@ class ResamplerLayer(nn.Module):
 class ResamplerAttention(nn.Module):
     """Latents ask; context and latents together answer."""
 
-    def __init__(self, width: int, num_heads: int, head_dim: int, num_kv_heads: int):
+    def __init__(self, width: int, options: Latents):
         super().__init__()
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, num_kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, width, bias=False)
+        self.head_dim = options.head_dim
+        inner, shared = options.num_heads * options.head_dim, options.num_kv_heads * options.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, shared, bias=False)
+        self.v_proj = nn.Linear(width, shared, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         seen = torch.cat((context, latents), 1)  # [B, N + M, D]
@@ -326,4 +289,11 @@ PROJECTORS: dict[str, Any] = {
     "pixel_shuffle_mlp": PixelShuffleMlp,
     "perceiver": Perceiver,
     "avgpool_rms_linear": AvgpoolRmsLinear,
+}
+FACTOR = {"factor": 2}  # tokens a side that become one
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pixel_shuffle_linear": FACTOR,
+    "pixel_shuffle_mlp": FACTOR,
+    "avgpool_rms_linear": FACTOR,
+    "perceiver": dataclasses.asdict(Latents()),
 }

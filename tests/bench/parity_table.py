@@ -6,6 +6,7 @@ nanoVLM is no package: its projector is written here once more, from what it doe
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from sovit.vlm.projectors import build, load_released
+from sovit.vlm.projectors import build
 
 TABLE = Path(__file__).resolve().parents[2] / "results" / "vlm_parity.json"
 SYSTEMS_TABLE = TABLE.with_name("vlm_systems.json")
@@ -181,7 +182,10 @@ def compare(projector, oracle, arguments):
     options = {k: v for k, v in arguments.items() if k not in ("width_in", "width_out", "grid", "masked")}
     num_tokens = arguments["grid"] ** 2
     ours = build(projector, arguments["width_in"], arguments["width_out"], num_tokens=num_tokens, **options)
-    load_released(ours, reference.state_dict())
+    prefix = (
+        r"^(connector|multi_modal_projector|modality_projection(?=\.proj\.))\."  # of the classes that hold a projector
+    )
+    ours.load_state_dict({re.sub(prefix, "", key): value for key, value in reference.state_dict().items()})
     x = torch.randn(BATCH, num_tokens, arguments["width_in"], generator=generator)
     more = ()
     if arguments.get("masked"):

@@ -8,7 +8,7 @@ from parity_table import CASES, TABLE, table
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
-from sovit.vlm.projectors import PROJECTORS, build, load_released, options_of, space_to_depth
+from sovit.vlm.projectors import PROJECTORS, build, options_of, space_to_depth
 
 SMALL = {"perceiver": dict(num_latents=5, num_heads=4, head_dim=6, num_kv_heads=2, depth=2)}
 
@@ -118,51 +118,6 @@ def test_fewer_tokens_cost_less():
             module(torch.randn(1, 16, 12))
         assert counter.get_total_flops() == 2 * 16 * 12 * 20
         assert module.num_tokens_out == 16 // factor**2
-
-
-# released weights ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "renames"),
-    [
-        ("linear", {"": "model.multi_modal_projector."}),
-        ("mlp2x_gelu", {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}),
-        ("mlp2x_gelu", {"linear": "multi_modal_projector.linear"}),
-        ("pixel_shuffle_linear", {"proj": "MP.proj"}),
-        ("pixel_shuffle_linear", {"proj": "model.connector.modality_projection.proj"}),
-        ("pixel_shuffle_mlp", {"layer_norm": "mlp1.0", "linear_1": "mlp1.1", "linear_2": "mlp1.3"}),
-        ("perceiver", {"": "model.connector."}),
-        ("avgpool_rms_linear", {"mm_": "multi_modal_projector.mm_"}),
-    ],
-)
-def test_weights_of_a_whole_system_are_found_by_their_released_names(name, renames):
-    source, target = small(name, seed=1), small(name, seed=2)
-    released = {}
-    for key, value in source.state_dict().items():
-        ours = next(k for k in renames if key.startswith(k))
-        released[renames[ours] + key.removeprefix(ours)] = value
-    others = {"model.layers.0.mlp.up_proj.weight": torch.zeros(2), "lm_head.weight": torch.zeros(2)}
-    assert load_released(target, released | others) is target
-    for key, value in target.state_dict().items():
-        assert torch.equal(value, source.state_dict()[key])
-
-
-def test_weights_that_do_not_fit_are_refused_whole():
-    target = small("mlp2x_gelu")
-    weights = small("mlp2x_gelu", seed=1).state_dict()
-    before = {k: v.clone() for k, v in target.state_dict().items()}
-    for wrong, words in [
-        ({k: v for k, v in weights.items() if k != "linear_2.bias"}, "misses 'linear_2.bias'"),
-        (weights | {"norm.weight": torch.ones(3)}, "has beside them 'norm.weight'"),
-        (
-            weights | {"linear_1.weight": torch.ones(20, 24)},
-            "linear_1.weight of Mlp2xGelu is 20 x 12, of the weights 20 x 24",
-        ),
-    ]:
-        with pytest.raises(UserError, match=words):
-            load_released(target, wrong)
-    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
 # bad input -------------------------------------------------------------------------------------------------------------
