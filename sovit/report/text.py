@@ -53,7 +53,7 @@ def _environment() -> jinja2.Environment:
         gain,
         wider,
     ]
-    words += [label, shape_words, count_words, flat_words, bullets, table, columns]
+    words += [label, shape_words, count_words, flat_words, table, columns]
     environment.filters |= {function.__name__: function for function in words}
     environment.filters |= dict(log10=log10, relative=relative, gain_verdict=gain_verdict)
     return environment
@@ -181,11 +181,6 @@ def count_words(flat: Mapping) -> str:
 def flat_words(flat: Mapping) -> str:
     """The same with its noun."""
     return f"{count_words(flat)} shape{'s' * (flat['count'] != 1 or not flat['exact'])}"
-
-
-def bullets(text: str) -> str:
-    """A block of lines as a list, one sentence a line."""
-    return "\n".join(f"- {sentence(line)}" for line in text.splitlines() if line.strip())
 
 
 def _cells(text: str) -> list[list[str]]:

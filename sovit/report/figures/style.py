@@ -109,24 +109,16 @@ def curve_label(axis, x: float, y: float, text: str, colour) -> None:
 
 
 def spread_labels(axis, gap: float = 0.055) -> None:
-    """Push direct labels apart so that none covers another; gap in axes units."""
-    labels = [t for t in axis.texts if t.get_gid() == "direct"]
-    to_axes = axis.transAxes.inverted()
-    place = {t: to_axes.transform(axis.transData.transform((1, t.get_position()[1])))[1] for t in labels}
-    labels.sort(key=lambda t: place[t])
-    spots = [min(max(place[t], 0.02), 0.98) for t in labels]
-    for _ in range(200):
-        moved = False
-        for i in range(1, len(spots)):
-            if spots[i] - spots[i - 1] < gap - 1e-6:
-                push = (gap - (spots[i] - spots[i - 1])) / 2
-                spots[i], spots[i - 1], moved = spots[i] + push, spots[i - 1] - push, True
-        if not moved:
-            break
-    for label, spot in zip(labels, spots):
-        x = label.get_position()[0]
+    """Move direct labels apart, up and below the top, so that none covers another; gap in axes units."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    place = {t: to_axes.transform((1, t.get_position()[1]))[1] for t in axis.texts if t.get_gid() == "direct"}
+    labels = sorted(place, key=lambda t: place[t])
+    at = 0.02 - gap
+    for i, label in enumerate(labels):
+        at = max(place[label], at + gap)
+        top = 0.98 - gap * (len(labels) - 1 - i)
         label.set_transform(axis.transAxes)
-        label.set_position((x, spot))
+        label.set_position((label.get_position()[0], min(at, top)))
 
 
 def number_text(value: float) -> str:
