@@ -9,18 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import timm.models
-from safetensors.torch import save_file
-
 from sovit import UserError, __version__
 from sovit.data import NORMALISATION
 from sovit.encoder.export.config import config_of
-from sovit.encoder.export.model_card import card
-from sovit.encoder.export.roundtrip_check import CHECKS
-from sovit.encoder.export.tensors import TENSORS, nanovlm_tensors
-from sovit.encoder.model import build
-from sovit.encoder.resize import resize_method, resize_state
-from sovit.encoder.trained import load_branch
 from sovit.files import write_atomic
 from sovit.spec.run import Run
 from sovit.spec.shape import Shape
@@ -54,6 +45,10 @@ def export_encoder(
     is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload
     differs by more than its tolerance. `out` is written in full or not at all.
     """
+    from sovit.encoder.export.model_card import card
+    from sovit.encoder.export.roundtrip_check import CHECKS
+    from sovit.encoder.trained import load_branch
+
     model, run = load_branch(run_id, runs_dir)
     sizes = {"image_size": image_size, "patch_size": patch_size}
     shape = run.shape.replace(**{name: size for name, size in sizes.items() if size is not None})
@@ -128,6 +123,9 @@ def _check_replaceable(out: Path) -> None:
 
 
 def _resized(model: Any, run: Run, shape: Shape) -> Any:
+    from sovit.encoder.model import build
+    from sovit.encoder.resize import resize_method, resize_state
+
     resized: Any = build(shape, model.num_classes, mean_std=NORMALISATION[run.data])
     resized.load_state_dict(resize_state(model.state_dict(), run.shape, shape, resize_method(run)))
     resized.pretrained_cfg["crop_pct"] = model.pretrained_cfg["crop_pct"]
@@ -136,6 +134,10 @@ def _resized(model: Any, run: Run, shape: Shape) -> Any:
 
 def _save(model: Any, mean_std: tuple[float, float], shape: Shape, format: str, folder: Path) -> None:
     """model.safetensors and, where images are not prepared by the weights themselves, how they are."""
+    from safetensors.torch import save_file
+
+    from sovit.encoder.export.tensors import TENSORS, nanovlm_tensors
+
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if format == "nanovlm":
         tensors = nanovlm_tensors(state, shape, *mean_std)
@@ -148,6 +150,8 @@ def _save(model: Any, mean_std: tuple[float, float], shape: Shape, format: str, 
 
 
 def _save_timm(model: Any, shape: Shape, folder: Path) -> None:
+    import timm.models
+
     timm.models.save_for_hf(model, str(folder), model_args=shape.timm_kwargs, safe_serialization=True)
     path = folder / "config.json"
     config = json.loads(path.read_text())
