@@ -175,7 +175,7 @@ def ask(
         device: such as cpu or cuda
     """
     from sovit.train.device import check_device
-    from sovit.vlm.ask import answers_text
+    from sovit.vlm.ask import Asked, answers_text
     from sovit.vlm.ask import ask as ask_model
 
     check_device(device)
@@ -183,8 +183,8 @@ def ask(
         raise UserError("--image and --val both name an image; give one")
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
-    asked = vars(options) | {"val": options.val or 0}
-    found, image = ask_model(run_id, **asked, runs_dir=runs, device=device)
+    asked = Asked(**vars(options) | {"val": options.val or 0})
+    found, image = ask_model(run_id, asked, runs, device)
     if out is not None:
         sheet(image[None], [answers_text(found)], out, found["image"], columns=1, lines=52)
     show_result(found, answers_text, json)

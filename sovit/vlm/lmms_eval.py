@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 from torch import Tensor
 
 from sovit import UserError
-from sovit.vlm.pictures import to_tensor
+from sovit.vlm.ask import to_tensor
 from sovit.vlm.trained import open_vlm
 
 

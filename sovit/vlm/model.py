@@ -3,7 +3,7 @@
 An image enters as M placeholder tokens in the text, whose embeddings are replaced by the projected patch tokens (LLaVA,
 arXiv 2304.08485). Which of the encoder's blocks is read, and whether through its final norm, is an option.
 
-    legend: B rows or prompts, T tokens, I images a row, M tokens an image, D width of the language model, V words
+    legend: B rows or prompts, T tokens, I images a row, M tokens an image, D width of the language model, V its vocabulary
 """
 
 from __future__ import annotations

@@ -68,11 +68,11 @@ def convert(folder: Path) -> None:
     import transformers
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    factory, words = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    models, tokenizers = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     exact = transformers.GgufConfig(dequantize=True)
-    model = factory.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=exact)
+    model = models.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=exact)
     model.save_pretrained(folder)
-    tokenizer = words.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer = tokenizers.from_pretrained(folder, gguf_file=GGUF_FILE)
     splits = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(splits)
     tokenizer.save_pretrained(folder)

@@ -56,7 +56,7 @@ def test_an_image_file_is_read_as_the_encoder_reads_images(trained, tmp_path, ca
 @pytest.mark.parametrize(
     "more, words",
     [
-        (["--val", "99999"], "--val 99999 does not exist; give 0 to"),
+        (["--val", "99999"], "val=99999 does not exist; give 0 to"),
         (["--val", "1", "--image", "x.png"], "give one"),
         (["--image", "/nowhere.png", "--question", "a"], "cannot be read"),
         (["--image", "/nowhere.png"], "no questions of its own"),

@@ -9,8 +9,8 @@ from PIL import Image
 
 from sovit import UserError
 from sovit.encoder.open import Preprocess
-from sovit.vlm import pictures
-from sovit.vlm.pictures import open_picture, to_tensor
+from sovit.vlm import ask as pictures
+from sovit.vlm.ask import open_picture, to_tensor
 
 
 def read(image, path, kind="PNG", **options):
