@@ -47,7 +47,11 @@ def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
 
     if workers < 1:
         raise UserError(f"--workers {workers} must be at least 1")
-    started, step = time.monotonic(), _Steps()
+    started = time.monotonic()
+
+    def step(title: str) -> None:
+        print(f"\n[{time.monotonic() - started:4.0f} s] {title}", file=sys.stderr, flush=True)
+
     step("1/5  a star of shapes at three budgets")
     star_sweep = Sweep("demo_star", star_runs(), out / "runs", out / "star.jsonl")
     new = {run_id for run in star_sweep.pending() for run_id in run.run_ids}
@@ -83,11 +87,3 @@ def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
         f" training steps and data; memory {launcher:.1f} GiB in the launcher, {worker:.1f} GiB in the largest worker"
     )
     return int(bool(star_sweep.pending() or test_sweep.pending()))
-
-
-class _Steps:
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-
-    def __call__(self, title: str) -> None:
-        print(f"\n[{time.monotonic() - self.started:4.0f} s] {title}", file=sys.stderr, flush=True)

@@ -72,23 +72,16 @@ class RuleOptions:
 
 @Flat
 @dataclass(frozen=True)
-class Ladder:
-    """Budgets of a frontier."""
-
-    frontier: Annotated[bool, Help("A table of best shapes over a ladder of budgets instead.")] = False
-    first: Annotated[float | None, Parameter(name="--from", help="Its first budget (default: the least run).")] = None
-    last: Annotated[float | None, Parameter(name="--to", help="Its last (default: 100 x the largest run).")] = None
-    points: Annotated[Whole | None, Help("How many budgets (default 9).")] = None
-
-
-@Flat
-@dataclass(frozen=True)
 class Question:
     """What to ask of a law."""
 
     train_flops: Annotated[float | None, Help("Budget: 3 x forward FLOPs x images, head included.")] = None
     by: Annotated[str | None, Help("patch_size or image_size: the best shape with each value run.")] = None
     out: Annotated[Path | None, Help("Folder for the figure of --frontier or --by.")] = None
+    frontier: Annotated[bool, Help("A table of best shapes over a ladder of budgets instead.")] = False
+    first: Annotated[float | None, Parameter(name="--from", help="Its first budget (default: the least run).")] = None
+    last: Annotated[float | None, Parameter(name="--to", help="Its last (default: 100 x the largest run).")] = None
+    points: Annotated[Whole | None, Help("How many budgets (default 9).")] = None
 
 
 def predict(
@@ -97,7 +90,6 @@ def predict(
     *,
     question: Question = Question(),
     rules: RuleOptions = RuleOptions(),
-    ladder: Ladder = Ladder(),
     json: bool = False,
 ) -> None:
     """Name the best shape for a budget, its interval, and the shapes as good as it.
@@ -111,9 +103,9 @@ def predict(
     from sovit.predict.recommend import best_shape
     from sovit.report.text import recommendation_text, trade_text
 
-    if ladder.frontier:
-        return _frontier(law, question, rules, ladder, json)
-    for flag, value in (("from", ladder.first), ("to", ladder.last), ("points", ladder.points)):
+    if question.frontier:
+        return _frontier(law, question, rules, json)
+    for flag, value in (("from", question.first), ("to", question.last), ("points", question.points)):
         if value is not None:
             raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
     if question.train_flops is None:
@@ -131,7 +123,7 @@ def predict(
     show(best.to_dict() | beside, lambda _: recommendation_text(best, beside), json)
 
 
-def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, as_json: bool) -> None:
+def _frontier(law: Path, question: Question, rules: RuleOptions, as_json: bool) -> None:
     from sovit.law.fitted_law import read_law
     from sovit.predict.law_at_budget import ladder
     from sovit.predict.recommend import best_shape
@@ -142,7 +134,7 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, ends: Ladder, a
     if question.train_flops is not None:
         raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
     fit = read_law(law)
-    budgets = ladder(fit, ends.first, ends.last, 9 if ends.points is None else ends.points)
+    budgets = ladder(fit, question.first, question.last, 9 if question.points is None else question.points)
     rows = [best_shape(fit, budget, **given(rules)) for budget in budgets]
     _save(question.out, "frontier", lambda plot, measured: plot.frontier(fit, rows, measured), law)
     body = dict(law=str(law), form=fit.form, metric=rows[0].metric, level=fit.level)
