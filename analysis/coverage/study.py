@@ -105,7 +105,7 @@ def draw_set(condition: Condition, design: planted.Design, i: int) -> tuple[plan
 
 def true_quantities(s: Setup, law: planted.Truth) -> np.ndarray:
     """What `Setup.quantities` should have been, by the planted law itself."""
-    if not s.grid:
+    if not s.family.grid:
         ends = np.stack([law.optimum(c) for c in s.ends])
         size = np.diff(np.log(planted.num_params(ends, law.geometry)))
         seen = np.diff(np.log(np.array(s.ends) / law.flops(ends)))

@@ -17,6 +17,7 @@ from functools import cache
 import numpy as np
 
 from sovit.law.checks import simulate as planted
+from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import prepare_fit
 from sovit.law.exponents import optimum_of
 from sovit.law.options import LawOptions
@@ -160,9 +161,9 @@ def joint_shapes(world: World) -> dict[str, np.ndarray]:
 
     rows = prepare_fit("joint", world.columns, world.y, LawOptions(dims=planted.DIMS)).rows
     theta = solve(rows).theta[None]
-    grid = {d: list(REACHABLE[d]) for d in planted.DIMS}
+    family = Family(rows.form, rows.centre, planted.SOVIT, {d: list(REACHABLE[d]) for d in planted.DIMS})
     where = {m: np.log(t / 3) for m, t in TARGETS.items()}
-    return {m: np.exp(optimum_of(rows.form, rows.centre, theta, planted.SOVIT, grid, t)[0]) for m, t in where.items()}
+    return {m: np.exp(optimum_of(family, theta, t)[0]) for m, t in where.items()}
 
 
 # Strategies ----------------------------------------------------------------------------------------------------------------

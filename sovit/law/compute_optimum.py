@@ -11,23 +11,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from sovit.law.form import Form
 from sovit.law.geometry import Geometry
 
 DIFFERENCE = 1e-5  # of the gradient, for the curvature
-
-
 STEP = 1e-3  # of the differences in ln x
-
-
+STEPS = 80  # of Newton at most
 FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
-
-
 GRID_POINTS = 512  # of the survey where a law is not convex
-
-
 NUM_SURVEYED = 3  # local minima of the survey that are followed
 
 
@@ -38,25 +34,49 @@ def law_columns(terms: Sequence[str], table: Mapping, images, geometry: Geometry
     return np.log(np.stack([np.asarray(table[n] if n in table else known[n](), float) for n in terms]))
 
 
-def optimum(form, theta, centre, names, geometry: Geometry, log_budget, low, high, head=False, steps=80) -> np.ndarray:
+@dataclass(frozen=True)
+class Family:
+    """The laws of one form over one design, whatever their parameters: what an optimal shape is asked of.
+
+    centre: of the form's columns in ln x. geometry: counts the FLOPs; a form by arm needs none. grid: the values run of
+    each dimension, in the order of the answers.
+    """
+
+    form: Form
+    centre: np.ndarray
+    geometry: Geometry | None
+    grid: Mapping[str, Any]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        return tuple(self.grid)
+
+
+def optimum(
+    family: Family,
+    theta: np.ndarray,
+    log_budget: np.ndarray | float,
+    ends: tuple[np.ndarray, np.ndarray],
+    head: bool = False,
+) -> np.ndarray:
     """ln x of the optimal dimensions [R, K] for each theta [R, P], by damped Newton within a box.
 
-    centre: of the form's columns; log_budget [R] or a number: ln of forward FLOPs x images (head=True: head FLOPs
-    included); low, high [K]: the box in ln x, where a dimension without an amplitude ends up.
+    log_budget [R] or a number: ln of forward FLOPs x images (head=True: head FLOPs included); ends, [K] each: the box in
+    ln x, where a dimension without an amplitude ends up.
     """
-    centre, names = np.asarray(centre, float), tuple(names)
+    centre, names = np.asarray(family.centre, float), family.dims
     log_budget = np.broadcast_to(np.asarray(log_budget, float), (len(theta),))
-    form = dataclasses.replace(form, zero_line=None)
+    form = dataclasses.replace(family.form, zero_line=None)
     theta = np.array(theta, float)
     theta[:, [j for j, term in enumerate(form.formula) if not term.factors]] = 1e-30
-    problem = form, centre, names, geometry, head
+    problem = form, centre, names, family.geometry, head
     middle = np.array([centre[form.terms.index(name)] for name in names])
-    starts = [np.tile(np.clip(middle, low, high), (len(theta), 1))]
+    starts = [np.tile(np.clip(middle, *ends), (len(theta), 1))]
     if not form.convex:
-        starts += _survey(problem, theta, log_budget, low, high)
+        starts += _survey(problem, theta, log_budget, *ends)
     many = len(starts)  # all starts as one batch: for a few laws the steps cost what they cost for one
     repeated = np.tile(theta, (many, 1)), np.tile(log_budget, many)
-    v, phi = _newton(problem, *repeated, np.concatenate(starts), low, high, steps)
+    v, phi = _newton(problem, *repeated, np.concatenate(starts), ends)
     best = phi.reshape(many, -1).argmin(0)
     return v.reshape(many, len(theta), -1)[best, np.arange(len(theta))]
 
@@ -80,14 +100,14 @@ def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
     return value[:, 0], np.einsum("rk,rkd->rd", by_column[:, :, 0], slopes)
 
 
-def _newton(problem, theta, log_budget, v, low, high, steps) -> tuple[np.ndarray, np.ndarray]:
+def _newton(problem, theta, log_budget, v, ends) -> tuple[np.ndarray, np.ndarray]:
     """From v [R, K] to a local minimum and its ln M; curvature by differences of the gradient, damped until it falls."""
-    num = v.shape[1]
+    num, (low, high) = v.shape[1], ends
     identity = np.eye(num)
     phi, gradient = _measure(problem, theta, log_budget, v)
     out, out_phi, live = v.copy(), phi.copy(), np.arange(len(v))
     damping = np.full(len(v), 1e-3)
-    for _ in range(steps):
+    for _ in range(STEPS):
         near = (v[:, None] + DIFFERENCE * identity).reshape(-1, num)
         _, bent = _measure(problem, np.repeat(theta, num, 0), np.repeat(log_budget, num), near)
         curve = (bent.reshape(len(v), num, num) - gradient[:, None]) / DIFFERENCE
@@ -141,19 +161,21 @@ def _survey(problem, theta, log_budget, low, high) -> list[np.ndarray]:
     return [np.concatenate(column) for column in found]
 
 
-def curvature(form, centre, phi, geometry, dims, v, log_budget, edges) -> tuple[np.ndarray, np.ndarray]:
+def curvature(
+    family: Family, phi: np.ndarray, v: np.ndarray, log_budget: float, edges: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """How the optimum moves with the law: H [K, K] and M [K, P] at v = ln x [K], for phi = ln theta [P].
 
     H is the Hessian of ln loss over v along the budget, floored at FLAT; M = d2 ln loss / dv dphi; both by differences.
     By the implicit function theorem dv / dphi = -H^-1 M. A dimension on the edge of the box (`edges`, from
-    diagnose.box) does not move: its M is 0.
+    `exponents.box`) does not move: its M is 0.
     """
-    k = len(dims)
+    k = len(v)
     eye = STEP * np.eye(k)
     steps = [np.zeros(k), *eye, *-eye]
     pairs = list(itertools.combinations(range(k), 2))
     steps += [s * eye[i] + t * eye[j] for i, j in pairs for s, t in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
-    value, jac = loss_along_budget(form, centre, phi, geometry, dims, v + np.array(steps), log_budget)
+    value, jac = loss_along_budget(family, phi, v + np.array(steps), log_budget)
     hessian = np.diag((value[1 : k + 1] - 2 * value[0] + value[k + 1 : 2 * k + 1]) / STEP**2)
     for (i, j), four in zip(pairs, value[2 * k + 1 :].reshape(-1, 4)):
         hessian[i, j] = hessian[j, i] = (four[0] - four[1] - four[2] + four[3]) / (4 * STEP**2)
@@ -165,12 +187,16 @@ def curvature(form, centre, phi, geometry, dims, v, log_budget, edges) -> tuple[
     return (axes * np.maximum(size, FLAT)) @ axes.T, mixed
 
 
-def loss_along_budget(form, centre, phi, geometry, dims, v, log_budget) -> tuple[np.ndarray, np.ndarray]:
+def loss_along_budget(
+    family: Family, phi: np.ndarray, v: np.ndarray, log_budget: float
+) -> tuple[np.ndarray, np.ndarray]:
     """ln loss [S] and its derivatives to theta [P, S] of shapes v [S, K], each on as many images as the budget pays."""
-    table = dict(zip(dims, np.exp(v).T))
-    columns = dict(zip(dims, v.T))
-    columns["num_examples"] = log_budget - np.log(geometry.flops(table, head=True))
+    geometry, form = family.geometry, family.form
+    assert geometry is not None
+    table = dict(zip(family.dims, np.exp(v).T))
+    columns = dict(zip(family.dims, v.T)) | dict(num_examples=log_budget - np.log(geometry.flops(table, head=True)))
     if "num_params" in form.terms:
         columns["num_params"] = np.log(geometry.num_params(table))
-    value, jac = form.evaluate(np.exp(phi)[None], np.stack([columns[t] for t in form.terms]) - centre[:, None])
+    u = np.stack([columns[term] for term in form.terms]) - family.centre[:, None]
+    value, jac = form.evaluate(np.exp(phi)[None], u)
     return value[0], jac[0]

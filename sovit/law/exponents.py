@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from sovit.law.bootstrap import interval
-from sovit.law.compute_optimum import optimum
-from sovit.law.form import FALLING
+from sovit.law.compute_optimum import Family, optimum
+from sovit.law.form import FALLING, Form
 from sovit.law.forms import facing
 from sovit.spec.shape import DIMENSIONS
 
@@ -49,7 +49,7 @@ class Growth:
     pairs_high: float | None
 
 
-def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
+def box(grid: Mapping) -> tuple[np.ndarray, np.ndarray]:
     """The box of the optimum in ln x, from the values run of each dimension."""
     ends = np.array([[min(values), max(values)] for values in grid.values()], float)
     below = [BOX_FEW_TOKENS if name == "image_size" else BOX_BELOW for name in grid]
@@ -57,16 +57,23 @@ def box(grid: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.log(ends[:, 0] / below), np.log(ends[:, 1] * above)
 
 
-def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=False, held=None) -> np.ndarray:
+def optimum_of(
+    family: Family,
+    theta: np.ndarray,
+    log_compute: np.ndarray | float,
+    head: bool = False,
+    held: Mapping[str, float] | None = None,
+) -> np.ndarray:
     """ln x of the optimal dimensions [R, K] at ln compute (a number, or [R]), for each theta [R, P].
 
     held: dimension -> value, those that are not free (of a form by arm there is no such thing).
     For `sovit` each dimension has its own, x* = (alpha a t^c / (beta b))^(1/(a+b)) (Eq. 4), the others at the centre.
     """
-    low, high = box(grid)
-    for k, name in enumerate(grid):
+    form, centre = family.form, family.centre
+    low, high = box(family.grid)
+    for k, name in enumerate(family.grid):
         if name in (held or {}):
-            low[k] = high[k] = np.log(held[name])
+            low[k] = high[k] = np.log(held[name])  # type: ignore[index]
     if form.arms:
         num = len(form.arms)
         alpha, beta, _, _, a, b = (theta[:, i * num : (i + 1) * num] for i in range(6))
@@ -75,22 +82,22 @@ def optimum_of(form, centre, theta, geometry, grid: dict, log_compute, head=Fals
             shift = (np.log(alpha * a) - np.log(beta * b) + theta[:, 6 * num :] * above) / (a + b)
         shift = np.where(alpha <= 0, -np.inf, np.where(beta <= 0, np.inf, shift))
         return np.clip(facing(form.arms) * (centre[:-1] + shift), low, high)
-    return optimum(form, theta, centre, tuple(grid), geometry, log_compute, low, high, head)
+    return optimum(family, theta, log_compute, (low, high), head)
 
 
-def growth(form, centre, theta, geometry, grid, ends, head=False) -> np.ndarray:
+def growth(family: Family, theta: np.ndarray, ends: Sequence[float], head: bool = False) -> np.ndarray:
     """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]. head: compute counts it."""
     low, high = np.log(ends)
-    if form.arms:
-        num = len(form.arms)
+    if family.form.arms:
+        num = len(family.form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
-        return np.where(absent, 0.0, facing(form.arms) * theta[:, 6 * num :] / (a + b))
-    at = [optimum_of(form, centre, theta, geometry, grid, t, head) for t in (low, high)]
+        return np.where(absent, 0.0, facing(family.form.arms) * theta[:, 6 * num :] / (a + b))
+    at = [optimum_of(family, theta, t, head) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
 
-def amplitudes(form, theta: np.ndarray) -> np.ndarray:
+def amplitudes(form: Form, theta: np.ndarray) -> np.ndarray:
     """The size amplitude of each dimension [R, K], or the parameter count's; 0 = the loss does not depend on it."""
     if form.arms:
         return theta[:, : len(form.arms)]
@@ -98,11 +105,18 @@ def amplitudes(form, theta: np.ndarray) -> np.ndarray:
     return np.maximum(own, theta[:, [form.terms.index("num_params")]]) if "num_params" in form.terms else own
 
 
-def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) -> tuple[dict[str, Growth], dict]:
-    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws, other [R, P] or None.
+def exponents(
+    family: Family,
+    theta: np.ndarray,
+    draws: Mapping[str, np.ndarray],
+    widen: tuple[float, float],
+    ends: Sequence[float],
+) -> tuple[dict[str, Growth], dict[str, float]]:
+    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws: [R, P] by kind, or {}.
 
-    widen: of the percentiles of draws (t / z) and of other (pairs).
+    widen: of the percentiles of random_effects (t / z) and of pairs.
     """
+    form, grid = family.form, family.grid
     kind = "marginal" if form.arms else "joint"
     if ends[1] < MIN_SPAN * ends[0]:
         note = f"the rows span a factor {ends[1] / ends[0]:.3g} in compute; growth needs budgets further apart"
@@ -110,19 +124,16 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
             estimate=None, kind=kind, compute_range=list(ends), status="unidentified", note=note, **NO_SIDES
         )
         return dict.fromkeys(grid, nothing), {}
-    point = growth(form, centre, theta[None], geometry, grid, ends)[0]
+    point = growth(family, theta[None], ends)[0]
     present = amplitudes(form, theta[None])[0] > 0
     computes = np.sqrt(ends[0] * ends[1]), ends[1]
-    at = [optimum_of(form, centre, theta[None], geometry, grid, np.log(compute))[0] for compute in computes]
-    many = {
-        kind: growth(form, centre, d, geometry, grid, ends)
-        for kind, d in (("", draws), ("pairs_", other))
-        if d is not None
-    }
+    at = [optimum_of(family, theta[None], np.log(compute))[0] for compute in computes]
+    many = {kind: growth(family, theta_of, ends) for kind, theta_of in draws.items()}
     out, shares = {}, {}
     for k, name in enumerate(grid):
         sides: dict = dict(NO_SIDES)
-        for side, grown in many.items():
+        for bootstrap, grown in many.items():
+            side = "pairs_" if bootstrap == "pairs" else ""
             sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
             ends_of = interval(sign * grown[:, k], widen[side != ""], EXPONENT_FLOOR)
             sides[side + "low"], sides[side + "high"] = sorted(sign * end for end in ends_of)
@@ -130,7 +141,7 @@ def exponents(form, centre, theta, draws, other, widen, geometry, grid, ends) ->
         if not present[k]:
             status, note = "unidentified", "the fitted amplitude is 0: these data show no gain from this dimension"
         elif many:
-            shares[name] = float((amplitudes(form, draws)[:, k] <= 0).mean())
+            shares[name] = float((amplitudes(form, draws["random_effects"])[:, k] <= 0).mean())
             if shares[name] > MAX_ABSENT:
                 status, note = "unidentified", f"no gain from this dimension in {shares[name]:.0%} of the draws"
             elif (ratio := max(sides["high"] / sides["low"], sides["low"] / sides["high"])) > MAX_RATIO:
@@ -151,24 +162,6 @@ def _edge(low: float, high: float, computes: Sequence[float], optima: np.ndarray
             note = f"at compute {compute:.3g} the optimum {x:.4g} is at or beyond the {end}; extend that arm"
             status = "edge"
     return status, note
-
-
-def inside(form, centre, theta, geometry, grid: dict, ends, decades: float = 2.0) -> dict:
-    """By dimension, where the optimum lies strictly between the values run: {at, low, high}.
-
-    at: the optimum at the two computes `ends`. low, high: the ends of the stretch of compute, from `decades` below the
-    runs to `decades` above them, over which it is inside; None where it is inside at no compute.
-    """
-    computes = np.geomspace(ends[0] / 10**decades, ends[1] * 10**decades, 161)
-    every = np.log(np.concatenate([computes, ends]))
-    *path, first, last = optimum_of(form, centre, np.tile(theta, (len(every), 1)), geometry, grid, every)
-    out = {}
-    for k, name in enumerate(grid):
-        x = np.exp(np.array(path)[:, k])
-        held = computes[(x > min(grid[name])) & (x < max(grid[name]))]
-        low, high = (float(held.min()), float(held.max())) if len(held) else (None, None)
-        out[name] = dict(at=[float(np.exp(first[k])), float(np.exp(last[k]))], low=low, high=high)
-    return out
 
 
 def size_growth(theta: np.ndarray, draws: dict, widen: tuple[float, float], compute_range) -> Growth:

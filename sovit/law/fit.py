@@ -19,6 +19,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, stretch
+from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import Prepared, geometry_of, positive, prepare_fit
 from sovit.law.diagnostics import Diagnostics, Draws, describe, seed_noise
 from sovit.law.exponents import Growth, Interval, exponents, size_growth
@@ -182,8 +183,8 @@ def _growths(ready, solved, geometry, data, draws, went) -> tuple[dict[str, Grow
     """Growth exponents by dimension, and the share of draws without each; of no dimension where none can be counted."""
     rows, widen = ready.rows, (went.t_over_z, went.pairs_stretch) if went else (1.0, 1.0)
     if ready.dims and (rows.form.arms or geometry is not None) and data.compute_range:
-        sides = draws.get("random_effects"), draws.get("pairs")
-        return exponents(rows.form, rows.centre, solved.theta, *sides, widen, geometry, data.grid, data.compute_range)
+        family = Family(rows.form, rows.centre, geometry, data.grid)
+        return exponents(family, solved.theta, draws, widen, data.compute_range)
     if ready.name == "chinchilla":
         return dict(num_params=size_growth(solved.theta, draws, widen, data.compute_range)), {}
     return {}, {}
@@ -206,7 +207,8 @@ def _coverage(ready, solved, geometry: Geometry | None, data: Data, growths, opt
             f"coverage={options.coverage} needs growth exponents of width, depth or MLP dim; this law has none"
         )
     ends = data.compute_range[0], data.compute_range[1]
-    setup = coverage.Setup(ready.rows, ready.strata, geometry, data.grid, ends, options.estimator, (10.0,))
+    family = Family(ready.rows.form, ready.rows.centre, geometry, data.grid)
+    setup = coverage.Setup(ready.rows, ready.strata, family, ends, options.estimator, (10.0,))
     return coverage.of_fit(setup, solved, options.coverage, seed=options.seed)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from sovit import UserError
 from sovit.files import write_atomic
 from sovit.law.bootstrap import LEVEL
+from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import features
 from sovit.law.diagnostics import Diagnostics, Draws, LackOfFit, Noise, Weakest
 from sovit.law.exponents import Growth, Interval, Range
@@ -95,6 +96,11 @@ class Fit:
     def centre(self) -> np.ndarray:
         """Of the form's columns in ln x, about which `theta` stands."""
         return np.array(self.model.centres)
+
+    @property
+    def family(self) -> Family:
+        """The laws of this form on this design, for `optimum_of`."""
+        return Family(self.shape_form, self.centre, self.geometry, self.data.grid)
 
     def predict(self, columns: Mapping) -> np.ndarray:
         """Losses [n] for columns name -> [n]: the law's dims and num_examples (sovit: dims and compute).

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law.compute_optimum import curvature
+from sovit.law.compute_optimum import Family, curvature
 from sovit.law.design_matrix import check, geometry_of, positive, trunks, varied_dims
 from sovit.law.exponents import box, optimum_of
 from sovit.law.form import DATA_COLUMNS, Form
@@ -95,7 +95,8 @@ class Belief:
     def shape_at(self, train_flops: float) -> dict[str, float]:
         """The real-valued optimum at another budget, by dimension."""
         limits = {d: np.exp([low, high]) for d, low, high in zip(self.dims, *self.reachable)}
-        v = _optimum(self.form, self.centre, self.phi, self.geometry, limits, float(np.log(train_flops / 3)))
+        family = Family(self.form, self.centre, self.geometry, limits)
+        v = _optimum(family, self.phi, float(np.log(train_flops / 3)))
         return dict(zip(self.dims, np.exp(v).tolist()))
 
     def logs_of(self, shapes: Sequence[Shape], num_examples: np.ndarray) -> np.ndarray:
@@ -246,12 +247,13 @@ def learn(
     else:
         starts = np.log(np.maximum(form.starts(posterior.u, y), LEAST * level))
         starts, sds = np.concatenate([starts, prior[:1]]), tuple(sd for sd, _ in expected)
+    family = Family(form, centre, geometry, limits)
     for _ in range(1 if before else 2):  # a first fit is for target and noise, by which rows weigh
         phi = posterior.fit(sds, starts)
-        best = _optimum(form, centre, phi, geometry, limits, log_budget)
+        best = _optimum(family, phi, log_budget)
         posterior = dataclasses.replace(posterior, distance=distance_to(logs[: len(dims)], best, edges))
         sds, starts = posterior.spreads(phi, sds, expected, 1 if before else EM_STEPS), phi[None]
-    hessian, mixed = curvature(form, centre, phi, geometry, dims, best, log_budget, box(limits))
+    hessian, mixed = curvature(family, phi, best, log_budget, box(limits))
     jac, names = linear(form, phi, posterior.u)[1], tuple(np.asarray(table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
         form, dims, centre, geometry, log_budget, phi, posterior.covariance(phi, sds), best, hessian, mixed, edges,
@@ -290,7 +292,5 @@ def whitener_of(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
 
 
-def _optimum(
-    form: Form, centre: np.ndarray, phi: np.ndarray, geometry: Geometry, limits: dict, log_budget: float
-) -> np.ndarray:
-    return optimum_of(form, centre, np.exp(phi)[None], geometry, limits, log_budget, head=True)[0]
+def _optimum(family: Family, phi: np.ndarray, log_budget: float) -> np.ndarray:
+    return optimum_of(family, np.exp(phi)[None], log_budget, head=True)[0]

@@ -105,9 +105,8 @@ class Target:
 
     def optimum(self, theta: np.ndarray | None = None, held: Mapping | None = None) -> np.ndarray:
         """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
-        fit, many = self.fit, self.fit.theta[None] if theta is None else theta
-        form, grid = fit.shape_form, fit.data.grid
-        v = optimum_of(form, fit.centre, many, self.geometry, grid, self.log_budget, head=True, held=held)
+        many = self.fit.theta[None] if theta is None else theta
+        v = optimum_of(self.fit.family, many, self.log_budget, head=True, held=held)
         return v[0] if theta is None else v
 
     def run_pairs(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 from sovit import UserError
 from sovit.law import fit as law
 from sovit.law import fitted_law
-from sovit.law.compute_optimum import optimum
+from sovit.law.compute_optimum import Family, optimum
 from sovit.law.exponents import box
 from sovit.law.forms import LAWS, WHOLE_SHAPE
 from sovit.law.geometry import Geometry
@@ -139,7 +139,7 @@ def test_the_optimum_is_that_of_a_dense_grid(name):
     grid = {d: list(arm) for d, arm in zip(planted.DIMS, planted.ARMS)}
     ends = box(grid)
     budget = rng.uniform(np.log(1e16), np.log(1e22), 40)
-    v = optimum(form, theta, centre, planted.DIMS, geometry, budget, *ends, head=True)
+    v = optimum(Family(form, centre, geometry, grid), theta, budget, ends, head=True)
     assert (v >= ends[0]).all() and (v <= ends[1]).all()
 
     def losses(points, i):  # [K, G]

@@ -14,7 +14,6 @@ from sovit.law import fit as law
 from sovit.law.checks.alterations import windows
 from sovit.law.checks.refits import Frame
 from sovit.law.checks.sensitivity import extrapolation_cuts, sensitivity
-from sovit.law.exponents import inside
 from sovit.law.geometry import Geometry
 from sovit.ledger.measurements import measurements
 from sovit.report import figures as plot
@@ -238,22 +237,6 @@ def test_one_budget_has_no_window_and_no_cut(data):
     single = dataclasses.replace(data, columns={k: v[one] for k, v in data.columns.items()}, y=data.y[one])
     fit = fitted(data)
     assert windows(Frame(single, fit, BUDGET)) == [] == extrapolation_cuts(single, {"joint": fit})
-
-
-def test_optimum_stays_inside_where_the_closed_form_says(data):
-    fit = fitted(data, "sovit")
-    p, grid, ends = fit.params, fit.data.grid, fit.data.compute_range
-    out = inside(fit.shape_form, fit.centre, fit.theta, None, grid, ends)
-    for name, values in grid.items():
-        a, b = p[f"a_{name}"], p[f"b_{name}"]
-        front = p[f"alpha_{name}"] * a / (p[f"beta_{name}"] * b)
-        low, high = ((x ** (a + b) / front) ** (1 / p["c"]) for x in (min(values), max(values)))
-        reach = ends[0] / 100, ends[1] * 100
-        step = (reach[1] / reach[0]) ** (1 / 160)
-        if low < reach[1] and high > reach[0]:
-            assert max(low, reach[0]) <= out[name]["low"] * 1.000001 <= max(low, reach[0]) * step * 1.00001
-            assert min(high, reach[1]) >= out[name]["high"] / 1.000001 >= min(high, reach[1]) / step / 1.00001
-        assert out[name]["at"][1] == pytest.approx((front * ends[1] ** p["c"]) ** (1 / (a + b)), rel=1e-6)
 
 
 def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):

@@ -112,13 +112,12 @@ def test_expected_regret_is_that_of_drawn_laws(belief):
     narrow = 0.05
     draws = belief.phi + narrow * rng.standard_normal((400, len(belief.phi))) @ np.linalg.cholesky(belief.covariance).T
     limits = {d: np.exp([low, high]) for d, low, high in zip(belief.dims, *belief.reachable)}
-    best = optimum_of(belief.form, belief.centre, np.exp(draws), belief.geometry, limits, belief.log_budget, head=True)
+    family = allocate.Family(belief.form, belief.centre, belief.geometry, limits)
+    best = optimum_of(family, np.exp(draws), belief.log_budget, head=True)
     paid = []
     for phi, v in zip(draws, best):
         shapes = np.stack([belief.target, v])
-        value, _ = allocate.loss_along_budget(
-            belief.form, belief.centre, phi, belief.geometry, belief.dims, shapes, belief.log_budget
-        )
+        value, _ = allocate.loss_along_budget(family, phi, shapes, belief.log_budget)
         paid.append(np.expm1(value[0] - value[1]))
     assert min(paid) > -1e-9
     assert np.mean(paid) == pytest.approx(narrow**2 * belief.expected_regret, rel=0.15)

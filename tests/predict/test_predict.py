@@ -13,7 +13,7 @@ import pytest
 
 from sovit import UserError
 from sovit.law import fit as law
-from sovit.law.compute_optimum import optimum
+from sovit.law.compute_optimum import Family, optimum
 from sovit.law.diagnostics import Noise
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
@@ -62,7 +62,8 @@ def test_optimum_has_the_closed_form_exponents_where_flops_are_a_power_law():
     budgets = np.log([1e12, 1e16])
     box = np.full(3, -50.0), np.full(3, 50.0)
     joint = LAWS["joint"].build(planted.DIMS)
-    v = optimum(joint, theta, np.array([3.0, 2.0, 4.0, 10.0]), planted.DIMS, Product(), budgets, *box)
+    family = Family(joint, np.array([3.0, 2.0, 4.0, 10.0]), Product(), dict.fromkeys(planted.DIMS, ()))
+    v = optimum(family, theta, budgets, box)
     sigma = (1 / a) / (1 / c + (1 / a).sum())
     np.testing.assert_allclose((v[1] - v[0]) / (budgets[1] - budgets[0]), sigma, rtol=1e-7)
 

@@ -9,7 +9,7 @@ from math import comb
 
 import numpy as np
 
-from sovit.law.checks.refits import Frame, kind_of
+from sovit.law.checks.refits import Counting, Frame, kind_of
 from sovit.law.design_matrix import positive
 from sovit.law.fitted_law import Fit
 from sovit.law.forms import LAWS
@@ -124,12 +124,12 @@ def countings(frame: Frame) -> list[dict]:
         geometry = frame.geometry if head else dataclasses.replace(frame.geometry, counting=counting)
         compute = geometry.flops(dims, head) * images
         ends = (float(compute.min()), float(compute.max()))
-        answered = dict(geometry=geometry, ends=ends, head=head)
+        counted = Counting(geometry, ends, head)
         if per_arm:
             data = dataclasses.replace(frame.data, columns=frame.data.columns | dict(compute=compute))
-            out.append(frame.attempt("counting", about, data=data, answered=answered))
+            out.append(frame.attempt("counting", about, counted=counted, data=data))
         else:
-            out.append(frame.row("counting", about, frame.fit, note=note, **answered))
+            out.append(frame.row("counting", about, frame.fit, note, counted))
     return out
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from sovit import UserError
 from sovit.law.bootstrap import LEVEL, both, interval, pairs_stretch, stretch
 from sovit.law.checks import simulate as planted
+from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import prepare_fit, star
 from sovit.law.exponents import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
 from sovit.law.options import LawOptions
@@ -39,8 +40,7 @@ class Setup:
 
     rows: Rows
     strata: np.ndarray  # [G]
-    geometry: planted.Geometry | None
-    grid: dict
+    family: Family
     ends: tuple[float, float]  # smallest and largest compute
     loss: Loss = Loss()
     reaches: tuple[float, ...] = REACHES
@@ -48,19 +48,18 @@ class Setup:
     @property
     def labels(self) -> list[tuple[str, str]]:
         """(quantity, dimension) of each column of `quantities`."""
-        if not self.grid:
+        if not self.family.grid:
             return [("exponent", "num_params")]
         names = ["exponent", *(f"shape_{r:g}x" for r in self.reaches)]
-        return [(name, dim) for name in names for dim in self.grid]
+        return [(name, dim) for name in names for dim in self.family.grid]
 
     def quantities(self, theta: np.ndarray) -> np.ndarray:
         """ln of the growth exponents (floored), then ln x of the optimum at each reach: [R, M] for theta [R, P]."""
-        form = self.rows.form
-        if not self.grid:  # N* ~ (N D)^s of chinchilla
+        if not self.family.grid:  # N* ~ (N D)^s of chinchilla
             return np.log(theta[:, 4:5] / (theta[:, 3:4] + theta[:, 4:5]))
         computes = np.log([*self.ends, *(r * self.ends[1] for r in self.reaches)])
         tiled, at = np.tile(theta, (len(computes), 1)), np.repeat(computes, len(theta))
-        v = optimum_of(form, self.rows.centre, tiled, self.geometry, self.grid, at)
+        v = optimum_of(self.family, tiled, at)
         v = v.reshape(len(computes), len(theta), -1)
         growth = (v[1] - v[0]) / (computes[1] - computes[0])
         return np.concatenate([np.log(np.maximum(growth, EXPONENT_FLOOR)), *v[2:]], 1)
@@ -75,7 +74,8 @@ def setup(form: str, design: planted.Design, zero_line: float | None = None) -> 
     ready = dataclasses.replace(ready, arms=star(table, planted.DIMS)[1], index=design.trunk)
     grid = {d: np.unique(table[d]).tolist() for d in dims}
     ends = table["compute"].min(), table["compute"].max()
-    return Setup(ready.rows, ready.strata, design.geometry, grid, ends)
+    family = Family(ready.form, ready.rows.centre, design.geometry, grid)
+    return Setup(ready.rows, ready.strata, family, ends)
 
 
 def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator) -> dict:
@@ -93,8 +93,8 @@ def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator) -
     watched = [i for i, n in enumerate(form.names) if n.split("_")[0] not in NO_BOUND]
     theta = done.theta[:draws]
     on = (theta[:, watched] <= low[watched]) | (theta[:, watched] >= high[watched])
-    wide = out["ends"][0, : max(len(s.grid), 1)]
-    absent = (amplitudes(form, theta) <= 0).mean(0) if s.grid else 0.0
+    wide = out["ends"][0, : max(len(s.family.grid), 1)]
+    absent = (amplitudes(form, theta) <= 0).mean(0) if s.family.grid else 0.0
     lost = (absent > MAX_ABSENT) | (wide[:, 1] - wide[:, 0] > np.log(MAX_RATIO))
     return out | dict(on_bound=on.any(1).mean(), unidentified=lost.mean())
 

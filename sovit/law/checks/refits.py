@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
+from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import Prepared, positive, prepare_fit
 from sovit.law.exponents import amplitudes, growth, optimum_of
 from sovit.law.fitted_law import Fit
@@ -31,6 +32,18 @@ class _Solved:
     theta: np.ndarray  # [P]
     num_rows: int
     num_trunks: int
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A counting of FLOPs, and the range of compute in it. geometry, ends: None = the headline's; head: with the head."""
+
+    geometry: Geometry | None = None
+    ends: tuple[float, float] | None = None
+    head: bool = False
+
+
+AS_FITTED = Counting()
 
 
 class Frame:
@@ -65,32 +78,28 @@ class Frame:
         theta = solve(made, loss, starts).theta
         return _Solved(made.form, made.centre, theta, len(np.unique(made.source)), int(made.trunk.max()) + 1)
 
-    def row(self, what: str, setting: str, fit: Fit | _Solved, *, note="", **counted) -> dict:
-        """What `fit` answers; counted: geometry, ends and head, as `answers` takes them."""
+    def row(self, what: str, setting: str, fit: Fit | _Solved, note: str = "", counted: Counting = AS_FITTED) -> dict:
+        """What `fit` answers."""
         if isinstance(fit, Fit):
-            centre = fit.centre
-            fit = _Solved(fit.shape_form, centre, fit.theta, fit.num_rows, fit.num_clusters)
-        (found,) = self.answers(fit.form, fit.centre, fit.theta[None], **counted)
-        kind = "marginal" if fit.form.arms else "joint"
-        return alteration(what, setting, kind, fit.num_rows, fit.num_trunks, found, note)
+            fit = _Solved(fit.shape_form, fit.centre, fit.theta, fit.num_rows, fit.num_clusters)
+        (found,) = self.answers(fit.form, fit.centre, fit.theta[None], counted)
+        return alteration((what, setting), fit.form.arms, (fit.num_rows, fit.num_trunks), found, note)
 
-    def answers(self, form, centre, theta, *, geometry=None, ends=None, head=False) -> list[dict]:
-        """{exponents, optimum, excess_loss} of each theta [R, P].
-
-        geometry, ends: another counting of FLOPs, and the range of compute in it; head: compute counts the task head.
-        """
+    def answers(self, form: Form, centre: np.ndarray, theta: np.ndarray, counted: Counting = AS_FITTED) -> list[dict]:
+        """{exponents, optimum, excess_loss} of each theta [R, P]."""
         own = self.geometry
-        geometry = geometry or own
+        geometry = counted.geometry or own
+        family = Family(form, centre, geometry, self.grid)
         present = amplitudes(form, theta) > 0  # [R, K]
         grown = at = None
         if geometry is not None or form.arms:
-            grown = growth(form, centre, theta, geometry, self.grid, ends or self.ends, head)
+            grown = growth(family, theta, counted.ends or self.ends, counted.head)
             if self.log_budget is not None:
                 budget = self.log_budget
-                if own is not None and geometry != own and None not in self.best.values():
+                if own is not None and geometry is not None and geometry != own and None not in self.best.values():
                     # the budget is what the headline's own optimum costs in that counting: shapes differ, not units
                     budget += float(np.log(_flops(geometry, self.best) / _flops(own, self.best)))
-                at = np.exp(optimum_of(form, centre, theta, geometry, self.grid, budget, head=True))
+                at = np.exp(optimum_of(family, theta, budget, head=True))
                 run = np.array([[min(self.grid[d]), max(self.grid[d])] for d in self.dims]).T
                 ends = np.where([d in FALLING for d in self.dims], np.minimum(at, run[1]), np.maximum(at, run[0]))
                 at = np.where(present, at, ends)
@@ -119,16 +128,16 @@ class Frame:
             table["num_params"] = self.geometry.num_params(table)
         return float(self.fit.predict(table)[0])
 
-    def attempt(self, what: str, setting: str, note: str = "", answered: Mapping | None = None, **refit) -> dict:
+    def attempt(self, what: str, setting: str, note: str = "", counted: Counting = AS_FITTED, **refit) -> dict:
         """A row of a refit; where it is refused, the reason is the note."""
         try:
-            return self.row(what, setting, self.refit(**refit), note=note, **(answered or {}))
+            return self.row(what, setting, self.refit(**refit), note, counted)
         except (UserError, np.linalg.LinAlgError) as error:
             keep = refit.get("keep")
             num = len(self.data.y) if keep is None else int(np.sum(keep))
             form = refit.get("form") or self.fit.form
-            kind = "marginal" if LAWS[form].by_arm else "joint"
-            return alteration(what, setting, kind, num, None, self._nothing(), f"not fitted: {error}")
+            said = f"not fitted: {error}"
+            return alteration((what, setting), LAWS[form].by_arm, (num, None), self._nothing(), said)
 
     def _nothing(self) -> dict:
         return dict(exponents=dict.fromkeys(self.dims), optimum=dict.fromkeys(self.dims), excess_loss=None)
@@ -139,8 +148,8 @@ class Frame:
         Rows left out weigh 0. Huber's delta and the whitening stay those of all rows, as in the pairs bootstrap, and each
         refit starts from the headline and from the best points of the exponent grid.
         """
-        fit, ready = self.fit, prepared(self.data, self.fit)
-        table, rows, index = ready.table, ready.rows, ready.index
+        ready = prepared(self.data, self.fit)
+        rows = ready.rows
         solved = solve(rows, self.loss)
         starts = np.concatenate([solved.theta[None], rows.form.starts(rows.u, rows.y)[:STARTS]])
         weights = keeps[:, rows.source].astype(float)
@@ -150,14 +159,13 @@ class Frame:
         theta = done.theta.reshape(len(keeps), len(starts), -1)[np.arange(len(keeps)), best]
         out = []
         for setting, keep, weight, found in zip(settings, keeps, weights, self.answers(rows.form, rows.centre, theta)):
-            flat = [d for d in self.dims if len(np.unique(positive(table, d)[keep])) < 2]
+            flat = [d for d in self.dims if len(np.unique(positive(ready.table, d)[keep])) < 2]
             num, note = int((weight > 0).sum()), ""
             if flat or num <= len(rows.form.names):
                 found = self._nothing()
                 note = f"not fitted: {f'{flat[0]} does not vary' if flat else f'{num} rows'} in what is left"
-            out.append(
-                alteration(what, setting, kind_of(fit), int(keep.sum()), len(np.unique(index[keep])), found, note)
-            )
+            counts = int(keep.sum()), len(np.unique(ready.index[keep]))
+            out.append(alteration((what, setting), rows.form.arms, counts, found, note))
         return out
 
 
@@ -180,12 +188,14 @@ def prepared(data: Measurements, fit: Fit) -> Prepared:
 
 
 def alteration(
-    what: str, setting: str, kind: str, num_rows: int, num_trunks: int | None, found: Mapping, note: str
+    asked: tuple[str, str], by_arm: object, counts: tuple[int, int | None], found: Mapping, note: str
 ) -> dict:
+    """A row of the table of alterations: asked = (what, setting), counts = (rows, trunks)."""
     lost = [d for d, s in found["exponents"].items() if s is None]
     if lost and not note.startswith("not fitted"):
         note = "; ".join(filter(None, [note, f"no gain from {', '.join(lost)}"]))
-    return dict(what=what, setting=setting, kind=kind, num_rows=num_rows, num_trunks=num_trunks, **found, note=note)
+    said = dict(what=asked[0], setting=asked[1], kind="marginal" if by_arm else "joint")
+    return said | dict(num_rows=counts[0], num_trunks=counts[1], **found, note=note)
 
 
 def kind_of(fit: Fit) -> str:

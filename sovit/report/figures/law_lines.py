@@ -24,12 +24,8 @@ def budget_levels(fit, data) -> tuple[str, np.ndarray, np.ndarray]:
 
 def optimal_path(fit, ln_compute: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """ln of the optimal dimensions at each ln compute [T] (head apart), for each theta [R, P]: [T, R, K]."""
-    form, centre, geometry, grid = fit.shape_form, fit.centre, fit.geometry, fit.data.grid
     tiled, budget = np.tile(theta, (len(ln_compute), 1)), np.repeat(ln_compute, len(theta))
-    flat = [
-        optimum_of(form, centre, tiled[i : i + CHUNK], geometry, grid, budget[i : i + CHUNK])
-        for i in range(0, len(tiled), CHUNK)
-    ]
+    flat = [optimum_of(fit.family, tiled[i : i + CHUNK], budget[i : i + CHUNK]) for i in range(0, len(tiled), CHUNK)]
     return np.concatenate(flat).reshape(len(ln_compute), len(theta), -1)
 
 
