@@ -1,6 +1,6 @@
 """A sovit encoder as a model of transformers, for the shapes that none of its own classes can express.
 
-    import sovit.hf_model                                   # registers the two classes with transformers' Auto classes
+    import sovit.encoder.hf_model                           # registers the two classes with transformers' Auto classes
     encoder = transformers.AutoModel.from_pretrained(FOLDER)  # a folder of `sovit export --format sovit`
 
 No code stands in the folder and none is trusted: who loads it has sovit installed.
