@@ -36,10 +36,7 @@ def timm_encoder(name: str, model: Any) -> Encoder:
     if not all(hasattr(model, attribute) for attribute in ("blocks", "patch_embed", "forward_intermediates")):
         raise UserError(f"{name} is no plain Vision Transformer (no blocks or patch embedding); give one that is")
     record = timm.data.resolve_model_data_config(model)
-    height, width = model.patch_embed.img_size
-    rows, columns = model.patch_embed.grid_size
-    if height != width or rows != columns:
-        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
+    _check_square(name, model.patch_embed)
 
     def hidden(images: Tensor, block: int) -> Tensor:
         (found,) = model.forward_intermediates(
@@ -59,7 +56,7 @@ def timm_encoder(name: str, model: Any) -> Encoder:
         module=model.eval().requires_grad_(False),
         width=model.embed_dim,
         depth=len(model.blocks),
-        grid=rows,
+        grid=model.patch_embed.grid_size[0],
         num_prefix_tokens=model.num_prefix_tokens,
         preprocess=Preprocess(
             image_size=record["input_size"][-1],
@@ -73,6 +70,12 @@ def timm_encoder(name: str, model: Any) -> Encoder:
         final_norm=norm,
         pooled=pooled,
     )
+
+
+def _check_square(name: str, embed: Any) -> None:
+    if any(len(set(sides)) > 1 for sides in (embed.img_size, embed.grid_size, embed.patch_size)):
+        height, width = embed.img_size
+        raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
 
 
 def load_timm_base(name: str) -> Base:
@@ -105,6 +108,7 @@ def shape_of_timm(model: Any, name: str = "the timm model") -> Shape:
 
     found = _unlike(model)
     if not found:
+        _check_square(name, model.patch_embed)
         block, (rows, _), patch_size = model.blocks[0], model.patch_embed.grid_size, model.patch_embed.patch_size[0]
         shape = Shape(
             width=model.embed_dim,
@@ -136,10 +140,7 @@ def _unlike(model: Any) -> str:
     mlp, kind = getattr(model.blocks[0], "mlp", model.blocks[0]), type(model.blocks[0])
     if kind is not Block or not hasattr(mlp, "fc1"):
         return f"its blocks are {kind.__name__}s of {type(mlp).__name__}"
-    pool, (rows, columns) = model.global_pool or "none", model.patch_embed.grid_size
-    if rows != columns or len(set(model.patch_embed.patch_size)) > 1:
-        height, width = model.patch_embed.img_size
-        return f"it reads images of {height} x {width}; only square ones are read here"
+    pool = model.global_pool or "none"
     if pool not in POOLS:
         return f"it pools by {pool!r}, not by one of {', '.join(POOLS)}"
     if model.has_class_token != (pool == "token"):
