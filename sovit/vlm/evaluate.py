@@ -76,15 +76,19 @@ def asked(
         batch = model.batch(documents, images, max_length)
         told = batch.labels != NO_LABEL
         logits, labels, source = model(batch).float(), batch.labels[told], batch.source[told]
-        num = sum(map(len, sample))
-        zero = torch.zeros(num, device=logits.device)
-        found["loss"].append(zero.index_add(0, source, F.cross_entropy(logits, labels, reduction="none")).cpu())
-        found["tokens"].append(zero.index_add(0, source, torch.ones_like(source, dtype=torch.float32)).cpu())
-        found["wrong"].append((zero.index_add(0, source, (logits.argmax(-1) != labels).float()) > 0).cpu())
+        zero = torch.zeros(sum(map(len, sample)), device=logits.device)
+        of_token = {
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "tokens": torch.ones_like(source, dtype=torch.float32),
+            "wrong": (logits.argmax(-1) != labels).float(),
+        }
+        for name, values in of_token.items():
+            found[name].append(zero.index_add(0, source, values).cpu())
         found["image"].append(torch.tensor([start + i for i, asked in enumerate(sample) for _ in asked]))
         found["family"].append(torch.tensor([places[q.family] for asked in sample for q in asked]))
     joined = {name: torch.cat(parts).numpy() for name, parts in found.items()}
-    return joined | {name: joined[name].astype(np.float64) for name in ("loss", "tokens", "wrong")}
+    joined |= {name: joined[name].astype(np.float64) for name in ("loss", "tokens")}
+    return joined | {"wrong": (joined["wrong"] > 0).astype(np.float64)}
 
 
 def unparsed(

@@ -36,38 +36,38 @@ def mllama(width_in, width_out, grid):
 
     # its vision output is a concatenation: the final features and those of one layer between
     half = width_in // 2
-    eye = dict(
+    tower = dict(
         hidden_size=half, vision_output_dim=width_in, num_hidden_layers=1, num_global_layers=1, attention_heads=2
     )
-    eye |= dict(intermediate_size=16, image_size=14, patch_size=7, intermediate_layers_indices=[0])
+    tower |= dict(intermediate_size=16, image_size=14, patch_size=7, intermediate_layers_indices=[0])
     words = dict(hidden_size=width_out, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     words |= dict(intermediate_size=16, vocab_size=64, cross_attention_layers=[0], pad_token_id=0)
     words |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4))
-    config = transformers.MllamaConfig(vision_config=eye, text_config=words)
+    config = transformers.MllamaConfig(vision_config=tower, text_config=words)
     return MllamaModel(config).multi_modal_projector
 
 
 def llava(width_in, width_out, grid):
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    eye = vision("clip_vision_model", width_in, grid)
-    return LlavaMultiModalProjector(transformers.LlavaConfig(vision_config=eye, text_config=text("llama", width_out)))
+    tower = vision("clip_vision_model", width_in, grid)
+    return LlavaMultiModalProjector(transformers.LlavaConfig(vision_config=tower, text_config=text("llama", width_out)))
 
 
 def idefics3(width_in, width_out, grid, factor):
     from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 
-    eye = vision("idefics3_vision", width_in, grid)
+    tower = vision("idefics3_vision", width_in, grid)
     words = text("llama", width_out)
-    return Idefics3Connector(transformers.Idefics3Config(vision_config=eye, text_config=words, scale_factor=factor))
+    return Idefics3Connector(transformers.Idefics3Config(vision_config=tower, text_config=words, scale_factor=factor))
 
 
 def smolvlm(width_in, width_out, grid, factor):
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMConnector
 
-    eye = vision("smolvlm_vision", width_in, grid)
+    tower = vision("smolvlm_vision", width_in, grid)
     words = text("llama", width_out)
-    return SmolVLMConnector(transformers.SmolVLMConfig(vision_config=eye, text_config=words, scale_factor=factor))
+    return SmolVLMConnector(transformers.SmolVLMConfig(vision_config=tower, text_config=words, scale_factor=factor))
 
 
 class NanoVlm(nn.Module):
@@ -96,9 +96,9 @@ class InternVl(nn.Module):
         super().__init__()
         from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
-        eye = vision("internvl_vision", width_in, grid) | dict(image_size=[7 * grid] * 2, patch_size=[7, 7])
+        tower = vision("internvl_vision", width_in, grid) | dict(image_size=[7 * grid] * 2, patch_size=[7, 7])
         words = text("qwen2", width_out)
-        config = transformers.InternVLConfig(vision_config=eye, text_config=words, downsample_ratio=1 / factor)
+        config = transformers.InternVLConfig(vision_config=tower, text_config=words, downsample_ratio=1 / factor)
         self.multi_modal_projector = InternVLMultiModalProjector(config)
         self.factor, self.grid, self.shuffle = factor, grid, InternVLModel.pixel_shuffle
 
@@ -117,8 +117,8 @@ class Idefics2(nn.Module):
         latents = dict(hidden_size=width_out, resampler_n_latents=num_latents, resampler_depth=depth)
         latents |= dict(resampler_n_heads=num_heads, resampler_head_dim=head_dim, num_key_value_heads=num_kv_heads)
         words = text("mistral", width_out, intermediate_size=mlp_dim)
-        eye = vision("idefics2_vision", width_in, grid)
-        config = transformers.Idefics2Config(vision_config=eye, perceiver_config=latents, text_config=words)
+        tower = vision("idefics2_vision", width_in, grid)
+        config = transformers.Idefics2Config(vision_config=tower, perceiver_config=latents, text_config=words)
         self.connector = Idefics2Connector(config)
 
     def forward(self, x, mask=None):
@@ -128,11 +128,11 @@ class Idefics2(nn.Module):
 def gemma3(width_in, width_out, grid, factor):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
 
-    eye = vision("siglip_vision_model", width_in, grid)
+    tower = vision("siglip_vision_model", width_in, grid)
     words = text("gemma3_text", width_out, head_dim=width_out // 2)
     tokens = (grid // factor) ** 2
     return Gemma3MultiModalProjector(
-        transformers.Gemma3Config(vision_config=eye, text_config=words, mm_tokens_per_image=tokens)
+        transformers.Gemma3Config(vision_config=tower, text_config=words, mm_tokens_per_image=tokens)
     )
 
 

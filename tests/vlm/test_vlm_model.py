@@ -24,8 +24,8 @@ FAMILIES = ("most", "count", "more")
 
 def model_of(encoder="trained", **more) -> VisionLanguageModel:
     torch.manual_seed(0)
-    eye = 3 if encoder == "blind" else timm_encoder("eye", build(SHAPE, 16, seed=1))
-    return VisionLanguageModel(eye, open_language_model("random:2x32"), ModelOptions(template="plain", **more)).eval()
+    tower = 3 if encoder == "blind" else timm_encoder("tower", build(SHAPE, 16, seed=1))
+    return VisionLanguageModel(tower, open_language_model("random:2x32"), ModelOptions(template="plain", **more)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,10 @@ def test_placeholders_are_filled_in_order_and_nothing_else_is(model):
 def test_the_layer_and_the_norm_are_those_asked_for(layer, norm):
     model = model_of(layer=layer, norm=norm)
     images = torch.rand(2, 3, 16, 16)
-    eye = model.encoder
-    x = eye.preprocess(images)
+    encoder = model.encoder
+    x = encoder.preprocess(images)
     with torch.no_grad():
-        net = eye.module
+        net = encoder.module
         t = net.patch_embed(x) + net.pos_embed
         for block in net.blocks[: layer % 2 + 1]:
             t = block(t)
@@ -69,7 +69,7 @@ def test_the_layer_and_the_norm_are_those_asked_for(layer, norm):
         torch.testing.assert_close(model.image_tokens(images), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_blind_model_is_blind_and_the_other_is_not():
+def test_the_text_only_baseline_sees_no_image_and_the_other_does():
     images = torch.rand(3, 3, 16, 16)
     for encoder in ("trained", "blind"):
         model = model_of(encoder)
