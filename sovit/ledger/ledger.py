@@ -54,6 +54,10 @@ def read_ledger(path: Path | str) -> list[LedgerRow]:
     """Rows of a ledger: JSON lines, or CSV with the same columns. Identical duplicates collapse.
 
     Raises UserError for a missing, empty or malformed file and for two different rows with one run_id.
+
+    >>> rows = sovit.read_ledger("results/stream_star.jsonl")
+    >>> len(rows), rows[0]["status"]
+    (87, 'ok')
     """
     return cast(list[LedgerRow], merge(read_rows(path), str(path)))
 

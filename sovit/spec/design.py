@@ -30,6 +30,10 @@ def star(
 
     What cannot be built is left out, with a warning: a patch_size that does not divide the image_size, and what `fits`
     says no to (such as patches that straddle the labels of the data). Raises UserError where nothing is left of an arm.
+
+    >>> centre = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+    >>> [shape.label for shape in sovit.star(centre, {"width": (16, 64), "depth": (1, 4)}, corners=False)]
+    ['32x2x128', '16x2x128', '64x2x128', '32x1x128', '32x4x128']
     """
     _check(arms)
     shapes = [centre]
@@ -57,7 +61,12 @@ def grid(
     centre: Shape, values: Mapping[str, Sequence[int]], fits: Callable[[Shape], bool] | None = None
 ) -> list[Shape]:
     """Every combination of the values; what is not named stays as in `centre`, what cannot be built is left out, as in
-    `star`."""
+    `star`.
+
+    >>> centre = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+    >>> [shape.label for shape in sovit.grid(centre, {"width": (16, 32), "depth": (1, 2)})]
+    ['16x1x128', '16x2x128', '32x1x128', '32x2x128']
+    """
     _check(values)
     every = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
     return _built(centre, every, fits)
@@ -75,6 +84,10 @@ def isoflop(
     proportional None: depth and mlp_dim for width (a curve of size), nothing for any other dimension. Together with
     `to_runs` each stands at the same compute budgets. What goes along is rounded to what can be built: at least 1, width
     to a multiple of head_dim, image_size to one of patch_size. What cannot be built is left out, as in `star`.
+
+    >>> base = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+    >>> [shape.label for shape in sovit.isoflop(base, (16, 32, 64))]
+    ['16x1x64', '32x2x128', '64x4x256']
     """
     if proportional is None:
         proportional = ("depth", "mlp_dim") if dimension == "width" else ()

@@ -72,6 +72,9 @@ def named_shape(name: str, **changes) -> Shape:
     """Look up `B/16`, `So400m/14@378` (variant/patch@image size) or a timm model name; `changes` override fields.
 
     Raises UserError, with the nearest known names, for a name that is not in the tables.
+
+    >>> sovit.named_shape("So400m/14").label, sovit.named_shape("B/16").num_params
+    ('1152x27x4304', 85797120)
     """
     if name in TIMM_SHAPES:
         return TIMM_SHAPES[name].replace(**changes)

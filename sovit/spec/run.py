@@ -34,7 +34,11 @@ NO_IDENTITY = ("budgets", "study", "probe")  # fields of Run that no id depends 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Durations are in examples; they become steps in one place, the properties of Run."""
+    """How to train. Durations are in examples; they become steps in one place, the properties of Run.
+
+    >>> sovit.Recipe(peak_lr=0.008).batch_size
+    16
+    """
 
     peak_lr: float
     batch_size: int = 16
@@ -78,7 +82,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Run:
-    """One trunk and its cooldown branches. `budgets`: examples seen at the end of each branch, cooldown included."""
+    """One trunk and its cooldown branches. `budgets`: examples seen at the end of each branch, cooldown included.
+
+    >>> shape = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+    >>> sovit.Run(shape, sovit.Recipe(peak_lr=0.008), budgets=(1600, 3200)).run_ids
+    ('5a7d264457-1600', '5a7d264457-3200')
+    """
 
     shape: Shape
     recipe: Recipe

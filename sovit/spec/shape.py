@@ -38,6 +38,10 @@ class Shape:
 
     Lengths are in units of features (`width`, `mlp_dim`, `head_dim`), blocks (`depth`) and pixels (`patch_size`,
     `image_size`, both square). Raises UserError for a shape that cannot be built.
+
+    >>> shape = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
+    >>> shape.label, shape.num_params, shape.forward_flops
+    ('32x2x128', 27552, 901120)
     """
 
     width: int
