@@ -25,8 +25,22 @@ if TYPE_CHECKING:
     from sovit.sweep.study_main import run_study
 
 __all__ = [
-    *("Recipe", "Run", "Shape", "best_shape", "export_encoder", "fit_law", "grid", "isoflop", "load_encoder"),
-    *("named_shape", "open_data", "probe", "read_law", "read_ledger", "run_study", "star"),
+    "Recipe",
+    "Run",
+    "Shape",
+    "best_shape",
+    "export_encoder",
+    "fit_law",
+    "grid",
+    "isoflop",
+    "load_encoder",
+    "named_shape",
+    "open_data",
+    "probe",
+    "read_law",
+    "read_ledger",
+    "run_study",
+    "star",
 ]
 __version__ = "0.1.0"
 OUTPUTS = Path("runs/results")  # where commands write ledgers, laws and figures unless told otherwise; git ignores it

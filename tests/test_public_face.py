@@ -7,15 +7,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from photographs import write_folder
 
 import sovit
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the committed results, images, and the branch that the example of run_study trains."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "results").symlink_to(ROOT / "results")
+    write_folder(folder / "images", 240, 32, 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shape = sovit.Shape(8, 1, 16, head_dim=8, patch_size=4, image_size=16, pool="none")
+        sovit.run_study([sovit.Run(shape, sovit.Recipe(0.01, warmup_examples=16), (80,))], workers=1, name="made")
+    return folder
+
+
 @pytest.mark.parametrize("name", sovit.__all__)
-def test_the_example_of_a_public_name_runs(name, monkeypatch):
-    monkeypatch.chdir(ROOT)  # the examples read committed ledgers and write nothing
+def test_the_example_of_a_public_name_runs(name, home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("SOVIT_CACHE", str(home / "cache"))
     thing = getattr(sovit, name)
     found = doctest.DocTestFinder(recurse=False).find(thing, name, globs={"sovit": sovit})
     assert sum(len(test.examples) for test in found), f"{name} has no example"

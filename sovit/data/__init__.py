@@ -98,6 +98,10 @@ def open_data(data: str, preset: str, image_size: int, patch_size: int, data_see
     """Open source `data` (a key of SOURCES) with a preset of its own, drawn at `image_size` pixels.
 
     Raises UserError for an unknown source or preset, a size that the source cannot draw, or missing files.
+
+    >>> source = sovit.open_data("stream", "cpu", image_size=16, patch_size=4, data_seed=0)
+    >>> source.train(0, 2).images.shape, source.num_classes
+    (torch.Size([2, 3, 16, 16]), 16)
     """
     if data not in SOURCES:
         raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")

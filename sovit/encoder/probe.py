@@ -139,6 +139,10 @@ def probe(encoder: Encoder, data: str | ProbeData = "icons:single40", show: bool
 
     data: SOURCE:PRESET, opened at the encoder's resolution on its device, or as `open_probe` did. Raises UserError for data
     that cannot be probed on, and where the features are not finite.
+
+    >>> errors = sovit.probe(sovit.load_encoder("2da54a192d-80"), data="hub:images")
+    >>> sorted(errors)
+    [1, 5, 10, 25]
     """
     if isinstance(data, str):
         device = next((p.device.type for p in encoder.module.parameters()), "cpu")

@@ -45,6 +45,10 @@ def fit_law(rows: Sequence[Mapping], metric: str = "val_loss", form: str | None 
 
     rows: of a ledger; those that are not ok are left out. form: this one instead. bootstrap: draws of each interval.
     Raises UserError for bad rows and where no form can be fitted.
+
+    >>> law = sovit.fit_law(sovit.read_ledger("results/stream_star.jsonl"), bootstrap=0)
+    >>> law.form, law.best_shape(3e12).shape.label
+    ('bounded', '40x3x704')
     """
     data = measurements_of(rows, metric)
     fits, _ = fit_forms(data, form, bootstrap=bootstrap)

@@ -193,7 +193,11 @@ def _part(kind: type[Part], body: Mapping) -> Part:
 
 
 def read_law(path: Path | str) -> Fit:
-    """Read a law.json. Raises UserError where it is missing or not a law."""
+    """Read a law.json. Raises UserError where it is missing or not a law.
+
+    >>> sovit.read_law("results/stream_star_law/law.json").form
+    'bounded'
+    """
     try:
         return Fit.from_json(Path(path).read_text())
     except OSError as error:

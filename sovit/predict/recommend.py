@@ -124,6 +124,10 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
     Without rules width is a multiple of the data's head_dim and mlp_dim of 8; patch and image size are values that were
     run. Raises UserError for a law that cannot rank shapes, for a budget without one image, for one more than
     MAX_DECADES from the budgets run, and for rules that no shape keeps.
+
+    >>> law = sovit.read_law("results/stream_star_law/law.json")
+    >>> sovit.best_shape(law, 3e12).shape.label
+    '40x3x704'
     """
     at = target(fit, train_flops)
     given, free = rules_of(at, **rules), rules_of(at)

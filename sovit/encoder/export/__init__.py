@@ -44,6 +44,9 @@ def export_encoder(
     Returns {"format", "out", "run_id"} and what `roundtrip_check` measured on random images. Raises UserError for a run that
     is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload
     differs by more than its tolerance. `out` is written in full or not at all.
+
+    >>> sovit.export_encoder("2da54a192d-80", "runs", "encoder", format="timm")["format"]
+    'timm'
     """
     from sovit.encoder.export.model_card import card
     from sovit.encoder.export.roundtrip_check import CHECKS
