@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,16 @@ def test_every_command_stands_on_a_page():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+def examples():
+    """Each block of Python; a fit with its intervals takes half a minute."""
+    for page in docs.pages():
+        for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+            yield pytest.param(code, id=page.name, marks=[pytest.mark.slow] if "fit_law" in code else [])
+
+
+@pytest.mark.parametrize("code", list(examples()))
+def test_examples_in_python_run(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
