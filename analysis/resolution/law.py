@@ -25,8 +25,8 @@ from analysis.resolution.curves import SCRATCH
 from analysis.resolution.law_rows import Cell
 from sovit import UserError
 from sovit.law.bootstrap import interval, random_effects, stretch
-from sovit.law.form import BOUND_POWER
 from sovit.law.solver.fitter import Rows, Solved, solve
+from sovit.law.solver.link import BOUND_POWER
 
 SIGNIFICANT = 0.05
 

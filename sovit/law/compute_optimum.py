@@ -27,7 +27,7 @@ GRID_POINTS = 512  # of the survey where a law is not convex
 NUM_SURVEYED = 3  # local minima of the survey that are followed
 
 
-def law_columns(terms: Sequence[str], table: Mapping, images, geometry: Geometry) -> np.ndarray:
+def law_columns(terms: Sequence[str], table: Mapping, images: Any, geometry: Geometry) -> np.ndarray:
     """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted."""
     known = {"num_examples": lambda: images, "num_params": lambda: geometry.num_params(table)}
     known["num_patches"] = lambda: geometry.num_patches(table) + 0 * np.asarray(next(iter(table.values())), float)
@@ -81,7 +81,7 @@ def optimum(
     return v.reshape(many, len(theta), -1)[best, np.arange(len(theta))]
 
 
-def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
+def _measure(problem: tuple, theta: np.ndarray, log_budget: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """ln M [R] and its gradient [R, K] at v [R, K]: the form's own value and elasticities, chained through F and N."""
     form, centre, names, geometry, head = problem
     columns, slopes = np.empty((len(v), len(form.terms))), np.zeros((len(v), len(form.terms), len(names)))
@@ -100,7 +100,9 @@ def _measure(problem, theta, log_budget, v) -> tuple[np.ndarray, np.ndarray]:
     return value[:, 0], np.einsum("rk,rkd->rd", by_column[:, :, 0], slopes)
 
 
-def _newton(problem, theta, log_budget, v, ends) -> tuple[np.ndarray, np.ndarray]:
+def _newton(
+    problem: tuple, theta: np.ndarray, log_budget: np.ndarray, v: np.ndarray, ends: tuple
+) -> tuple[np.ndarray, np.ndarray]:
     """From v [R, K] to a local minimum and its ln M; curvature by differences of the gradient, damped until it falls."""
     num, (low, high) = v.shape[1], ends
     identity = np.eye(num)
@@ -133,7 +135,9 @@ def _newton(problem, theta, log_budget, v, ends) -> tuple[np.ndarray, np.ndarray
     return out, out_phi
 
 
-def _survey(problem, theta, log_budget, low, high) -> list[np.ndarray]:
+def _survey(
+    problem: tuple, theta: np.ndarray, log_budget: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> list[np.ndarray]:
     """The NUM_SURVEYED best local minima of a grid over the box, of each theta: list of [R, K]."""
     form, centre, names, geometry, head = problem
     per_dim = int(GRID_POINTS ** (1 / len(names)) + 1e-9)

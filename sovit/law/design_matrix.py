@@ -14,10 +14,10 @@ from sovit import UserError
 from sovit.law.bootstrap import strata_of
 from sovit.law.form import Form
 from sovit.law.forms import LAWS, facing
-from sovit.law.geometry import Geometry
+from sovit.law.geometry import geometry_of, positive
 from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Rows
-from sovit.spec.shape import DIMENSIONS, POOLS
+from sovit.spec.shape import DIMENSIONS
 
 IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "init_seed", "data_seed", "peak_lr")
 
@@ -168,7 +168,7 @@ def check(form: str, columns: Mapping, y: Any, options: LawOptions) -> tuple[dic
     return table, y
 
 
-def relative_sd(measurement_sd, y: np.ndarray, whiten: bool) -> np.ndarray | None:
+def relative_sd(measurement_sd: Any, y: np.ndarray, whiten: bool) -> np.ndarray | None:
     """S.d. of ln y [n] from that of y, None for None. Raises UserError for values that are none, or without whitening."""
     if measurement_sd is None:
         return None
@@ -185,20 +185,6 @@ def relative_sd(measurement_sd, y: np.ndarray, whiten: bool) -> np.ndarray | Non
     return sd / y
 
 
-def positive(table: Mapping, name: str) -> np.ndarray:
-    """A column as floats, all above zero. Raises UserError."""
-    try:
-        column = np.asarray(table[name], float)
-    except (TypeError, ValueError):
-        raise UserError(f"column {name!r} is not numeric; give numbers") from None
-    bad = np.flatnonzero(~(np.isfinite(column) & (column > 0)))
-    if len(bad):
-        raise UserError(
-            f"{name}={float(column[bad[0]])} in row {bad[0]} is not a positive number; a power law needs one"
-        )
-    return column
-
-
 def varied_dims(table: Mapping, dims: Sequence[str] | None) -> tuple[str, ...]:
     """The dimensions of the law: those named, or those of width, depth, mlp_dim, patch and image size that vary."""
     found = tuple(d for d in dims or DIMENSIONS if d in table and len(np.unique(positive(table, d))) > 1)
@@ -210,7 +196,7 @@ def varied_dims(table: Mapping, dims: Sequence[str] | None) -> tuple[str, ...]:
     return found
 
 
-def trunks(table: Mapping, clusters, num: int) -> np.ndarray:
+def trunks(table: Mapping, clusters: Any, num: int) -> np.ndarray:
     """Trunk of each row as 0..G-1: `clusters`, else trunk_id, else equality of everything but the number of images."""
     if clusters is None:
         clusters = table.get("trunk_id")
@@ -250,56 +236,3 @@ def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndar
     count = differs.sum(1)
     arm = np.array(dims)[differs.argmax(1)]
     return centre, np.where(count == 0, "centre", np.where(count == 1, arm, "corner"))
-
-
-def geometry_of(table: Mapping, given: Mapping | None) -> Geometry | None:
-    """FLOPs geometry: `given` over the most common value in the columns; an unsaid pool is the one that matches FLOPs.
-
-    None where the rows do not say enough to count (no patch_size, or no width, as in language-model data).
-    """
-    known: dict = {}
-    names = (*DIMENSIONS, "head_dim", "num_classes", "pool", "num_registers", "num_prefix_tokens")
-    for name in names:
-        given_here = [v for v in table[name].tolist() if v is not None] if name in table else []
-        if given_here:
-            values, counts = np.unique(given_here, return_counts=True)
-            known[name] = values[counts.argmax()].item()
-    known |= dict(given or {})
-    for name in ("head_dim", "num_classes", "num_registers", "num_prefix_tokens"):  # a ledger's columns are floats
-        if name in known:
-            known[name] = int(known[name])
-    unknown = [name for name in known if name not in (*names, "flops_scale", "params_scale")]
-    if unknown:
-        raise UserError(f"geometry has {unknown[0]!r}; it takes {', '.join(names)}")
-    if any(known.get(name) is None for name in DIMENSIONS):
-        return None
-    registers = known.pop("num_registers", 0)
-
-    def with_pool(pool: str) -> Geometry:
-        return Geometry(**({"num_prefix_tokens": registers + (pool == "token")} | known | {"pool": pool}))
-
-    dims = {d: positive(table, d) for d in DIMENSIONS if d in table}
-
-    def scaled(geometry: Geometry, flops_scale: float) -> Geometry:
-        """With what the rows' own counts are of ours, where that is not 1 to 1e-6."""
-        params = np.zeros(1)
-        if "num_params" in table and "params_scale" not in known:
-            params = np.log(positive(table, "num_params") / geometry.num_params(dims))
-        if np.abs(params).max() >= 1e-6:
-            geometry = dataclasses.replace(geometry, params_scale=float(np.exp(params.mean())))
-        return geometry if flops_scale == 1 else dataclasses.replace(geometry, flops_scale=flops_scale)
-
-    if "forward_flops" not in table:
-        return scaled(with_pool(known.get("pool", "avg")), 1.0)
-    forward = positive(table, "forward_flops")
-    spent = None  # per image, head included: what tells "none" from "avg", whose encoders cost the same
-    if {"train_flops", "num_examples"} <= set(table):
-        spent = positive(table, "train_flops") / positive(table, "num_examples") / 3
-    tried: list[tuple] = []
-    for pool in [known["pool"]] if "pool" in known else POOLS:
-        candidate = with_pool(pool)
-        ratio = np.log(forward / candidate.flops(dims, head=False))
-        off = [np.abs(ratio).max(), 0.0 if spent is None else np.abs(np.log(spent / candidate.flops(dims, True))).max()]
-        tried.append((round(sum(off), 9), len(tried), candidate, off[0], float(np.exp(ratio.mean()))))
-    _, _, geometry, off, scale = min(tried, key=lambda t: t[:2])
-    return scaled(geometry, 1.0 if off < 1e-6 or "flops_scale" in known else scale)

@@ -164,10 +164,10 @@ def _edge(low: float, high: float, computes: Sequence[float], optima: np.ndarray
     return status, note
 
 
-def size_growth(theta: np.ndarray, draws: dict, widen: tuple[float, float], compute_range) -> Growth:
+def size_growth(theta: np.ndarray, draws: dict, widen: tuple[float, float], compute_range: Range | None) -> Growth:
     """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
 
-    def share(many):
+    def share(many: np.ndarray) -> np.ndarray:
         return many[:, 4] / (many[:, 3] + many[:, 4])
 
     low = high = pairs_low = pairs_high = None

@@ -29,7 +29,7 @@ from sovit.law.form import FALLING
 from sovit.law.forms import LAWS, WHOLE_SHAPE
 from sovit.law.geometry import Geometry
 from sovit.law.options import LawOptions
-from sovit.law.solver.fitter import Solved, solve
+from sovit.law.solver.fitter import Rows, Solved, solve
 from sovit.ledger.measurements import Measurements, measurements_of
 
 __all__ = ["LAWS", "Fit", "fit", "fit_law"]
@@ -183,7 +183,9 @@ def _bootstrap(ready: Prepared, solved: Solved, options: LawOptions) -> tuple[di
     return {kind: _rounded(done.theta) for kind, done in made.items()}, draws
 
 
-def _growths(ready, solved, geometry, data, draws, went) -> tuple[dict[str, Growth], dict[str, float]]:
+def _growths(
+    ready: Prepared, solved: Solved, geometry: Geometry | None, data: Data, draws: dict, went: Draws | None
+) -> tuple[dict[str, Growth], dict[str, float]]:
     """Growth exponents by dimension, and the share of draws without each; of no dimension where none can be counted."""
     rows, widen = ready.rows, (went.t_over_z, went.pairs_stretch) if went else (1.0, 1.0)
     if ready.dims and (rows.form.arms or geometry is not None) and data.compute_range:
@@ -203,7 +205,9 @@ def _ratios(growths: Mapping[str, Growth]) -> dict[str, float]:
     }
 
 
-def _coverage(ready, solved, geometry: Geometry | None, data: Data, growths, options: LawOptions) -> dict:
+def _coverage(
+    ready: Prepared, solved: Solved, geometry: Geometry | None, data: Data, growths: Mapping, options: LawOptions
+) -> dict:
     from sovit.law.checks import coverage
 
     if not growths or set(data.grid) & set(FALLING) or not data.compute_range:
@@ -222,7 +226,9 @@ def _rounded(theta: np.ndarray) -> np.ndarray:
     return np.vectorize(lambda value, d: round(float(value), int(d)))(theta, digits)
 
 
-def _params(rows, theta, draws, went: Draws | None) -> tuple[dict[str, float | None], dict[str, Interval]]:
+def _params(
+    rows: Rows, theta: np.ndarray, draws: dict, went: Draws | None
+) -> tuple[dict[str, float | None], dict[str, Interval]]:
     raw = rows.form.raw(theta[None], rows.centre)[0]
     params: dict = dict(zip(rows.form.names, (float(p) for p in raw)))
     for amplitude, exponent in rows.form.partners:

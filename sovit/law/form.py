@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from sovit.law.solver.link import link
 from sovit.law.solver.starts import DATA_COLUMNS, starts
 
 FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
-BOUND_POWER = 4.0  # sharpness of the zero line in `bounded`; fixed, not fitted
 MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
 
 
@@ -164,7 +165,7 @@ class Form:
         return out
 
     @cached_property
-    def _order(self):
+    def _order(self) -> tuple[list[int], list[int], list[tuple[int, list[int], list[int]]]]:
         """For `advance`: terms of one exponent that stands nowhere else, those exponents, and the other terms.
 
         These from the most exponents to the fewest: (term, its exponents, the terms that hold them all).
@@ -192,7 +193,7 @@ class Form:
         linked = self.arms or self.shift or self.power_mean or self.zero_line is not None
         return not linked and self.holds == [[e] for e in range(len(self.exponents))] + [[]]
 
-    def _plain_work(self, theta, u):
+    def _plain_work(self, theta: np.ndarray, u: np.ndarray) -> tuple[Any, Any, np.ndarray]:
         num = len(self.exponents)
         logs = self.signs[:, None] * u[..., self.row, :]  # [E, n]
         factor = np.exp(theta[:, num + 1 :, None] * logs)
@@ -204,7 +205,7 @@ class Form:
         np.multiply(part, logs, out=jac[:, num + 1 :])
         return np.log(value), part.swapaxes(0, 1), jac
 
-    def _work(self, theta, u):
+    def _work(self, theta: np.ndarray, u: np.ndarray) -> tuple[Any, Any, np.ndarray]:
         """ln f [R, n]; d ln f / d ln term [R, n] of each term; the Jacobian [R, L, n] by local parameter."""
         if self._plain:
             return self._plain_work(theta, u)
@@ -217,7 +218,7 @@ class Form:
         if self.shift:
             logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
             shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
-            for e in np.flatnonzero(self.row == len(self.terms) - 1):
+            for e in np.flatnonzero(self.row == len(self.terms) - 1).tolist():
                 logs[:, e] = self.signs[e] * np.log(shifted / (1 + theta[:, -1:]))
         factor = np.exp(own[:, num:held] * logs)
         power = []
@@ -229,7 +230,7 @@ class Form:
         part = [own[:, j] if p is None else own[:, j] * p for j, p in enumerate(power)]
         jac = np.empty((len(theta), own.shape[1], u.shape[-1]))
         if self.power_mean or self.zero_line is not None:
-            value, slopes, jac_s = self._link(part, theta[:, held] if self.power_mean else None)
+            value, slopes, jac_s = link(self, part, theta[:, held] if self.power_mean else None)
             if self.power_mean:
                 jac[:, held] = jac_s
         else:
@@ -247,51 +248,14 @@ class Form:
             np.multiply(moved, logs[..., e, :], out=jac[:, num + e])
         if self.shift:
             jac[:, -1] = 0.0
-            for e in np.flatnonzero(self.row == len(self.terms) - 1):
+            for e in np.flatnonzero(self.row == len(self.terms) - 1).tolist():
                 for j in self._of[e]:
                     jac[:, -1] += self.signs[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
         return value, part, jac
 
-    def _link(self, part, s):
-        """ln f and d ln f / d term of a power mean and a zero line, and d ln f / ds; part: [R, n] of each term."""
-        floor = sum(p for p, t in zip(part, self.formula) if not t.factors)
-        if self.power_mean:
-            s = s[:, None]
-            sides = [
-                sum(p for p, t, data in zip(part, self.formula, self._data) if t.factors and data == side)
-                for side in (False, True)
-            ]
-            # the floor keeps ln 0 out where every amplitude of one side is zero; it is far below any loss
-            ln_c, ln_d = (np.log(side + 1e-12) for side in sides)
-            top = np.maximum(ln_c, ln_d)
-            ln_m = top + np.log(np.exp(s * (ln_c - top)) + np.exp(s * (ln_d - top))) / s
-            mean = np.exp(ln_m)
-        else:
-            mean = sum(p for p, t in zip(part, self.formula) if t.factors)
-        loss = mean + floor
-        value, slope = loss, 1 / loss  # slope = d ln f / d loss
-        if self.zero_line is not None:
-            value = (self.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
-            slope = (value / loss) ** BOUND_POWER / loss  # in this order it does not overflow
-        if not self.power_mean:
-            return np.log(value), [slope] * len(part), None
-        by = [slope * np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # dM/dC = (C/M)^(s-1)
-        share_c, share_d = np.exp(s * (ln_c - ln_m)), np.exp(s * (ln_d - ln_m))  # C^s / M^s, D^s / M^s
-        # d ln M / ds = (sum_i share_i ln x_i - ln M) / s
-        by_s = slope * mean * (share_c * ln_c + share_d * ln_d - ln_m) / s
-        slopes = [by[data] if t.factors else slope for t, data in zip(self.formula, self._data)]
-        return np.log(value), slopes, by_s
-
     def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
         """The best points of an exponent grid, amplitudes by NNLS on relative error; [starts, P]."""
         return starts(self, u, y)
-
-    def unbounded(self, y: np.ndarray) -> np.ndarray:
-        """The losses that the zero line bends to y [n]."""
-        if self.zero_line is None:
-            return y
-        capped = np.minimum(y, 0.98 * self.zero_line)
-        return (capped**-BOUND_POWER - self.zero_line**-BOUND_POWER) ** (-1 / BOUND_POWER)
 
     def raw(self, theta: np.ndarray, centre: np.ndarray) -> np.ndarray:
         """Undo the centring: A x^-a = (A e^{a centre}) applied to the raw column. centre: of each column, [K].

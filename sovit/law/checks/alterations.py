@@ -46,7 +46,7 @@ def shapes(frame: Frame) -> list[dict]:
     return frame.without("shape", [f"without {names[i]}" for i in picks], index != picks[:, None])
 
 
-def drops(frame: Frame, rng) -> list[dict]:
+def drops(frame: Frame, rng: np.random.Generator) -> list[dict]:
     """Random sets of k shapes left out: median, 5 and 95 % of each exponent, the worst draw by dimension named."""
     names, index = _labels(frame)
     own = frame.row("headline", "", frame.fit)["exponents"]

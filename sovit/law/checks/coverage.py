@@ -143,7 +143,7 @@ def table(lines: Sequence[dict]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
 
-    def cell(line, quantity):
+    def cell(line: dict, quantity: str) -> str:
         parts = [line["coverage"].get(kind, {}).get(quantity) for kind in KINDS]
         return " / ".join(f"{100 * c['mean']:.0f}±{100 * c['se']:.0f}" if c else "–" for c in parts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,14 @@ class Frame:
         self.best: dict = {}
         self.best = self.row("headline", "", fit)["optimum"]
 
-    def refit(self, keep=None, data: Measurements | None = None, form: str = "", zero_line=None, loss=None) -> _Solved:
+    def refit(
+        self,
+        keep: np.ndarray | None = None,
+        data: Measurements | None = None,
+        form: str = "",
+        zero_line: float | None = None,
+        loss: Loss | None = None,
+    ) -> _Solved:
         """The law again, on the rows `keep` (all), by another loss; raises as `law.fit` does.
 
         The polish starts from the STARTS best points of the form's grid and, for the headline's own form, from its theta.
@@ -128,7 +136,7 @@ class Frame:
             table["num_params"] = self.geometry.num_params(table)
         return float(self.fit.predict(table)[0])
 
-    def attempt(self, what: str, setting: str, note: str = "", counted: Counting = AS_FITTED, **refit) -> dict:
+    def attempt(self, what: str, setting: str, note: str = "", counted: Counting = AS_FITTED, **refit: Any) -> dict:
         """A row of a refit; where it is refused, the reason is the note."""
         try:
             return self.row(what, setting, self.refit(**refit), note, counted)

@@ -23,7 +23,7 @@ MAX_ROWS = 20_000  # more rows make a hundred refits a matter of many minutes: n
 
 
 def sensitivity(
-    data: Measurements, fit: Fit, train_flops: float | None, *, fits: Mapping[str, Fit] | None = None, seed=0
+    data: Measurements, fit: Fit, train_flops: float | None, *, fits: Mapping[str, Fit] | None = None, seed: int = 0
 ) -> dict:
     """What the headline law `fit` of `data` says under every alteration of one choice. Plain data throughout.
 

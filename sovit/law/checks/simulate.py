@@ -18,7 +18,9 @@ All but `stream` have (608, 10, 928) as their optimum at 600 M images, SoViT's s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,11 +62,11 @@ class Truth:
     scale: float = 1.0
     zero_line: float | None = None
 
-    def flops(self, shapes) -> np.ndarray:
+    def flops(self, shapes: Any) -> np.ndarray:
         """Forward FLOPs of one image, task head apart; shapes [..., 3]."""
         return self.geometry.flops(dict(zip(DIMS, np.moveaxis(np.asarray(shapes), -1, 0))), head=False)
 
-    def loss(self, shapes, num_examples) -> np.ndarray:
+    def loss(self, shapes: Any, num_examples: Any) -> np.ndarray:
         """Loss without noise at shapes [..., 3] and images [...]."""
         shapes = np.asarray(shapes)
         capacity = (self.amplitudes * shapes**-self.exponents).sum(-1)
@@ -78,7 +80,7 @@ class Truth:
         value = self.scale * (capacity**self.power + data**self.power) ** (1 / self.power) + self.eps
         return value if self.zero_line is None else (self.zero_line**-4 + value**-4) ** -0.25
 
-    def loss_at(self, shapes, compute) -> np.ndarray:
+    def loss_at(self, shapes: Any, compute: Any) -> np.ndarray:
         """Loss at shapes [..., 3] trained for `compute` = forward FLOPs x images."""
         return self.loss(shapes, compute / self.flops(shapes))
 
@@ -86,7 +88,7 @@ class Truth:
         """The best (width, depth, mlp_dim) [3], real numbers, at `compute`; numerical, gradients by complex step."""
         from scipy.optimize import minimize
 
-        def both(v):
+        def both(v: np.ndarray) -> tuple[float, np.ndarray]:
             bent = v + 1e-20j * np.eye(3)  # [3, 3], one row a direction
             value = np.log(self.loss_at(np.exp(bent), compute))
             return float(value[0].real), value.imag / 1e-20
@@ -102,7 +104,7 @@ class Truth:
         """Exponent s of the optimum ~ compute^s between two computes, [3]."""
         return np.log(self.optimum(high) / self.optimum(low)) / np.log(high / low)
 
-    def regret(self, shape, compute: float) -> float:
+    def regret(self, shape: Any, compute: float) -> float:
         """Relative excess of the loss of `shape` [3] over that of the optimum at the same compute."""
         return float(self.loss_at(np.asarray(shape, float), compute) / self.loss_at(self.optimum(compute), compute) - 1)
 
@@ -110,12 +112,12 @@ class Truth:
 PARAM_EXPONENT = 0.35
 
 
-def num_params(shapes, geometry: Geometry) -> np.ndarray:
+def num_params(shapes: Any, geometry: Geometry) -> np.ndarray:
     """Encoder parameters [...] of shapes [..., 3], which may be real or complex."""
     return geometry.num_params(dict(zip(DIMS, np.moveaxis(np.asarray(shapes), -1, 0))))
 
 
-def elasticity(count, shape) -> np.ndarray:
+def elasticity(count: Callable[[np.ndarray], Any], shape: Any) -> np.ndarray:
     """d ln count / d ln x_k [3] at a shape, by complex step."""
     bent = np.exp(np.log(np.asarray(shape, float)) + 1e-20j * np.eye(3))
     return np.log(count(bent)).imag / 1e-20
@@ -171,7 +173,7 @@ def truth(kind: str, rng: np.random.Generator | None = None, frac: float = 0.4) 
     return Truth(kind, amplitudes, exponents, B, c, eps, anchor)
 
 
-def _stream(exponents, c: float, anchor, level: float) -> Truth:
+def _stream(exponents: Any, c: float, anchor: Any, level: float) -> Truth:
     """A power mean with the optimum at `anchor` for STREAM_COMPUTE, losses near those of the stream, 2.767 its zero."""
     power, data = 2.0, 1.1 * level / 0.05
     flops = elasticity(lambda x: STREAM.flops(dict(zip(DIMS, x.T)), head=False), anchor)
@@ -211,7 +213,7 @@ class Design:
         return Design({name: column[keep] for name, column in self.columns.items()}, trunk, self.geometry)
 
 
-def design(trunks, images, geometry: Geometry = SOVIT) -> Design:
+def design(trunks: Any, images: Any, geometry: Geometry = SOVIT) -> Design:
     """Trunks [G, 3], each with its images (a list a trunk, or one for all)."""
     trunks = np.asarray(trunks, float)
     images = list(images) if np.ndim(images[0]) else [images] * len(trunks)
@@ -224,7 +226,7 @@ def design(trunks, images, geometry: Geometry = SOVIT) -> Design:
     return Design(columns, trunk, geometry)
 
 
-def sovit_star(images=IMAGES, per_arm: int = 6, corners: bool = False) -> Design:
+def sovit_star(images: Any = IMAGES, per_arm: int = 6, corners: bool = False) -> Design:
     """SoViT's star, centre held out: `per_arm` trunks an arm spread over its values; 8 cheap off-axis trunks on demand."""
     picks = np.linspace(0, 5, per_arm).round().astype(int)
     trunks: list[tuple] = [

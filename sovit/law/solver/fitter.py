@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sovit import UserError
-from sovit.law.solver.polish import Groups, Objective, group_sums, polish
+from sovit.law.solver.polish import Groups, Objective, Polished, group_sums, polish
 
 POINT_TOLERANCE = 1e-10
 HUBER = 1.345  # 95 % efficiency on Gaussian noise
@@ -101,7 +101,7 @@ def solve(rows: Rows, loss: Loss = Loss(), starts: np.ndarray | None = None) -> 
     from_data = huber and loss.huber_delta is None
     delta = float(loss.huber_delta) if huber and loss.huber_delta is not None else np.inf
 
-    def refit(theta: np.ndarray, groups: Groups, delta: float):
+    def refit(theta: np.ndarray, groups: Groups, delta: float) -> tuple[Polished, np.ndarray, np.ndarray, np.ndarray]:
         done = polish(Objective(form, rows.u, log_y, groups, delta), theta, POINT_TOLERANCE)
         order = np.argsort(done.objective, kind="stable")
         return done, order, done.theta[order], done.objective[order]
@@ -168,7 +168,7 @@ def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.
     return theta[first], objective[first], np.bincount(np.cumsum(first) - 1) / len(theta)
 
 
-def free_columns(form, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:
+def free_columns(form: Any, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:
     """Parameters that move the fit: off their bounds and with a column that is not zero. theta [P], jac [P, n]."""
     low, high = form.bounds
     size = np.linalg.norm(jac, axis=1)

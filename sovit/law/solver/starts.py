@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sovit.law.solver.link import unbounded
+
 if TYPE_CHECKING:
     from sovit.law.form import Form
 
@@ -119,7 +121,7 @@ def _basis(form: Form, local: np.ndarray, u: np.ndarray) -> np.ndarray:
 
 def _mean_starts(form: Form, u: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Starts of the plain sum on the unbounded loss, each at several s, amplitudes rescaled so that the level fits."""
-    base = starts(replace(form, power_mean=False, zero_line=None), u, form.unbounded(y))
+    base = starts(replace(form, power_mean=False, zero_line=None), u, unbounded(form, y))
     found = []
     for s in (1.0, 1.7, 3.0):
         for factor in (1.0, 1.2, 1.5, 2.0):
