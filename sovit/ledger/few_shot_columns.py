@@ -11,11 +11,7 @@ import numpy as np
 from sovit import UserError
 
 SHOTS = (1, 5, 10, 25)
-
-
 SUPPORT_SEEDS = (0, 1, 2)
-
-
 SD_FLOOR = 1e-5  # added to the standard deviation of a feature, which may not move at all
 
 

@@ -16,26 +16,26 @@ from pathlib import Path
 import numpy as np
 
 from sovit import PUBLISHED, UserError
-from sovit.ledger.bad_rows import COUNTED, _bad_counts, _bad_numbers, _foreign_counts, _numbers, _odd_trunks, _ratios
-from sovit.ledger.few_shot_columns import about, is_spread, noise_of, probe_of
+from sovit.ledger.bad_rows import (
+    COUNTED,
+    bad_counts,
+    bad_numbers,
+    check_alike,
+    column_numbers,
+    count_ratios,
+    foreign_counts,
+    odd_trunks,
+    unfit,
+    with_metric,
+)
+from sovit.ledger.few_shot_columns import about, noise_of, probe_of
 from sovit.ledger.ledger import read_exclusions, read_rows
 from sovit.ledger.merge import merge
-from sovit.ledger.schema import is_vlm
 from sovit.spec.shape import DIMENSIONS, Shape
 
 # columns handed to a law where every row has them
 COLUMNS = (*DIMENSIONS, "head_dim", "num_classes", "num_examples", *COUNTED, "peak_lr", "init_seed", "data_seed")
-
-
-SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
-
-
-ONE_PATCH = {"val_cell_loss": "val_loss", "val_cell_error": "val_error"}  # the same where a cell is one patch
-
-
 LEVEL_WIDTH = 0.03  # training FLOPs within 3 % of each other are one budget: whole batches never meet it exactly
-
-
 LEVEL_SPAN = 0.2  # of ln; values that follow each other without a gap over more than this are no level
 
 
@@ -134,37 +134,16 @@ def measurements_of(read: Sequence[Mapping], metric: str = "val_loss", source: S
         notes.append(f"{repeats} of {num_read} rows repeat the run_id of another, with which they agree: counted once")
     kept = []
     for row in rows:
-        if row["run_id"] in reasons:
-            left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
-        elif row["status"] != "ok":
-            left_out.append((row["run_id"], f"status {row['status']}"))
-        elif is_vlm(row):
-            left_out.append((row["run_id"], "a vision-language model: no shape's own loss"))
-        elif row.get("base") or row.get("patch_sizes"):
-            how = f"fine-tuned from {row['base']}" if row.get("base") else "trained at several patch sizes"
-            left_out.append((row["run_id"], f"{how}: not this shape alone from its beginning"))
+        if why := unfit(row, reasons):
+            left_out.append((row["run_id"], why))
         else:
             kept.append(row)
     if not kept:
         why = "all excluded, diverged, failed, fine-tuned or vision-language models"
         raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
     statuses = dict(Counter(row["status"] for row in rows))
-    for name in SAME:
-        count = Counter(str(row.get(name)) for row in kept)
-        if len(count) > 1:
-            (one, n), (other, m) = sorted(count.items())[:2]
-            raise UserError(
-                f"{where}: the rows mix {name}={one} ({n} rows) and {name}={other} ({m} rows), whose losses cannot be"
-                " compared; give ledgers of one"
-            )
-    if metric in ONE_PATCH and any(row.get(metric) is not None for row in kept):
-        lacking = [row.get(metric) is None and row.get(ONE_PATCH[metric]) is not None for row in kept]
-        if any(lacking):
-            notes.append(f"{sum(lacking)} rows have one patch a cell: their {ONE_PATCH[metric]} is taken as {metric}")
-        kept = [row | {metric: row[ONE_PATCH[metric]]} if lack else row for row, lack in zip(kept, lacking)]
-    if all(row.get(metric) is None for row in kept):
-        known = sorted(k for k, v in kept[0].items() if k.startswith("val_") and v is not None and not is_spread(k))
-        raise UserError(f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}")
+    check_alike(kept, where)
+    kept = with_metric(kept, metric, where, notes)
 
     def sound(rows: list[dict], wrong: dict[int, str]) -> list[dict]:
         """The rows that are not wrong, the others being refused or left out."""
@@ -178,16 +157,16 @@ def measurements_of(read: Sequence[Mapping], metric: str = "val_loss", source: S
             raise UserError(f"{where}: no row is left, each being bad; the last is {run_id}, which {reason}")
         return [row for i, row in enumerate(rows) if i not in wrong]
 
-    kept = sound(kept, _bad_numbers(kept, metric))
+    kept = sound(kept, bad_numbers(kept, metric))
     found = _shapes(kept)
     impossible = {i: f"has no possible shape: {s}" for i, s in enumerate(found) if isinstance(s, UserError)}
     kept, shapes = sound(kept, impossible), [s for s in found if not isinstance(s, UserError)]
-    ratios = _ratios(kept, shapes)
-    mistaken = _bad_counts(kept, shapes, ratios)
+    ratios = count_ratios(kept, shapes)
+    mistaken = bad_counts(kept, shapes, ratios)
     kept, right = sound(kept, mistaken), [i for i in range(len(kept)) if i not in mistaken]
     shapes = [shapes[i] for i in right]
-    notes += _foreign_counts(kept, {name: (ratio[right], rule) for name, (ratio, rule) in ratios.items()})
-    notes += _odd_trunks(kept, shapes, metric)
+    notes += foreign_counts(kept, {name: (ratio[right], rule) for name, (ratio, rule) in ratios.items()})
+    notes += odd_trunks(kept, shapes, metric)
     kept = [_counted(row, shape) for row, shape in zip(kept, shapes)]
     columns = {name: column for name in COLUMNS if (column := _column(kept, name)) is not None}
     if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
@@ -203,7 +182,7 @@ def measurements_of(read: Sequence[Mapping], metric: str = "val_loss", source: S
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:
     """Whole numbers stay whole, so that a shape can be rebuilt from the column. None where a row lacks it."""
-    values, _ = _numbers(rows, name)
+    values, _ = column_numbers(rows, name)
     if not np.isfinite(values).all():
         return None
     return values.astype(np.int64) if (values == values.round()).all() and np.abs(values).max() < 2**53 else values

@@ -165,6 +165,16 @@ class Target:
         """The value of a dimension that the law has no term for, or else its centre."""
         return self.fit.data.centre.get(name, getattr(self.geometry, name))
 
+    def check_affordable(self, values: Mapping) -> None:
+        """Raise UserError where the budget does not pay for one image of the shape."""
+        cost = 3 * float(self.geometry.flops(values, head=True))
+        if cost > self.train_flops:
+            sizes = ", ".join(f"{n} {x:.4g}" for n, x in values.items())
+            raise UserError(
+                f"train_flops={self.train_flops:g} is below the cost of one image ({cost:.3g} FLOPs) of the law's best"
+                f" shape there ({sizes}); choose a larger budget"
+            )
+
     def shape(self, values: Mapping, head_dim: int) -> Shape:
         """The Shape of whole values by dimension."""
         width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMENSIONS)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sovit import UserError
 from sovit.law.bootstrap import interval
 from sovit.law.fitted_law import Fit
 from sovit.predict.flat_region import FlatRegion, flat_region
@@ -134,13 +133,7 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
     real = dict(zip(at.dims, np.exp(at.optimum())))
     real |= {n: at.within(n, real[n]) for n in at.absent()}
     real_loss = float(at.loss_of(real))
-    cost = 3 * float(at.geometry.flops(real, head=True))
-    if cost > train_flops:
-        sizes = ", ".join(f"{n} {x:.4g}" for n, x in real.items())
-        raise UserError(
-            f"train_flops={train_flops:g} does not pay for one image of the law's best shape there"
-            f" ({sizes}; {cost:.3g} FLOPs): this law has no optimum within reach"
-        )
+    at.check_affordable(real)
     grid, near = lattice(at, given), {n: real.get(n, at.fixed(n)) for n in SIZES}
     best, best_loss = minimise(grid, near)
     shape = at.shape(best, given.head_dim)

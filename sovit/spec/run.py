@@ -21,14 +21,8 @@ from sovit.spec.shape import TRAINED, Shape
 from sovit.spec.siglip_costs import NUM_WORDS, OBJECTIVES, pair_flops, text_flops
 
 SCHEDULES = ("constant", "rsqrt")
-
-
 PARAMETRISATIONS = ("fan_in", "timm")
-
-
 PRECISIONS = ("float32", "bfloat16")
-
-
 NO_IDENTITY = ("budgets", "study", "probe")  # fields of Run that no id depends on
 
 

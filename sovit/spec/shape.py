@@ -16,14 +16,8 @@ from dataclasses import dataclass
 from sovit import UserError
 
 DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
-
-
 POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
-
-
 TRAINED = ("full", "attention", "mlp", "head")  # what a training moves; `finetune.freeze` says what each of them holds
-
-
 COUNTINGS = {  # ways in which the field counts forward FLOPs; "exact" is ours, the others show how much hangs on it
     "exact": "all matrix products of the encoder",
     "no_attention": "without attention's products of queries, keys and values (the n² term)",

@@ -106,7 +106,7 @@ def test_a_metric_that_carries_no_law_names_no_shape():
         "depth": "unidentified",
         "mlp_dim": "unidentified",
     }
-    with pytest.raises(UserError, match="does not pay for one image"):
+    with pytest.raises(UserError, match="is below the cost of one image"):
         best_shape(fitted, 3e12)
     assert plot.isoflop(fitted, data) is None
 

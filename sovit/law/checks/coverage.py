@@ -23,14 +23,8 @@ from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Loss, Rows, Solved, solve
 
 KINDS = ("random_effects", "pairs")
-
-
 REACHES = (10.0, 100.0)  # multiples of the largest compute at which the best shape is asked for
-
-
 NO_BOUND = ("eps", "E", "xi", "beta", "s")  # parameters that may lie on a bound without harm
-
-
 BAD = 1.05  # factor on the loss of a bad row or trunk
 
 
