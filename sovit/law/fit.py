@@ -40,7 +40,7 @@ FORMS_WITHOUT_LINE = ("joint", "power_mean", "sovit", "chinchilla")  # where the
 DRAW_DIGITS = 8  # significant digits of a stored bootstrap draw
 
 
-def fit_law(rows: Sequence[Mapping], metric: str = "val_loss", form: str | None = None, bootstrap: int = 1000) -> Fit:
+def fit_law(rows: Sequence[dict], metric: str = "val_loss", form: str | None = None, bootstrap: int = 1000) -> Fit:
     """Fit every form that the rows allow and return the one that extrapolates best.
 
     rows: of a ledger; those that are not ok are left out. form: this one instead. bootstrap: draws of each interval.

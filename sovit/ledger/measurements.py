@@ -123,11 +123,11 @@ class Source:
     skip_bad: bool = False
 
 
-def measurements_of(read: Sequence[Mapping], metric: str = "val_loss", source: Source = Source()) -> Measurements:
+def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Source = Source()) -> Measurements:
     """Measurements of ledger rows in memory, as `measurements` makes them of files."""
     where, reasons, skip_bad, left_out = source.where, source.excluded, source.skip_bad, list(source.refused)
     num_read, num_bad = len(read), len(left_out)
-    rows = merge([dict(row) for row in read], where, left_out if skip_bad else None)
+    rows = merge(list(read), where, left_out if skip_bad else None)
     notes = []
     repeats = num_read - len(rows) - len(left_out) + num_bad
     if repeats:
