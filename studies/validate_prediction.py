@@ -4,7 +4,8 @@
     python studies/validate_prediction.py LAW.json --against OTHER_LAW.json --train-flops 3.2e12 --name two_laws
 
 Writes the prediction down (RESULTS/<name>_prediction.json) before anything is trained, then trains both shapes with
-three paired seeds, and states the verdict by the rule in sovit/predict/validation.py. The seeds are not among those of the star.
+three paired seeds, and states the verdict by the rule in sovit/predict/validation.py. The seeds are not among those of
+the star.
 
 Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. Expected: the recommended shape a few per
 cent lower in loss; the interval says whether three seeds can tell.

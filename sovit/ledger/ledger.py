@@ -12,7 +12,7 @@ import csv
 import functools
 import glob
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,13 +90,13 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
     return rows
 
 
-def _json_lines(file, path):
+def _json_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             yield number, functools.partial(_decoded, line)
 
 
-def _csv_lines(file, path):
+def _csv_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     table = csv.DictReader(file)
     names = table.fieldnames or []
     twice = [name for i, name in enumerate(names) if name in names[:i]]
@@ -148,7 +148,7 @@ def _csv_row(row: dict) -> dict:
 
 
 @functools.lru_cache(maxsize=2**16)
-def _csv_value(text: str | None):
+def _csv_value(text: str | None) -> Any:
     if text is None or text == "":
         return None
     with contextlib.suppress(ValueError, RecursionError):

@@ -38,7 +38,7 @@ def merge(rows: list[dict], where: str = "the ledger", left_out: list | None = N
     return [by_id[k] for k in sorted(by_id) if k not in conflicts]
 
 
-def _differ(a, b) -> bool:
+def _differ(a: object, b: object) -> bool:
     """Whether two rows say different things: null says nothing, and NaN is NaN."""
     return a is not None and b is not None and a != b and not (a != a and b != b)
 

@@ -80,7 +80,7 @@ def _unrepeated(pairs: list[tuple]) -> dict:
 _decode = json.JSONDecoder(object_pairs_hook=_unrepeated).decode
 
 
-def _decoded(text: str):
+def _decoded(text: str) -> Any:
     try:
         return _decode(text)
     except UserError:

@@ -33,7 +33,7 @@ class LedgerRow(TypedDict, total=False):
     objective: Annotated[str, "classification, siglip (images and captions) or vlm"]
     init_seed: Annotated[int, "seed of the initial weights"]
     data_seed: Annotated[int, "seed of the order of the training data"]
-    data: Annotated[str, "source: stream, icons, hub or satellite"]
+    data: Annotated[str, "source: stream, icons or hub"]
     preset: Annotated[str, "preset of the source; for hub its folder or name"]
     data_key: Annotated[str, "digest of the samples: rows of different keys saw different data"]
     num_classes: Annotated[int | None, "classes of the task; None for captions"]
@@ -233,7 +233,7 @@ def row_label(row: Mapping[str, Any]) -> str:
     return "x".join(str(row.get(name, "?")) for name in ("width", "depth", "mlp_dim"))
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     """Whether a value of a row is a finite number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False

@@ -49,18 +49,18 @@ def keys(run: typing.Any) -> list[str]:
     return found
 
 
-def _non_default(instance) -> dict:
+def _non_default(instance: typing.Any) -> dict:
     values = {f.name: (getattr(instance, f.name), f.default) for f in dataclasses.fields(instance)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def _check_types(instance) -> None:
+def _check_types(instance: typing.Any) -> None:
     """Hold a dataclass to its annotations. 0 given for 0.0 becomes 0.0: equal runs must have equal ids."""
     for name, hint in typing.get_type_hints(type(instance)).items():
         object.__setattr__(instance, name, _typed(hint, getattr(instance, name), name))
 
 
-def _from_dict(cls, d: dict, where: str):
+def _from_dict(cls: typing.Any, d: dict, where: str) -> typing.Any:
     if not isinstance(d, dict):
         raise UserError(f"{where} must be an object of fields, got {d!r}")
     hints = typing.get_type_hints(cls)
@@ -74,7 +74,7 @@ def _from_dict(cls, d: dict, where: str):
     return cls(**values)
 
 
-def _typed(hint, value, where: str):
+def _typed(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else _from_dict(hint, value, where)
     if isinstance(hint, types.GenericAlias):  # tuple[int, ...]

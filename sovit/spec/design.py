@@ -13,6 +13,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from sovit import UserError
 from sovit.spec.run import Recipe, Run, budgets_for
@@ -131,7 +132,7 @@ def to_runs(
     recipe: Callable[[Shape], Recipe],
     seeds: Mapping[Shape, int] | None = None,
     min_steps: int = 100,
-    **run_fields,
+    **run_fields: Any,
 ) -> list[Run]:
     """One run for each shape and seed, cooled down wherever it has spent one of the `train_flops`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from sovit import UserError
 from sovit.spec.shape import Shape
@@ -32,8 +33,8 @@ VARIANTS = {
 }
 
 
-def _timm(width, depth, mlp_dim, num_heads, patch, size, pool, registers=0, qkv_bias=True, layer_scale=False) -> Shape:
-    return Shape(width, depth, mlp_dim, width // num_heads, patch, size, pool, registers, qkv_bias, layer_scale)
+def _timm(width: int, depth: int, mlp_dim: int, num_heads: int, patch: int, *rest: Any) -> Shape:
+    return Shape(width, depth, mlp_dim, width // num_heads, patch, *rest)
 
 
 # timm 1.0.31 names, so that counting needs neither torch nor timm; a test builds each with timm and compares
@@ -68,7 +69,7 @@ TIMM_SHAPES = {
 }
 
 
-def named_shape(name: str, **changes) -> Shape:
+def named_shape(name: str, **changes: Any) -> Shape:
     """Look up `B/16`, `So400m/14@378` (variant/patch@image size) or a timm model name; `changes` override fields.
 
     Raises UserError, with the nearest known names, for a name that is not in the tables.

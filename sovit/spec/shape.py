@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from sovit import UserError
 
@@ -174,7 +175,7 @@ class Shape:
             + (self.pool == "map") * (projections + 3 * w)
         )
 
-    def replace(self, **changes) -> Shape:
+    def replace(self, **changes: Any) -> Shape:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict:
@@ -204,7 +205,19 @@ class Shape:
         return f"{self.width}x{self.depth}x{self.mlp_dim}"
 
 
-def encoder_flops(width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_size, pool, counting="exact"):
+Real = Any  # a number or an array of them: the law's optimum is real
+
+
+def encoder_flops(  # noqa: PLR0913 - the variables of one closed form
+    width: Real,
+    depth: Real,
+    mlp_dim: Real,
+    num_patches: Real,
+    num_prefix_tokens: int,
+    patch_size: Real,
+    pool: str,
+    counting: str = "exact",
+) -> Real:
     """Forward FLOPs of one image, in closed form; arguments may be real numbers or arrays (the law's optimum is real).
 
     With w = width, m = mlp_dim, n patches, t = n + prefix tokens:
@@ -228,9 +241,17 @@ def encoder_flops(width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_s
     return embed + depth * block + map_head
 
 
-def encoder_params(
-    width, depth, mlp_dim, num_patches, num_prefix_tokens, patch_size, pool, qkv_bias=True, layer_scale=False
-):
+def encoder_params(  # noqa: PLR0913 - the variables of one closed form
+    width: Real,
+    depth: Real,
+    mlp_dim: Real,
+    num_patches: Real,
+    num_prefix_tokens: int,
+    patch_size: Real,
+    pool: str,
+    qkv_bias: bool = True,
+    layer_scale: bool = False,
+) -> Real:
     """Parameters of the encoder, task head apart, in closed form; arguments may be real numbers or arrays."""
     w, m = width, mlp_dim
     qkv = 3 * w * w + 3 * w * qkv_bias

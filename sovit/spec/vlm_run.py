@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sovit import UserError
 from sovit.spec.config import _check_types, _from_dict, _non_default
@@ -289,7 +289,7 @@ def projector_only(num_examples: int, batch_size: int) -> dict:
 PRESETS = {"projector": projector_only, "llava15": llava15, "nanovlm": nanovlm}
 
 
-def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more) -> VlmRun:
+def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more: Any) -> VlmRun:
     """A run of PRESETS on `num_examples` images. Raises UserError for an unknown preset and what VlmRun refuses."""
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
