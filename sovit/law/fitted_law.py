@@ -170,7 +170,7 @@ class Fit:
         """The best integer shape for a budget: `sovit.best_shape` of this law, with its rules."""
         import sovit
 
-        return getattr(sovit, "best_shape")(self, train_flops, **rules)  # noqa: B009 - a lazy name of the root
+        return sovit.best_shape(self, train_flops, **rules)
 
     def save(self, path: Path | str) -> None:
         """Write law.json, atomically."""

@@ -19,6 +19,7 @@ from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Loss, components, solve
 from sovit.law.solver.polish import Groups, Objective, loss_of, polish
 from sovit.law.solver.starts import nnls
+from sovit.ledger.ledger import read_ledger
 
 GEMSTONES = Path(__file__).resolve().parents[3] / "shared" / "data" / "gemstones"
 FORMS = tuple(name for name in LAWS if name != "additive")  # which is joint over other columns
@@ -370,6 +371,17 @@ def test_refits_from_a_warm_start_converge():
     done = polish(problem, np.tile(solved.theta, (200, 1)))
     assert done.converged.mean() > 0.99
     assert components(rows, solved.theta).dof > 10
+
+
+def test_rows_of_a_ledger_give_the_law_of_the_report_and_its_best_shape(tmp_path):
+    root = Path(__file__).resolve().parents[2] / "results"
+    found = law.fit_law(read_ledger(root / "icons_star.jsonl"), bootstrap=0)
+    kept = fitted_law.read_law(root / "icons_star_law" / "law.json")
+    assert found.form == kept.form and found.theta == pytest.approx(kept.theta, rel=1e-6)
+    budget = 3 * found.data.train_flops_range[1]
+    assert found.best_shape(budget).shape == kept.best_shape(budget).shape
+    found.save(tmp_path / "law.json")
+    assert fitted_law.read_law(tmp_path / "law.json") == found
 
 
 def test_import_needs_neither_torch_nor_scipy():
