@@ -91,6 +91,8 @@ def open_store(store: Path):
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # older releases set alembic's level again while they open a store
     try:
         if store.exists():
             with open(store, "rb") as file:  # what is no database at all, MLflow would try for minutes to open
@@ -103,6 +105,8 @@ def open_store(store: Path):
             f"{store} cannot be used as a store ({str(error).splitlines()[0]}); give another store, or delete it: it is"
             " made again from the ledger"
         ) from None
+    finally:
+        logging.disable(disabled)
     return client
 
 

@@ -24,7 +24,7 @@ def small(name, **more):
 def test_each_equals_its_oracle_on_random_weights(row):
     found = table()[row]
     assert found["num_cases"] >= 3 and found["max_output"] > 1
-    assert found["max_difference"] <= 1e-6
+    assert found["max_difference"] <= 1e-5
 
 
 def test_every_projector_has_an_oracle():
@@ -36,7 +36,7 @@ def test_the_committed_table_is_what_is_computed():
     said = [{k: v for k, v in row.items() if not k.startswith("max_")} for row in committed]
     assert said == [{k: v for k, v in row.items() if not k.startswith("max_")} for row in table()]
     for old, new in zip(committed, table(), strict=True):
-        assert old["max_difference"] <= 1e-6
+        assert old["max_difference"] <= 1e-5
         assert old["max_output"] == pytest.approx(new["max_output"], rel=1e-3)
 
 
