@@ -45,4 +45,4 @@ $(OLDEST)/.installed: pyproject.toml .ci/oldest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo runs
+	rm -rf $(VENV) $(OLDEST) demo

@@ -46,13 +46,13 @@ def write_atomic(path: Path, text: str) -> None:
 def locked(path: Path):
     """Hold an exclusive lock on `path` (made if absent); the kernel releases it if the process dies.
 
-    The file's date says since when it is held. Raises UserError where the folder cannot be written.
+    The file's date says since when it is held. Raises CannotWrite where the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+        raise CannotWrite(path, error) from None
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         os.utime(file.fileno())

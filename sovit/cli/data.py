@@ -36,7 +36,7 @@ def data(
     if not source:
         raise UserError("name a source, such as stream:cpu; `sovit data list` shows them")
     named = named_data(source)
-    size = image_size or named.image_size
+    size = named.image_size if image_size is None else image_size
     opened = open_data(named.data, named.preset, size, patch_size, data_seed=0)
     title = f"{named.data}:{named.preset}"
     print(f"{title} at {size} px: {opened.num_classes} classes, labels {opened.readout},", end=" ")

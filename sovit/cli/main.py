@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         app[name]  # imported: its docstring is its help
     try:
         status = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-        return 2 if not arguments else status or 0  # without a command: help
+        return 2 if arguments in ([], ["vlm"]) else status or 0  # without a command: help
     except CycloptsError as error:
         print(f"sovit: {_one_line(error)}", file=sys.stderr)
         return 2

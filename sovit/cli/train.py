@@ -107,7 +107,7 @@ def profile(
     torch.set_num_threads(threads)
     found, num_classes = shapes_for(shapes, **given(beside))
     said = {name: value for name, value in given(options).items() if value != ()}
-    said["num_classes"] = options.num_classes or num_classes or 1000
+    said["num_classes"] = (num_classes or 1000) if options.num_classes is None else options.num_classes
     if trained and "full" not in trained:  # with which the others are compared
         trained += ("full",)
     rows = measure(found, trained=trained, on_progress=lambda line: print(line, file=sys.stderr), **said)

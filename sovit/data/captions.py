@@ -183,11 +183,6 @@ def encode(captions: Captions, text: str) -> Tensor:
     return ids
 
 
-def text_of(captions: Captions, words: Tensor) -> str:
-    """Word numbers [T] as text."""
-    return " ".join(captions.words[i] for i in words if i)
-
-
 CAPTIONS: dict[str, Callable[[Any], Captions]] = {"stream": StreamCaptions, "icons": IconCaptions}
 
 

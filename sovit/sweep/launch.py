@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from sovit import UserError
 from sovit.files import locked, write_atomic
 from sovit.signals import stop_on_signal, this_command
 from sovit.sweep.queue import (
@@ -198,7 +199,10 @@ def _display(sweep: Sweep, before: Snapshot) -> Iterator[Callable[[Snapshot, Seq
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         if live and time.monotonic() - drawn > DRAW_SECONDS:
             drawn = time.monotonic()
-            live.update(Text(status_text(study_status(sweep.name, sweep.runs_dir))))
+            try:
+                live.update(Text(status_text(study_status(sweep.name, sweep.runs_dir))))
+            except UserError as error:  # what cannot be shown must not end what is trained
+                live.update(Text(f"no status: {error}"))
 
     with live or contextlib.nullcontext():
         yield show

@@ -105,10 +105,10 @@ def try_encoders(runs: Sequence[Run], device: str) -> dict[str, tuple]:
 
 def _try_step(run: Run, device: str) -> float:
     import torch
-    from torch.utils.benchmark import Timer
 
     from sovit.encoder.model import build, parameter_groups
     from sovit.train.finetune import freeze
+    from sovit.train.profile import seconds_of
 
     model = build(run.shape, 16, run.recipe.parametrisation, 0).to(device)
     freeze(model, run.trained)
@@ -121,7 +121,7 @@ def _try_step(run: Run, device: str) -> float:
         loss.backward()
         optimizer.step()
 
-    seconds = Timer("step()", globals={"step": step}, num_threads=1).blocked_autorange(min_run_time=0.05).median
+    seconds = seconds_of(step, "wall", min_seconds=0.05)
     drawn = run.total_flops / run.total_examples / run.shape.step_flops(0, run.trained) if run.recipe.patch_sizes else 1
     return seconds * drawn * OVERHEAD
 
@@ -130,10 +130,11 @@ def _try_step(run: Run, device: str) -> float:
 def matmul_rate(device: str) -> float:
     """FLOP/s of a 1024 x 1024 float32 matrix product on one thread: an upper bound of what training reaches."""
     import torch
-    from torch.utils.benchmark import Timer
+
+    from sovit.train.profile import seconds_of
 
     a = torch.randn(1024, 1024, device=device)
-    return 2 * 1024**3 / Timer("a @ a", globals={"a": a}, num_threads=1).timeit(5).median
+    return 2 * 1024**3 / seconds_of(lambda: a @ a, "wall", min_seconds=0.1)
 
 
 def print_plan(sweep: Sweep, workers: int, device: str, as_json: bool) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from sovit import OUTPUTS, UserError
 from sovit.spec.any_run import AnyRun, encoder_runs, vlm_runs
@@ -16,9 +17,16 @@ from sovit.sweep.launch import launch
 from sovit.sweep.queue import Sweep
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Says in one line what is wrong, without the usage of every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
     """The options that every study has."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

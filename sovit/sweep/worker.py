@@ -65,7 +65,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
     with stop_on_signal() as should_stop:
         try:
             return _work(json.loads(Path(plan_path).read_text()), train, should_stop)
-        except (CannotWrite, OSError) as error:  # no run's failure: a full disk would fail all that waits, too
+        except (UserError, OSError) as error:  # no run's failure: a full disk or a lost store fails all that waits, too
             print(f"sovit: {error}", file=sys.stderr)
             return CANNOT_WRITE
 

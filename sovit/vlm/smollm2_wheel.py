@@ -70,7 +70,9 @@ def convert(folder: Path) -> None:
 
     models, tokenizers = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     if not hasattr(transformers, "GgufConfig"):  # older releases read other special tokens from the file
-        raise UserError(f"transformers {transformers.__version__} is too old to read {GGUF_FILE}; install 5.24 or later")
+        raise UserError(
+            f"transformers {transformers.__version__} is too old to read {GGUF_FILE}; install 5.24 or later"
+        )
     exact = transformers.GgufConfig(dequantize=True)
     model = models.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=exact)
     model.save_pretrained(folder)

@@ -10,11 +10,17 @@ from icon_package import small_package, write_package
 
 from sovit import UserError
 from sovit.data import open_data
-from sovit.data.captions import encode, open_captions, text_of
+from sovit.data.captions import encode, open_captions
 from sovit.data.icons import icons, labels, near_copies
 from sovit.data.icons.text import STYLES
 from sovit.data.icons.views import NAMES, Views
 from sovit.data.stream.world import VAL_SEED
+
+
+def text_of(captions, words):
+    """Word numbers [T] as text."""
+    return " ".join(captions.words[i] for i in words if i)
+
 
 TOPIC = {"cells": "colour", "glyphs": "kind", "answers": "answer"}
 

@@ -21,7 +21,7 @@ from kill_rounds import FAULTS, kill_rounds
 from optuna.trial import TrialState
 
 from sovit import UserError
-from sovit.files import is_locked, locked
+from sovit.files import CannotWrite, is_locked, locked
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.records import write_record
 from sovit.spec.run import Recipe, Run
@@ -362,6 +362,33 @@ def test_somebody_who_looks_at_a_lock_does_not_keep_it_from_a_worker(tmp_path):
         fcntl.flock(other, fcntl.LOCK_SH)
         threading.Timer(sweep.LOOK_SECONDS / 4, fcntl.flock, (other, fcntl.LOCK_UN)).start()
         assert sweep._try_lock(holder)
+
+
+def test_a_status_that_cannot_be_drawn_ends_nothing(tmp_path, monkeypatch):
+    """The live display reads files that somebody may delete while workers train."""
+    found = fake_sweep.opened(tmp_path, runs(2))
+    monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda self: True))
+    before = queue.Snapshot({}, 2, (), True, 0)
+    with launch._display(found, before) as show:  # no design.json beside the runs
+        show(before, ["a line"])
+
+
+def test_a_worker_that_cannot_begin_leaves_with_a_status_of_its_own(tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    found = fake_sweep.opened(tmp_path, runs(1))
+    found.ledger.write_text("not a row\n")
+    asked = dict(
+        name="s", runs=[r.to_dict() for r in found.runs.values()], runs_dir=str(found.runs_dir), metric="val_loss"
+    )
+    plan.write_text(json.dumps(asked | dict(ledger=str(found.ledger), storage=found.storage)))
+    assert sweep.work(plan) == queue.CANNOT_WRITE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_lock_in_a_folder_that_cannot_be_made_is_no_crash(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CannotWrite, match="cannot write"), locked(tmp_path / "file" / "lock"):
+        pass
 
 
 def test_a_worker_that_crashes_is_said_and_replaced(tmp_path, capfd):

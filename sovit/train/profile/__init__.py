@@ -13,6 +13,7 @@ activations that autograd keeps for the backward pass (a frozen Linear keeps no 
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 import time
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import benchmark
 
 from sovit import OUTPUTS, UserError
 from sovit.ledger.ledger import rewrite_rows
@@ -152,6 +152,10 @@ def _spread(name: str, samples: list[float]) -> dict:
 
 def seconds_of(call: Callable[[], object], clock: str, min_seconds: float = TURN_SECONDS) -> float:
     """Median seconds of a call, warmed up, by the process's CPU time (clock="cpu") or by the wall."""
+    # its import tells, through this logger, that CUDA was installed and no GPU is there
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils import benchmark
+
     call()
     timer = time.process_time if clock == "cpu" else benchmark.timer
     threads = torch.get_num_threads()
