@@ -33,6 +33,7 @@ def _whole(_: type, tokens: Sequence) -> int:
         raise UserError(f"{tokens[0].value!r} is not a whole number") from None
 
 
+Json = Annotated[bool, Help("Print the result as JSON.")]
 Whole = Annotated[int, Parameter(converter=_whole)]  # cyclopts itself would round 1.5 to 2
 Pixels = Annotated[int, Parameter(converter=_pixels)]
 
@@ -43,7 +44,9 @@ class Folders:
     """Where a study is found."""
 
     runs: Annotated[Path, Help("Folder of trunks.")] = Path("runs")
-    results: Annotated[Path | None, Help("Folder of ledgers (default: as launched, else one of ours).")] = None
+    results: Annotated[
+        Path | None, Help("Folder of ledgers (default: where it was launched, else runs/results or results).")
+    ] = None
 
 
 @Flat

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Help, Whole, given, show
+from sovit.cli.common import Flat, Help, Json, Whole, given, show
 
 
 @Flat
@@ -28,16 +28,15 @@ class FitOptions(Rows):
 
     out: Annotated[Path | None, Help("Folder to write (default: runs/results/<ledger's name>_law).")] = None
     bootstrap: Annotated[Whole, Help("Draws of each interval.")] = 1000
-    coverage: Annotated[Whole, Help("Simulate so many data sets: how often would the intervals hold?")] = 0
+    coverage: Annotated[Whole, Help("Simulate N data sets and report the coverage of the intervals.")] = 0
     train_flops: Annotated[float | None, Help("Budget of the recommendation (default: beyond the largest run).")] = None
 
 
-def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: bool = False) -> None:
+def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: Json = False) -> None:
     """Fit shape laws to ledgers: law.json, report.md and figures.
 
     Args:
         ledgers: JSON lines, or CSV with the same columns
-        json: print the law and the recommendation as JSON
     """
     from sovit.report.build import fit_ledgers
 
@@ -79,8 +78,12 @@ class Question:
     by: Annotated[str | None, Help("patch_size or image_size: the best shape with each value run.")] = None
     out: Annotated[Path | None, Help("Folder for the figure of --frontier or --by.")] = None
     frontier: Annotated[bool, Help("A table of best shapes over a ladder of budgets instead.")] = False
-    first: Annotated[float | None, Parameter(name="--from", help="Its first budget (default: the least run).")] = None
-    last: Annotated[float | None, Parameter(name="--to", help="Its last (default: 100 x the largest run).")] = None
+    first: Annotated[
+        float | None, Parameter(name="--from", help="First budget of --frontier (default: the least run).")
+    ] = None
+    last: Annotated[
+        float | None, Parameter(name="--to", help="Last budget of --frontier (default: 100 x the largest run).")
+    ] = None
     points: Annotated[Whole | None, Help("How many budgets (default 9).")] = None
 
 
@@ -90,7 +93,7 @@ def predict(
     *,
     question: Question = Question(),
     rules: RuleOptions = RuleOptions(),
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Name the best shape for a budget, its interval, and the shapes as good as it.
 
@@ -132,7 +135,7 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, as_json: bool) 
     if question.by is not None:
         raise UserError("--by asks at one budget; leave out --frontier, or --by")
     if question.train_flops is not None:
-        raise UserError("--train-flops is one budget; of a --frontier name the ends, --from and --to")
+        raise UserError("--frontier takes --from and --to, not --train-flops")
     fit = read_law(law)
     budgets = ladder(fit, question.first, question.last, 9 if question.points is None else question.points)
     rows = [best_shape(fit, budget, **given(rules)) for budget in budgets]

@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sovit import UserError
-from sovit.cli.common import Folders, Whole, show
+from sovit.cli.common import Folders, Json, Whole, show
 
 
 def status(
@@ -15,13 +15,13 @@ def status(
     *,
     folders: Folders = Folders(),
     watch: Annotated[list[float] | None, Parameter(consume_multiple=(0, 1))] = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Tell what of a study is done, running, waiting, failed, and the best so far.
 
     Args:
-        study: its name, which its ledger and its store bear
-        watch: draw anew while it runs, every so many seconds (2 where none is said)
+        study: name of the study
+        watch: refresh every N seconds (default 2)
     """
     from sovit.sweep import status as library
     from sovit.sweep import status_text
@@ -37,7 +37,7 @@ def status(
     status_text.watch(study, folders.runs, folders.results, seconds)
 
 
-def track(study: str, /, *, folders: Folders = Folders(), store: Path | None = None, json: bool = False) -> None:
+def track(study: str, /, *, folders: Folders = Folders(), store: Path | None = None, json: Json = False) -> None:
     """Fill MLflow's store with a study, from its ledger and its training curves.
 
     Args:

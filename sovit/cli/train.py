@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Geometry, Help, Pixels, Place, Whole, given, show
+from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, given, show
 
 
 @Flat
@@ -22,7 +22,7 @@ class Sizes(Geometry):
     num_registers: Annotated[Whole | None, Help("Register tokens.")] = None
 
 
-def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: bool = False) -> None:
+def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: Json = False) -> None:
     """Count parameters and FLOPs of one shape, or of several as a table.
 
     Args:
@@ -87,7 +87,7 @@ def profile(
     options: ProfileOptions = ProfileOptions(),
     threads: Whole = 1,
     trained: tuple[str, ...] = (),
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Measure seconds and memory of shapes on this device, forward and training.
 
@@ -114,7 +114,7 @@ def profile(
     show(rows, lambda rows: savings_text(savings(rows)) if trained else profile_text(rows), json)
 
 
-def probe(*encoders: str, data: str, study: str | None = None, place: Place = Place(), json: bool = False) -> None:
+def probe(*encoders: str, data: str, study: str | None = None, place: Place = Place(), json: Json = False) -> None:
     """Measure the few-shot error of encoders on labelled images, by a linear probe: SoViT's metric.
 
     Args:
@@ -165,7 +165,7 @@ def finetune(
     place: Place = Place(),
     name: str = "finetune",
     dry_run: bool = False,
-    json: bool = False,
+    json: Json = False,
 ) -> int:
     """Move a trained run or a timm model to another resolution or patch size, its attention alone.
 
@@ -192,7 +192,7 @@ def finetune(
 class ExportOptions:
     """What to write."""
 
-    format: Annotated[str, Help("timm, siglip, vit, nanovlm, or sovit, which says any shape.")] = "timm"
+    format: Annotated[str, Help("timm, siglip, vit, nanovlm, or sovit (any shape).")] = "timm"
     runs: Annotated[Path, Help("Folder of trunks.")] = Path("runs")
     image_size: Annotated[Pixels | None, Help("Resize the trained weights to read images of this side.")] = None
     patch_size: Annotated[Pixels | None, Help("Resize the trained weights to patches of this side.")] = None
@@ -200,13 +200,12 @@ class ExportOptions:
     train_flops: Annotated[float | None, Help("Budget of --config-only.")] = None
 
 
-def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(), json: bool = False) -> int:
+def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(), json: Json = False) -> int:
     """Write a trained run as a folder for timm, transformers or nanoVLM, or a law's best shape as a config.
 
     Args:
         source: RUN_ID, or a law.json with --config-only
         out: folder to write
-        json: what the reload measured, as JSON
     """
     from sovit.encoder.export import export_encoder, report_text
 

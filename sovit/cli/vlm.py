@@ -8,14 +8,14 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Help, Pixels, Place, Whole, sheet
+from sovit.cli.common import Flat, Help, Json, Pixels, Place, Whole, sheet
 from sovit.cli.common import show as show_result
 
 vlm = App(name="vlm", help="Vision-language models: what systems are made of, train, ask.")
 
 
 @vlm.command
-def show(system: str = "", /, *, json: bool = False) -> None:
+def show(system: str = "", /, *, json: Json = False) -> None:
     """Tell what released systems are made of and weigh, from their configs alone.
 
     Args:
@@ -37,7 +37,7 @@ def questions(
     count: Whole = 6,
     image_size: Pixels | None = None,
     out: Path | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Show questions about training images of a data set, with answers, and the text-only baseline of each family.
 
@@ -98,12 +98,12 @@ def train(
     options: TrainOptions = TrainOptions(),
     place: Place = Place(),
     name: str = "vlm",
-    json: bool = False,
+    json: Json = False,
 ) -> int:
-    """Put a trained encoder before a language model, and train the two together.
+    """Connect an encoder to a language model and train the projector, or more, by --preset.
 
     Args:
-        encoder: RUN_ID, random:RUN_ID, timm:NAME, hf:NAME, or blind:16
+        encoder: RUN_ID, random:RUN_ID, timm:NAME, hf:NAME, or blind:16 (the text-only baseline: 16 learned tokens, no image)
         name: name of the ledger
     """
     from sovit.data import named_data
@@ -164,7 +164,7 @@ def ask(
     out: Path | None = None,
     runs: Path = Path("runs"),
     device: str = "cpu",
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Ask a trained vision-language model about an image.
 

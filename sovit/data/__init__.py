@@ -113,7 +113,7 @@ def baselines(source: Source) -> str:
     blind = ", ".join(f"{skill} {nats:.3f}" for skill, nats in source.blind.items())
     floor = getattr(source, "floor", 0.0)  # of sources that know what cannot be seen, or is not so
     return (
-        f"zero line {source.zero_line:.4f} nats"
+        f"chance loss {source.zero_line:.4f} nats"
         + (f", floor {floor:.4f}" if floor > 1e-9 else "")
-        + (f"; knowing the question but blind: {blind}" if blind else "")
+        + (f"; text-only baseline by question: {blind}" if blind else "")
     )

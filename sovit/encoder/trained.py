@@ -37,8 +37,8 @@ def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
         if row and row["status"] == "diverged":
             raise UserError(f"{run_id} diverged ({row.get('error')}) and has no weights; name another run")
         known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
-        hint = f"it has {len(known)}, such as {known[0]}" if known else "it has none; train a study first"
-        raise UserError(f"no trained run {run_id!r} under {runs_dir}; {hint}")
+        held = f"{len(known)} runs, such as {known[0]}); name one" if known else "no runs); train a study first"
+        raise UserError(f"no run {run_id!r} in {Path(runs_dir)}/ (it holds {held}")
     if '"kind": "vlm"' in (folder / "config.json").read_text():
         raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
 

@@ -128,7 +128,7 @@ LAWS = {
     ),
     "bounded": Law(
         "A_x x^-a_x + B num_examples^-c + eps",
-        "joint with a power mean, bounded by the zero line",
+        "joint with a power mean, bounded by the chance loss",
         ranks_shapes=True,
         power_mean=True,
         bounded=True,
@@ -150,7 +150,7 @@ LAWS = {
     ),
     "power_mean": Law(
         "A_x x^-a_x + B num_examples^-c + eps",
-        "bounded without the zero line",
+        "bounded without the chance loss",
         ranks_shapes=True,
         power_mean=True,
         takes_terms=True,

@@ -77,6 +77,9 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
                     rows.append(_checked(parse()))
                 except UserError as error:
                     if left_out is None:
+                        if number == 1 and str(error).startswith("is not JSON"):
+                            what = "is not a ledger (line 1 is not JSON); give JSON lines, or mend line 1"
+                            raise UserError(f"{path} {what}") from None
                         raise UserError(f"{path}:{number} {error}") from None
                     left_out.append((f"{path.name}:{number}", str(error)))
                     num_bad += 1

@@ -199,7 +199,7 @@ def target(fit: Fit, train_flops: float) -> Target:
     if not low / 10**MAX_DECADES <= train_flops <= high * 10**MAX_DECADES:
         raise UserError(
             f"train_flops={train_flops:g} is more than {MAX_DECADES:g} decades from the budgets run, {low:.3g} to"
-            f" {high:.3g}; name one nearer to them"
+            f" {high:.3g}; choose a budget between {low / 10**MAX_DECADES:.3g} and {high * 10**MAX_DECADES:.3g}"
         )
     return Target(fit, float(train_flops), fit.geometry)
 

@@ -284,9 +284,8 @@ def _warnings(fit: Fit, optimum: Mapping[str, Optimum], decades: float) -> list[
         out.append("no repeated seeds in the data: the flat region uses the noise of the residuals")
     elif fit.diagnostics.residual_rms > fit.noise.sd:
         out.append(
-            f"the law misses its own rows by {100 * fit.diagnostics.residual_rms:.2f} %, more than the"
-            f" {100 * fit.noise.sd:.2f} % of noise that bound the flat region: that region is narrower than what"
-            " the law can resolve"
+            f"the residuals ({100 * fit.diagnostics.residual_rms:.2f} %) exceed the seed noise"
+            f" ({100 * fit.noise.sd:.2f} %), so the flat region is too narrow"
         )
     for name, value in optimum.items():
         if value.status != "ok":

@@ -163,7 +163,7 @@ def print_plan(sweep: Sweep, workers: int, device: str, as_json: bool) -> None:
         f"compute of encoders (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
         f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that\n"
         f"estimated time: {clock(t['seconds'])} with {workers} worker{'s' * (workers > 1)} on {device},"
-        " probes and answers to validation questions apart"
+        " without probes and VLM validation"
     )
     if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
         hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())

@@ -79,8 +79,12 @@ def main(
     Returns 0 done, 1 diverged or out of memory, 2 bad input, 130 stopped.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    usage = f"usage: python -m {module} RUN.json [RUNS_DIR] [DEVICE]"
+    if {"-h", "--help"} & set(arguments):
+        print(usage)
+        return 0
     if not 1 <= len(arguments) <= 3:
-        print(f"usage: python -m {module} RUN.json [RUNS_DIR] [DEVICE]", file=sys.stderr)
+        print(usage, file=sys.stderr)
         return 2
     try:
         path, runs_dir, device = arguments + ["runs", "cpu"][len(arguments) - 1 :]

@@ -6,7 +6,7 @@ and y_j of the captions, z_ij = 1 where i = j and -1 elsewhere, and learned t' a
     loss = -1/B sum_ij log sigmoid(z_ij (exp(t') x_i . y_j + b)),     t' = log 10 and b = -10 at the start
 
 a sum over the B captions, a mean over the B images. Whoever sees nothing answers each pair with b = -log(B - 1), at
-B H(1/B) = log B + (B - 1) log(B / (B - 1)) nats: the zero line, 5.15 at B = 64.
+B H(1/B) = log B + (B - 1) log(B / (B - 1)) nats: the chance loss, 5.15 at B = 64.
 
     legend: B images, T words of a caption, E = EMBED_DIM, K values of an attribute
 """
@@ -192,11 +192,12 @@ def val_batch(source: Source) -> int:
 def pair_baselines(source: Source) -> str:
     """What can be had without looking, as `sovit.data.baselines` says it of labels."""
     batch = val_batch(source)
-    return f"captions, zero line {zero_line(batch):.4f} nats in batches of {batch}; a guess is wrong in {1 - 1 / batch:.1%}"
+    chance = f"chance loss {zero_line(batch):.4f} nats in batches of {batch}"
+    return f"captions, {chance}; a guess is wrong in {1 - 1 / batch:.1%}"
 
 
 def row_columns(source: Source, captions: Captions) -> dict:
-    """What a row says of the objective: the zero line of val_loss, the text tower, and what zero-shot guesses come to.
+    """What a row says of the objective: the chance loss of val_loss, the text tower, and what zero-shot guesses come to.
 
     zero_shot_chance/<attribute> is the error of a prompt drawn at random, zero_shot_majority/<attribute> that of the one
     prompt which is true of most validation images.

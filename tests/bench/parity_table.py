@@ -1,10 +1,13 @@
 """Each projector and each system beside its counterpart in transformers; run by hand it writes the two tables.
 
-    python tests/bench/parity_table.py    ->  results/vlm_parity.json, results/vlm_systems.json
+    python tests/bench/parity_table.py --out FOLDER    ->  FOLDER/vlm_parity.json, FOLDER/vlm_systems.json
+
+The committed tables are in results.
 
 nanoVLM is no package: its projector is written here once more, from what it does, with an index for every element.
 """
 
+import argparse
 import json
 import re
 from functools import cache
@@ -227,10 +230,14 @@ if __name__ == "__main__":
     from sovit.vlm.systems import compare as compare_systems
     from sovit.vlm.systems import describe
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the two tables")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
     rows = table()
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    TABLE.write_text(json.dumps(dict(versions=versions, rows=rows), indent=2) + "\n")
+    (out / TABLE.name).write_text(json.dumps(dict(versions=versions, rows=rows), indent=2) + "\n")
     for r in rows:
         print(f"{r['projector']:21} {r['system']:17} {r['num_cases']} cases  {r['max_difference']:.1e}  {r['oracle']}")
     systems = [systems_row(describe(row["system"])) for row in compare_systems()]
-    SYSTEMS_TABLE.write_text(json.dumps(dict(versions=versions, rows=systems), indent=1) + "\n")
+    (out / SYSTEMS_TABLE.name).write_text(json.dumps(dict(versions=versions, rows=systems), indent=1) + "\n")

@@ -57,7 +57,10 @@ def test_a_command_that_must_start_at_once_imports_nothing_heavy(command, tmp_pa
         (["fit"], "LEDGERS"),
         (["fit", "nowhere.jsonl"], "no ledger at nowhere.jsonl"),
         (["predict", "nowhere.json", "--train-flops", "1e12"], "nowhere.json"),
-        (["export", "0000000000-16", "--out", "x", "--runs", "nowhere"], "no trained run"),
+        (
+            ["export", "0000000000-16", "--out", "x", "--runs", "nowhere"],
+            "no run '0000000000-16' in nowhere/ (it holds no runs); train a study first",
+        ),
         (["export", "law.json", "--out", "x", "--config-only"], "--train-flops"),
         (["data", "show", "photos:cpu"], "stream, icons, hub"),
         (["data", "show", "stream:huge"], "cpu"),
@@ -104,4 +107,4 @@ def test_contact_sheet_of_the_stream_is_written(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert main(["data", "show", "stream:cpu", "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
-    assert "zero line 2.76" in capsys.readouterr().out
+    assert "chance loss 2.76" in capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_bad_questions_end_in_one_line(trained, capsys, more, words):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["nobody-1"], "no trained"),
+        (["nobody-1"], "no run 'nobody-1'"),
         (["RUN", "--language-model", "smollm3"], "of no known kind"),
         (["RUN", "--preset", "flamingo"], "choose one of projector, llava15, nanovlm"),
         (["RUN", "--examples", "21"], "no multiple of the batch"),

@@ -88,8 +88,8 @@ def test_a_trained_branch_and_the_same_network_before_training(trained):
 def test_what_cannot_be_opened_is_said(trained, tmp_path):
     runs_dir, run = trained
     for name, message in (
-        ("ffffffffff-320", "no trained run"),
-        (f"{run.trunk_id}-640", "no trained run"),
+        ("ffffffffff-320", "no run"),
+        (f"{run.trunk_id}-640", "no run"),
         ("jax:vit", "of no known kind"),
         ("timm:no_such_model", "cannot be opened"),
         (f"hf:{tmp_path}", "cannot be opened"),

@@ -275,7 +275,7 @@ def test_a_law_that_misses_more_than_noise_warns_of_its_flat_region(fits):
     for sd, warned in ((0.1, 0), (0.5, 0), (2, 1)):
         noise = Noise(sd=fit.diagnostics.residual_rms / sd, source="seeds", n=4, num_rows=12)
         found = best_shape(dataclasses.replace(fit, noise=noise), BUDGET).warnings
-        assert sum("narrower than what the law can resolve" in w for w in found) == warned
+        assert sum("so the flat region is too narrow" in w for w in found) == warned
 
 
 def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(fits):

@@ -193,7 +193,7 @@ def test_other_data_get_a_new_head_and_the_normalisation_they_need(trained):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(base="0000000000-1600"), "no trained run '0000000000-1600'"),
+        (dict(base="0000000000-1600"), "no run '0000000000-1600'"),
         (dict(shape=BASE.replace(width=24)), "width=16 cannot become 24"),
     ],
 )
@@ -218,7 +218,7 @@ def test_what_lacks_its_base_says_so_and_is_not_called_damaged(trained, tmp_path
     shutil.copytree(folder, tmp_path / "runs")
     (row,) = train(tuning(rows, budgets=(80,)), tmp_path / "runs")
     (tmp_path / "runs" / rows[-1]["trunk_id"] / f"{rows[-1]['run_id']}.safetensors").unlink()
-    with pytest.raises(UserError, match=f"beside its base {rows[-1]['run_id']}: no trained run") as caught:
+    with pytest.raises(UserError, match=f"beside its base {rows[-1]['run_id']}: no run") as caught:
         load_branch(row["run_id"], tmp_path / "runs")
     assert "damaged" not in str(caught.value)
 

@@ -687,6 +687,8 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path, capsys, text, mess
 def test_the_command_needs_a_run(tmp_path, capsys):
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("usage: ")
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: ")
     assert main([str(tmp_path / "none.json")]) == 2
     assert "cannot read the run" in capsys.readouterr().err
 

@@ -167,7 +167,7 @@ def forms(frame: Frame, fits: Mapping[str, Fit]) -> list[dict]:
 
 
 def metrics(frame: Frame) -> list[dict]:
-    """Every other validation metric of the rows. A form that needs a zero line is fitted without where there is none."""
+    """Every other validation metric of the rows. A form that needs a chance loss is fitted without where there is none."""
     rows = frame.data.rows
     names = sorted({k for row in rows for k in row if k.startswith("val_") and not is_spread(k)})
     out = []
@@ -182,7 +182,7 @@ def metrics(frame: Frame) -> list[dict]:
         data = dataclasses.replace(frame.data, metric=name, y=y, measurement_sd=known, support=support)
         form, note = frame.fit.form, ""
         if LAWS[form].bounded and data.zero_line is None:
-            form, note = "power_mean", "`power_mean`, the same form without a zero line, which this metric lacks"
+            form, note = "power_mean", "`power_mean`, the same form without a chance loss, which this metric lacks"
         zero_line = data.zero_line if LAWS[form].bounded else None
         out.append(frame.attempt("metric", f"`{name}`", note, data=data, form=form, zero_line=zero_line))
     return out
