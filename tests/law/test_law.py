@@ -133,8 +133,9 @@ def test_twenty_planted_laws_are_recovered():
             if e.estimate is not None:
                 errors.append(np.log(e.estimate / s))
             for kind, hit in hits.items():
-                hit.append(e[kind + "low"] is not None and e[kind + "low"] <= s <= e[kind + "high"])
-            print(f"{seed:3} {dim:8} true {s:.3f}  found {e.estimate or float('nan'):.3f}  {e.low:.3f} to {e.high:.3f}")
+                low, high = getattr(e, f"{kind}low"), getattr(e, f"{kind}high")
+                hit.append(low is not None and low <= s <= high)
+            print(f"{seed:3} {dim:8} true {s:.3f}  found {e.estimate}  {e.low} to {e.high}")
     print(
         f"inside: {np.mean(hits['']):.0%} (headline), {np.mean(hits['pairs_']):.0%} (pairs);"
         f" median error {np.median(errors):+.1%}"

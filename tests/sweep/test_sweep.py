@@ -790,7 +790,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt("tiny: stopped; go on with: this")
 
-    monkeypatch.setattr(launch, "launch", interrupted)
+    monkeypatch.setattr(sweep_study_main, "launch", interrupted)
     assert study_main(tmp_path) == 130
     assert capsys.readouterr().err == "\ntiny: stopped; go on with: this\n"
 
