@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -43,10 +43,10 @@ def serve(study: str, results: Path | None, runs: Path, store: Path | None = Non
     ]
     commands = {"MLflow": [sys.executable, "-m", "mlflow", "ui", *where]}
     print(f"{fill_text(done)}\nMLflow  http://{HOST}:{port}/#/experiments/{done['experiment_id']}/runs")
-    journal, dashboard = runs / f"{done['study']}.journal", shutil.which("optuna-dashboard")
-    if journal.exists() and dashboard:
+    journal, dashboard = runs / f"{done['study']}.journal", Path(sysconfig.get_path("scripts"), "optuna-dashboard")
+    if journal.exists() and dashboard.exists():
         second = _free_port(range(port + 1, min(port + 100, 65536)))
-        commands["Optuna"] = [dashboard, str(journal), "--host", HOST, "--port", str(second)]
+        commands["Optuna"] = [str(dashboard), str(journal), "--host", HOST, "--port", str(second)]
         print(f"Optuna  http://{HOST}:{second}/dashboard")
     print("they answer in some seconds; Ctrl-C stops", flush=True)
 

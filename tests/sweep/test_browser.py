@@ -49,7 +49,11 @@ class Ui:
         # a suite in the background of a shell is deaf to Ctrl-C, and so would this be
         hears = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
-            [*command, "--runs", str(self.runs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [*command, "--runs", str(self.runs)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PATH": os.defpath},  # an environment that is not activated: make calls its programs by path
         )
         signal.signal(signal.SIGINT, hears)
         self.lines: queue.Queue = queue.Queue()
