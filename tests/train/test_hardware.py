@@ -1,20 +1,16 @@
-"""Profiles of shapes and Pareto fronts: numbers that agree with the counts, resume, memory that runs out, brute force."""
+"""Profiles of shapes: numbers that agree with the counts, resume, memory that runs out."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.law.fitted_law import read_law
 from sovit.ledger.profiles import read_profiles, shape_of
-from sovit.predict.pareto import DECADES, front, loss_of_images, pareto
 from sovit.spec.shape import Shape
 from sovit.train.profile import profile
 from sovit.train.profile.memory import peak_bytes
@@ -153,120 +149,21 @@ def test_bad_input_is_one_line_and_status_2(options, message, tmp_path, capsys):
     assert message in err and err.count("\n") == 1 and not (tmp_path / "h.jsonl").exists()
 
 
-# fronts --------------------------------------------------------------------------------------------------------------
+# what is committed -----------------------------------------------------------------------------------------------------
 
 
-def test_the_front_is_that_of_brute_force():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        cost, loss = rng.integers(0, 8, (2, 30)).astype(float)  # many ties
-        beaten = [
-            any(
-                (cost[j] <= cost[i] and loss[j] <= loss[i]) and (cost[j] < cost[i] or loss[j] < loss[i])
-                for j in range(30)
-            )
-            for i in range(30)
-        ]
-        found = front(cost, loss)
-        assert set(found.tolist()) == set(np.flatnonzero(~np.array(beaten)).tolist())
-        assert (np.diff(cost[found]) >= 0).all()
-
-
-def made_up(shapes, rate, batch=32, **more):
-    """Profiles of a machine that does rate(shape) FLOPs a second."""
-    out = []
-    for i, shape in enumerate(shapes):
-        for b in (1, batch):
-            forward = (shape.forward_flops + shape.head_flops(CLASSES)) * b / rate(shape)
-            out.append(
-                dict(profile_id=f"{i}-{b}", status="ok", **shape.to_dict(), batch_size=b, device="cpu", device_name="x")
-                | dict(
-                    dtype="float32", threads=1, clock="cpu", forward_seconds=forward, train_bytes=16 * shape.num_params
-                )
-                | dict(train_step_seconds=3 * forward if b > 1 else None)
-                | more
-            )
-    return out
-
-
-GRID = [Shape(w, d, m, 8, 4, 16, "none") for w in (16, 32, 64, 96) for d in (1, 2, 4) for m in (128, 512)]
-
-
-def test_a_machine_of_one_rate_has_one_optimum():
-    fit = read_law(LAW)
-    found = pareto(fit, made_up(GRID, lambda s: 1e10), 1e12)
-    assert found["flop_optimal"]["label"] == found["time_optimal"]["label"]
-    assert found["flop_optimal"]["excess_at_seconds"] == found["time_optimal"]["excess_at_flops"] == 0
-    assert found["train_seconds"] == pytest.approx(1e12 / 1e10, rel=1e-9)
-    curves = found["curves"]
-    assert np.allclose(curves["train_flops"]["loss"], curves["train_seconds"]["loss"], rtol=1e-9)
-    assert curves["train_flops"]["budget"][0] == pytest.approx(1e12 / 10**DECADES)
-
-
-def test_where_width_is_fast_the_best_per_second_is_wider_and_both_losses_are_said():
-    fit = read_law(LAW)
-    rate = {s: 1e8 * s.width**1.5 / s.depth for s in GRID}
-    found = pareto(fit, made_up(GRID, rate.get), 1e12)
-    step = np.array([s.train_flops_per_image(CLASSES) / rate[s] for s in GRID])
-    flops = np.array([s.train_flops_per_image(CLASSES) for s in GRID])
-    by_flops = loss_of_images(fit, GRID, 1e12 / flops)
-    seconds = 1e12 / flops[by_flops.argmin()] * step[by_flops.argmin()]
-    by_seconds = loss_of_images(fit, GRID, seconds / step)
-    first, second = int(by_flops.argmin()), int(by_seconds.argmin())
-    assert first != second and GRID[second].width > GRID[first].width
-    assert found["flop_optimal"]["label"] == GRID[first].label
-    assert found["time_optimal"]["label"] == GRID[second].label
-    excess = by_seconds[first] / by_seconds[second] - 1
-    assert found["flop_optimal"]["excess_at_seconds"] == pytest.approx(excess, rel=1e-9) and excess > 0
-    assert found["time_optimal"]["excess_at_flops"] == pytest.approx(by_flops[second] / by_flops[first] - 1, rel=1e-9)
-    assert found["on_every_front"] == [r["label"] for r in found["shapes"] if len(r["fronts"]) == 4]
-
-
-def test_rows_that_the_law_does_not_speak_of_are_left_out_and_said():
-    fit = read_law(LAW)
-    rows = made_up(GRID, lambda s: 1e10) + made_up([Shape(32, 2, 64, 8, 8, 16, "none")], lambda s: 1e10)
-    rows[1] |= dict(status="out_of_memory")
-    found = pareto(fit, rows)
-    assert len(found["shapes"]) == len(GRID) - 1
-    assert any("patch_size=8, where the law is of 4" in line for line in found["left_out"])
-    assert any("16x1x128 at batch 32: out of memory" in line for line in found["left_out"])
-    with pytest.raises(UserError, match="several machines or settings"):
-        pareto(fit, rows + made_up(GRID[:1], lambda s: 1e10, threads=2))
-    with pytest.raises(UserError, match="no profiled shape is of the law's kind"):
-        pareto(fit, made_up([Shape(64, 2, 64)], lambda s: 1e10))
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("pareto_script", ROOT / "analysis" / "pareto.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_writes_the_same_bytes_again(tmp_path, capsys):
-    profiles = tmp_path / "h.jsonl"
-    profiles.write_text("".join(json.dumps(row) + "\n" for row in made_up(GRID, lambda s: 1e8 * s.width)))
-    run = script().main
-    for out in ("a", "b"):
-        assert run([str(LAW), str(profiles), "--train-flops", "1e12", "--out", str(tmp_path / out)]) == 0
-    assert "best per FLOP:" in capsys.readouterr().out
-    for name in ("pareto.json", "pareto.png", "pareto.svg"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert run([str(LAW), str(tmp_path / "none.jsonl")]) == 2
-    profiles.write_text('{"status": "ok"}\n')
-    assert run([str(LAW), str(profiles)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "no profiles at" in err and "h.jsonl:1 lacks profile_id" in err
-
-
-def test_the_committed_example_is_what_its_profiles_give(tmp_path):
-    profiles = ROOT / "results" / "hardware.jsonl"
-    found = pareto(read_law(LAW), read_profiles(profiles))
-    kept = json.loads((ROOT / "results" / "hardware" / "pareto.json").read_text())
-    assert kept["flop_optimal"]["label"] == found["flop_optimal"]["label"]
-    assert kept["time_optimal"]["excess_at_flops"] == pytest.approx(found["time_optimal"]["excess_at_flops"], rel=1e-6)
-    for row in read_profiles(profiles):
+def test_the_committed_profiles_agree_with_the_counts():
+    for row in read_profiles(ROOT / "results" / "hardware.jsonl"):
         assert row["status"] == "ok" and row["num_repeats"] >= 5 and shape_of(row).num_params == row["num_params"]
+
+
+def test_profiles_that_cannot_be_read_say_why(tmp_path):
+    path = tmp_path / "h.jsonl"
+    with pytest.raises(UserError, match="no profiles at"):
+        read_profiles(path)
+    path.write_text('{"status": "ok"}\n')
+    with pytest.raises(UserError, match="h.jsonl:1 lacks profile_id"):
+        read_profiles(path)
 
 
 def test_the_line_of_the_manual_works_as_printed(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 from sovit.report.figures.extrapolation import extrapolation, residuals
 from sovit.report.figures.frontier import frontier
-from sovit.report.figures.hardware import pareto_fronts
 from sovit.report.figures.law import fit_by_dimension, isoflop, optimal_shape
 from sovit.report.figures.law_lines import budget_levels, optimal_path
 from sovit.report.figures.patch_tradeoff import trade
@@ -20,7 +19,6 @@ __all__ = [
     "learning_rates",
     "optimal_path",
     "optimal_shape",
-    "pareto_fronts",
     "residuals",
     "save",
     "sensitivity",
