@@ -17,7 +17,6 @@ from statistics import fmean, stdev
 
 import jinja2
 
-from analysis.finetune_cost.tables import table as savings_table
 from analysis.flexivit.tables import sizes_table
 from analysis.published.flops import table as flops_table
 from analysis.published.shapes import table as shapes_table
@@ -101,7 +100,7 @@ def environment() -> jinja2.Environment:
     )
     found.globals |= dict(SIGNIFICANT=SIGNIFICANT, PAPER=PAPER, flops_table=flops_table, shapes_table=shapes_table)
     found.globals |= dict(short_table=short_table, scratch_table=scratch_table, schedule_table=schedule_table)
-    found.globals |= dict(savings_table=savings_table, sizes_table=sizes_table, short_text=short_text)
+    found.globals |= dict(sizes_table=sizes_table, short_text=short_text)
     return found
 
 

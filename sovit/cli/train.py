@@ -98,7 +98,6 @@ def profile(
     """
     import torch
 
-    from sovit.report.finetune_savings import savings, savings_text
     from sovit.train.profile import profile as measure
     from sovit.train.profile.shapes import profile_text, shapes_for
 
@@ -108,10 +107,8 @@ def profile(
     found, num_classes = shapes_for(shapes, **given(beside))
     said = {name: value for name, value in given(options).items() if value != ()}
     said["num_classes"] = (num_classes or 1000) if options.num_classes is None else options.num_classes
-    if trained and "full" not in trained:  # with which the others are compared
-        trained += ("full",)
     rows = measure(found, trained=trained, on_progress=lambda line: print(line, file=sys.stderr), **said)
-    show(rows, lambda rows: savings_text(savings(rows)) if trained else profile_text(rows), json)
+    show(rows, profile_text, json)
 
 
 def probe(*encoders: str, data: str, study: str | None = None, place: Place = Place(), json: Json = False) -> None:

@@ -1,21 +1,15 @@
-"""What fine-tuning a part costs: counts against closed forms and torch's own, turns, resume, ratios of planted rows."""
+"""What fine-tuning a part costs: counts against closed forms and torch's own, turns, resume."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import ttest_1samp
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.finetune_cost.tables import main as tables
-from analysis.finetune_cost.tables import summary, table
-from sovit import UserError
 from sovit.cli.main import main
 from sovit.encoder.model import build
 from sovit.ledger.profiles import read_profiles, shape_of
-from sovit.report.finetune_savings import PAPER, savings, savings_text
 from sovit.spec.named_shapes import named_shape, stored_params
 from sovit.spec.shape import TRAINED, Shape
 from sovit.train import profile as profiling
@@ -121,12 +115,22 @@ def test_bad_input_is_one_line_and_status_2(options, message, tmp_path, capsys):
     assert message in err and err.count("\n") == 1 and not (tmp_path / "h.jsonl").exists()
 
 
-def test_the_command_compares_with_full_of_itself(tmp_path, capsys):
+def test_the_command_prints_a_row_a_part(tmp_path, capsys):
     options = ["profile", "16x1x32", "--head-dim", "8", "--patch-size", "4", "--image-size", "8", "--pool", "none"]
-    options += ["--trained", "attention", "--num-classes", "3", "--repeats", "1", "--out", str(tmp_path / "h.jsonl")]
+    options += [
+        "--trained",
+        "attention",
+        "full",
+        "--num-classes",
+        "3",
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "h.jsonl"),
+    ]
     assert main(options) == 0
     text = capsys.readouterr().out
-    assert "16x1x32, patch 4, 8 px, batch 2, 3 classes" in text and "attention " in text and "1 thread;" in text
+    assert "16x1x32 h8 attention" in text and "stored MiB" in text and "forward ms" not in text and "1 thread;" in text
     assert main([*options, "--json"]) == 0
     assert [row["trained"] for row in json.loads(capsys.readouterr().out)] == ["attention", "full"]
 
@@ -165,7 +169,7 @@ def test_two_depths_tell_the_third(pool, dtype):
         assert saved_bytes(job, under, True) == whole
 
 
-# ratios --------------------------------------------------------------------------------------------------------------
+# counts --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["S/16@384", "B/16@384", "So150m/16@384", "So400m/14@378"])
@@ -180,46 +184,6 @@ def test_step_flops_are_those_that_torch_counts(name):
             assert counter.get_total_flops() == shape.step_flops(CLASSES, part), part
 
 
-def planted(part, samples, **more):
-    costs = dict(peak_bytes=100, saved_bytes=50, saved_bytes_materialised=80, gradient_bytes=4, optimizer_bytes=8)
-    costs |= dict(stored_bytes=40, step_flops=7, status="ok", num_repeats=len(samples), trained=part, batch_size=2)
-    facts = dict(device="cpu", device_name="x", dtype="float32", threads=1, clock="cpu", num_classes=CLASSES)
-    sizes = dict(num_params=SMALL.num_params, head_params=SMALL.head_params(CLASSES))
-    return SMALL.to_dict() | facts | sizes | costs | dict(train_step_samples=samples, train_step_seconds=2.0) | more
-
-
-def test_time_is_compared_round_by_round():
-    full, part = [1.0, 2.0, 4.0, 1.5], [0.9, 1.7, 3.6, 1.4]  # rounds differ fourfold, parts by a tenth
-    (found,) = savings([planted("full", full), planted("attention", part, peak_bytes=80, stored_bytes=10)])
-    ratio = found["parts"]["attention"]["ratio"]
-    logs = [math.log(a / b) for a, b in zip(part, full)]
-    low, high = ttest_1samp(logs, 0.0).confidence_interval(0.9)
-    assert ratio["train_step_seconds"] == pytest.approx(math.exp(sum(logs) / 4), rel=1e-12)
-    assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(low), math.exp(high)), rel=1e-12)
-    assert ratio["peak_bytes"] == 0.8 and ratio["stored_bytes"] == 0.25 and ratio["num_rounds"] == 4
-    assert found["parts"]["full"]["ratio"]["train_step_seconds"] == 1 and ratio["held_bytes"] == 1
-    single = savings([planted("full", [1.0]), planted("head", [0.5])])[0]["parts"]["head"]["ratio"]
-    assert single["train_step_seconds"] == 0.5 and single["low"] is None
-    with pytest.raises(UserError, match="not measured with trained=full"):
-        savings([planted("attention", part)])
-    (found,) = savings([planted("full", full, peak_bytes=0), planted("head", full, peak_bytes=0)])
-    assert "peak_bytes" not in found["parts"]["head"]["ratio"] and "0.0 (-)" in savings_text([found])
-    nothing = planted("mlp", [], status="out_of_memory", peak_bytes=None, gradient_bytes=None, optimizer_bytes=None)
-    (found,) = savings([planted("full", full), nothing | dict(train_step_seconds=None)])
-    assert found["parts"]["mlp"]["status"] == "out_of_memory" and "peak_bytes" not in found["parts"]["mlp"]["ratio"]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [dict(trained="heads"), dict(train_step_samples=None), dict(train_step_samples=[0.0]), dict(optimizer_bytes="8")],
-)
-def test_a_malformed_row_is_refused_in_one_line(more):
-    with pytest.raises(UserError, match=f"{next(iter(more))}="):
-        savings([planted("full", [1.0]) | more])
-    with pytest.raises(UserError, match="lacks"):
-        savings([{k: v for k, v in planted("full", [1.0]).items() if k not in more}])
-
-
 @pytest.mark.parametrize("name", ["S/16@384", "B/16@384", "So150m/16@384"])
 def test_what_is_stored_is_what_a_built_model_holds(name):
     """Trained tensors and resized positions. Of ViT-B attention alone stores as little as is claimed."""
@@ -231,35 +195,14 @@ def test_what_is_stored_is_what_a_built_model_holds(name):
     count = {part: sum(parameters[n].numel() for n in names) for part, names in stored.items()}
     assert count == {part: stored_params(shape, 1000, part) for part in TRAINED}
     if name.startswith("B"):
-        assert 1 - count["attention"] / count["full"] == pytest.approx(PAPER["stored_bytes"], abs=0.005)
+        assert 1 - count["attention"] / count["full"] == pytest.approx(0.66, abs=0.005)  # 2203.09795, section 4
 
 
 # what is committed ---------------------------------------------------------------------------------------------------
 
 
-def test_the_script_writes_the_same_bytes_again(tmp_path, capsys):
-    rows = tmp_path / "rows.jsonl"
-    made = [planted("full", [1.0, 2.0]), planted("attention", [0.9, 1.7])]
-    rows.write_text("".join(json.dumps(row | dict(profile_id=row["trained"])) + "\n" for row in made))
-    for out in ("a", "b"):
-        assert tables([str(rows), "--out", str(tmp_path / out)]) == 0
-    assert "| 128x2x512/4@32 | 2 | 0.87 (0.73 to 1.05, n=2) | 1.00 |" in capsys.readouterr().out
-    one, other = (tmp_path / out / "finetune_cost" / "savings.json" for out in ("a", "b"))
-    assert one.read_bytes() == other.read_bytes()
-    rows.write_text(
-        "".join(json.dumps(row | dict(profile_id="x", trained=t)) + "\n" for row, t in zip(made, ("full", "mlp")))
-    )
-    assert tables([str(rows), "--out", str(tmp_path / "c")]) == 0  # no attention: nothing of it to say
-    assert "128x2x512/4@32 |" not in capsys.readouterr().out
-    assert tables([str(tmp_path / "none.jsonl")]) == 2
-    assert "no profiles at" in capsys.readouterr().err
-
-
-def test_the_committed_table_is_what_its_rows_give():
-    rows = read_profiles(COMMITTED)
-    kept = json.loads((ROOT / "results" / "finetune_cost" / "savings.json").read_text())
-    assert table(summary(rows)) == table(kept)
-    for row in rows:
+def test_the_committed_rows_say_what_the_library_counts():
+    for row in read_profiles(COMMITTED):
         shape = shape_of(row)
         assert row["status"] == "ok" and row["num_repeats"] == len(row["train_step_samples"]) >= 1
         assert row["step_flops"] == shape.step_flops(row["num_classes"], row["trained"])

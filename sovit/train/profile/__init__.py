@@ -6,9 +6,9 @@ On one CPU thread we time with process CPU time: wall time on a shared machine p
 training step is the trainer's (`sovit.train.loop.fit`, AdamW, clipping), on random images. Memory is measured once, before
 anything is timed. Rows are written after every turn; a killed profile goes on where it was.
 
-Rows of shapes are described in `sovit.ledger.profiles`, those of parts in `sovit.report.finetune_savings`. Beside the peak
-of a part stand the things that it is made of: gradients and the optimiser's state, of what is trained alone, and the
-activations that autograd keeps for the backward pass (a frozen Linear keeps no input).
+Rows are described in `sovit.ledger.profiles`. Beside the peak of a part stand the things that it is made of: gradients and
+the optimiser's state, of what is trained alone, and the activations that autograd keeps for the backward pass (a frozen
+Linear keeps no input).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sovit.train.profile.step import Job, Settings, built, forward, random_batch
 
 SCHEMA = 1
 TURN_SECONDS = 0.03  # a repeat is the median of the calls that fit into so long
-PART_SECONDS = 1.0  # of a part, whose savings are small differences
+PART_SECONDS = 1.0  # of a part, which differ little
 
 
 def profile(

@@ -51,21 +51,27 @@ def shapes_for(
 
 def profile_text(rows: Sequence[dict]) -> str:
     """The rows as a table."""
-    columns = {  # heading -> column, scale, format
+    columns = {  # heading -> column, scale, format; rows of trained parts have others than rows of shapes
         "forward ms": ("forward_seconds", 1e3, ".3f"),
         "images/s": ("images_per_second", 1, ",.0f"),
         "GFLOP/s": ("forward_flops_per_second", 1e-9, ".2f"),
         "train step ms": ("train_step_seconds", 1e3, ".3f"),
         "train GFLOP/s": ("train_flops_per_second", 1e-9, ".2f"),
+        "GFLOPs an image": ("step_flops", 1e-9, ",.3f"),
         "forward MiB": ("forward_bytes", 1 / MIB, ".1f"),
         "train MiB": ("train_bytes", 1 / MIB, ".1f"),
+        "peak MiB": ("peak_bytes", 1 / MIB, ".1f"),
+        "activations MiB": ("saved_bytes", 1 / MIB, ".1f"),
+        "stored MiB": ("stored_bytes", 1 / MIB, ".1f"),
         "n": ("num_repeats", 1, "d"),
     }
+    columns = {heading: column for heading, column in columns.items() if column[0] in rows[0]}
 
     def cells(row: dict) -> list[str]:
         values = ((row[column], scale, form) for column, scale, form in columns.values())
         numbers = ["-" if value is None else format(value * scale, form) for value, scale, form in values]
         label = f"{row['width']}x{row['depth']}x{row['mlp_dim']} h{row['head_dim']}"
+        label += f" {row['trained']}" if "trained" in row else ""
         why = "" if row["status"] == "ok" else f"{row['status'].replace('_', ' ')}: {row['error']}"
         return [label, str(row["batch_size"]), *numbers, why]
 
