@@ -9,7 +9,6 @@ python -m analysis.docs --check  exit status 1 if a page does not say what the f
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -18,9 +17,10 @@ from statistics import fmean, stdev
 import jinja2
 
 from analysis.flexivit.tables import sizes_table
+from analysis.publish import templates
 from analysis.published.flops import table as flops_table
 from analysis.published.shapes import table as shapes_table
-from analysis.resolution.tables import schedule_table, scratch_table, short_table
+from analysis.resolution.tables import scratch_table, short_table
 from analysis.vlm_encoders.tables import short_text
 from sovit.law.diagnostics import SIGNIFICANT
 from sovit.law.forms import LAWS
@@ -89,17 +89,12 @@ def comparison(study: str, ours: str, theirs: str, axis: str) -> dict:
 
 
 def environment() -> jinja2.Environment:
-    options = dict(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    found = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT / "analysis"), **options)
-    found.filters["f"] = lambda value, spec: format(value, spec)
-    found.filters["ratio"] = lambda value, spec="+.1%": format(math.expm1(value), spec)  # of a difference of logarithms
+    found = templates()
     found.globals |= dict(load=load, ledger=ledger, seconds=seconds, by_shape=by_shape, extrapolated=extrapolated)
-    found.globals |= dict(coverage=coverage, comparison=comparison, mean=fmean, sd=stdev)
-    found.globals |= dict(
-        text=lambda name: (RESULTS / name).read_text().strip("\n"), shape_of=lambda fields: Shape(**fields), LAWS=LAWS
-    )
-    found.globals |= dict(SIGNIFICANT=SIGNIFICANT, PAPER=PAPER, flops_table=flops_table, shapes_table=shapes_table)
-    found.globals |= dict(short_table=short_table, scratch_table=scratch_table, schedule_table=schedule_table)
+    found.globals |= dict(coverage=coverage, comparison=comparison, mean=fmean, sd=stdev, Shape=Shape)
+    found.globals |= dict(text=lambda name: (RESULTS / name).read_text().strip("\n"), LAWS=LAWS, PAPER=PAPER)
+    found.globals |= dict(SIGNIFICANT=SIGNIFICANT, flops_table=flops_table, shapes_table=shapes_table)
+    found.globals |= dict(short_table=short_table, scratch_table=scratch_table)
     found.globals |= dict(sizes_table=sizes_table, short_text=short_text)
     return found
 

@@ -56,18 +56,21 @@ def run(analyse: Callable, parser: argparse.ArgumentParser, argv: Sequence[str] 
     return 0
 
 
-def template(name: str) -> jinja2.Template:
-    """Load a report's template, analysis/NAME. Its macros are functions of `.module`.
+def templates() -> jinja2.Environment:
+    """Open the templates of analysis/.
 
     Filters: `f(spec)` formats a value, `ratio(spec)` a difference of logarithms as a percentage, `change` such a
     difference with its interval.
     """
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=folder, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"f": format, "ratio": ratio, "change": change}
-    return environment.get_template(name)
+    found = jinja2.Environment(loader=folder, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    found.filters |= {"f": format, "ratio": ratio, "change": change}
+    return found
+
+
+def template(name: str) -> jinja2.Template:
+    """Load a report's template, analysis/NAME. Its macros are functions of `.module`."""
+    return templates().get_template(name)
 
 
 def markdown(report: jinja2.Template, **values) -> str:

@@ -64,7 +64,7 @@ def compare_sizes(
 
 def summarise_sizes(paths: Sequence[Path | str]) -> dict:
     """Compare every shape's Flexi trunks with its trunks of one size. Raises UserError where there is no such pair."""
-    study = read_study(paths, several_sizes=True)
+    study = read_study(paths)
     found = [_entry(*group) for group in _groups(study).values() if all(group)]
     if not any(entry["comparisons"] for entry in found):
         raise UserError(

@@ -50,25 +50,17 @@ def cells(study: Study) -> list[dict]:
 
 def seed_noise(study: Study, metric: str = "val_loss") -> dict:
     """Pool the s.d. of ln metric between seeds of one arm and budget; n: degrees of freedom, by trunks."""
-    arms = list(study.arms().values())
-    rows = [
-        ((a, examples), math.log(value))
-        for a, curves in enumerate(arms)
-        for c in curves.values()
-        for examples, value in zip(c.examples, c.metrics[metric])
-        if np.isfinite(value) and value > 0
-    ]
-    sd = pooled_sd([key for key, _ in rows], np.array([value for _, value in rows]))
+    arms, squares, dof = study.arms().values(), 0.0, 0
+    for curves in arms:
+        groups: dict[float, list[float]] = {}
+        for curve in curves.values():
+            for examples, value in zip(curve.examples, curve.metrics[metric]):
+                if value > 0:
+                    groups.setdefault(examples, []).append(math.log(value))
+        squares += sum(float(np.var(values)) * len(values) for values in groups.values())
+        dof += sum(len(values) - 1 for values in groups.values())
+    sd = math.sqrt(squares / dof) if dof else None
     return {"sd": sd, "n": sum(len(curves) - 1 for curves in arms), "source": "seeds"}
-
-
-def pooled_sd(groups: Sequence, values: np.ndarray) -> float | None:
-    """Pool the s.d. of the values [n] within groups (a key each); None where no group has two."""
-    place = {key: i for i, key in enumerate(dict.fromkeys(groups))}
-    index = np.array([place[key] for key in groups], int)
-    means = np.bincount(index, values) / np.bincount(index) if len(index) else values
-    dof = len(values) - len(place)
-    return math.sqrt(float(((values - means[index]) ** 2).sum()) / dof) if dof else None
 
 
 def storage(study: Study) -> list[dict]:

@@ -23,8 +23,8 @@ METRICS = ("val_loss", "val_error")
 SHAPE = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
 NEEDED = (*SHAPE, "init_seed", "data_seed", "num_examples", "train_flops", "val_loss")
 OF_TUNED = ("trained", "base_examples", "base_train_flops")  # needed besides of a fine-tuning
-OPTIONAL = ("val_error", "zero_line", "stored_bytes", "base_patch_size", "base_image_size")
-SCRATCH, FLEXI = "scratch", "flexi"  # arms that no base stands before
+OPTIONAL = ("val_error", "stored_bytes", "base_patch_size", "base_image_size")
+SCRATCH, FLEXI = "scratch", "flexi"  # arms that no base stands before; FLEXI draws its patch size by batch
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,22 @@ class Arm:
     """What a trunk is but for its seed. base: the shape of pre-training, base_examples its images; 0 from scratch."""
 
     shape: Shape
-    mode: str  # scratch, or what is trained
+    mode: str  # SCRATCH, FLEXI or what is trained
     base_examples: int = 0
     base: Shape | None = None
 
     @property
     def order(self) -> tuple:
-        base = self.base.image_size if self.base else 0
-        return *order(self.shape), self.mode != SCRATCH, self.mode, self.base_examples, base
+        """Sort arms by network, patch and image size, scratch first, then by mode and pre-training."""
+        s, base = self.shape, self.base.image_size if self.base else 0
+        network = s.width, s.depth, s.mlp_dim, s.head_dim, s.pool, s.patch_size, s.image_size
+        return *network, self.mode != SCRATCH, self.mode, self.base_examples, base
 
     def named(self) -> dict:
         """The arm as entries of a JSON object."""
         shape, base = self.shape, self.base.image_size if self.base else 0
         size = {"shape": shape.label, "patch_size": shape.patch_size, "image_size": shape.image_size}
         return size | {"mode": self.mode, "base_examples": self.base_examples, "base_image_size": base}
-
-
-def order(shape: Shape) -> tuple:
-    """Sort shapes by their network, then by patch and image size."""
-    return shape.width, shape.depth, shape.mlp_dim, shape.head_dim, shape.pool, shape.patch_size, shape.image_size
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ class Curve:
     own_flops: np.ndarray
     stored_bytes: np.ndarray
     metrics: dict
-    zero_line: float | None
 
     @property
     def total_flops(self) -> np.ndarray:
@@ -100,34 +96,27 @@ class Study:
             out.setdefault(curve.arm, {})[curve.seed] = curve
         return out
 
-    def targets(self) -> list[Shape]:
-        """Shapes, resolution included, that something was fine-tuned to."""
-        return sorted({c.arm.shape for c in self.curves if c.arm.base}, key=order)
 
-
-def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Study:
+def read_study(paths: Sequence[Path | str]) -> Study:
     """Read the trunks of the ledgers. Rows that are excluded or not ok are left out with their reason.
 
-    several_sizes: keep the trunks whose patch size is drawn by batch, as arms of the mode FLEXI. Raises UserError for
-    a malformed ledger or row, two trunks of one arm and seed, rows of different data, no row left.
+    Raises UserError for a malformed ledger or row, two trunks of one arm and seed, rows of different data, no row left.
     """
     files = [Path(p) for p in paths]
     where = ", ".join(map(str, files))
     rows = merge([row for path in files for row in read_rows(path)], where)
-    reasons = {
-        k: v for folder in {f.parent for f in files} for k, v in read_exclusions(folder / "exclusions.csv").items()
-    }
+    excluded = {}
+    for folder in {path.parent for path in files}:
+        excluded |= read_exclusions(folder / "exclusions.csv")
     left_out: list[tuple[str, str]] = []
     trunks: dict[str, list[dict]] = {}
     for row in rows:
-        if row["run_id"] in reasons:
-            left_out.append((row["run_id"], f"excluded: {reasons[row['run_id']]}"))
+        if row["run_id"] in excluded:
+            left_out.append((row["run_id"], f"excluded: {excluded[row['run_id']]}"))
         elif row["status"] != "ok":
             left_out.append((row["run_id"], f"status {row['status']}"))
         elif is_vlm(row):
             left_out.append((row["run_id"], "a vision-language model"))
-        elif row.get("patch_sizes") and not several_sizes:
-            left_out.append((row["run_id"], "its patch size is drawn by batch"))
         else:
             trunks.setdefault(row["trunk_id"], []).append(row)
     kept = [row for rows in trunks.values() for row in rows]
@@ -141,10 +130,9 @@ def read_study(paths: Sequence[Path | str], several_sizes: bool = False) -> Stud
     curves.sort(key=lambda c: (c.arm.order, c.seed))
     for one, other in zip(curves, curves[1:]):
         if one.arm == other.arm and one.seed == other.seed:
-            named = ", ".join(f"{name} {value}" for name, value in one.arm.named().items())
             raise UserError(
-                f"trunks {one.trunk_id} and {other.trunk_id} are the same arm ({named}) and seed {one.seed[0]}; name one"
-                " of them in exclusions.csv"
+                f"trunks {one.trunk_id} and {other.trunk_id} are the same arm ({one.arm.shape.label}, {one.arm.mode})"
+                f" and seed {one.seed[0]}; name one of them in exclusions.csv"
             )
     return Study(curves, left_out, [path.name for path in files])
 
@@ -164,17 +152,9 @@ def _curve(rows: list[dict]) -> Curve:
         return np.array([np.nan if row.get(name) is None else row[name] for row in rows], float)
 
     names = [*METRICS, *(f"{name}@p{size}" for size in first.get("patch_sizes") or () for name in METRICS)]
-    return Curve(
-        arm,
-        (first["init_seed"], first["data_seed"]),
-        first["trunk_id"],
-        base_flops,
-        column("num_examples"),
-        column("train_flops"),
-        column("stored_bytes"),
-        {name: column(name) for name in names},
-        first.get("zero_line"),
-    )
+    seed = first["init_seed"], first["data_seed"]
+    costs = column("num_examples"), column("train_flops"), column("stored_bytes")
+    return Curve(arm, seed, first["trunk_id"], base_flops, *costs, {name: column(name) for name in names})
 
 
 def _check(row: dict) -> None:

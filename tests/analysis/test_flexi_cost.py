@@ -1,14 +1,12 @@
 """One trunk of several patch sizes against trunks of one: planted differences, what is equal in each way, bad input."""
 
 import json
-import math
 
 import planted_transfer as planted
 import pytest
 
 from analysis.flexivit import tables
 from analysis.flexivit.tables import WAYS, sizes_text, summarise_sizes
-from analysis.resolution.curves import read_study
 from sovit import UserError
 
 
@@ -82,13 +80,6 @@ def test_trunks_that_miss_each_other_by_a_little_are_not_compared(tmp_path):
     (entry,) = found["shapes"]
     at_equal_images = {c["patch_size"] for c in entry["comparisons"] if c["way"] == "images"}
     assert at_equal_images == {8}
-
-
-def test_trunks_of_several_sizes_are_left_out_of_the_study_of_resolutions(tmp_path):
-    path = planted.write_ledger(tmp_path / "a.jsonl", planted.flexi_rows())
-    study = read_study([path])
-    assert len(study.left_out) == 12 and all("patch size" in reason for _, reason in study.left_out)
-    assert not any(math.isnan(c.metrics["val_loss"][0]) for c in study.curves)
 
 
 def test_the_analysis_writes_what_it_says(tmp_path, capsys):

@@ -371,41 +371,6 @@ def test_a_ledger_of_someone_elses_with_few_columns_is_filled_too(tmp_path, empt
     assert fill(str(path), runs=tmp_path, store=store)["points_added"] == 0
 
 
-def test_export_writes_the_same_curves_and_results_through_init_log_and_finish(study, capsys, monkeypatch):
-    from analysis.export_tracking import export
-    from analysis.export_tracking import main as export_main
-
-    results, runs, rows = study
-    said = []
-
-    class Tracker:  # what wandb and trackio have in common
-        init = staticmethod(lambda **given: said.append(given))
-        log = staticmethod(lambda values, step: said.append((step, values)))
-        finish = staticmethod(lambda: said.append("finish"))
-
-    assert export(Tracker, results / "planted.jsonl", runs) == len(rows)
-    assert said.count("finish") == len(rows)
-    by_name = {run["name"]: run for run in said if isinstance(run, dict)}
-    run = planted_runs()[0]
-    first = by_name["16x2x256 @8e9 s0"]
-    assert first["project"] == "planted" and first["config"]["width"] == 16 and first["config"]["peak_lr"] == 0.008
-    own = said[said.index(first) + 1 : said.index("finish", said.index(first))]
-    n = run.budgets[0]
-    leaves = run.trunk_examples(n)
-    expected = [p for p in lines(run) if p["branch"] == n or (p["branch"] is None and p["examples"] <= leaves)]
-    assert [(step, values["train/loss"]) for step, values in own[:-1]] == [
-        (p["examples"], p["train_loss"]) for p in expected
-    ]
-    assert (
-        own[-1][0] == n
-        and own[-1][1]["final/val_loss"] == next(r for r in rows if r["run_id"] == run.run_id(n))["val_loss"]
-    )
-
-    monkeypatch.setitem(sys.modules, "trackio", None)  # as where it is not installed
-    assert export_main([str(results / "planted.jsonl"), "--to", "trackio"]) == 2
-    assert "pip install trackio" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["planted.db", "store.log", "store.lock"])
 def test_a_stores_own_files_are_nobody_elses(study, empty_store, monkeypatch, name):
     """runs/planted.log is the workers'; and a store may have any name, that of a log too."""
