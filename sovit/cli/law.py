@@ -1,9 +1,8 @@
 """`sovit fit`, `report` and `predict`: from ledgers to a law, from a law to a shape."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -76,7 +75,7 @@ class Question:
 
     train_flops: Annotated[float | None, Help("Budget: 3 x forward FLOPs x images, head included.")] = None
     by: Annotated[str | None, Help("patch_size or image_size: the best shape with each value run.")] = None
-    out: Annotated[Path | None, Help("Folder for the figure of --frontier or --by.")] = None
+    out: Annotated[Path | None, Help("Folder for the figure of --frontier.")] = None
     frontier: Annotated[bool, Help("A table of best shapes over a ladder of budgets instead.")] = False
     first: Annotated[
         float | None, Parameter(name="--from", help="First budget of --frontier (default: the least run).")
@@ -101,28 +100,28 @@ def predict(
         law: law.json of sovit fit
     """
     from sovit.law.fitted_law import read_law, read_siblings
-    from sovit.predict import growth_rules as growth
+    from sovit.predict.growth_rules import other_rules
     from sovit.predict.patch_tradeoff import trade
     from sovit.predict.recommend import best_shape
     from sovit.report.text import recommendation_text, trade_text
 
     if question.frontier:
         return _frontier(law, question, rules, json)
-    for flag, value in (("from", question.first), ("to", question.last), ("points", question.points)):
+    for flag, value in {
+        "from": question.first,
+        "to": question.last,
+        "points": question.points,
+        "out": question.out,
+    }.items():
         if value is not None:
             raise UserError(f"--{flag} belongs to --frontier; add that, or leave it out")
     if question.train_flops is None:
         raise UserError("name a budget with --train-flops, or ask for a --frontier")
     if question.by is not None:
-        found = trade(read_law(law), question.train_flops, question.by, **given(rules))
-        _save(question.out, f"trade_{question.by}", lambda plot, rows: plot.trade(found, rows), law)
-        return show(found, trade_text, json)
-    if question.out is not None:
-        raise UserError("--out belongs to --frontier or --by; add one of them, or leave it out")
+        return show(trade(read_law(law), question.train_flops, question.by, **given(rules)), trade_text, json)
     fit = read_law(law)
     best = best_shape(fit, question.train_flops, **given(rules))
-    beside = {"paper_rule": None, "size_rule": None, "growth": growth.exact_growth(fit, best.train_flops)}
-    beside |= growth.other_rules(fit, best, read_siblings(law, ("sovit", "chinchilla")))
+    beside = other_rules(fit, best, read_siblings(law, ("sovit", "chinchilla")))
     show(best.to_dict() | beside, lambda _: recommendation_text(best, beside), json)
 
 
@@ -139,16 +138,10 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, as_json: bool) 
     fit = read_law(law)
     budgets = ladder(fit, question.first, question.last, 9 if question.points is None else question.points)
     rows = [best_shape(fit, budget, **given(rules)) for budget in budgets]
-    _save(question.out, "frontier", lambda plot, measured: plot.frontier(fit, rows, measured), law)
+    if question.out is not None:
+        from sovit.ledger.measurements import rows_of_law
+        from sovit.report import figures as plot
+
+        plot.save(plot.frontier(fit, rows, rows_of_law(law)), question.out / "frontier")
     body = dict(law=str(law), form=fit.form, metric=rows[0].metric, level=fit.level)
-    show(body | dict(rows=[row.to_frontier_row() for row in rows]), lambda _: frontier_text(rows), as_json)
-
-
-def _save(out: Path | None, name: str, figure: Callable[[Any, Any], Any], law: Path) -> None:
-    """Write figure(sovit.report.figures, rows of the law) as `name` into `out`, where that is given."""
-    if out is None:
-        return
-    from sovit.ledger.measurements import rows_of_law
-    from sovit.report import figures as plot
-
-    plot.save(figure(plot, rows_of_law(law)), out / name)
+    show(body | dict(rows=[row.to_dict() for row in rows]), lambda _: frontier_text(rows), as_json)

@@ -1,7 +1,7 @@
-"""A law at one budget: the loss of any shape trained for it, and the law's real-valued optimum. Numpy only.
+"""A law at one budget: the loss of any shape trained for it, and the law's real-valued optimum.
 
-Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. Shapes below: S shapes, R draws, P parameters, K
-dimensions of the law.
+Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. Below: S shapes, R draws, P parameters, K dimensions
+of the law.
 """
 
 from __future__ import annotations
@@ -47,10 +47,9 @@ class SizeEstimate(Estimate):
     pairs_high: float | None = None
 
 
-def estimated(estimate: float, draws: np.ndarray | None, widen: float = 1.0) -> Estimate:
-    """The number with the interval of its draws [R], on the plain scale; None or no draws: without."""
-    ends = interval(draws, widen, floor=None) if draws is not None and len(draws) else (None, None)
-    return Estimate(float(estimate), *ends)
+def estimated(values: np.ndarray, widen: float) -> Estimate:
+    """The number of the fit itself, values[0], with the interval of its draws, values[1:], on the plain scale."""
+    return Estimate(float(values[0]), *(interval(values[1:], widen, floor=None) if len(values) > 1 else (None, None)))
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,6 @@ class Target:
     @property
     def dims(self) -> list[str]:
         return self.fit.model.dims
-
-    @property
-    def log_budget(self) -> float:
-        """ln of (forward FLOPs, head included) x images."""
-        return float(np.log(self.train_flops / 3))
 
     def images(self, table: Mapping) -> np.ndarray:
         """Images that the budget pays for, [S], real."""
@@ -91,22 +85,22 @@ class Target:
         theta, widen = self.draws(kind)
         return interval(self.loss_of(values, theta), widen) if len(theta) else (None, None)
 
-    def excess(self, values: Mapping, over: Mapping) -> Estimate:
-        """Relative excess of the loss of one shape over another's, draw by draw."""
-        both = {n: np.array([x, over.get(n, x)], float) for n, x in values.items()}
-        first, second = self.loss(both)
+    def difference(self, values: Mapping, over: Mapping) -> Estimate:
+        """ln loss of one shape less ln loss of another, draw by draw, so that what both share cancels."""
+        both = {n: np.array([values[n], over.get(n, values[n])], float) for n in DIMENSIONS if n in values}
         theta, widen = self.draws()
-        many = self.loss(both, theta)  # [R, 2]
-        return estimated(first / second - 1, many[:, 0] / many[:, 1] - 1, widen)
+        first, second = np.log(self.loss(both, np.concatenate([self.fit.theta[None], theta]))).T  # [1 + R] each
+        return estimated(first - second, widen)
 
-    def at(self, train_flops: float) -> Target:
-        """The same law at another budget, which may be beyond MAX_DECADES."""
-        return Target(self.fit, float(train_flops), self.geometry)
+    def excess(self, values: Mapping, over: Mapping) -> Estimate:
+        """Relative excess of the loss of one shape over another's."""
+        found = self.difference(values, over)
+        return Estimate(*(None if x is None else float(np.expm1(x)) for x in vars(found).values()))  # type: ignore[arg-type]
 
     def optimum(self, theta: np.ndarray | None = None, held: Mapping | None = None) -> np.ndarray:
         """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
         many = self.fit.theta[None] if theta is None else theta
-        v = optimum_of(self.fit.family, many, self.log_budget, head=True, held=held)
+        v = optimum_of(self.fit.family, many, float(np.log(self.train_flops / 3)), head=True, held=held)
         return v[0] if theta is None else v
 
     def run_pairs(self) -> np.ndarray:
@@ -123,24 +117,18 @@ class Target:
             pairs = [(p, s) for p, s in pairs if sides[0] <= s // p <= sides[-1] and s // p % common == 0]
         return np.array(pairs, int).reshape(-1, 2)
 
-    def paired(self, v: np.ndarray, theta: np.ndarray, images: np.ndarray | None = None) -> np.ndarray:
-        """Loss of each theta [R, P] at its own ln x [R, K]: [R]; trained for the budget unless `images` [R] are given."""
+    def paired(self, v: np.ndarray, theta: np.ndarray) -> np.ndarray:
+        """Loss [R] of each theta [R, P] at its own ln x [R, K], trained for the budget."""
         table, form = dict(zip(self.dims, np.exp(v.T))), self.fit.shape_form
-        images = self.images(table) if images is None else images
-        u = law_columns(form.terms, table, images, self.geometry).T - self.fit.centre
+        u = law_columns(form.terms, table, self.images(table), self.geometry).T - self.fit.centre
         return np.exp(form.evaluate(theta, u[:, :, None])[0][:, 0])
 
-    def least(self, theta: np.ndarray, held: Mapping | None = None) -> np.ndarray:
-        """Loss [R] of each theta [R, P] at its own best real sizes, patch and image size being values that were run.
-
-        held: patch_size or image_size that all shapes have.
-        """
-        pairs = [dict(zip(TOKENS, pair)) for pair in self.run_pairs().tolist()]
-        pairs = [pair for pair in pairs if all(pair[name] == value for name, value in (held or {}).items())]
+    def least(self, theta: np.ndarray) -> np.ndarray:
+        """Loss [R] of each theta [R, P] at its own best real sizes, patch and image size being values that were run."""
         best = np.full(len(theta), np.inf)
-        for pair in pairs:
-            v = self.optimum(theta, {name: value for name, value in pair.items() if name in self.dims})
-            best = np.minimum(best, self.paired(v, theta))
+        for pair in self.run_pairs().tolist():
+            held = {name: value for name, value in zip(TOKENS, pair) if name in self.dims}
+            best = np.minimum(best, self.paired(self.optimum(theta, held), theta))
         return best
 
     def draws(self, kind: str = "random_effects") -> tuple[np.ndarray, float]:
@@ -164,16 +152,6 @@ class Target:
     def fixed(self, name: str) -> float:
         """The value of a dimension that the law has no term for, or else its centre."""
         return self.fit.data.centre.get(name, getattr(self.geometry, name))
-
-    def check_affordable(self, values: Mapping) -> None:
-        """Raise UserError where the budget does not pay for one image of the shape."""
-        cost = 3 * float(self.geometry.flops(values, head=True))
-        if cost > self.train_flops:
-            sizes = ", ".join(f"{n} {x:.4g}" for n, x in values.items())
-            raise UserError(
-                f"train_flops={self.train_flops:g} is below the cost of one image ({cost:.3g} FLOPs) of the law's best"
-                f" shape there ({sizes}); choose a larger budget"
-            )
 
     def shape(self, values: Mapping, head_dim: int) -> Shape:
         """The Shape of whole values by dimension."""
@@ -227,14 +205,9 @@ def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.
 def predicted_difference(fit: Fit, shape_a: Shape, shape_b: Shape, train_flops: float) -> Estimate:
     """ln loss(a) - ln loss(b), both trained for the same budget; negative = a is better.
 
-    The headline interval, at `fit.level`, of the expected losses' difference: draw by draw, so that what both shapes
-    share cancels.
+    The headline interval, at `fit.level`, is of the expected losses' difference, draw by draw.
     """
-    at, table = target(fit, train_flops), columns([shape_a, shape_b])
-    first, second = np.log(at.loss(table))
-    theta, widen = at.draws()
-    many = np.log(at.loss(table, theta))  # [R, 2]
-    return estimated(first - second, many[:, 0] - many[:, 1], widen)
+    return target(fit, train_flops).difference(shape_a.to_dict(), shape_b.to_dict())
 
 
 def ladder(fit: Fit, low: float | None = None, high: float | None = None, points: int = 9) -> list[float]:

@@ -1,6 +1,4 @@
-"""A fitted law and a budget -> the best shape that can be built, how sure that is, and what is as good. Numpy only.
-
-    recommendation = best_shape(Fit.from_json(text), train_flops=1e15, width_multiple=128, mlp_multiple=128)
+"""A fitted law and a budget -> the best shape that can be built, how sure that is, and what is as good.
 
 Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. A law's compute is forward_flops x num_examples.
 """
@@ -14,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from sovit import UserError
 from sovit.law.bootstrap import interval
 from sovit.law.fitted_law import Fit
-from sovit.predict.flat_region import FlatRegion, flat_region
-from sovit.predict.integer_search import SIZES, Rules, lattice, minimise
+from sovit.predict.integer_search import SIZES, FlatRegion, Rules, flat_region, lattice, minimise
 from sovit.predict.law_at_budget import (
     FAR_DECADES,
     TOKEN_DRAWS,
@@ -27,16 +25,11 @@ from sovit.predict.law_at_budget import (
     Target,
     budgets_run,
     columns,
-    predicted_difference,
     predicted_loss,
     target,
 )
 from sovit.spec.shape import Shape
 
-FRONTIER = (
-    *("train_flops", "decades", "optimum", "optimum_size", "optimum_loss", "shape", "num_params", "num_examples"),
-    *("loss", "loss_low", "loss_high", "loss_pairs_low", "loss_pairs_high", "rounding_regret", "regret", "warnings"),
-)
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
 
 
@@ -64,10 +57,7 @@ class Proportional:
     shape: Shape
     num_examples: int
     loss: float
-    loss_low: float | None
-    loss_high: float | None
     loss_excess: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -75,9 +65,9 @@ class Recommendation:
     """What to train at a budget. Losses are predictions of the law; intervals are at `level`.
 
     shape: the best that `rules` allow, exactly. optimum: the real-valued optimum by dimension of the law. optimum_size:
-    its num_params and num_examples. rounding_regret, rounding: relative excess of the loss of `shape` over the real
-    optimum's, rules included. rules_cost: the same over the best shape without rules; None where there are none.
-    difference: ln loss(shape) - ln loss(proportional). decades: of compute from the largest run, negative below it.
+    its num_params and num_examples. rounding: relative excess of the loss of `shape` over the real optimum's, what the
+    rules cost included. difference: ln loss(shape) - ln loss(proportional). decades: of compute from the largest run,
+    negative below it.
     """
 
     form: str
@@ -97,9 +87,7 @@ class Recommendation:
     optimum: dict[str, Optimum]
     optimum_size: dict[str, SizeEstimate]
     optimum_loss: float
-    rounding_regret: float
     rounding: Estimate
-    rules_cost: Estimate | None
     regret: Regret | None
     flat_region: FlatRegion
     proportional: Proportional
@@ -110,15 +98,9 @@ class Recommendation:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
-    def to_frontier_row(self) -> dict:
-        """What a frontier keeps of it, as plain data."""
-        found = self.to_dict()
-        flat = {name: found["flat_region"][name] for name in ("count", "exact", "surveyed", "ranges")}
-        return {name: found[name] for name in FRONTIER} | dict(flat=flat)
-
 
 def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
-    """The best shape for a training budget in FLOPs, head included, under `rules` (fields of `Rules`).
+    """Find the best shape for a training budget in FLOPs, head included, under `rules` (fields of `Rules`).
 
     Without rules width is a multiple of the data's head_dim and mlp_dim of 8; patch and image size are values that were
     run. Raises UserError for a law that cannot rank shapes, for a budget without one image, for one more than
@@ -129,15 +111,11 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
     '40x3x704'
     """
     at = target(fit, train_flops)
-    given, free = rules_of(at, **rules), rules_of(at)
-    real = dict(zip(at.dims, np.exp(at.optimum())))
-    real |= {n: at.within(n, real[n]) for n in at.absent()}
-    real_loss = float(at.loss_of(real))
-    at.check_affordable(real)
-    grid, near = lattice(at, given), {n: real.get(n, at.fixed(n)) for n in SIZES}
-    best, best_loss = minimise(grid, near)
+    given = rules_of(at, **rules)
+    real = _real_optimum(at)
+    grid = lattice(at, given)
+    best, best_loss = minimise(grid, {n: real.get(n, at.fixed(n)) for n in SIZES})
     shape = at.shape(best, given.head_dim)
-    plain = best if given == free else minimise(lattice(at, free), near)[0]
     least = {kind: _least(at, kind) for kind in fit.draws}
     headline = least["random_effects"][1] if "random_effects" in least else None
     optimum = _optimum_by_dimension(at, real, least)
@@ -161,15 +139,16 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
         loss_pairs_low=pairs_low,
         loss_pairs_high=pairs_high,
         optimum=optimum,
-        optimum_size=_size(at, real, least),
-        optimum_loss=real_loss,
-        rounding_regret=best_loss / real_loss - 1,
+        optimum_size={
+            name: SizeEstimate(float(of(real)), **_both_intervals(at, least, of))
+            for name, of in dict[str, Callable](num_params=at.geometry.num_params, num_examples=at.images).items()
+        },
+        optimum_loss=float(at.loss_of(real)),
         rounding=at.excess(best, real),
-        rules_cost=None if given == free else at.excess(best, plain),
         regret=_regret(at, best, headline),
-        flat_region=flat_region(grid, near, best, best_loss, headline),
+        flat_region=flat_region(grid, best, best_loss, headline),
         proportional=proportional,
-        difference=predicted_difference(fit, shape, proportional.shape, train_flops),
+        difference=at.difference(best, proportional.shape.to_dict()),
         decades=decades,
         warnings=_warnings(fit, optimum, decades),
     )
@@ -180,8 +159,22 @@ def rules_of(at: Target, **rules: Any) -> Rules:
     return Rules(**dict(head_dim=at.geometry.head_dim) | rules)
 
 
+def _real_optimum(at: Target) -> dict[str, float]:
+    """The real-valued optimum by dimension. Raises UserError where the budget does not pay for one image of it."""
+    real = dict(zip(at.dims, np.exp(at.optimum()).tolist()))
+    real |= {n: at.within(n, real[n]) for n in at.absent()}
+    cost = at.train_flops / float(at.images(real))
+    if cost > at.train_flops:
+        sizes = ", ".join(f"{n} {x:.4g}" for n, x in real.items())
+        raise UserError(
+            f"train_flops={at.train_flops:g} is below the cost of one image ({cost:.3g} FLOPs) of the law's best shape"
+            f" there ({sizes}); choose a larger budget"
+        )
+    return real
+
+
 def proportional_shape(at: Target, head_dim: int, reference: float) -> Proportional:
-    """The best shape of ViT-B's proportions (width w, depth w/64 rounded and at least 1, mlp_dim 4w) at a budget.
+    """Find the best shape of ViT-B's proportions (width w, depth w/64 rounded and at least 1, mlp_dim 4w) at a budget.
 
     w is the multiple of head_dim that the law itself thinks best at that budget: the strongest opponent that constant
     proportions allow. reference: the loss of the recommended shape.
@@ -189,19 +182,9 @@ def proportional_shape(at: Target, head_dim: int, reference: float) -> Proportio
     table = proportional_family(at, head_dim)
     loss = at.loss(table)
     i = int(loss.argmin())
-    chosen = {n: float(column[i]) for n, column in table.items()}
-    shape = at.shape(chosen, head_dim)
-    low, high = at.loss_interval(chosen)
-    unknown = [n for n in SIZES if n not in at.dims]
-    return Proportional(
-        shape=shape,
-        num_examples=int(at.images(columns([shape]))[0]),
-        loss=float(loss[i]),
-        loss_low=low,
-        loss_high=high,
-        loss_excess=float(loss[i] / reference - 1),
-        note=f"the law knows nothing of {', '.join(unknown)}" if unknown else "",
-    )
+    shape = at.shape({n: column[i] for n, column in table.items()}, head_dim)
+    images = int(at.images(columns([shape]))[0])
+    return Proportional(shape, images, float(loss[i]), float(loss[i] / reference - 1))
 
 
 def proportional_family(at: Target, head_dim: int) -> dict[str, np.ndarray]:
@@ -213,7 +196,7 @@ def proportional_family(at: Target, head_dim: int) -> dict[str, np.ndarray]:
 
 
 def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
-    """How far the recommendation hangs on the form: {form, shape, loss, loss_excess} of each form.
+    """Compare the recommendations of several forms: {form, shape, loss, loss_excess} of each.
 
     shape: the form's best Shape; loss_excess: form -> excess loss of that shape under it.
     """
@@ -236,7 +219,7 @@ def _least(at: Target, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return v, at.least(theta[:TOKEN_DRAWS]) if set(TOKENS) & set(at.dims) else at.paired(v, theta)
 
 
-def _both_intervals(at: Target, least: Mapping, measure: Callable[[dict], np.ndarray]) -> dict[str, float]:
+def _both_intervals(at: Target, least: Mapping, measure: Callable[[dict], Any]) -> dict[str, float]:
     """Both intervals of measure(table of the draws' optima) [R], as fields of SizeEstimate."""
     ends = {}
     for kind, (v, _) in least.items():
@@ -250,7 +233,7 @@ def _optimum_by_dimension(at: Target, real: Mapping, least: Mapping) -> dict[str
     grid, exponents = at.fit.data.grid, at.fit.exponents
     return {
         n: Optimum(
-            estimate=float(x),
+            estimate=x,
             status=exponents[n].status,
             note=exponents[n].note,
             grid="below" if x <= min(grid[n]) else "above" if x >= max(grid[n]) else "inside",
@@ -258,12 +241,6 @@ def _optimum_by_dimension(at: Target, real: Mapping, least: Mapping) -> dict[str
         )
         for n, x in real.items()
     }
-
-
-def _size(at: Target, real: Mapping, least: Mapping) -> dict[str, SizeEstimate]:
-    """Parameters and images of the real optimum."""
-    sizes = dict(num_params=at.geometry.num_params, num_examples=at.images)
-    return {n: SizeEstimate(float(f(real)), **_both_intervals(at, least, f)) for n, f in sizes.items()}
 
 
 def _regret(at: Target, best: Mapping, least: np.ndarray | None) -> Regret | None:

@@ -94,7 +94,7 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
         draw(fits[headline], data, facts | dict(held_out=scores, sensitivity=found), folder) if chosen.figures else []
     )
     facts |= dict(recommendation=best.to_dict() if best else None, figures=drawn)
-    facts["frontier"] = [row.to_frontier_row() for row in at_budget["frontier"]]
+    facts["frontier"] = [row.to_dict() for row in at_budget["frontier"]]
     write_atomic(folder / SENSITIVITY, _json(found))
     write_atomic(folder / FACTS, _json(facts))
     write_atomic(folder / "report.md", report_text(folder))
@@ -146,7 +146,6 @@ def draw(fit: Fit, data: Measurements, facts: Mapping, folder: Path) -> list[str
         frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
         sensitivity=plot.sensitivity(facts["sensitivity"]),
         optimal_shape=plot.optimal_shape(fit, facts["recommendation"]),
-        **{f"trade_{name}": plot.trade(trade, data) for name, trade in facts["trades"].items()},
     )
     for name, figure in made.items():
         if figure is not None:

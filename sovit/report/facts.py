@@ -21,7 +21,7 @@ from sovit.law.extrapolation import Score
 from sovit.law.fitted_law import Fit, plain
 from sovit.law.forms import WHOLE_SHAPE
 from sovit.ledger.measurements import LEVEL_WIDTH, Measurements, levels
-from sovit.predict.growth_rules import exact_growth, other_rules
+from sovit.predict.growth_rules import other_rules
 from sovit.predict.law_at_budget import TOKENS, ladder
 from sovit.predict.patch_tradeoff import trade
 from sovit.predict.recommend import Recommendation, best_shape, form_dependence
@@ -232,7 +232,7 @@ def equation(fit: Fit) -> str:
 
 
 def budget_facts(data: Measurements, fits: Mapping[str, Fit], headline: str, train_flops: float | None) -> dict:
-    """{recommendation, why_none, dependence, rules, growth, frontier, trades, run_before} at a budget.
+    """{recommendation, why_none, dependence, rules, frontier, trades, run_before} at a budget.
 
     The recommendation and the rows of the frontier are `Recommendation`s, the rest is plain data. train_flops: None = 3.16 x
     the largest budget run. recommendation: None, with the reason in why_none, where the law
@@ -240,7 +240,7 @@ def budget_facts(data: Measurements, fits: Mapping[str, Fit], headline: str, tra
     """
     fit = fits[headline]
     largest = extent(fit)
-    empty: dict = dict(dependence=[], rules={}, growth={}, frontier=[], trades={}, run_before="never")
+    empty: dict = dict(dependence=[], rules={}, frontier=[], trades={}, run_before="never")
     if train_flops is None and largest is None:
         reason = "the rows do not say their training FLOPs, so that there is no budget to plan for"
         return dict(recommendation=None, why_none=reason, **empty)
@@ -254,7 +254,6 @@ def budget_facts(data: Measurements, fits: Mapping[str, Fit], headline: str, tra
         why_none="",
         dependence=form_dependence([fits[name] for name in fits if name in WHOLE_SHAPE], budget),
         rules=other_rules(fit, best, fits),
-        growth=exact_growth(fit, budget),
         frontier=_frontier(fit),
         trades={n: trade(fit, budget, n) for n in TOKENS if n in best.optimum},
         run_before=run_before(data, best.shape, budget),

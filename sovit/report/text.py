@@ -8,7 +8,6 @@ from math import expm1, log10
 
 import jinja2
 
-from sovit.predict.paired_test import verdict_of
 from sovit.predict.recommend import Recommendation
 
 NAMES = {
@@ -55,7 +54,7 @@ def _environment() -> jinja2.Environment:
     ]
     words += [label, shape_words, count_words, flat_words, table, columns]
     environment.filters |= {function.__name__: function for function in words}
-    environment.filters |= dict(log10=log10, relative=relative, gain_verdict=gain_verdict)
+    environment.filters |= dict(log10=log10, relative=relative)
     return environment
 
 
@@ -157,11 +156,6 @@ def gain(excess: Mapping, sign: bool = False) -> str:
 # shapes and tables ----------------------------------------------------------------------------------------------------
 
 
-def gain_verdict(difference: Mapping) -> str:
-    """The verdict on a difference of gains, of which more is better."""
-    return verdict_of(-difference["high"], -difference["low"])
-
-
 def label(shape: Mapping, dims: Iterable[str] = ()) -> str:
     """width x depth x mlp_dim, and /patch@image where the law, of `dims`, chooses among these."""
     text = f"{shape['width']}x{shape['depth']}x{shape['mlp_dim']}"
@@ -174,8 +168,8 @@ def shape_words(shape: Mapping) -> str:
 
 
 def count_words(flat: Mapping) -> str:
-    """How many shapes are in a flat region: "1,234", or "12 of 5,678 surveyed" where not all were counted."""
-    return f"{flat['count']:,}" if flat["exact"] else f"{flat['count']:,} of {flat['surveyed']:,} surveyed"
+    """How many shapes are in a flat region: "1,234", or "at least 1,234" where not all were counted."""
+    return f"{flat['count']:,}" if flat["exact"] else f"at least {flat['count']:,}"
 
 
 def flat_words(flat: Mapping) -> str:
@@ -209,16 +203,15 @@ def columns(text: str) -> str:
 # what `sovit predict` prints ------------------------------------------------------------------------------------------
 
 
-def recommendation_text(r: Recommendation, beside: Mapping | None = None) -> str:
-    """A recommendation in words; beside: {size_rule, paper_rule, growth}, what the command puts beside it."""
-    misfit = "" if r.rules_cost is None else r.rules.misfit(r.proportional.shape)
-    return render("predict.txt.j2", r=r.to_dict(), beside=beside or {}, misfit=misfit).rstrip("\n")
+def recommendation_text(r: Recommendation, beside: Mapping) -> str:
+    """A recommendation in words; beside: {size_rule, paper_rule}, what the command puts beside it."""
+    return render("predict.txt.j2", r=r.to_dict(), beside=beside).rstrip("\n")
 
 
 def frontier_text(rows: Sequence[Recommendation]) -> str:
     """A frontier as a table."""
     warnings = dict.fromkeys(w for row in rows for w in row.warnings if "decades" not in w and "optimum" not in w)
-    plain = [row.to_frontier_row() for row in rows]
+    plain = [row.to_dict() for row in rows]
     common = dict(metric=rows[0].metric, level=rows[0].level, warnings=list(warnings))
     return render("frontier.txt.j2", rows=plain, **common).rstrip("\n")
 

@@ -15,11 +15,9 @@ from sovit.law import fit as law
 from sovit.law import fitted_law
 from sovit.law.fitted_law import Fit
 from sovit.ledger.measurements import measurements
-from sovit.predict.integer_search import Rules
 from sovit.predict.law_at_budget import predicted_loss, target
 from sovit.predict.patch_tradeoff import FACTOR, by_value, trade
 from sovit.predict.recommend import best_shape, rules_of
-from sovit.report import figures as plot
 from sovit.report.build import fit_ledgers
 from sovit.report.text import trade_text
 from sovit.spec.shape import DIMENSIONS, Shape
@@ -134,26 +132,13 @@ def test_excess_is_of_the_shapes_named(fit, drawn):
         assert row["excess"]["low"] <= row["excess"]["estimate"] <= row["excess"]["high"]
 
 
-def test_a_turn_is_where_both_values_are_as_good(exact, answer, drawn):
-    turns = {(t["fewer"], t["more"]): t for t in answer["turns"]}
-    assert list(turns) == [(8, 4), (4, 2)]
-    turn = turns[4, 2]
-    assert turn["where"] == dict(estimate="within", low=None, high=None)
-    for factor, better in ((0.8, 4), (1.25, 2)):
-        at = target(exact, turn["estimate"] * factor)
-        loss = {v: float(at.least(exact.theta[None], {"patch_size": v})[0]) for v in (2, 4)}
-        assert min(loss, key=loss.get) == better
-    found = drawn["turns"][1]
-    assert found["low"] <= turn["estimate"] <= found["high"]  # the truth in the interval of the fit
-
-
 def test_spending_doubles_the_flops_of_one_image_and_keeps_the_images(exact, answer):
     found = answer["spend"]
     shape = found["shape"]
     geometry = target(exact, FLOPS).geometry
     start = {n: float(shape[n]) for n in DIMENSIONS}
     images = FLOPS / 3 / geometry.flops(start, head=True)
-    assert found["train_flops"] == FACTOR * FLOPS and found["num_examples"] == int(images)
+    assert found["train_flops"] == FACTOR * FLOPS
 
     def loss(sizes):
         return (
@@ -165,31 +150,6 @@ def test_spending_doubles_the_flops_of_one_image_and_keeps_the_images(exact, ans
         assert geometry.flops(moved, head=True) == pytest.approx(2 * geometry.flops(start, head=True), rel=1e-9)
         assert option["gain"]["estimate"] == pytest.approx(1 - loss(moved) / loss(start), rel=1e-9)
     assert found["options"]["patch_size"]["to"] < shape["patch_size"]
-    gain = {name: option["gain"]["estimate"] for name, option in found["options"].items()}
-    for name, d in found["difference"].items():
-        assert d["estimate"] == pytest.approx(gain["patch_size"] - gain[name], abs=1e-12)
-
-
-def test_the_turn_of_spending_changes_sides(exact, answer):
-    spend = answer["spend"]
-    turn, held = spend["turn"], {n: float(spend["shape"][n]) for n in ("patch_size", "image_size")}
-    assert turn["where"]["estimate"] == "within"
-    for factor, better in ((0.5, turn["against"]), (2.0, "patch_size")):
-        at = target(exact, turn["estimate"] * factor)
-        start = dict(zip(at.dims, np.exp(at.optimum(held=held))))
-        images = at.train_flops / 3 / at.geometry.flops(start, head=True)
-        losses = {}
-        for name in ("patch_size", turn["against"]):
-            low, high = 1.0, 0.01 if name == "patch_size" else 100.0
-            for _ in range(60):  # the size that costs twice as much
-                middle = np.sqrt(low * high)
-                over = at.geometry.flops(start | {name: start[name] * middle}, head=True) > 2 * at.geometry.flops(
-                    start, head=True
-                )
-                low, high = (low, middle) if over else (middle, high)
-            moved = {n: np.array([x]) for n, x in (start | {name: start[name] * low}).items()}
-            losses[name] = float(at.loss(moved, images=np.array([images]))[0])
-        assert min(losses, key=lambda n: losses[n]) == better
 
 
 # statuses --------------------------------------------------------------------------------------------------------------
@@ -265,7 +225,7 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     text = (folder / "report.md").read_text()
     assert "best patch size falls as compute^-0." in text and "best image size grows as compute^0." in text
     assert "patch_size is" not in text.replace("`", "") and "Patch_size" not in text
-    assert "Smaller patches against more width" in text and (folder / "trade_patch_size.svg").is_file()
+    assert "2 times the FLOPs an image at as many images" in text
     assert (folder / "optimal_shape.png").is_file() and (folder / "fit_by_dimension.png").is_file()
     fitted = Fit.from_json((folder / "law.json").read_text())
     assert fitted.data.grid_sides == [4, 8, 12, 16, 32]
@@ -274,26 +234,24 @@ def test_the_report_speaks_of_patch_and_image_as_they_are(folder):
     assert by_arm.estimate is None or by_arm.estimate < 0
 
 
-def test_the_command_answers_in_words_and_json_and_draws(folder, tmp_path, capsys):
+def test_the_command_answers_in_words_and_json(folder, capsys):
     arguments = ["predict", str(folder / "law.json"), "--train-flops", "3e12", "--by", "patch_size"]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "smaller patches against more width" in said and "patch size 4 is better than" in said
-    assert (tmp_path / "trade_patch_size.png").is_file() and (tmp_path / "trade_patch_size.svg").is_file()
+    assert "lower the loss by, spent on: " in said and "best shape with it" in said
     assert main([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert trade_text(found) + "\n" == said
     assert [row["value"] for row in found["values"]] == [2, 4, 8]
-    assert len(plot.trade(found).axes) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--train-flops", "3e12", "--by", "width"], "--by width: choose patch_size or image_size"),
+        (["--train-flops", "3e12", "--by", "width"], "by='width': choose patch_size or image_size"),
         (["--by", "patch_size"], "name a budget with --train-flops"),
         (["--frontier", "--by", "patch_size"], "--by asks at one budget"),
-        (["--train-flops", "3e12", "--out", "x"], "--out belongs to --frontier or --by"),
+        (["--train-flops", "3e12", "--out", "x"], "--out belongs to --frontier"),
         (["--train-flops", "3e40", "--by", "patch_size"], "decades from the budgets run"),
     ],
 )
@@ -311,5 +269,4 @@ def test_a_law_of_one_patch_size_says_so():
 
 def test_without_draws_there_is_no_interval_and_that_is_said(exact):
     text = trade_text(trade(exact, FLOPS, "image_size"))
-    assert "no interval: fitted without draws" in text and "%" in text
-    assert Rules(8).misfit(planted.CENTRE) == ""
+    assert "none" in text and "%" in text and " to " not in text

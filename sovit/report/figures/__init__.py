@@ -4,7 +4,6 @@ from sovit.report.figures.extrapolation import extrapolation, residuals
 from sovit.report.figures.frontier import frontier
 from sovit.report.figures.law import fit_by_dimension, isoflop, optimal_shape
 from sovit.report.figures.law_lines import budget_levels, optimal_path
-from sovit.report.figures.patch_tradeoff import trade
 from sovit.report.figures.sensitivity import sensitivity
 from sovit.report.figures.study import contact_sheet, learning_rates, validation
 from sovit.report.figures.style import save
@@ -22,6 +21,5 @@ __all__ = [
     "residuals",
     "save",
     "sensitivity",
-    "trade",
     "validation",
 ]
