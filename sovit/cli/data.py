@@ -43,8 +43,6 @@ def data(
     print(f"{opened.num_val:,} validation images")
     print(baselines(opened))
     if action == "show":
-        for line in getattr(opened, "notes", list)():  # what a source has to say of itself
-            print(line)
         out = out or OUTPUTS / f"{named.data}-{Path(named.preset).name}.png"
         batch, (mean, std) = opened.train(0, 24), NORMALISATION[named.data]
         sheet(batch.images * std + mean, captions(batch.labels, opened), out, f"{title}, {size} px")

@@ -57,12 +57,8 @@ PRESETS = {
     },
     "icons": {
         "mosaic": (32, "2 x 2 real icons of 16 px, 40 classes, one label a patch"),
-        "mosaic-views": (32, "the same, each icon turned, moved and scaled anew for every sample; 40 classes"),
         "single40": (32, "one icon, 40 classes"),
         "single200": (32, "one icon, 200 classes"),
-        "single1000": (32, "one icon, 1,000 classes"),
-        "colour200": (32, "one icon, 200 classes; pose, colours and background anew for every sample"),
-        "colour1000": (32, "one icon, 1,000 classes; pose, colours and background anew for every sample"),
     },
     "hub": {},
 }
@@ -105,6 +101,8 @@ def open_data(data: str, preset: str, image_size: int, patch_size: int, data_see
     """
     if data not in SOURCES:
         raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")
+    if data_seed < 0:
+        raise UserError(f"data_seed={data_seed} is negative; give 0 or more")
     return importlib.import_module(SOURCES[data]).open_source(preset, image_size, patch_size, data_seed, device)
 
 

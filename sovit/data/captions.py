@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from sovit.data import Source
 from sovit.data.cache import content_key
 from sovit.data.icons.icons import Icons
 from sovit.data.icons.text import STYLES
-from sovit.data.icons.views import NAMES
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import NUM_ANSWERS, VAL_SEED, hash_uniform
 from sovit.spec.siglip_costs import NUM_WORDS
@@ -109,9 +107,8 @@ class StreamCaptions:
 class IconCaptions:
     """Captions of icons: of every drawing its style, its concept and the other words of its name, as far as they are known.
 
-    "outline calendar check". Where colours are drawn anew, "... in red on white", or "... in red", or no colour, each in a
-    third of the images. A mosaic is told drawing by drawing, row by row. Words of the vocabulary are the concepts, what
-    sovit.data.icons.text tells apart, and what the names of MIN_ICONS training icons have.
+    "outline calendar check". A mosaic is told drawing by drawing, row by row. Words of the vocabulary are the concepts,
+    what sovit.data.icons.text tells apart, and what the names of MIN_ICONS training icons have.
     """
 
     num_words = NUM_WORDS["icons"]
@@ -119,19 +116,14 @@ class IconCaptions:
 
     def __init__(self, icons: Icons):
         self.icons = icons
-        self.grid = icons.preset.grid
-        self.coloured = bool(icons.preset.views and icons.preset.views.colour)
-        told = icons.texts()
-        common = Counter(word for icon in told if icon["split"] == "train" for word in icon["caption"].split())
-        plain = dict.fromkeys(
-            [*icons.class_names, *STYLES, *sorted(word for word, n in common.items() if n >= self.MIN_ICONS)]
-        )
-        self.words = ("<pad>", *dict.fromkeys([*plain, "in", "on", *NAMES]))
+        common = Counter(word for icon in icons.texts if icon["split"] == "train" for word in icon["caption"].split())
+        plain = [*icons.class_names, *STYLES, *sorted(word for word, n in common.items() if n >= self.MIN_ICONS)]
+        self.words = ("<pad>", *dict.fromkeys(plain))
         self.content_key = content_key(recipe=RECIPE, images=icons.content_key, words=self.words)
         number = {word: i for i, word in enumerate(self.words)}
-        slots = self.num_words // self.grid**2 - (4 if self.coloured else 0)
-        self._name = torch.zeros(len(told), slots, dtype=torch.int64)  # [I, slots]
-        for i, icon in enumerate(told):
+        slots = self.num_words // icons.preset.grid**2
+        self._name = torch.zeros(len(icons.texts), slots, dtype=torch.int64)  # [I, slots]
+        for i, icon in enumerate(icons.texts):
             said = [*icon["style"][:1], icon["concept"], *(w for w in icon["caption"].split() if w != icon["concept"])]
             known = [number[word] for word in dict.fromkeys(said) if word in number][:slots]
             self._name[i, : len(known)] = torch.tensor(known)
@@ -143,29 +135,14 @@ class IconCaptions:
         return self._tell(True, start, count)
 
     def zero_shot(self) -> dict[str, tuple[Tensor, Tensor]]:
-        facts = self.icons.facts(0, self.icons.num_val, val=True)
-        asked = {"concept": ([*self.icons.class_names], facts["label"])}
-        if self.coloured:
-            asked["ink"] = [f"in {name}" for name in NAMES], facts["ink"]
-        found = {}
-        for attribute, (texts, values) in asked.items():
-            prompts = torch.stack([encode(self, text) for text in texts]).to(self.icons.device)
-            shown = torch.from_numpy(np.ascontiguousarray(values)).to(self.icons.device)  # [V, cells]
-            found[attribute] = prompts, torch.nn.functional.one_hot(shown, len(texts)).amax(1) > 0
-        return found
+        names, device = self.icons.class_names, self.icons.device
+        prompts = torch.stack([encode(self, name) for name in names])
+        labels = torch.from_numpy(self.icons.classes[self.icons.shown(0, self.icons.num_val, val=True)])  # [V, cells]
+        true = torch.nn.functional.one_hot(labels, len(names)).amax(1) > 0
+        return {"concept": (prompts.to(device), true.to(device))}
 
     def _tell(self, val: bool, start: int, count: int) -> Tensor:
-        facts = self.icons.facts(start, count, val)
-        name = self._name[torch.from_numpy(np.ascontiguousarray(facts["icon"]))]  # [B, cells, slots]
-        if self.coloured:
-            seed = VAL_SEED if val else self.icons.data_seed
-            u = hash_uniform(seed ^ TOPIC_SEED, torch.arange(start, start + count), 1)
-            number = torch.tensor([self.words.index(colour) for colour in NAMES])
-            ink, ground = (number[torch.from_numpy(np.ascontiguousarray(facts[k]))] for k in ("ink", "background"))
-            into, onto = (torch.full_like(ink, self.words.index(word)) for word in ("in", "on"))
-            colours = torch.stack((into, ink, onto, ground), -1)  # [B, cells, 4]
-            parts = (3 * u).long()[..., None]  # [B, 1, 1]: 0 no colour, 1 the ink, 2 both
-            name = torch.cat((name, colours * (torch.arange(4) < 2 * parts)), -1)
+        name = self._name[torch.from_numpy(self.icons.shown(start, count, val))]  # [B, cells, slots]
         words = torch.zeros(count, self.num_words, dtype=torch.int64)
         words[:, : name[0].numel()] = name.flatten(1)
         return words.to(self.icons.device)

@@ -96,8 +96,8 @@ def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu")
 
 def num_different(source: Source, labels: np.ndarray) -> np.ndarray:
     """Different examples [C] of each class among the first samples, whose labels [n] are given: of icons, drawings."""
-    if len(labels) and hasattr(source, "facts"):  # others repeat nothing within an epoch
-        labels = labels[np.unique(source.facts(0, len(labels))["icon"], return_index=True)[1]]
+    if len(labels) and hasattr(source, "shown"):  # others repeat nothing within an epoch
+        labels = labels[np.unique(source.shown(0, len(labels)), return_index=True)[1]]
     return np.bincount(labels, minlength=source.num_classes)
 
 

@@ -11,9 +11,8 @@ from icon_package import small_package, write_package
 from sovit import UserError
 from sovit.data import open_data
 from sovit.data.captions import encode, open_captions
-from sovit.data.icons import icons, labels, near_copies
+from sovit.data.icons import labels
 from sovit.data.icons.text import STYLES
-from sovit.data.icons.views import NAMES, Views
 from sovit.data.stream.world import VAL_SEED
 
 
@@ -33,7 +32,7 @@ def stream(preset="cpu", size=16, seed=3):
 
 @pytest.fixture
 def icon_captions(tmp_path_factory, monkeypatch):
-    """preset -> an opened preset of the small package and its captions; `mosaic-colour` has both cells and colours."""
+    """preset -> an opened preset of the small package and its captions."""
     pytest.importorskip("resvg_py", reason="rendering needs the extra `icons`")
     folder = tmp_path_factory.getbasetemp() / "caption_icons"
     if not folder.exists():
@@ -42,8 +41,6 @@ def icon_captions(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
     monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
     monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)
-    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)
-    monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
 
     def opened(preset):
         source = open_data("icons", preset, 32, 4, 3)
@@ -95,43 +92,30 @@ def test_prompts_are_true_of_the_scenes_that_zero_shot_says():
     assert majority == pytest.approx(0.54, abs=0.02)
 
 
-@pytest.mark.parametrize("preset", ["mosaic", "single40", "mosaic-colour"])
+@pytest.mark.parametrize("preset", ["mosaic", "single40"])
 @pytest.mark.parametrize("val", [False, True])
 def test_captions_of_icons_are_true(icon_captions, preset, val):
     source, captions = icon_captions(preset)
-    facts = source.facts(5, 30, val)
-    parts = Counter()
+    shown = source.shown(5, 30, val)
     cells = source.preset.grid**2
     for i, words in enumerate((captions.val if val else captions.train)(5, 30)):
         for c, told in enumerate(words.view(cells, -1)):
-            icon, told = source.text(int(facts["icon"][i, c])), text_of(captions, told).split()
-            if captions.coloured and "in" in told:
-                at = told.index("in")
-                colours, told = told[at:], told[:at]
-                assert colours[1] == NAMES[facts["ink"][i, c]]
-                assert colours[2:] in ([], ["on", NAMES[facts["background"][i, c]]])
-                parts[len(colours)] += 1
-            else:
-                parts[0] += 1
+            icon, told = source.texts[shown[i, c]], text_of(captions, told).split()
             assert icon["concept"] in told
             assert set(told) <= {icon["concept"], *icon["caption"].split(), *icon["style"]}
             if icon["style"]:
                 assert told[0] == icon["style"][0] in STYLES
-    assert set(parts) == ({0, 2, 4} if captions.coloured else {0})
 
 
-@pytest.mark.parametrize("preset", ["mosaic", "single40", "mosaic-colour"])
+@pytest.mark.parametrize("preset", ["mosaic", "single40"])
 def test_prompts_of_icons_are_true_of_what_is_shown(icon_captions, preset):
     source, captions = icon_captions(preset)
     found = captions.zero_shot()
-    assert set(found) == ({"concept", "ink"} if captions.coloured else {"concept"})
-    facts = source.facts(0, source.num_val, val=True)
+    shown = source.classes[source.shown(0, source.num_val, val=True)]
     prompts, true = found["concept"]
     assert [text_of(captions, words) for words in prompts] == list(source.class_names)
     for i in range(0, source.num_val, 97):
-        assert set(np.flatnonzero(true[i])) == set(facts["label"][i])
-        if "ink" in found:
-            assert set(np.flatnonzero(found["ink"][1][i])) == set(facts["ink"][i])
+        assert set(np.flatnonzero(true[i])) == set(shown[i])
 
 
 # functions of (seed, index) ----------------------------------------------------------------------------------------------
@@ -154,9 +138,8 @@ def test_captions_of_the_stream_depend_on_seed_and_index_alone():
     assert torch.equal(stream(seed=4)[1].val(0, 50), stream()[1].val(0, 50))
 
 
-@pytest.mark.parametrize("preset", ["mosaic", "mosaic-colour"])
-def test_captions_of_icons_depend_on_seed_and_index_alone(icon_captions, preset):
-    assert torch.equal(slices(icon_captions(preset)[1]), icon_captions(preset)[1].train(200, 120))
+def test_captions_of_icons_depend_on_seed_and_index_alone(icon_captions):
+    assert torch.equal(slices(icon_captions("mosaic")[1]), icon_captions("mosaic")[1].train(200, 120))
 
 
 def test_a_scene_has_the_same_caption_at_any_size():

@@ -10,16 +10,18 @@ from icon_package import CONCEPTS, small_package
 
 from sovit import UserError
 from sovit.data.icons.labels import (
-    NARROW,
+    BRANDS,
+    NEVER,
+    NUM_WORDS,
+    RECIPE,
+    SAME,
     VAL_SHARE,
-    WIDE,
     Icon,
     choose,
     content_words,
     find_concept,
     read_set,
     split_families,
-    word_set,
 )
 
 
@@ -46,54 +48,22 @@ def test_concept_of_a_name(name, concept):
     assert find_concept(content_words(name), vocabulary) == concept
 
 
-@pytest.mark.parametrize(
-    ("name", "narrow", "wide"),
-    [
-        ("plane", "plane", "airplane"),
-        ("paper-plane", "plane", "send"),
-        ("not-paper-planes", None, None),
-        ("star-filled-loop", "loop", "star"),  # `loop` says that the drawing moves
-        ("letter-q", "q", None),
-        ("arrow-left", None, "arrow"),  # of two words of the vocabulary neither is the subject
-        ("java", "java", None),
-        ("sketch-diamond", None, None),
-    ],
-)
-def test_a_thousand_classes_have_rules_of_their_own(name, narrow, wide):
-    vocabulary = word_set("plane airplane send loop star q letter arrow left java sketch diamond")
-    for by, concept in ((NARROW, narrow), (WIDE, wide)):
-        allowed = vocabulary - by.never - by.brands
-        assert find_concept(content_words(name, by), allowed, by) == concept, by.recipe
-
-
 def test_tables_of_words_do_not_contradict_each_other():
-    for by in (NARROW, WIDE):
-        concepts = set(by.same.values()) | set(by.phrases.values())
-        assert not concepts & set(by.same), "a word is counted as one that is itself counted as another"
-        assert not concepts & (by.never | by.brands), "a word is counted as one that is never a label"
-        assert not set(by.same) & (by.never | by.brands), "a word that is counted as another cannot be forbidden"
+    concepts = set(SAME.values())
+    assert not concepts & set(SAME), "a word is counted as one that is itself counted as another"
+    assert not concepts & (NEVER | BRANDS), "a word is counted as one that is never a label"
+    assert not set(SAME) & (NEVER | BRANDS), "a word that is counted as another cannot be forbidden"
 
 
-@pytest.mark.parametrize("by, frozen", [(NARROW, "3c56206ecaca"), (WIDE, "0606a460fbb6")], ids=["narrow", "wide"])
-def test_word_lists_are_those_of_the_committed_results(by, frozen):
-    """Where a list has to change, the recipe of its rules must too."""
-    words = sorted(by.same.items()), sorted(by.phrases.items()), sorted(by.never), sorted(by.brands)
-    everything = repr((by.recipe, by.num_words, *words, by.min_train, by.min_val))
-    assert hashlib.sha256(everything.encode()).hexdigest()[:12] == frozen
+def test_word_lists_are_those_of_the_committed_results():
+    """Where a list has to change, RECIPE must too."""
+    everything = repr((RECIPE, NUM_WORDS, sorted(SAME.items()), [], sorted(NEVER), sorted(BRANDS), 0, 0))
+    assert hashlib.sha256(everything.encode()).hexdigest()[:12] == "3c56206ecaca"
 
 
-def test_a_wide_choice_has_every_class_on_both_sides_of_the_split():
-    families = [f"f{i}" for i in range(60)]
-    val = split_families(Counter(families))
-    icons = [
-        Icon(f"{family}:{word}", family, "MIT", "A", "0 0 24 24", family + word)
-        for family in families  # a name of two concepts has no label
-        for word in ("seen", "seen-unseen" if family in val else "unseen")
-    ]
-    assert split_families(Counter(icon.family for icon in icons)) == val
-    with pytest.raises(UserError, match="num_classes=201 is more than the 1 concepts found"):
-        choose(icons, 201)
-    assert choose(icons, 2)[1] == ["seen", "unseen"]  # the narrow rules do not ask
+def test_more_classes_than_concepts_are_refused():
+    with pytest.raises(UserError, match="num_classes=41 is more than the 40 concepts found"):
+        choose(read_all(), 41)
 
 
 def test_licences_colours_logos_and_brands_are_left_out():

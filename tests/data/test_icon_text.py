@@ -1,11 +1,8 @@
-"""What names say: captions and attributes of hand-picked names, and the table beside a folder of masks."""
+"""What names say: captions and attributes of hand-picked names."""
 
-import json
-
-import numpy as np
 import pytest
 
-from sovit.data.icons.text import ATTRIBUTES, describe, text_folder
+from sovit.data.icons.text import ATTRIBUTES, describe
 
 # enough names of each set to tell a mark of style from a word of a name
 BACKGROUND = [f"weights:thing{i}-{style}" for i in range(9) for style in ("bold", "light", "round")]
@@ -38,30 +35,3 @@ def test_what_a_name_says(title, concept, caption, attributes):
     assert (told["set"], told["name"], told["concept"], told["split"]) == (*title.split(":"), concept, "val")
     assert told["caption"] == caption
     assert {kind: told[kind] for kind in ATTRIBUTES if told[kind]} == attributes
-
-
-@pytest.mark.parametrize(
-    ("name", "mirror"),
-    [("camera-off", True), ("undo", False), ("arrow-left", False), ("letter-a", False), ("key-7", False)],
-)
-def test_what_may_be_mirrored(name, mirror):
-    assert describe([(f"plain:{name}", "x", "train")])[0]["mirror"] is mirror
-
-
-def test_sizes_do_not_forbid_a_mirror():
-    rows = [(title, "thing", "train") for title in (*BACKGROUND, "sized:camera-24-filled")]
-    assert describe(rows)[-1]["mirror"]
-
-
-def test_table_of_masks_that_were_rendered_before(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "0123456789abcdef"
-    folder.mkdir()
-    rows = ["title\tconcept\tlicence\tauthor\tfamily\tsplit"]
-    rows += ["a:bell-off\tbell\tMIT\tÅsa\ta\ttrain", "b:undo\tundo\tMIT\tB\tb\tval"]
-    (folder / "ATTRIBUTION.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    found = text_folder(folder)
-    told = [json.loads(line) for line in (found / "icons.jsonl").read_text().splitlines()]
-    assert [t["caption"] for t in told] == ["bell off", "undo"] and told[0]["state"] == ["off"]
-    assert np.load(found / "mirror.npy").tolist() == [True, False]
-    assert sorted(p.name for p in folder.iterdir()) == ["ATTRIBUTION.tsv"]  # the masks stay as they were

@@ -13,8 +13,7 @@ from icon_package import CONCEPTS, small_package, write_package
 
 from sovit import UserError
 from sovit.data import NORMALISATION, PRESETS, assets, open_data
-from sovit.data.icons import icons, labels, near_copies, render
-from sovit.data.icons.views import COLOURS, NAMES, TEXTURE, Views
+from sovit.data.icons import icons, labels, render
 from sovit.train.evaluate import cells
 
 
@@ -33,7 +32,6 @@ def cache(package, tmp_path_factory, monkeypatch, request):
     monkeypatch.setenv("SOVIT_ICONIFY", str(package))
     monkeypatch.setenv("SOVIT_CACHE", str(folder))
     monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
-    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
     return folder
 
 
@@ -47,54 +45,42 @@ def pinned():
     return render.read_icons(package)
 
 
-def mosaic(seed=0, image_size=32, patch_size=4, preset="mosaic") -> icons.Icons:
-    return open_data("icons", preset, image_size, patch_size, seed)
-
-
-@pytest.fixture(params=["mosaic", "mosaic-views", "mosaic-colour"])
-def preset(request, monkeypatch):
-    """A preset of each way to draw, all of 2 x 2 icons of 40 classes."""
-    monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
-    return request.param
+def mosaic(seed=0, image_size=32, patch_size=4) -> icons.Icons:
+    return open_data("icons", "mosaic", image_size, patch_size, seed)
 
 
 def same(a, b) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "frozen"),
-    [(40, (1, 50_648, "15be724ae92f")), (1000, (2, 150_263, "9a92f6b204bc"))],
-)
-def test_choice_of_the_pinned_package_is_frozen(pinned, num_classes, frozen):
-    """Cached masks and committed results rest on it. Where a choice has to change, the recipe of its rules must too."""
-    chosen, classes = labels.choose(pinned, num_classes)
+def test_choice_of_the_pinned_package_is_frozen(pinned):
+    """Cached masks and committed results rest on it. Where a choice has to change, labels.RECIPE must too."""
+    chosen, classes = labels.choose(pinned, 40)
     digest = hashlib.sha256(repr([(icon.title, icon.concept) for icon in chosen]).encode()).hexdigest()
-    assert len(classes) == num_classes
-    assert (labels.rules(num_classes).recipe, len(chosen), digest[:12]) == frozen
+    assert (len(classes), len(chosen), digest[:12]) == (40, 50_648, "15be724ae92f")
 
 
 # samples
 
 
-def test_samples_are_pure_functions_of_seed_and_index(cache, preset):
-    whole = mosaic(preset=preset).train(200, 600)
-    again = mosaic(preset=preset)
+def test_samples_are_pure_functions_of_seed_and_index(cache):
+    whole = mosaic().train(200, 600)
+    again = mosaic()
     for size in (1, 16, 300):
         parts = [again.train(200 + k, min(size, 600 - k)) for k in range(0, 600, size)]
         assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
         assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
-    assert not same(mosaic(1, preset=preset).train(200, 16), again.train(200, 16))
+    assert not same(mosaic(1).train(200, 16), again.train(200, 16))
     far = again.train(10**10, 3)
-    assert torch.equal(mosaic(preset=preset).train(10**10 - 1, 4).images[1:], far.images)
+    assert torch.equal(mosaic().train(10**10 - 1, 4).images[1:], far.images)
 
 
-def test_validation_is_fixed_whatever_the_seed(cache, preset):
-    a, b = mosaic(seed=0, preset=preset), mosaic(seed=7, preset=preset)
+def test_validation_is_fixed_whatever_the_seed(cache):
+    a, b = mosaic(seed=0), mosaic(seed=7)
     a.train(0, 16)
     assert same(a.val(100, 300), b.val(100, 300)) and a.num_val == 4096
     assert not torch.equal(a.val(0, 16).images, a.train(0, 16).images)
-    for refused in (a.val, lambda start, count: a.facts(start, count, val=True)):
+    for refused in (a.val, lambda start, count: a.shown(start, count, val=True)):
         with pytest.raises(UserError, match="num_val=4096"):
             refused(4090, 7)
 
@@ -110,7 +96,7 @@ def test_batch_has_the_promised_shapes(cache):
     single = open_data("icons", "single40", 24, 8, 0)
     assert single.readout == "pooled" and single.train(0, 5).labels.shape == (5,)
     assert single.train(0, 5).images.shape == (5, 3, 24, 24)
-    assert single.num_val == single.info["num_val"]  # every validation drawing once
+    assert single.num_val == np.load(single.folder / "is_val.npy").sum()  # every validation drawing once
 
 
 def test_every_token_has_the_class_of_the_drawing_under_it(cache):
@@ -127,98 +113,24 @@ def test_every_token_has_the_class_of_the_drawing_under_it(cache):
     assert torch.equal(tile_labels(source, batch.labels), labels[:, :, 0, :, 0].reshape(64, 4))
 
 
-def test_facts_tell_what_stands_where(cache, preset):
-    source = mosaic(preset=preset)
+def test_it_is_told_which_icon_stands_where(cache):
+    source = mosaic()
     for val, batch in ((False, source.train(250, 12)), (True, source.val(250, 12))):
-        facts = source.facts(250, 12, val=val)  # across two chunks
-        assert {v.shape for v in facts.values()} == {(12, 4)}
-        assert torch.equal(torch.from_numpy(facts["label"]), tile_labels(source, batch.labels))
-        for icon, label in zip(facts["icon"].flat, facts["label"].flat):
-            told = source.text(icon)
-            assert (told["concept"], told["split"]) == (source.class_names[label], "val" if val else "train")
-    assert (np.ptp(facts["rotation"]) > 0) == (preset != "mosaic")
-    assert facts["mirrored"].any() == (preset == "mosaic-colour")
-    assert len(set(facts["ink"].flat)) > 1 or preset != "mosaic-colour"
+        shown = source.shown(250, 12, val=val)  # across two chunks
+        assert shown.shape == (12, 4)
+        assert torch.equal(torch.from_numpy(source.classes[shown]), tile_labels(source, batch.labels))
+        for icon in shown.flat:
+            told = source.texts[icon]
+            wanted = source.class_names[source.classes[icon]], "val" if val else "train"
+            assert (told["concept"], told["split"]) == wanted
 
 
-def test_ink_and_background_have_the_colours_that_facts_name(cache, preset, monkeypatch):
-    """Where every icon is a full square, the middle of a tile is ink; where all are empty, background."""
-    if views := icons.PRESETS[preset].views:
-        straight = replace(views, rotation=0.0, scale=(1.0, 1.0), stretch=0.0, outside=0.0)
-        monkeypatch.setitem(icons.PRESETS, preset, replace(icons.PRESETS[preset], views=straight))
-    source = mosaic(preset=preset)
-    source._masks = np.full_like(source._masks, 255)
-    facts = source.facts(0, 64)
-    tiles = source.train(0, 64).images / icons.GAIN + icons.CENTRE  # the pixels, [B, 3, 32, 32]
-    tiles = tiles.view(64, 3, 2, 16, 2, 16).permute(0, 2, 4, 3, 5, 1).reshape(64, 4, 16, 16, 3)
-    middle = tiles[:, :, 4:12, 4:12].mean((2, 3))  # [B, 4, 3]
-    rgb = torch.tensor(list(COLOURS.values()))
-    if preset == "mosaic-colour":
-        assert torch.cdist(middle, rgb).argmin(-1).numpy().tolist() == facts["ink"].tolist()
-    else:
-        assert {NAMES[i] for i in facts["ink"].flat} == {"white"} and (middle - 1).abs().max() < 0.07
-    source._masks, source._chunks = np.zeros_like(source._masks), {}
-    tiles = source.train(0, 64).images / icons.GAIN + icons.CENTRE
-    middle = tiles.view(64, 3, 2, 16, 2, 16).mean((3, 5)).permute(0, 2, 3, 1).reshape(64, 4, 3)
-    if preset == "mosaic-colour":
-        assert torch.cdist(middle, rgb).argmin(-1).numpy().tolist() == facts["background"].tolist()
-    else:
-        assert {NAMES[i] for i in facts["background"].flat} == {"black"} and middle.abs().max() < 0.07
-
-
-def test_images_undo_to_pixels_by_the_stated_normalisation(cache, preset, monkeypatch):
+def test_images_undo_to_pixels_by_the_stated_normalisation(cache, monkeypatch):
     """What an exported encoder is told of mean and deviation brings images back into [0, 1]."""
-    monkeypatch.setitem(icons.PRESETS, preset, replace(icons.PRESETS[preset], noise=0.0))
+    monkeypatch.setattr(icons, "NOISE", 0.0)
     mean, std = NORMALISATION["icons"]
-    pixels = mosaic(preset=preset).train(0, 256).images * std + mean
-    over = TEXTURE if preset == "mosaic-colour" else 0
-    assert -over - 1e-6 <= pixels.min() < 0.05 and 0.95 < pixels.max() <= 1 + over + 1e-6
-
-
-def test_views_of_one_icon_differ_and_those_with_hands_are_not_mirrored(cache, monkeypatch):
-    monkeypatch.setitem(icons.PRESETS, "single-colour", icons.Preset(40, 1, 0.1, views=Views()))
-    source = mosaic(preset="single-colour")
-    facts = source.facts(0, 2048)
-    often = np.bincount(facts["icon"][:, 0]).argmax()
-    poses = facts["rotation"][facts["icon"] == often]
-    assert len(poses) > 5 and len(set(poses.tolist())) == len(poses)
-    assert 0.4 < facts["mirrored"].mean() < 0.6
-    source._mirror[:] = False
-    assert not source.facts(0, 64)["mirrored"].any()
-
-
-def test_views_leave_copies_out_of_validation(cache, monkeypatch, tmp_path):
-    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path))
-    old = mosaic(image_size=64)
-    masks = np.load(old.folder / "masks.npy")
-    val = np.flatnonzero(np.load(old.folder / "is_val.npy"))
-    masks[val[:3]] = masks[[7, 8, 9]] * 0.98  # three drawings that training has, a little paler
-    np.save(old.folder / "masks.npy", masks)
-    new = mosaic(preset="mosaic-views")
-    assert new.folder == old.folder  # masks of views are twice as fine
-    assert set(new._val_icons) == set(val[3:]) and set(old._val_icons) == set(val)
-    told = f"3 of {len(val):,} validation drawings are nearly a training drawing: "
-    assert new.notes()[0].startswith(told + "left out") and old.notes()[0].startswith(told + "kept in")
-
-
-def test_validation_of_copies_alone_is_refused(cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.5)
-    monkeypatch.setattr(near_copies, "RECIPE", 99)
-    with pytest.raises(UserError, match=r"all \d+ validation drawings are nearly training drawings; choose a preset"):
-        mosaic(preset="mosaic-views")
-
-
-def test_keys_tell_data_apart(cache, preset, monkeypatch):
-    key = mosaic(preset=preset).content_key
-    assert mosaic(preset=preset, seed=3).content_key == key
-    keys = {key, mosaic(preset=preset, image_size=64).content_key}
-    if preset != "mosaic":
-        monkeypatch.setattr(icons.icon_views, "RECIPE", 99)
-        keys.add(mosaic(preset=preset).content_key)
-        views = replace(icons.PRESETS[preset].views, rotation=1.0)
-        monkeypatch.setitem(icons.PRESETS, preset, replace(icons.PRESETS[preset], views=views))
-        keys.add(mosaic(preset=preset).content_key)
-    assert len(keys) == (2 if preset == "mosaic" else 4)
+    pixels = mosaic().train(0, 256).images * std + mean
+    assert -1e-6 <= pixels.min() < 0.05 and 0.95 < pixels.max() <= 1 + 1e-6
 
 
 def test_samples_of_the_first_presets_are_frozen(tmp_path):
@@ -263,8 +175,8 @@ def tile_labels(source, labels):
     return cells(labels[..., None], source.label_grid)[:, :, 0, 0]
 
 
-def test_a_larger_image_is_the_same_drawing_with_more_detail(cache, preset):
-    small, large = mosaic(preset=preset), mosaic(image_size=64, preset=preset)
+def test_a_larger_image_is_the_same_drawing_with_more_detail(cache):
+    small, large = mosaic(), mosaic(image_size=64)
     assert large.train(0, 1).labels.shape == (1, 256)
     assert torch.equal(tile_labels(small, small.train(0, 64).labels), tile_labels(large, large.train(0, 64).labels))
     a = small.val(0, 64).images.mean(1)
@@ -332,7 +244,6 @@ def test_cache_key_is_frozen(monkeypatch):
     monkeypatch.setattr(render, "build_once", lambda kind, key, build: f"{kind}/{key}")
     assert render.masks_folder(40, 16) == "icons/80d501b4a1b68b84"
     assert render.masks_folder(200, 32) == "icons/68e83d42993ae8c4"
-    assert render.masks_folder(1000, 32) == "icons/b5603f01d89fd650"
 
 
 @pytest.mark.parametrize("preset", PRESETS["icons"])
@@ -362,7 +273,7 @@ def test_both_tables_of_presets_agree():
         ("mosaic", 32, 32, 0, "patch_size=32 does not divide the 16 pixels"),
         ("single40", 32, 5, 0, "patch_size=5 does not divide the 32 pixels"),
         ("mosaic", 32, 4, -1, "data_seed=-1 is negative"),
-        ("single1000", 32, 4, 0, "num_classes=1000 is more than the 0 concepts found with 8 "),
+        ("single200", 32, 4, 0, "num_classes=200 is more than the 40 concepts found"),
     ],
 )
 def test_bad_input_is_said_in_one_line(cache, preset, image_size, patch_size, seed, message):

@@ -157,7 +157,7 @@ def test_a_repeated_drawing_is_no_second_example(tmp_path, monkeypatch):
     monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)
     monkeypatch.setattr(probe, "POOL", 8192)
     source = open_data("icons", "single40", 16, 4, 0)
-    per_class = np.bincount(source._classes[source._train_icons], minlength=40)
+    per_class = np.bincount(source.classes[source._train_icons], minlength=40)
     fewest = per_class.min()
     assert fewest < 25 and np.bincount(source.train(0, 8192).labels).min() > 75  # shown often enough, but the same ones
     message = (

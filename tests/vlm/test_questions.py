@@ -11,8 +11,7 @@ from icon_package import CONCEPTS, FAMILIES, icon_set, small_package, write_pack
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.data.icons import icons, labels, near_copies
-from sovit.data.icons.views import NAMES, Views
+from sovit.data.icons import labels
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import PRESETS, VAL_SEED
 from sovit.vlm.questions.icons import Picture, arrangements
@@ -205,20 +204,17 @@ def package(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
     monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
     monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
-    monkeypatch.setattr(near_copies, "MIN_OVERLAP", 0.97)  # all of its drawings are bars
-    monkeypatch.setitem(icons.PRESETS, "mosaic-colour", icons.Preset(40, 2, 0.1, views=Views()))
-    monkeypatch.setitem(icons.PRESETS, "colour40", icons.Preset(40, 1, 0.1, views=Views()))
 
 
 def told_by_names(source, split: str, start: int, count: int) -> list[list[dict]]:
-    """What is true of each icon of each image, from its title in ATTRIBUTION.tsv and the colours it was drawn in."""
+    """What is true of each icon of each image, from its title in ATTRIBUTION.tsv."""
     titles = [line.split("\t")[0] for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()[1:]]
-    facts = source.facts(start, count, val=split == "val")
+    shown = source.shown(start, count, val=split == "val")
     sign = {"off": "slash", "check": "check", "plus": "plus"}
     found = []
     for b in range(count):
         found.append([])
-        for icon, ink, ground in zip(facts["icon"][b], facts["ink"][b], facts["background"][b]):
+        for icon in shown[b]:
             concept, *words = titles[icon].split(":")[1].split("-")
             points = [w for w in words if w in ("left", "up")]
             found[-1].append(
@@ -228,8 +224,6 @@ def told_by_names(source, split: str, start: int, count: int) -> list[list[dict]
                     "sign": next((sign[w] for w in words if w in sign), None),
                     "shape": "circle" if "circle" in words else None,
                     "arrow": points[0] if "arrow" in words and len(points) == 1 else None,
-                    "ink": NAMES[ink],
-                    "background": NAMES[ground],
                 }
             )
     return found
@@ -240,8 +234,6 @@ ASKED_OF_ONE = {
     "sign": r"Which sign is on (?:it|the (.+) picture)\?",
     "shape": r"Which shape is around (?:it|the (.+) picture)\?",
     "arrow": r"Which way does the (?:(.+) )?arrow point\?",
-    "ink": r"What colour is (?:it|the (.+) picture)\?",
-    "background": r"What colour is (?:the background|behind the (.+) picture)\?",
     "concept": r"What is (?:this|in the (.+))\?",
 }
 
@@ -283,7 +275,7 @@ def true_of_icons(question: str, told: list[dict]) -> str:
     return " ".join(concepts[:2] if found[1] == "above" else concepts[2:])
 
 
-@pytest.mark.parametrize("preset", ["mosaic", "mosaic-colour", "single40", "colour40"])
+@pytest.mark.parametrize("preset", ["mosaic", "single40"])
 def test_answers_about_icons(package, preset):
     questions = open_questions("icons", preset, 32, data_seed=5)
     seen, source = set(), questions.pictures.source
@@ -299,7 +291,7 @@ def test_answers_about_icons(package, preset):
                 assert q.answer == true_of_icons(q.question, told[i]), q
                 assert q.answer in q.choices or not q.choices
                 seen.add(q.family)
-    assert seen == set(questions.families) and ("ink" in seen) == ("colour" in preset)
+    assert seen == set(questions.families)
     assert {questions.kinds[f] for f in seen} == (
         set(KINDS) - {"reading"} if "mosaic" in preset else {"naming", "attribute"}
     )
@@ -307,7 +299,7 @@ def test_answers_about_icons(package, preset):
 
 def test_no_picture_is_meant_by_a_sign_that_others_show():
     concepts = ("plus", "link", "eye", "bell")
-    scene = [Picture(concept, "", "", "", "", "white", "black") for concept in concepts]
+    scene = [Picture(concept, "", "", "", "") for concept in concepts]
     scene[1] = scene[1]._replace(sign="plus")
     for name, family in arrangements(concepts).items():
         asks = family.asks(scene)
@@ -322,7 +314,7 @@ def test_icons_of_validation_are_of_other_families(package):
     source = questions.pictures.source
     columns = [line.split("\t") for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()]
     family = columns[0].index("family")
-    drawn = {split: set(source.facts(0, 2000, val=split == "val")["icon"].flat) for split in ("train", "val")}
+    drawn = {split: set(source.shown(0, 2000, val=split == "val").flat) for split in ("train", "val")}
     families = {split: {columns[1 + icon][family] for icon in drawn[split]} for split in drawn}
     assert not drawn["train"] & drawn["val"] and not families["train"] & families["val"] and all(families.values())
     whole = questions.ask("val", 250, 12)

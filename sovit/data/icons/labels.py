@@ -34,35 +34,9 @@ LICENCES, STYLE, MODIFIERS = (word_set(WORDS[name]) for name in ("licences", "st
 KIN = spellings(WORDS["copies"])  # family -> the family that it redraws, continues or copies
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How names become classes. `recipe` is part of the cache key of what is rendered by these rules; see labels.toml."""
-
-    recipe: int
-    num_words: int
-    min_train: int
-    min_val: int
-    same: Mapping[str, str]  # word -> the word that it is counted as
-    phrases: Mapping[str, str]  # part of a name -> the word that it is read as
-    never: frozenset[str]
-    brands: frozenset[str]
-
-
-def _rules(*tables: dict) -> Rules:
-    """The numbers of the last table, with the words of all of them."""
-    numbers = {name: tables[-1][name] for name in ("recipe", "num_words", "min_train", "min_val")}
-    pairs = [line.split(": ") for table in tables for line in table["same"]]  # a concept may be in several tables
-    same = {word: concept for concept, words in pairs for word in words.split()}
-    never, brands = (frozenset().union(*(word_set(table[name]) for table in tables)) for name in ("never", "brands"))
-    return Rules(**numbers, same=same, phrases=tables[-1]["phrases"], never=never, brands=brands)
-
-
-NARROW, WIDE = _rules(WORDS["narrow"]), _rules(WORDS["narrow"], WORDS["wide"])
-
-
-def rules(num_classes: int) -> Rules:
-    """Up to 200 classes keep the rules, and the icons, that committed results were measured with."""
-    return NARROW if num_classes <= NARROW.num_words else WIDE
+RECIPE, NUM_WORDS = WORDS["recipe"], WORDS["num_words"]  # RECIPE is part of the key of what is rendered by these rules
+NEVER, BRANDS = word_set(WORDS["never"]), word_set(WORDS["brands"])
+SAME = spellings(dict(line.split(": ") for line in WORDS["same"]))  # word -> the word that it is counted as
 
 
 @dataclass(frozen=True)
@@ -104,17 +78,16 @@ def choose(icons: list[Icon], num_classes: int) -> tuple[list[Icon], list[str]]:
     A concept is a word that is the whole name of an icon, style words apart, in many sets. Byte-identical drawings are
     kept once, and not at all where their names disagree. Raises UserError where there are fewer concepts.
     """
-    by = rules(num_classes)
-    content = {icon.title: content_words(icon.title.split(":")[1], by) for icon in icons}
+    content = {icon.title: content_words(icon.title.split(":")[1]) for icon in icons}
     sets: dict[str, set[str]] = {}
     for icon in icons:
         if len(content[icon.title]) == 1:
             sets.setdefault(content[icon.title][0], set()).add(icon.title.split(":")[0])
-    ranked = sorted(sets.keys() - by.never - by.brands, key=lambda word: (-len(sets[word]), word))
-    vocabulary = frozenset(ranked[: max(by.num_words, num_classes)])
+    ranked = sorted(sets.keys() - NEVER - BRANDS, key=lambda word: (-len(sets[word]), word))
+    vocabulary = frozenset(ranked[: max(NUM_WORDS, num_classes)])
     drawings: dict[tuple[str, str], Icon | None] = {}
     for icon in icons:
-        concept = find_concept(content[icon.title], vocabulary, by)
+        concept = find_concept(content[icon.title], vocabulary)
         if concept is None:
             continue
         drawing = (icon.box, icon.body)
@@ -123,39 +96,28 @@ def choose(icons: list[Icon], num_classes: int) -> tuple[list[Icon], list[str]]:
             drawings[drawing] = None
     labelled = [icon for icon in drawings.values() if icon is not None]
     counts = Counter(icon.concept for icon in labelled)
-    if by.min_val:
-        val_families = split_families(Counter(icon.family for icon in icons))
-        val = Counter(icon.concept for icon in labelled if icon.family in val_families)
-        counts = Counter({w: n for w, n in counts.items() if val[w] >= by.min_val and n - val[w] >= by.min_train})
     if len(counts) < num_classes:
-        enough = f" with {by.min_train} training and {by.min_val} validation icons" if by.min_val else ""
         raise UserError(
-            f"num_classes={num_classes} is more than the {len(counts)} concepts found{enough}; choose another preset"
+            f"num_classes={num_classes} is more than the {len(counts)} concepts found; choose another preset"
         )
     classes = sorted(sorted(counts, key=lambda word: (-counts[word], word))[:num_classes])
     chosen = frozenset(classes)
     return [icon for icon in labelled if icon.concept in chosen], classes
 
 
-def content_words(name: str, by: Rules = NARROW) -> list[str]:
+def content_words(name: str) -> list[str]:
     """The words of an icon's name that say what it shows, spelt one way, each once."""
-    for phrase, word in by.phrases.items():
-        if phrase in name:
-            name = re.sub(rf"(?<![^-]){phrase}(?![^-])", word, name)
-    words = [by.same.get(word, word) for word in name.split("-")]
+    words = [SAME.get(word, word) for word in name.split("-")]
     return list(dict.fromkeys(w for w in words if w and w not in STYLE and not STYLE_PATTERN.fullmatch(w)))
 
 
-def find_concept(words: list[str], vocabulary: frozenset[str], by: Rules = NARROW) -> str | None:
+def find_concept(words: list[str], vocabulary: frozenset[str]) -> str | None:
     """The one concept that a name speaks of, or None where there is none or more than one."""
-    if not by.brands.isdisjoint(words):
+    if not BRANDS.isdisjoint(words):
         return None
-    nouns = [word for word in words if word not in MODIFIERS and word not in by.never]
-    if nouns:
-        known = [word for word in nouns if word in vocabulary]
-        return known[0] if len(known) == 1 else None
-    # only modifiers: the drawing is of one of them, `plus-circle` or `search`
-    known = [word for word in words if word in vocabulary]
+    nouns = [word for word in words if word not in MODIFIERS and word not in NEVER]
+    # of modifiers alone, the drawing is of one of them: `plus-circle` or `search`
+    known = [word for word in nouns or words if word in vocabulary]
     return known[0] if len(known) == 1 else None
 
 

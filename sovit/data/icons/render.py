@@ -17,7 +17,7 @@ import numpy as np
 from sovit import UserError
 from sovit.data import assets
 from sovit.data.cache import build_once, content_key, say, track
-from sovit.data.icons.labels import Icon, choose, read_set, rules, split_families
+from sovit.data.icons.labels import RECIPE, Icon, choose, read_set, split_families
 
 Renderer = Callable[[str, str, int], np.ndarray]  # viewBox, body, size -> ink [size, size] uint8
 
@@ -44,7 +44,7 @@ def masks_key(num_classes: int, size: int) -> str:
         source = f"{stat.st_size} {stat.st_mtime_ns}"
     else:
         source = asset.sha256
-    return content_key(recipe=rules(num_classes).recipe, num_classes=num_classes, size=size, source=source)
+    return content_key(recipe=RECIPE, num_classes=num_classes, size=size, source=source)
 
 
 def render_all(tarball: Path, num_classes: int, size: int, folder: Path) -> None:
@@ -69,13 +69,9 @@ def render_all(tarball: Path, num_classes: int, size: int, folder: Path) -> None
             print(*(getattr(icon, c) for c in columns), "val" if val else "train", sep="\t", file=stream)
     info = {
         "classes": classes,
-        "size": size,
         "num_train": int((~is_val).sum()),
         "num_val": int(is_val.sum()),
         **left_out,
-        "val_families": sorted(val_families),
-        "licences": dict(Counter(icon.licence for icon in kept).most_common()),
-        "per_class": dict(Counter(icon.concept for icon in kept).most_common()),
     }
     (folder / "info.json").write_text(json.dumps(info, indent=1))
     say(

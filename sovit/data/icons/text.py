@@ -7,42 +7,27 @@ may well be filled.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
-import numpy as np
-
-from sovit.data.cache import build_once, content_key
 from sovit.data.icons.labels import WORDS, spellings, word_set
-
-RECIPE = 1  # part of the table's key: raise it when anything here changes what is told of an icon
 
 ATTRIBUTES: dict[str, dict[str, str]] = WORDS["attributes"]  # attribute -> value -> the words of a name that say so
 STYLES = ATTRIBUTES["style"]
 VALUE = {kind: spellings(table) for kind, table in ATTRIBUTES.items()}
 
-ALWAYS_STYLE, NO_CAPTION, COUNTED, HANDED = (
-    word_set(WORDS["told"][name]) for name in ("always_style", "no_caption", "counted", "handed")
-)
+TOLD = {name: word_set(words) for name, words in WORDS["told"].items()}
 STYLE_SHARE = 0.02  # of a set's names that begin or end with a style word or a number: the set means its drawing by it
 SIZE = re.compile(r"\d+(px)?")
-
-
-def same_in_a_mirror(caption: list[str]) -> bool:
-    """Whether an icon of these words may be shown mirrored: not if it is of letters, digits, turns or directions."""
-    return HANDED.isdisjoint(caption) and not any(len(word) == 1 or word[0].isdigit() for word in caption)
 
 
 def describe(rows: Iterable[tuple[str, str, str]]) -> list[dict]:
     """What is told of each icon of `rows` (title, concept, split): set, name, caption, concept, split, and these.
 
     style, state, enclosure, direction (ATTRIBUTES): lists, [] where the name says nothing of it; a word that is the
-    concept itself is no attribute. mirror: whether the words allow to show the icon mirrored. A word is one of style
-    where it cannot be anything else, where the set's own name has it, or where the set begins or ends many names with
-    it: `traffic-light` is not a light style.
+    concept itself is no attribute. A word is one of style where it cannot be anything else, where the set's own name
+    has it, or where the set begins or ends many names with it: `traffic-light` is not a light style.
     """
     rows = list(rows)
     marks = style_marks(title for title, _, _ in rows)
@@ -53,16 +38,16 @@ def describe_one(title: str, concept: str, split: str, marks: frozenset[str]) ->
     prefix, name = title.split(":")
     words = [word for word in name.split("-") if word]
     ends = {0, *range(len(words))[-3:]}  # a size may stand behind the style: bell-filled-24
-    said = [
-        word in ALWAYS_STYLE or (word in marks and i in ends and len(words) > 1) for i, word in enumerate(words)
-    ]  # that it is a word of style
+    said = [  # that it is a word of style
+        word in TOLD["always_style"] or (word in marks and i in ends and len(words) > 1) for i, word in enumerate(words)
+    ]
     numbered = "#" in marks
     caption = [
         word
         for i, word in enumerate(words)
         if not said[i]
-        and (word not in NO_CAPTION or len(words) == 1)
-        and not (numbered and SIZE.fullmatch(word) and i and words[i - 1] not in COUNTED)
+        and (word not in TOLD["no_caption"] or len(words) == 1)
+        and not (numbered and SIZE.fullmatch(word) and i and words[i - 1] not in TOLD["counted"])
     ]
     told: dict = {"set": prefix, "name": name, "caption": " ".join(caption), "concept": concept, "split": split}
     style = [word for word, is_style in zip(words, said, strict=True) if is_style]
@@ -71,7 +56,6 @@ def describe_one(title: str, concept: str, split: str, marks: frozenset[str]) ->
     for kind in ("state", "enclosure", "direction"):
         values = [VALUE[kind][word] for word in caption if word in VALUE[kind] and word != concept]
         told[kind] = [value for value in dict.fromkeys(values) if value != concept]
-    told["mirror"] = same_in_a_mirror(caption)
     return told
 
 
@@ -91,22 +75,3 @@ def style_marks(titles: Iterable[str]) -> dict[str, frozenset[str]]:
         if count >= max(3, STYLE_SHARE * icons[prefix]):
             found[prefix].add(word)
     return {prefix: frozenset(words) for prefix, words in found.items()}
-
-
-def text_folder(masks: Path) -> Path:
-    """The cache folder of what is told of the icons in a folder of masks, made if it is not there yet.
-
-    icons.jsonl has one line an icon (see describe), in the order of the masks; mirror.npy [I] bool whether it may be
-    shown mirrored.
-    """
-    return build_once("icon_text", content_key(recipe=RECIPE, masks=masks.name), lambda folder: write(masks, folder))
-
-
-def write(masks: Path, folder: Path) -> None:
-    with open(masks / "ATTRIBUTION.tsv", encoding="utf-8") as file:
-        columns, *rows = (line.rstrip("\n").split("\t") for line in file)
-    title, concept, split = (columns.index(name) for name in ("title", "concept", "split"))
-    told = describe((row[title], row[concept], row[split]) for row in rows)
-    with open(folder / "icons.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(icon, ensure_ascii=False) + "\n" for icon in told)
-    np.save(folder / "mirror.npy", np.array([icon["mirror"] for icon in told]))

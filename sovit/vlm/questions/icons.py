@@ -15,7 +15,6 @@ import numpy as np
 
 from sovit.data.icons import icons
 from sovit.data.icons.text import ATTRIBUTES
-from sovit.data.icons.views import NAMES
 from sovit.data.stream.world import VAL_SEED
 from sovit.vlm.questions.questions import STEPS, Asks, Family, Pictures
 
@@ -34,8 +33,6 @@ class Picture(NamedTuple):
     sign: str  # of SIGNS
     shape: str  # around it
     arrow: str  # where the arrow in it points
-    ink: str = ""
-    background: str = ""
 
 
 Scene = list[Picture]  # in raster order
@@ -50,33 +47,28 @@ def open_pictures(preset: str, image_size: int, data_seed: int) -> Pictures:
 
     @cache
     def says(icon: int) -> Picture:
-        return _picture(source.text(icon))
+        return _picture(source.texts[icon])
 
-    def scenes(facts: dict[str, np.ndarray]) -> list[Scene]:
-        images = zip(*(facts[name].tolist() for name in ("icon", "ink", "background")), strict=True)
-        return [
-            [says(icon)._replace(ink=NAMES[ink], background=NAMES[at]) for icon, ink, at in zip(*image, strict=True)]
-            for image in images
-        ]
+    def scenes(shown: np.ndarray) -> list[Scene]:
+        return [[says(icon) for icon in image] for image in shown.tolist()]
 
     def reference(split: str, count: int) -> list[Scene]:
         if split == "val":  # whose drawings are of other sets, and the same for every data_seed
-            return scenes(source.facts(0, min(count, source.num_val), val=True))
-        return scenes(opened(REFERENCE_SEED).facts(0, count))
+            return scenes(source.shown(0, min(count, source.num_val), val=True))
+        return scenes(opened(REFERENCE_SEED).shown(0, count))
 
-    views = source.preset.views
     return Pictures(
         data="icons",
         data_seed=data_seed,
         source=source,
-        table=families(source.class_names, source.preset.grid, bool(views and views.colour)),
-        scenes=lambda split, start, count: scenes(source.facts(start, count, val=split == "val")),
+        table=families(source.class_names, source.preset.grid),
+        scenes=lambda split, start, count: scenes(source.shown(start, count, val=split == "val")),
         reference=reference,
     )
 
 
 def _picture(told: dict) -> Picture:
-    """The icon of which sovit.data.icons.text tells this, in no colour yet."""
+    """The icon of which sovit.data.icons.text tells this."""
     looks = [LOOKS[style] for style in told["style"] if style in LOOKS]
     signs = [SIGNS[state] for state in told["state"]]
     # a bubble may have that shape, with nothing around it, and "hand-left" may be a left hand
@@ -87,12 +79,12 @@ def _picture(told: dict) -> Picture:
     return Picture(told["concept"], *(said[0] if len(said) == 1 else "" for said in (looks, signs, shapes, arrows)))
 
 
-def families(classes: tuple[str, ...], grid: int, colour: bool) -> dict[str, Family]:
+def families(classes: tuple[str, ...], grid: int) -> dict[str, Family]:
     """The questions about images of `grid` x `grid` icons of these classes, in the order in which they are asked."""
-    return attributes(classes, grid, colour) | (arrangements(classes) if grid > 1 else {})
+    return attributes(classes, grid) | (arrangements(classes) if grid > 1 else {})
 
 
-def attributes(classes: tuple[str, ...], grid: int, colour: bool) -> dict[str, Family]:
+def attributes(classes: tuple[str, ...], grid: int) -> dict[str, Family]:
     """What can be asked of each icon by itself: its name, and what its name says of it."""
     table = {  # field of a Picture -> question about the only one, about one of several, answers
         "concept": ("What is this?", "What is in the {}?", classes),
@@ -101,9 +93,6 @@ def attributes(classes: tuple[str, ...], grid: int, colour: bool) -> dict[str, F
         "shape": ("Which shape is around it?", "Which shape is around the {} picture?", ATTRIBUTES["enclosure"]),
         "arrow": ("Which way does the arrow point?", "Which way does the {} arrow point?", ATTRIBUTES["direction"]),
     }
-    if colour:
-        table["ink"] = ("What colour is it?", "What colour is the {} picture?", NAMES)
-        table["background"] = ("What colour is the background?", "What colour is behind the {} picture?", NAMES)
     found = {}
     for field, (one, of_several, choices) in table.items():
         name, kind = ("name", "naming") if field == "concept" else (field, "attribute")
