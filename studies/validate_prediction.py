@@ -1,7 +1,6 @@
-"""Is the shape that a law recommends better than ViT-B proportions, or another law's choice, at the same training FLOPs?
+"""Is the shape that a law recommends better than ViT-B proportions at the same training FLOPs?
 
     python studies/validate_prediction.py results/stream_star_law/law.json --train-flops 3.2e12 --workers 2
-    python studies/validate_prediction.py LAW.json --against OTHER_LAW.json --train-flops 3.2e12 --name two_laws
 
 Writes the prediction down (RESULTS/<name>_prediction.json) before anything is trained, then trains both shapes with
 three paired seeds, and states the verdict by the rule in sovit/predict/validation.py. The seeds are not among those of
@@ -32,7 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("law", type=Path, metavar="LAW.json")
     parser.add_argument("--train-flops", type=float, required=True)
-    parser.add_argument("--against", type=Path, metavar="LAW.json", help="the second arm is this law's choice instead")
     parser.add_argument("--name", default="validate_prediction")
     parser.add_argument("--data", default="stream:cpu", help="source:preset that the law was fitted on")
     parser.add_argument("--results", type=Path, default=OUTPUTS)
@@ -40,9 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     data, preset, _ = named_data(options.data)
     try:
         path = options.results / f"{options.name}_prediction.json"
-        arguments, against = (options.law, options.train_flops, SEEDS), options.against
-        dry = "--dry-run" in rest
-        prediction = make_prediction(*arguments, against) if dry else write_prediction(*arguments, path, against)
+        arguments, dry = (options.law, options.train_flops, SEEDS), "--dry-run" in rest
+        prediction = make_prediction(*arguments) if dry else write_prediction(*arguments, path)
         print(json.dumps(prediction["arms"], indent=2))
 
         def runs() -> list[Run]:

@@ -21,18 +21,19 @@ from sovit.law.solver.polish import Groups, Objective, polish
 from sovit.spec.shape import Shape
 
 FORM = "joint_n"
-DISCREPANCY = 0.01  # per log unit of shape; .003 helps little, .03 wastes compute where the form is right
-DISCREPANCY_DOF = 4.0  # shapes that it is worth against what the residuals say; inf = held as it is
+# s.d. of ln loss per log unit between a shape and the target by which the form may be wrong; the runs so far do not show it.
+# .003 helps little, .03 wastes compute where the form is right
+DISCREPANCY = 0.01
 # prior of ln(parameter): centre and s.d. Exponents within a factor 4, amplitudes (in mean losses) within a factor 20
 SIZE_EXPONENT, DATA_EXPONENT, EXPONENT_SD = 1.0, 0.5, 0.7
 AMPLITUDE, AMPLITUDE_SD = 0.1, 1.5
 POWER, POWER_SD = 1.5, 0.4  # of a power mean
 LEAST = 1e-5  # amplitude in mean losses that counts as none
-NOISE_SD, NOISE_DOF = 0.005, 4.0  # expected s.d. of ln loss (.3-.5 % in published sweeps), worth so many trunks
+# expected s.d. of ln loss of a trunk and of a row (together .3-.5 % in published sweeps), worth so many of each
+NOISE_EACH, NOISE_DOF = 0.005 / 2**0.5, 4.0
 EM_STEPS = 5
-MAX_ROWS = 4000
 
-Spreads = tuple[float, ...]  # s.d. of ln loss: of a trunk, of a row, and of the form per log unit of shape
+Spreads = tuple[float, ...]  # s.d. of ln loss of a trunk and of a row
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,12 @@ class BeliefOptions:
     """What a belief takes for granted.
 
     geometry, zero_line: as in `law.fit`. reachable: dimension -> values that can be trained (None = the values run).
-    discrepancy: what the form is expected to be wrong by, estimated too, worth `discrepancy_dof` shapes.
     """
 
     form: str = FORM
     geometry: Mapping | None = None
     zero_line: float | None = None
     reachable: Mapping[str, Sequence[int]] | None = None
-    discrepancy: float = DISCREPANCY
-    discrepancy_dof: float = DISCREPANCY_DOF
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,6 @@ class Belief:
     reachable: tuple[np.ndarray, np.ndarray]  # [K] each: ln of the smallest and largest values that can be trained
     trunk_sd: float
     row_sd: float
-    discrepancy: float  # s.d. per log unit of shape
     logs: np.ndarray  # [terms, n] of the rows
     jac: np.ndarray  # [P, n], d ln loss / d phi
     trunk: tuple[str, ...]  # [n]
@@ -92,13 +89,6 @@ class Belief:
         """The real-valued optimum at the target, by dimension."""
         return dict(zip(self.dims, np.exp(self.target).tolist()))
 
-    def shape_at(self, train_flops: float) -> dict[str, float]:
-        """The real-valued optimum at another budget, by dimension."""
-        limits = {d: np.exp([low, high]) for d, low, high in zip(self.dims, *self.reachable)}
-        family = Family(self.form, self.centre, self.geometry, limits)
-        v = _optimum(family, self.phi, float(np.log(train_flops / 3)))
-        return dict(zip(self.dims, np.exp(v).tolist()))
-
     def logs_of(self, shapes: Sequence[Shape], num_examples: np.ndarray) -> np.ndarray:
         """ln of the form's columns [terms, S, ...] of shapes trained on num_examples [S, ...] images."""
         columns = {"num_examples": np.asarray(num_examples, float)}
@@ -112,14 +102,9 @@ class Belief:
         value, jac = linear(self.form, self.phi, logs.reshape(len(logs), -1) - self.centre[:, None])
         return value.reshape(logs.shape[1:]), jac.T.reshape(*logs.shape[1:], -1)
 
-    def log_sd(self, covariance: np.ndarray) -> np.ndarray:
-        """S.d. of ln x of each optimal dimension [K] for a covariance of phi."""
-        moved = np.linalg.solve(self.hessian, self.mixed)
-        return np.sqrt(np.einsum("kp,pq,kq->k", moved, covariance, moved))
-
     def form_variance(self, logs: np.ndarray) -> np.ndarray:
         """Variance of ln loss [n] by which the form may be wrong about shapes logs [>= K, n], seen from the target."""
-        return (self.discrepancy * distance_to(logs[: len(self.dims)], self.target, self.reachable)) ** 2
+        return (DISCREPANCY * distance_to(logs[: len(self.dims)], self.target, self.reachable)) ** 2
 
 
 @dataclass(frozen=True)
@@ -155,16 +140,16 @@ class Posterior:
     log_y: np.ndarray  # [n]
     prior: np.ndarray  # [2, P]: centre and s.d. of phi
     trunk: np.ndarray  # [n, G], 1 where a row is of a trunk
-    shape: np.ndarray  # [n, S], 1 where a row is of a shape
-    distance: np.ndarray  # [n], of the shape of each row from the target
+    shape: np.ndarray  # [n, S], by how much the form may be wrong about the shape of each row, 0 elsewhere
 
     @property
-    def effects(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self.trunk, np.eye(len(self.log_y)), self.shape * self.distance[:, None]
+    def effects(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.trunk, np.eye(len(self.log_y))
 
     def whitener(self, sds: Spreads) -> np.ndarray:
         """W [n, n] of the rows' errors: W V W' = 1."""
-        return whitener_of(sum(sd**2 * e @ e.T for sd, e in zip(sds, self.effects)))
+        noise = sum(sd**2 * e @ e.T for sd, e in zip(sds, self.effects))
+        return whitener_of(noise + self.shape @ self.shape.T)
 
     def fit(self, sds: Spreads, starts: np.ndarray) -> np.ndarray:
         """phi [P] of the best of the polished starts: Huber on white residuals of unit s.d., prior included."""
@@ -180,26 +165,24 @@ class Posterior:
         white = linear(self.form, phi, self.u)[1] @ self.whitener(sds).T
         return np.linalg.inv(white @ white.T + np.diag(self.prior[1] ** -2))
 
-    def spreads(self, phi: np.ndarray, sds: Spreads, expected: Sequence[tuple[float, float]], steps: int) -> Spreads:
-        """(trunk_sd, row_sd, discrepancy) by `steps` of expectation-maximisation on the fit linearised at phi.
+    def spreads(self, phi: np.ndarray, sds: Spreads) -> Spreads:
+        """Estimate both spreads from `sds` by EM_STEPS of expectation-maximisation on the fit linearised at phi.
 
-        sds: where to begin; expected: (s.d., degrees of freedom) of the prior of each; with inf degrees of freedom one is
-        held. What the parameters may still take up is in the expectation, so that few rows do not pass for little noise.
-        One odd row counts as 2.5 s.d. at most.
+        What the parameters may still take up is in the expectation, so that few rows do not pass for little noise. One odd
+        row counts as 2.5 s.d. at most.
         """
         value, jac = linear(self.form, phi, self.u)
         residual = self.log_y - value
-        sds = tuple(sd if np.isfinite(dof) else held for sd, (held, dof) in zip(sds, expected))
-        for _ in range(steps):
+        for _ in range(EM_STEPS):
             whitener = self.whitener(sds)
             white = jac @ whitener.T
             seen = whitener.T @ np.clip(whitener @ residual, -2.5, 2.5)  # V^-1 r
             sides = np.linalg.solve(white @ white.T + np.diag(self.prior[1] ** -2.0), white @ whitener)
             left = whitener.T @ whitener - (whitener.T @ white.T) @ sides  # (V + J S J')^-1
             found = []
-            for sd, e, (centre, dof) in zip(sds, self.effects, expected):
+            for sd, e in zip(sds, self.effects):
                 square = sd**4 * (e.T @ seen) ** 2 + sd**2 - sd**4 * (e * (left @ e)).sum(0)
-                mean = (dof * centre**2 + square.sum()) / (dof + len(square)) if np.isfinite(dof) else centre**2
+                mean = (NOISE_DOF * NOISE_EACH**2 + square.sum()) / (NOISE_DOF + len(square))
                 found.append(float(np.sqrt(mean)))
             sds = tuple(found)
         return sds
@@ -210,21 +193,13 @@ def learn(
     y: Sequence[float] | np.ndarray,
     train_flops: float,
     options: BeliefOptions = BeliefOptions(),
-    previous: Belief | None = None,
 ) -> Belief:
     """Fit the rows, however few, with a weak prior, and locate the optimum at the target of `train_flops`.
 
-    columns, y: as in `law.fit`. Trunk and row noise are estimated, shrunk towards .5 % while trunks are few. previous: the
-    belief before the latest rows, to start from. Raises UserError.
+    columns, y: as in `law.fit`. Trunk and row noise are estimated, shrunk towards .5 % while trunks are few. Raises
+    UserError.
     """
-    known = [n for n, law in LAWS.items() if law.ranks_shapes and (law.plain_sum or law.power_mean)]
-    if options.form not in known:
-        raise UserError(f"form={options.form!r} cannot choose runs; choose one of {', '.join(known)}")
-    if not (np.isfinite(train_flops) and train_flops > 0):
-        raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     table, y = check(options.form, columns, y, LawOptions(zero_line=options.zero_line))
-    if len(y) > MAX_ROWS:
-        raise UserError(f"{len(y)} rows are too many to weigh a next run; give {MAX_ROWS} at most, near the target")
     dims, geometry = varied_dims(table, None), geometry_of(table, options.geometry)
     if geometry is None:
         raise UserError("the rows do not say patch_size and image_size; give them with geometry={'patch_size': ...}")
@@ -233,31 +208,25 @@ def learn(
     limits = {d: (options.reachable or {}).get(d, ()) or np.unique(positive(table, d)).tolist() for d in dims}
     edges = np.log([min(v) for v in limits.values()]), np.log([max(v) for v in limits.values()])
     log_budget, level = float(np.log(train_flops / 3)), float(np.exp(log_y.mean()))
-    before = previous if previous is not None and (previous.dims, previous.form) == (dims, form) else None
-    centre, index, prior = before.centre if before else logs.mean(1), trunks(table, None, len(y)), prior_of(form, level)
-    expected = [(NOISE_SD / 2**0.5, NOISE_DOF)] * 2
-    expected += [(options.discrepancy, options.discrepancy_dof if options.discrepancy else np.inf)]
-    posterior = Posterior(
-        form, logs - centre[:, None], log_y, prior, members(index[None]), members(logs[: len(dims)]), np.zeros(len(y))
-    )
-    sds: Spreads
-    if before:
-        starts, sds = np.stack([before.phi, prior[0]]), (before.trunk_sd, before.row_sd, before.discrepancy)
-        posterior = dataclasses.replace(posterior, distance=distance_to(logs[: len(dims)], before.target, edges))
-    else:
-        starts = np.log(np.maximum(form.starts(posterior.u, y), LEAST * level))
-        starts, sds = np.concatenate([starts, prior[:1]]), tuple(sd for sd, _ in expected)
+    centre, index, prior = logs.mean(1), trunks(table, None, len(y)), prior_of(form, level)
+    shape_logs = logs[: len(dims)]
+    shapes = members(shape_logs)
+    sds: Spreads = (NOISE_EACH, NOISE_EACH)
+    posterior = Posterior(form, logs - centre[:, None], log_y, prior, members(index[None]), np.zeros_like(shapes))
+    starts = np.log(np.maximum(form.starts(posterior.u, y), LEAST * level))
+    starts = np.concatenate([starts, prior[:1]])
     family = Family(form, centre, geometry, limits)
-    for _ in range(1 if before else 2):  # a first fit is for target and noise, by which rows weigh
+    for _ in range(2):  # a first fit is for target and noise, by which rows weigh
         phi = posterior.fit(sds, starts)
-        best = _optimum(family, phi, log_budget)
-        posterior = dataclasses.replace(posterior, distance=distance_to(logs[: len(dims)], best, edges))
-        sds, starts = posterior.spreads(phi, sds, expected, 1 if before else EM_STEPS), phi[None]
+        best = optimum_of(family, np.exp(phi)[None], log_budget, head=True)[0]
+        wrong = DISCREPANCY * distance_to(shape_logs, best, edges)
+        posterior = dataclasses.replace(posterior, shape=shapes * wrong[:, None])
+        sds, starts = posterior.spreads(phi, sds), phi[None]
     hessian, mixed = curvature(family, phi, best, log_budget, box(limits))
     jac, names = linear(form, phi, posterior.u)[1], tuple(np.asarray(table.get("trunk_id", index)).astype(str).tolist())
     return Belief(
         form, dims, centre, geometry, log_budget, phi, posterior.covariance(phi, sds), best, hessian, mixed, edges,
-        sds[0], sds[1], sds[2], logs, jac, names,
+        sds[0], sds[1], logs, jac, names,
     )  # fmt: skip
 
 
@@ -290,7 +259,3 @@ def prior_of(form: Form, level: float) -> np.ndarray:
 
 def whitener_of(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.inv(np.linalg.cholesky(covariance))
-
-
-def _optimum(family: Family, phi: np.ndarray, log_budget: float) -> np.ndarray:
-    return optimum_of(family, np.exp(phi)[None], log_budget, head=True)[0]

@@ -13,6 +13,8 @@ from sovit import UserError
 from sovit.spec.run import budgets_for
 from sovit.spec.shape import DIMENSIONS, Shape
 
+SEEDS = 3  # of one shape, in all
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -41,26 +43,20 @@ class Candidate:
 class Search:
     """Which runs may be asked for.
 
-    train_flops, num_examples: the levels of the budgets, in training FLOPs or in images, one of the two. max_cost:
-    training FLOPs of one run at most. cooldown: its share of a branch. seeds: of one shape, in all.
+    train_flops: the levels of the budgets, in training FLOPs. max_cost: training FLOPs of one run at most. cooldown: its
+    share of a branch.
     """
 
-    train_flops: Sequence[float] = ()
-    num_examples: Sequence[float] = ()
+    train_flops: Sequence[float]
     max_cost: float = np.inf
     num_classes: int = 0
     batch_size: int = 1
     cooldown: float = 0.2
-    seeds: int = 3
     min_examples: int = 1
 
     def levels(self, shape: Shape) -> tuple[int, ...]:
         """Budgets of a shape in images, rising."""
-        if len(self.train_flops):
-            found = budgets_for(shape, self.train_flops, self.num_classes, self.batch_size)
-        else:
-            steps = {max(5, round(n / self.batch_size)) for n in self.num_examples}
-            found = tuple(sorted(step * self.batch_size for step in steps))
+        found = budgets_for(shape, self.train_flops, self.num_classes, self.batch_size)
         return tuple(n for n in found if n >= self.min_examples)
 
     def ladders(self, shape: Shape) -> list[tuple[int, ...]]:
@@ -81,15 +77,10 @@ def candidates(
     """Every run worth weighing: new trunks on a lattice of shapes, branches of the trunks in `rows`, further seeds.
 
     values: dimension -> its lattice (a value that no shape can take, such as a width that is no multiple of head_dim, is
-    an error; none = no new shapes); the rest is as in `base`. rows: ledger rows, for trunk_id, shape, num_examples,
-    init_seed and status, those that did not end well included: they are not offered again, nor are other branches of a
-    trunk that diverged. Raises UserError.
+    an error); the rest is as in `base`. rows: ledger rows, for trunk_id, shape, num_examples, init_seed and status, those
+    that did not end well included: they are not offered again, nor are other branches of a trunk that diverged. Raises
+    UserError where no run is within max_cost.
     """
-    if bool(len(search.num_examples)) == bool(len(search.train_flops)):
-        raise UserError("candidates need budgets: give num_examples=(...) or train_flops=(...), one of the two")
-    unknown = [name for name in values if name not in DIMENSIONS]
-    if unknown:
-        raise UserError(f"{unknown[0]!r} is not a dimension of a shape; choose from {', '.join(DIMENSIONS)}")
     existing: dict[str, tuple[Shape, int, set[int]]] = {}
     diverged = {str(row["trunk_id"]) for row in rows if row.get("status") == "diverged"}
     taken: dict[Shape, set[int]] = {}
@@ -99,7 +90,7 @@ def candidates(
         existing.setdefault(str(row["trunk_id"]), (shape, seed, set()))[2].add(int(row["num_examples"]))
         taken.setdefault(shape, set()).add(seed)
     pool = []
-    for combination in itertools.product(*values.values()) if values else ():
+    for combination in itertools.product(*values.values()):
         shape = base.replace(**dict(zip(values, combination)))
         if shape not in taken:
             pool += [Candidate(shape, b, "trunk", search.cost(shape, b)) for b in search.ladders(shape)]
@@ -108,7 +99,7 @@ def candidates(
             if n not in done:
                 pool.append(Candidate(shape, (n,), "branch", search.cost(shape, (n,), sorted(done)), trunk_id, seed))
     for shape, used in taken.items():
-        if len(used) < search.seeds:
+        if len(used) < SEEDS:
             seed = next(s for s in itertools.count() if s not in used)
             pool += [Candidate(shape, b, "seed", search.cost(shape, b), None, seed) for b in search.ladders(shape)]
     pool = [c for c in pool if c.cost <= search.max_cost]

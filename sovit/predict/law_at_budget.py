@@ -202,14 +202,6 @@ def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.
     return target(fit, train_flops).loss(columns(shapes))
 
 
-def predicted_difference(fit: Fit, shape_a: Shape, shape_b: Shape, train_flops: float) -> Estimate:
-    """ln loss(a) - ln loss(b), both trained for the same budget; negative = a is better.
-
-    The headline interval, at `fit.level`, is of the expected losses' difference, draw by draw.
-    """
-    return target(fit, train_flops).difference(shape_a.to_dict(), shape_b.to_dict())
-
-
 def ladder(fit: Fit, low: float | None = None, high: float | None = None, points: int = 9) -> list[float]:
     """`points` budgets in equal ratios; from the least budget run to FAR_DECADES beyond the largest unless said.
 

@@ -8,10 +8,10 @@ Criterion (V-optimality for the decision): the loss excess of a shape off the op
 1/2 dv' H dv, H the Hessian of ln loss over v with n = budget / F(x); dv = D d phi, phi = ln theta, and by the implicit
 function theorem D = -H^-1 M, M = d2 ln loss / dv dphi. So the expected regret is 1/2 tr(M' H^-1 M Sigma), Sigma the
 posterior covariance of phi: Gauss-Newton information of the rows plus a weak prior. Rows of one trunk share an error, rows
-of one shape share what the form gets wrong about it: an s.d. of `discrepancy` per log unit between the shape and the
-target. Without that term the criterion buys many small cheap runs and trusts the extrapolation, which a wrong
-form punishes; for the same reason it works under `joint_n`, and every fifth pick is a check near the target. Where the
-form's compute term is wrong it still does worse than drawing cheap runs at random (results/active_sweep.json). Numpy only.
+of one shape share what the form gets wrong about it: an s.d. of DISCREPANCY per log unit between the shape and the target.
+Without that term the criterion buys many small cheap runs and trusts the extrapolation, which a wrong form punishes; for
+the same reason every fifth pick is a check near the target. Where the form's compute term is wrong it still does worse
+than drawing cheap runs at random (results/active_sweep.json).
 """
 
 from __future__ import annotations
@@ -60,13 +60,11 @@ class Checks:
 class Pick:
     """A candidate with what is expected of it, in plain numbers.
 
-    gain: fall of the expected regret; per_flop: gain / cost. predicted: losses at its budgets, with prediction_sd
-    of ln loss (parameters, form, trunk and row noise together). is_check: picked for a test of the law near the target.
+    predicted: losses at its budgets, with prediction_sd of ln loss (parameters, form, trunk and row noise together).
+    is_check: picked for a test of the law near the target.
     """
 
     candidate: Candidate
-    gain: float
-    per_flop: float
     regret_before: float
     regret_after: float
     predicted: tuple[float, ...]
@@ -213,21 +211,14 @@ def _pick(
     chosen, real, jac = pool.candidates[i], pool.real[i], pool.jac[i]
     through = white @ covariance
     after = covariance - through.T @ np.linalg.solve(np.eye(len(white)) + through @ white.T, through)
-    gain = float(gains(white[None], covariance, belief.weight)[0])
     variance = np.einsum("bp,pq,bq->b", jac, covariance, jac) + pool.variance[i]
     before, left = (float((belief.weight * c).sum()) for c in (covariance, after))
     what = {"trunk": "a new trunk", "branch": f"a branch of {chosen.trunk_id}", "seed": f"seed {chosen.init_seed}"}
     images = " and ".join(f"{n:.3g}" for n in chosen.budgets)
     why = f"{what[chosen.kind]} {chosen.shape.label} to {images} images, {chosen.cost:.3g} FLOPs: {reason}"
     why += f"expected regret {100 * before:.3g} % -> {100 * left:.3g} %"
-    if not reason:
-        was, now = (belief.log_sd(c) for c in (covariance, after))
-        most = int(np.argmax(was**2 - now**2))
-        why += f", most of all by {belief.dims[most]} (s.d. of its log {was[most]:.2f} -> {now[most]:.2f})"
     pick = Pick(
         chosen,
-        gain=gain,
-        per_flop=gain / chosen.cost,
         regret_before=before,
         regret_after=left,
         predicted=tuple(np.exp(pool.value[i][real]).tolist()),

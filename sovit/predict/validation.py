@@ -1,8 +1,6 @@
 """The prediction tested: written down first, then two shapes trained at equal FLOPs, and a verdict by a rule fixed before.
 
-The rule (paired by seed: same data order, same initial seed): d = ln loss(recommended) - ln loss(usual proportions), or
-of what another law recommends, for each of at least three seeds; the 90 % interval of its mean by Student's t. Verdict
-`better` if the interval lies below zero, `worse` if above, else `not distinguishable`.
+Paired by seed: same data order, same initial seed. `RULE` says the rest.
 """
 
 from __future__ import annotations
@@ -19,41 +17,36 @@ import numpy as np
 from sovit import UserError
 from sovit.files import write_atomic
 from sovit.law.fitted_law import read_law
-from sovit.predict.law_at_budget import Target, columns, predicted_difference, target
+from sovit.predict.law_at_budget import Target, columns, target
 from sovit.predict.paired_test import MIN_SEEDS, paired
 from sovit.predict.recommend import best_shape
 from sovit.spec.run import Recipe, Run, budgets_for
 from sovit.spec.shape import DIMENSIONS, Shape
 
 RULE = (
-    "d = ln loss(recommended) - ln loss({}) for each seed; verdict by the 90 % Student t interval of its mean:"
+    "d = ln loss(recommended) - ln loss(usual) for each seed; verdict by the 90 % Student t interval of its mean:"
     " better if it lies below 0, worse if above 0, else not distinguishable"
 )
 IDENTITY = (*DIMENSIONS, "head_dim", "pool")  # of a shape in the rows
-USUAL, OTHER = "usual", "other law's"  # the second arm
 
 
-def make_prediction(law_path: Path, train_flops: float, seeds: list[int], against: Path | None = None) -> dict:
-    """What the law says of both arms at `train_flops`, with its intervals.
+def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
+    """Say what the law expects of both arms at `train_flops`, its own shape and ViT-B proportions, with its intervals.
 
-    The second arm has ViT-B proportions, or the shape that the law `against` recommends, as the first law judges it.
     Raises UserError for fewer than three seeds, and for a law that cannot rank shapes or count a task head.
     """
     if len(set(seeds)) < MIN_SEEDS:
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
     law = read_law(law_path)
     best = best_shape(law, train_flops)
-    name, second = USUAL, best.proportional.shape
-    if against is not None:
-        name, second = OTHER, best_shape(read_law(against), train_flops).shape
-    at = target(law, train_flops)
+    at, usual = target(law, train_flops), best.proportional.shape
     return {
-        **_identity_of(law_path, train_flops, seeds, against),
+        **_identity_of(law_path, train_flops, seeds),
         "form": best.form,
         "decades": best.decades,
         "num_classes": at.geometry.num_classes,
-        "arms": {"recommended": _arm(at, best.shape), name: _arm(at, second)},
-        "predicted_difference": vars(predicted_difference(law, best.shape, second, train_flops)),
+        "arms": {"recommended": _arm(at, best.shape), "usual": _arm(at, usual)},
+        "predicted_difference": vars(best.difference),
     }
 
 
@@ -63,22 +56,20 @@ def _arm(at: Target, shape: Shape) -> dict:
     return {"shape": shape.to_dict(), "predicted": loss, "predicted_low": low, "predicted_high": high}
 
 
-def write_prediction(
-    law_path: Path, train_flops: float, seeds: list[int], path: Path, against: Path | None = None
-) -> dict:
+def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path: Path) -> dict:
     """Make the prediction and write it down; the file, once written, is not changed.
 
     Raises UserError where `path` holds a prediction made from another law, budget or seeds, or is damaged.
     """
     if not path.exists():
-        prediction = make_prediction(law_path, train_flops, seeds, against)
+        prediction = make_prediction(law_path, train_flops, seeds)
         write_atomic(path, json.dumps(prediction, indent=2) + "\n")
         return prediction
     try:
         prediction = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged; delete it to make the prediction anew") from None
-    identity = _identity_of(law_path, train_flops, seeds, against)
+    identity = _identity_of(law_path, train_flops, seeds)
     if {k: prediction.get(k) for k in identity} != identity:
         raise UserError(
             f"{path} holds a prediction from another law, budget or seeds; name another file, or delete it to start anew"
@@ -86,18 +77,12 @@ def write_prediction(
     return prediction
 
 
-def _identity_of(law_path: Path, train_flops: float, seeds: list[int], against: Path | None) -> dict:
-    identity = {"law_sha256": _digest(law_path), "train_flops": train_flops, "seeds": seeds}
-    if against is None:
-        return identity | {"rule": RULE.format(USUAL)}
-    return identity | {"rule": RULE.format(OTHER), "against_sha256": _digest(against)}
-
-
-def _digest(law_path: Path) -> str:
+def _identity_of(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
     try:
-        return hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
+        digest = hashlib.sha256(Path(law_path).read_bytes()).hexdigest()
     except OSError as error:
         raise UserError(f"cannot read the law {law_path}: {error.strerror}; make one with sovit fit") from None
+    return {"law_sha256": digest, "train_flops": train_flops, "seeds": seeds, "rule": RULE}
 
 
 def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields: Any) -> list[Run]:
@@ -156,8 +141,7 @@ def verdict_text(result: dict) -> str:
     d, arms, said = result["difference"], result["arms"], result["predicted_difference"]
     second = list(arms)[1]
     if result["same_shape"]:
-        what = "the usual proportions themselves" if second == USUAL else "what the other law recommends"
-        return f"The law recommends {what}, {arms[second]['label']}: there is nothing to compare."
+        return f"The law recommends the other arm itself, {arms[second]['label']}: there is nothing to compare."
     lines = [
         f"{name:>11} {arm['label']:>11}: loss {arm['mean']:.4f} (s.d. {arm['sd']:.4f}, n = {d['n']}),"
         f" predicted {arm['predicted']:.4f}"

@@ -151,8 +151,7 @@ def look(question: Question, rounds: Sequence[Mapping], ledger: Path, workers: i
     # not of the merged runs: a budget below one that is trained shares nothing with it any more
     spent = question.spent(question.pilot) + sum(pick["candidate"]["cost"] for pick in made)
     left = question.max_flops - spent
-    # the discrepancy is held: the runs so far do not show what the form gets wrong elsewhere
-    taken = BeliefOptions(question.form, zero_line=data.zero_line, reachable=question.values, discrepancy_dof=np.inf)
+    taken = BeliefOptions(question.form, zero_line=data.zero_line, reachable=question.values)
     belief = learn(columns, y, question.target_flops, taken)
     measured = {row["run_id"]: value for row, value in zip(data.rows, data.y.tolist())}
     found = [(pick["predicted"][-1], measured.get(_run_of(question, pick["candidate"]).run_ids[-1])) for pick in made]

@@ -13,7 +13,7 @@ from sovit.law import fit as law
 from sovit.law import fitted_law
 from sovit.predict import growth_rules as growth
 from sovit.predict.growth_rules import paper_rule, size_rule
-from sovit.predict.law_at_budget import ladder, predicted_difference, predicted_loss, target
+from sovit.predict.law_at_budget import ladder, predicted_loss, target
 from sovit.predict.recommend import best_shape
 from sovit.report import figures as plot
 from sovit.report.text import frontier_text
@@ -87,7 +87,7 @@ def test_the_recipe_starts_at_the_laws_own_optimum_and_takes_measured_exponents(
         rule["loss"] == pytest.approx(predicted_loss(fit, [shape], BUDGET)[0])
         and rule["num_params"] == shape.num_params
     )
-    assert rule["difference"] == vars(predicted_difference(fit, shape, best.shape, BUDGET))
+    assert rule["difference"] == vars(target(fit, BUDGET).difference(shape.to_dict(), best.shape.to_dict()))
     difference = rule["difference"]
     assert difference["estimate"] >= 0 and difference["low"] < difference["estimate"] < difference["high"]
     with pytest.raises(UserError, match="marginal"):

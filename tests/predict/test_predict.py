@@ -17,7 +17,7 @@ from sovit.law.compute_optimum import Family, optimum
 from sovit.law.diagnostics import Noise
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.predict.law_at_budget import predicted_difference, predicted_loss, target
+from sovit.predict.law_at_budget import predicted_loss, target
 from sovit.predict.recommend import best_shape, form_dependence, proportional_shape, rules_of
 from sovit.spec.shape import Shape
 
@@ -282,7 +282,7 @@ def test_the_difference_of_two_shapes_has_a_narrower_interval_than_their_losses(
     low, high = target(fits["joint"], BUDGET).loss_interval(usual.shape.to_dict())
     assert low < usual.loss < high and d.high - d.low < np.log(found.loss_high / low) - np.log(found.loss_low / high)
     shapes = found.shape, usual.shape
-    back = predicted_difference(fits["joint"], *reversed(shapes), BUDGET)
+    back = target(fits["joint"], BUDGET).difference(*(shape.to_dict() for shape in reversed(shapes)))
     assert [back.estimate, back.low, back.high] == pytest.approx([-d.estimate, -d.high, -d.low])
     # draw by draw, by hand
     theta, widen = np.array(fits["joint"].draws["random_effects"]), fits["joint"].diagnostics.draws.t_over_z

@@ -2,12 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from sovit import UserError
+from sovit.law.fitted_law import read_law
+from sovit.predict.recommend import best_shape
 from sovit.predict.validation import RULE, runs_of, verdict, verdict_text, write_prediction
 from sovit.spec.run import Recipe
 from sovit.spec.shape import Shape
@@ -105,24 +108,15 @@ def test_a_prediction_that_missed_is_called_that():
     assert "which meets the measured interval" in verdict_text(result)
 
 
-def test_two_laws_meet_by_their_own_choices(tmp_path):
-    from planted_ledger import planted_rows, write_ledger
-
-    from sovit.law import fit as law
-    from sovit.ledger.measurements import measurements
-    from sovit.predict.recommend import best_shape
-
-    paths, chosen = [], []
-    for name, amplitudes in (("a", None), ("b", dict(depth=(1.6, 1.3)))):  # the second wants more depth
-        data = measurements([write_ledger(tmp_path / f"{name}.jsonl", planted_rows(amplitudes=amplitudes))])
-        fit = law.fit("joint", data.columns, data.y, bootstrap=20)
-        paths.append(tmp_path / f"{name}.json")
-        paths[-1].write_text(fit.to_json())
-        chosen.append(best_shape(fit, 1e12).shape.to_dict())
-    made = write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json", paths[1])
-    first, second = made["arms"].values()
-    assert [first["shape"], second["shape"]] == chosen and chosen[0] != chosen[1]
-    assert first["predicted"] < second["predicted"] and made["predicted_difference"]["estimate"] < 0
-    assert second["predicted_low"] < second["predicted"] < second["predicted_high"]
+def test_a_prediction_is_of_the_recommended_and_the_usual_shape(tmp_path):
+    law, path = Path(__file__).parents[2] / "results" / "stream_star_law" / "law.json", tmp_path / "p.json"
+    made = write_prediction(law, 1e12, [1, 2, 3], path)
+    best = best_shape(read_law(law), 1e12)
+    assert [arm["shape"] for arm in made["arms"].values()] == [best.shape.to_dict(), best.proportional.shape.to_dict()]
+    ours, usual = made["arms"].values()
+    assert usual["predicted_low"] < usual["predicted"] < usual["predicted_high"]
+    difference = math.log(ours["predicted"] / usual["predicted"])
+    assert made["predicted_difference"]["estimate"] == pytest.approx(difference)
+    assert write_prediction(law, 1e12, [1, 2, 3], path) == made
     with pytest.raises(UserError, match="holds a prediction from another law"):
-        write_prediction(paths[0], 1e12, [1, 2, 3], tmp_path / "p.json")
+        write_prediction(law, 1e12, [1, 2, 4], path)
