@@ -19,7 +19,7 @@ from sovit import UserError
 from sovit.files import write_atomic
 from sovit.law.bootstrap import LEVEL
 from sovit.law.checks import simulate as planted
-from sovit.law.checks.coverage import BAD, Setup, one_set, setup, summary
+from sovit.law.checks.coverage import BAD, REACHES, Setup, one_set, setup, summary
 
 DESIGNS = {
     "star": lambda: planted.sovit_star(),
@@ -110,7 +110,7 @@ def true_quantities(s: Setup, law: planted.Truth) -> np.ndarray:
         size = np.diff(np.log(planted.num_params(ends, law.geometry)))
         seen = np.diff(np.log(np.array(s.ends) / law.flops(ends)))
         return np.log(size / (size + seen))
-    best = [np.log(law.optimum(c)) for c in (*s.ends, *(r * s.ends[1] for r in s.reaches))]
+    best = [np.log(law.optimum(c)) for c in (*s.ends, *(r * s.ends[1] for r in REACHES))]
     return np.concatenate([np.log((best[1] - best[0]) / np.log(s.ends[1] / s.ends[0])), *best[2:]])
 
 
@@ -133,7 +133,7 @@ def run_condition(condition: Condition, draws: int = 99) -> dict:
     assert s is not None
     return dict(
         name=condition.name, right=condition.right, **dataclasses.asdict(condition), draws=draws, failed=failed,
-        num_rows=len(s.rows.trunk), num_trunks=int(s.rows.trunk.max()) + 1, level=LEVEL, reaches=list(s.reaches),
+        num_rows=len(s.rows.trunk), num_trunks=int(s.rows.trunk.max()) + 1, level=LEVEL, reaches=list(REACHES),
         **summary(s.labels, np.array(true), sets), seconds=round(time.perf_counter() - began, 1),
     )  # fmt: skip
 

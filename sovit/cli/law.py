@@ -27,7 +27,6 @@ class FitOptions(Rows):
 
     out: Annotated[Path | None, Help("Folder to write (default: runs/results/<ledger's name>_law).")] = None
     bootstrap: Annotated[Whole, Help("Draws of each interval.")] = 1000
-    coverage: Annotated[Whole, Help("Simulate N data sets and report the coverage of the intervals.")] = 0
     train_flops: Annotated[float | None, Help("Budget of the recommendation (default: beyond the largest run).")] = None
 
 

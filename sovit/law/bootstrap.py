@@ -30,13 +30,6 @@ def pairs(rows: Rows, solved: Solved, num: int, rng: np.random.Generator, strata
     return _refit(rows, np.log(rows.y), _weights(num, rng, strata)[:, rows.trunk], solved)
 
 
-def both(rows: Rows, solved: Solved, num: int, rng: np.random.Generator, strata: np.ndarray) -> Polished:
-    """Both at once, random effects first, [2 num]: the same draws, and half the time where `num` is small."""
-    log_y = np.concatenate([_drawn(rows, solved, num, rng), np.broadcast_to(np.log(rows.y), (num, len(rows.y)))])
-    weights = _weights(num, rng, strata)[:, rows.trunk]
-    return _refit(rows, log_y, np.concatenate([np.ones_like(weights), weights]), solved)
-
-
 def _drawn(rows: Rows, solved: Solved, num: int, rng: np.random.Generator) -> np.ndarray:
     """ln y of `num` data sets from the fit, [num, n]."""
     trunk = rng.standard_normal((num, len(solved.groups.kappa)))[:, rows.trunk]

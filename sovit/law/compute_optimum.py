@@ -195,12 +195,9 @@ def loss_along_budget(
     family: Family, phi: np.ndarray, v: np.ndarray, log_budget: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """ln loss [S] and its derivatives to theta [P, S] of shapes v [S, K], each on as many images as the budget pays."""
-    geometry, form = family.geometry, family.form
+    geometry, table = family.geometry, dict(zip(family.dims, np.exp(v).T))
     assert geometry is not None
-    table = dict(zip(family.dims, np.exp(v).T))
-    columns = dict(zip(family.dims, v.T)) | dict(num_examples=log_budget - np.log(geometry.flops(table, head=True)))
-    if "num_params" in form.terms:
-        columns["num_params"] = np.log(geometry.num_params(table))
-    u = np.stack([columns[term] for term in form.terms]) - family.centre[:, None]
-    value, jac = form.evaluate(np.exp(phi)[None], u)
+    images = np.exp(log_budget) / geometry.flops(table, head=True)
+    u = law_columns(family.form.terms, table, images, geometry) - family.centre[:, None]
+    value, jac = family.form.evaluate(np.exp(phi)[None], u)
     return value[0], jac[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,6 @@ class Diagnostics:
     draws: Draws | None = None
     absent_share: dict[str, float]
     interval_ratio: dict[str, float]
-    coverage: dict[str, Any] | None = None
     held_out_rows: list[int]
 
 

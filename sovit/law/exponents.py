@@ -85,15 +85,15 @@ def optimum_of(
     return optimum(family, theta, log_compute, (low, high), head)
 
 
-def growth(family: Family, theta: np.ndarray, ends: Sequence[float], head: bool = False) -> np.ndarray:
-    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]. head: compute counts it."""
+def growth(family: Family, theta: np.ndarray, ends: Sequence[float]) -> np.ndarray:
+    """Exponent s of x* ~ compute^s between the two computes `ends`, for each theta: [R, K]."""
     low, high = np.log(ends)
     if family.form.arms:
         num = len(family.form.arms)
         a, b = theta[:, 4 * num : 5 * num], theta[:, 5 * num : 6 * num]
         absent = (theta[:, :num] <= 0) | (theta[:, num : 2 * num] <= 0)
         return np.where(absent, 0.0, facing(family.form.arms) * theta[:, 6 * num :] / (a + b))
-    at = [optimum_of(family, theta, t, head) for t in (low, high)]
+    at = [optimum_of(family, theta, t) for t in (low, high)]
     return (at[1] - at[0]) / (high - low)
 
 

@@ -25,7 +25,6 @@ from sovit.law.diagnostics import Diagnostics, Draws, describe, seed_noise
 from sovit.law.exponents import Growth, Interval, exponents, size_growth
 from sovit.law.extrapolation import Extrapolation, extrapolation
 from sovit.law.fitted_law import Data, Fit, Model
-from sovit.law.form import FALLING
 from sovit.law.forms import LAWS, WHOLE_SHAPE
 from sovit.law.geometry import Geometry
 from sovit.law.options import LawOptions
@@ -138,8 +137,6 @@ def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
     params, intervals = _params(rows, solved.theta, draws, went)
     growths, absent = _growths(ready, solved, geometry, data, draws, went)
     found |= dict(draws=went, absent_share=absent, interval_ratio=_ratios(growths))
-    if chosen.coverage:
-        found["coverage"] = _coverage(ready, solved, geometry, data, growths, chosen)
     found["held_out_rows"] = sorted(set(range(len(ready.y))) - set(rows.source.tolist()))
     return Fit(
         form,
@@ -203,21 +200,6 @@ def _ratios(growths: Mapping[str, Growth]) -> dict[str, float]:
         for d, e in growths.items()
         if e.low and e.high and e.pairs_low and e.pairs_high
     }
-
-
-def _coverage(
-    ready: Prepared, solved: Solved, geometry: Geometry | None, data: Data, growths: Mapping, options: LawOptions
-) -> dict:
-    from sovit.law.checks import coverage
-
-    if not growths or set(data.grid) & set(FALLING) or not data.compute_range:
-        raise UserError(
-            f"coverage={options.coverage} needs growth exponents of width, depth or MLP dim; this law has none"
-        )
-    ends = data.compute_range[0], data.compute_range[1]
-    family = Family(ready.rows.form, ready.rows.centre, geometry, data.grid)
-    setup = coverage.Setup(ready.rows, ready.strata, family, ends, options.estimator, (10.0,))
-    return coverage.of_fit(setup, solved, options.coverage, seed=options.seed)
 
 
 def _rounded(theta: np.ndarray) -> np.ndarray:

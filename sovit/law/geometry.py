@@ -48,7 +48,6 @@ class Geometry:
     num_classes: int = 0
     flops_scale: float = 1.0
     params_scale: float = 1.0
-    counting: str = "exact"  # a key of shape.COUNTINGS
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -63,11 +62,7 @@ class Geometry:
     def flops(self, dims: Mapping[str, np.ndarray], head: bool) -> Any:
         """Forward FLOPs of one image, task head included or not; real, complex or integer arrays."""
         width, depth, mlp_dim, patches, patch = self._sizes(dims)
-        prefix = self.num_prefix_tokens
-        if self.counting == "params_tokens":
-            count = 2 * self.num_params(dims) * (patches + prefix)
-        else:
-            count = encoder_flops(width, depth, mlp_dim, patches, prefix, patch, self.pool, self.counting)
+        count = encoder_flops(width, depth, mlp_dim, patches, self.num_prefix_tokens, patch, self.pool)
         if head:
             count = count + 2 * width * self.num_classes * (patches if self.pool == "none" else 1)
         return count * self.flops_scale

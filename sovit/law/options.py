@@ -40,9 +40,6 @@ class LawOptions:
     bootstrap: int = 0
     """Draws of each of the two bootstraps; needs 3 trunks (1,000 for results to keep)."""
     seed: int = 0
-    coverage: int = 0
-    """Data sets drawn from the fitted law and refitted, to see how often its intervals hold it (100 tell it to 2
-    points); about .5 s each, into diagnostics.coverage."""
     metric: str | None = None
     """What y is, such as "val_loss"."""
 

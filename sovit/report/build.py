@@ -17,9 +17,8 @@ import numpy as np
 
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.law.checks.coverage import words as coverage_words
 from sovit.law.checks.sensitivity import sensitivity
-from sovit.law.fit import choose_headline, fit_forms, fit_measurements
+from sovit.law.fit import choose_headline, fit_forms
 from sovit.law.fitted_law import Fit, plain
 from sovit.law.forms import LAWS
 from sovit.ledger.measurements import Measurements, measurements
@@ -51,18 +50,13 @@ class FitOptions:
     """False = without the hundred refits that say what the law depends on, and without the further cuts."""
     skip_bad: bool = False
     """Leave bad rows out, each with its reason, where otherwise the first is refused."""
-    coverage: int = 0
-    """Data sets simulated from the headline law, to see how often its intervals hold it; 0 = none."""
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in LAWS:
             raise UserError(f"form={self.form!r} is unknown; choose one of {', '.join(LAWS)}")
         if self.train_flops is not None and not (np.isfinite(self.train_flops) and self.train_flops > 0):
             raise UserError(f"train_flops={self.train_flops!r} is not a positive number; give FLOPs, such as 1e15")
-        for name, what in (("bootstrap", "draws, or 0 for no intervals"), ("coverage", "data sets, or 0 for none")):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is negative; give the number of {what}")
-        if 0 < self.bootstrap < MIN_DRAWS:
+        if self.bootstrap < 0 or 0 < self.bootstrap < MIN_DRAWS:
             raise UserError(
                 f"bootstrap={self.bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none"
             )
@@ -76,17 +70,13 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
     """
     chosen = FitOptions(**options)
     data = measurements(paths, chosen.metric, skip_bad=chosen.skip_bad)
-    given = dict(bootstrap=chosen.bootstrap, seed=chosen.seed)
-    fits, refused = fit_forms(data, chosen.form, **given)
+    fits, refused = fit_forms(data, chosen.form, bootstrap=chosen.bootstrap, seed=chosen.seed)
     headline, why = choose_headline(fits, chosen.form)
     at_budget = budget_facts(data, fits, headline, chosen.train_flops)
     scores = held_out(fits, headline, data)
-    if chosen.coverage:
-        fits[headline] = fit_measurements(headline, data, coverage=chosen.coverage, **given)
-    simulated = coverage_words(counted) if (counted := fits[headline].diagnostics.coverage) else ""
     best = at_budget["recommendation"]
     found = _sensitivity(data, fits, headline, best, chosen)
-    facts = dict(why=why, refused=refused, coverage=simulated, **law_facts(data, fits, headline, chosen.refits))
+    facts = dict(why=why, refused=refused, **law_facts(data, fits, headline, chosen.refits))
     facts |= at_budget | dict(data=data_facts(data, fits[headline].model.dims))
     folder = Path(chosen.out) if chosen.out is not None else law_folder(data.paths)
     _write_laws(folder, data, fits, headline)
@@ -101,9 +91,7 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
     if chosen.figures:
         write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
     summary = _summary(folder, data, fits, headline, facts)
-    return summary | dict(
-        text=render("fit.txt.j2", s=summary, why_none=facts["why_none"], coverage=simulated).rstrip("\n")
-    )
+    return summary | dict(text=render("fit.txt.j2", s=summary, why_none=facts["why_none"]).rstrip("\n"))
 
 
 def report_text(folder: Path) -> str:
@@ -115,7 +103,7 @@ def report_text(folder: Path) -> str:
 def _sensitivity(data: Measurements, fits: dict, headline: str, best, options: FitOptions) -> dict:
     if not options.refits:
         return dict(note="no refits were asked for")
-    return sensitivity(data, fits[headline], best.train_flops if best else None, fits=fits, seed=options.seed)
+    return sensitivity(data, fits[headline], best.train_flops if best else None, fits=fits)
 
 
 def law_folder(paths: Sequence[Path | str]) -> Path:
@@ -175,5 +163,4 @@ def _summary(folder: Path, data: Measurements, fits: Mapping, headline: str, fac
         extrapolation=facts["scores"],
         recommendation=facts["recommendation"],
         figures=[f"{name}.png" for name in facts["figures"]],
-        coverage=fit.diagnostics.coverage,
     )

@@ -19,12 +19,6 @@ from sovit import UserError
 DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
 POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
 TRAINED = ("full", "attention", "mlp", "head")  # what a training moves; `finetune.freeze` says what each of them holds
-COUNTINGS = {  # ways in which the field counts forward FLOPs; "exact" is ours, the others show how much hangs on it
-    "exact": "all matrix products of the encoder",
-    "no_attention": "without attention's products of queries, keys and values (the n² term)",
-    "blocks_only": "without patch embedding and pooling head",
-    "params_tokens": "2 × parameters × tokens (the 6ND habit)",
-}
 
 
 @dataclass(frozen=True)
@@ -216,7 +210,6 @@ def encoder_flops(  # noqa: PLR0913 - the variables of one closed form
     num_prefix_tokens: int,
     patch_size: Real,
     pool: str,
-    counting: str = "exact",
 ) -> Real:
     """Forward FLOPs of one image, in closed form; arguments may be real numbers or arrays (the law's optimum is real).
 
@@ -228,16 +221,11 @@ def encoder_flops(  # noqa: PLR0913 - the variables of one closed form
         MAP head          2 (2 w^2)             query and output projection of the one probe
                         + 2 n (2 w^2)           keys and values
                         + 2 (2 n w) + 2 (2 w m) attention and MLP of the probe
-    counting: a key of COUNTINGS; "no_attention" and "blocks_only" leave out what they say ("params_tokens" counts no
-    products: see `allocate.Geometry.flops`).
     """
     w, m, n, t = width, mlp_dim, num_patches, num_patches + num_prefix_tokens
     embed = 2 * n * 3 * patch_size**2 * w
-    squares = counting != "no_attention"
-    block = 8 * t * w * w + 4 * t * t * w * squares + 4 * t * w * m
-    map_head = 4 * w * w + 4 * n * w * w + 4 * n * w * squares + 4 * w * m if pool == "map" else 0
-    if counting == "blocks_only":
-        return depth * block
+    block = 8 * t * w * w + 4 * t * t * w + 4 * t * w * m
+    map_head = 4 * w * w + 4 * n * w * w + 4 * n * w + 4 * w * m if pool == "map" else 0
     return embed + depth * block + map_head
 
 

@@ -18,7 +18,7 @@ NUM_WORDS = {"stream": 21, "icons": 24}  # source -> words of its longest captio
 
 def text_flops(num_words: int) -> int:
     """FLOPs of the text tower's forward pass on one caption: blocks and projection; looking a word up costs none."""
-    blocks = encoder_flops(WIDTH, DEPTH, MLP_DIM, num_words, 0, 1, "avg", "blocks_only")
+    blocks = encoder_flops(WIDTH, DEPTH, MLP_DIM, num_words, 0, 0, "avg")  # no patches to embed
     return blocks + 2 * WIDTH * EMBED_DIM
 
 

@@ -1,7 +1,6 @@
 """Intervals that hold the truth as often as they say: simulation against its nominal."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +10,8 @@ import pytest
 
 from analysis.coverage import study
 from sovit import UserError
-from sovit.law import fit as law
 from sovit.law.bootstrap import interval
 from sovit.law.checks import coverage
-from sovit.law.checks import simulate as planted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,21 +53,6 @@ def test_a_finished_condition_is_not_run_again(tmp_path, monkeypatch):
     path.write_text('{"other": 1}\n')
     with pytest.raises(UserError, match="line 1: not a line of this study"):
         study.study(path, conditions, draws=9)
-
-
-def test_a_fit_tells_its_own_coverage():
-    design, truth = planted.sovit_star(), planted.truth("joint")
-    y = design.losses(truth) * planted.noise(design, 0.003, 0.5, np.random.default_rng(0))
-    options = dict(clusters=design.trunk, geometry=design.known, extrapolate=False, bootstrap=49)
-    found = law.fit("joint", design.columns, y, coverage=4, **options)
-    result = found.diagnostics.coverage
-    assert result["num"] == 4 and set(result["coverage"]) == set(coverage.KINDS)
-    assert result["coverage"]["pairs"]["exponent"]["num"] == 4
-    text = coverage.words(result)
-    assert "4 simulated data sets" in text and "the pairs bootstrap" in text and "\n" not in text
-    json.dumps(result, allow_nan=False)
-    with pytest.raises(UserError, match="coverage=3"):
-        law.fit("additive", design.columns, y, clusters=design.trunk, terms=("num_params", "num_examples"), coverage=3)
 
 
 def test_percentiles_do_not_narrow_with_few_draws():

@@ -265,7 +265,7 @@ def test_bad_input_is_one_line_and_status_2(name, rows, tmp_path, capsys):
         (["--metric", "val_los"], "no row has metric='val_los'"),
         (["--form", "spline"], "form='spline' is unknown"),
         (["--train-flops", "-1"], "not a positive number"),
-        (["--bootstrap", "-1"], "negative"),
+        (["--bootstrap", "-1"], "bootstrap=-1 draws"),
         (["--bootstrap", "99"], "at least 100, or 0 for none"),
         (["--out", "/dev/null/x"], "cannot write"),
     ],

@@ -1,8 +1,8 @@
-"""How often the intervals hold the truth: simulation from a planted law (a study), or from a fitted one (`of_fit`).
+"""How often the intervals hold the truth, by simulation from planted laws.
 
 A set is one simulated data set: fitted, its two intervals made, and asked whether they hold the true value of each
 quantity: the growth exponent of each dimension over the design's range of compute, and ln x of the best shape at
-multiples of the largest compute. Nominal is LEVEL for all of them.
+REACHES. Nominal is LEVEL for all of them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sovit import UserError
-from sovit.law.bootstrap import LEVEL, both, interval, pairs_stretch, stretch
+from sovit.law.bootstrap import interval, pairs, pairs_stretch, random_effects, stretch
 from sovit.law.checks import simulate as planted
 from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import prepare_fit, star
-from sovit.law.exponents import EXPONENT_FLOOR, MAX_ABSENT, MAX_RATIO, amplitudes, optimum_of
+from sovit.law.exponents import EXPONENT_FLOOR, optimum_of
 from sovit.law.options import LawOptions
-from sovit.law.solver.fitter import Loss, Rows, Solved, solve
+from sovit.law.solver.fitter import Rows, solve
 
 KINDS = ("random_effects", "pairs")
 REACHES = (10.0, 100.0)  # multiples of the largest compute at which the best shape is asked for
-NO_BOUND = ("eps", "E", "xi", "beta", "s")  # parameters that may lie on a bound without harm
 BAD = 1.05  # factor on the loss of a bad row or trunk
 
 
@@ -36,25 +34,21 @@ class Setup:
     strata: np.ndarray  # [G]
     family: Family
     ends: tuple[float, float]  # smallest and largest compute
-    loss: Loss = Loss()
-    reaches: tuple[float, ...] = REACHES
 
     @property
-    def labels(self) -> list[tuple[str, str]]:
-        """(quantity, dimension) of each column of `quantities`."""
+    def labels(self) -> list[str]:
+        """The quantity of each column of `quantities`; the dimensions of one follow each other."""
         if not self.family.grid:
-            return [("exponent", "num_params")]
-        names = ["exponent", *(f"shape_{r:g}x" for r in self.reaches)]
-        return [(name, dim) for name in names for dim in self.family.grid]
+            return ["exponent"]
+        return [name for name in ("exponent", *(f"shape_{r:g}x" for r in REACHES)) for _ in self.family.grid]
 
     def quantities(self, theta: np.ndarray) -> np.ndarray:
         """ln of the growth exponents (floored), then ln x of the optimum at each reach: [R, M] for theta [R, P]."""
         if not self.family.grid:  # N* ~ (N D)^s of chinchilla
             return np.log(theta[:, 4:5] / (theta[:, 3:4] + theta[:, 4:5]))
-        computes = np.log([*self.ends, *(r * self.ends[1] for r in self.reaches)])
+        computes = np.log([*self.ends, *(r * self.ends[1] for r in REACHES)])
         tiled, at = np.tile(theta, (len(computes), 1)), np.repeat(computes, len(theta))
-        v = optimum_of(self.family, tiled, at)
-        v = v.reshape(len(computes), len(theta), -1)
+        v = optimum_of(self.family, tiled, at).reshape(len(computes), len(theta), -1)
         growth = (v[1] - v[0]) / (computes[1] - computes[0])
         return np.concatenate([np.log(np.maximum(growth, EXPONENT_FLOOR)), *v[2:]], 1)
 
@@ -68,57 +62,38 @@ def setup(form: str, design: planted.Design, zero_line: float | None = None) -> 
     ready = dataclasses.replace(ready, arms=star(table, planted.DIMS)[1], index=design.trunk)
     grid = {d: np.unique(table[d]).tolist() for d in dims}
     ends = table["compute"].min(), table["compute"].max()
-    family = Family(ready.form, ready.rows.centre, design.geometry, grid)
-    return Setup(ready.rows, ready.strata, family, ends)
+    return Setup(ready.rows, ready.strata, Family(ready.form, ready.rows.centre, design.geometry, grid), ends)
 
 
 def one_set(s: Setup, log_y: np.ndarray, draws: int, rng: np.random.Generator) -> dict:
-    """Fit one data set, log_y over the rows of the form: estimate [M], ends [2, M, 2] by KINDS, troubles."""
-    form = s.rows.form
+    """Fit one data set, log_y over the rows of the form: estimate [M], ends [2, M, 2] by KINDS."""
     rows = dataclasses.replace(s.rows, y=np.exp(log_y))
-    solved = solve(rows, s.loss)
-    estimate = s.quantities(solved.theta[None])[0]
-    out: dict = dict(estimate=estimate, ends=np.empty((2, len(estimate), 2)), nu=solved.dof)
-    done = both(rows, solved, draws, rng, s.strata)
-    values = s.quantities(done.theta).reshape(2, draws, -1)
-    for kind, widen in enumerate((stretch(solved.dof), pairs_stretch(s.strata))):
-        out["ends"][kind] = [interval(column, widen, floor=None) for column in values[kind].T]
-    low, high = form.bounds
-    watched = [i for i, n in enumerate(form.names) if n.split("_")[0] not in NO_BOUND]
-    theta = done.theta[:draws]
-    on = (theta[:, watched] <= low[watched]) | (theta[:, watched] >= high[watched])
-    wide = out["ends"][0, : max(len(s.family.grid), 1)]
-    absent = (amplitudes(form, theta) <= 0).mean(0) if s.family.grid else 0.0
-    lost = (absent > MAX_ABSENT) | (wide[:, 1] - wide[:, 0] > np.log(MAX_RATIO))
-    return out | dict(on_bound=on.any(1).mean(), unidentified=lost.mean())
+    solved = solve(rows)
+    made = random_effects(rows, solved, draws, rng), pairs(rows, solved, draws, rng, s.strata)
+    values = s.quantities(np.concatenate([solved.theta[None], *(done.theta for done in made)]))
+    widen = stretch(solved.dof), pairs_stretch(s.strata)
+    ends = [[interval(column, by, floor=None) for column in many.T] for by, many in zip(widen, np.split(values[1:], 2))]
+    return dict(estimate=values[0], ends=np.array(ends))
 
 
-def summary(labels: Sequence[tuple[str, str]], true: np.ndarray, sets: list[dict]) -> dict:
-    """Coverage, width, bias and spread by quantity. true [S, M]; `sets` as `one_set` gives them.
+def summary(labels: Sequence[str], true: np.ndarray, sets: list[dict]) -> dict:
+    """Coverage, width and bias by quantity. true [S, M]; `sets` as `one_set` gives them.
 
-    coverage[kind][quantity]: {mean, se, by_dim, num}; the error is that of the mean over dimensions, set by set, for
-    the dimensions of one set are not independent. width: median of ln(high / low).
+    coverage[kind][quantity]: {mean, se, num}; the error is that of the mean over dimensions, set by set, for the
+    dimensions of one set are not independent. width: median of ln(high / low). bias: median of ln(estimate / true).
     """
     ends, estimate = np.array([o["ends"] for o in sets]), np.array([o["estimate"] for o in sets])
-    quantities = list(dict.fromkeys(name for name, _ in labels))
-    out: dict = dict(coverage={}, width={})
+    places = {q: [m for m, name in enumerate(labels) if name == q] for q in dict.fromkeys(labels)}
+    coverage: dict = {kind: {} for kind in KINDS}
+    width: dict = {kind: {} for kind in KINDS}
     for i, kind in enumerate(KINDS):
-        for quantity in quantities:
-            at = [m for m, (name, _) in enumerate(labels) if name == quantity]
+        for quantity, at in places.items():
             low, high = np.moveaxis(ends[:, i, at], 2, 0)
             hit = (low <= true[:, at]) & (true[:, at] <= high)
-            out["coverage"].setdefault(kind, {})[quantity] = dict(
-                mean=float(hit.mean()),
-                se=standard_error(hit),
-                by_dim={labels[m][1]: float(h) for m, h in zip(at, hit.mean(0))},
-                num=len(hit),
-            )
-            out["width"].setdefault(kind, {})[quantity] = np.median(high - low, 0).tolist()
-    error = estimate - true
-    middle = np.median(error, 0)
-    for key, values in (("bias", middle), ("spread", np.median(np.abs(error - middle), 0) / 0.6745)):
-        out[key] = {q: [float(v) for v, (name, _) in zip(values, labels) if name == q] for q in quantities}
-    return out | {k: float(np.mean([o[k] for o in sets])) for k in ("on_bound", "unidentified", "nu")}
+            coverage[kind][quantity] = dict(mean=float(hit.mean()), se=standard_error(hit), num=len(hit))
+            width[kind][quantity] = np.median(high - low, 0).tolist()
+    error = np.median(estimate - true, 0)
+    return dict(coverage=coverage, width=width, bias={q: error[at].tolist() for q, at in places.items()})
 
 
 def standard_error(hit: np.ndarray) -> float:
@@ -133,63 +108,19 @@ def standard_error(hit: np.ndarray) -> float:
 def table(lines: Sequence[dict]) -> str:
     """The study as a markdown table: coverage of headline / pairs in per cent, mean over dimensions."""
     out = [
-        "| condition | sets | exponents | shape at 10x | shape at 100x | width of exponents | bias | unidentified |",
-        "|---|---|---|---|---|---|---|---|",
+        "| condition | sets | exponents | shape at 10x | shape at 100x | width of exponents | bias |",
+        "|---|---|---|---|---|---|---|",
     ]
-
-    def cell(line: dict, quantity: str) -> str:
-        parts = [line["coverage"].get(kind, {}).get(quantity) for kind in KINDS]
-        return " / ".join(f"{100 * c['mean']:.0f}±{100 * c['se']:.0f}" if c else "–" for c in parts)
-
     for right in (True, False):
         chosen = [line for line in lines if line["right"] == right]
         if chosen and not right:
-            out.append("| *the form is wrong:* | | | | | | | |")
+            out.append("| *the form is wrong:* | | | | | | |")
         for line in chosen:
-            widths = line["width"]["random_effects"]["exponent"]
-            cells = [cell(line, q) for q in ("exponent", *(f"shape_{r:g}x" for r in line["reaches"]))]
-            wide = " ".join(f"{w:.2f}" for w in widths)
-            bias = " ".join(f"{b:+.2f}" for b in line["bias"]["exponent"])
-            name = line["name"].replace(" | ", ", ")
-            out.append(
-                f"| {name} | {line['sets']} | {' | '.join(cells)} | {wide} | {bias} | {line['unidentified']:.0%} |"
-            )
+            cells = [line["name"].replace(" | ", ", "), str(line["sets"])]
+            for quantity in ("exponent", *(f"shape_{r:g}x" for r in REACHES)):
+                found = [line["coverage"][kind].get(quantity) for kind in KINDS]
+                cells.append(" / ".join(f"{100 * c['mean']:.0f}±{100 * c['se']:.0f}" if c else "–" for c in found))
+            cells.append(" ".join(f"{w:.2f}" for w in line["width"]["random_effects"]["exponent"]))
+            cells.append(" ".join(f"{b:+.2f}" for b in line["bias"]["exponent"]))
+            out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
-
-
-def of_fit(s: Setup, solved: Solved, num: int, draws: int = 99, seed: int = 0) -> dict:
-    """Coverage where the fitted law is the truth, on its own design, with its own estimates of the noise.
-
-    `num` sets, each refitted with `draws` of both bootstraps; what is held true is the fit's exponents
-    and its best shape at 10 x the largest compute. What this cannot see is a form that is wrong.
-    """
-    rng = np.random.default_rng([seed, num])
-    form, source = s.rows.form, s.rows.source
-    clean = form.evaluate(solved.theta[None], s.rows.u)[0][0]
-    sets, failed = [], 0
-    for _ in range(num):
-        trunk = solved.trunk_sd * rng.standard_normal(int(s.rows.trunk.max()) + 1)[s.rows.trunk]
-        row = rng.standard_normal(int(source.max()) + 1)[source]
-        try:
-            sets.append(one_set(s, clean + trunk + solved.drawn_row_sd() * row, draws, rng))
-        except np.linalg.LinAlgError:
-            failed += 1
-    if not sets:
-        raise UserError(f"coverage={num}: none of the simulated data sets could be fitted; the law is not determined")
-    true = np.tile(s.quantities(solved.theta[None])[0], (len(sets), 1))
-    return dict(num=len(sets), failed=failed, draws=draws, level=LEVEL) | summary(s.labels, true, sets)
-
-
-def words(result: dict) -> str:
-    """A short paragraph of `of_fit` for a report."""
-    names = dict(random_effects="the headline interval", pairs="the pairs bootstrap")
-    parts = []
-    for quantity, what in (("exponent", "the growth exponents"), ("shape_10x", "the best shape at 10 x the compute")):
-        found = {kind: c[quantity] for kind, c in result["coverage"].items()}
-        shares = ", ".join(f"{names[k]} {c['mean']:.0%} ± {c['se']:.0%}" for k, c in found.items())
-        parts.append(f"{what}: {shares}")
-    return (
-        f"Were the fitted law true, with the noise estimated here, how often would these intervals hold it? In"
-        f" {result['num']} simulated data sets on this design, nominal {result['level']:.0%}; {'; '.join(parts)}."
-        " Coverage under the fitted form says nothing of a form that is wrong."
-    )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from sovit.report.figures.style import DIMENSIONS, GREY, INK, OKABE_ITO, PALE, grid, styled
+from sovit.report.figures.style import DIMENSIONS, GREY, OKABE_ITO, PALE, grid, styled
 
 KINDS = {
     "shape": "one shape left out",
     "window": "window of compute",
-    "counting": "counting of FLOPs",
     "loss": "loss",
     "form": "form",
-    "metric": "metric",
 }
 
 
@@ -25,9 +23,7 @@ def sensitivity(found: dict) -> Figure | None:
     if not dims or not rows:
         return None
     lines = [name for name in KINDS if any(r["what"] == name for r in rows)]
-    drops = [f"{d['num_shapes']} shapes left out" for d in found["drops"]]
     order = [KINDS[n] for n in lines]
-    order[1 if lines[0] == "shape" else 0 : 1 if lines[0] == "shape" else 0] = drops
     figure, ((*axes,),) = grid(1, len(dims), 0.75 + 0.27 * len(order), sharey=True)
     place = {label: -i for i, label in enumerate(order)}
     for axis, dim in zip(axes, dims):
@@ -43,11 +39,6 @@ def sensitivity(found: dict) -> Figure | None:
             )  # so that equal values do not hide each other
             colour = OKABE_ITO[i % 6]
             axis.scatter(values, place[KINDS[name]] + spread, s=9, color=colour, alpha=0.8, linewidths=0, zorder=3)
-        for drop, label in zip(found["drops"], drops):
-            e = drop["exponents"][dim]
-            if e["median"] is not None:
-                axis.plot([e["low"], e["high"]], [place[label]] * 2, color=INK, lw=1.6, solid_capstyle="butt", zorder=2)
-                axis.scatter([e["median"]], [place[label]], s=14, color=INK, zorder=3)
         axis.set_yticks([place[label] for label in order], order)
         axis.tick_params(axis="y", length=0)
         axis.set_ylim(-len(order) + 0.4, 0.6)
