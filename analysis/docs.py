@@ -18,8 +18,7 @@ import jinja2
 
 from analysis.flexivit.tables import sizes_table
 from analysis.publish import templates
-from analysis.published.flops import table as flops_table
-from analysis.published.shapes import table as shapes_table
+from analysis.published.shapes import flops_table, shapes_table
 from analysis.resolution.tables import scratch_table, short_table
 from analysis.vlm_encoders.tables import short_text
 from sovit.law.diagnostics import SIGNIFICANT

@@ -11,7 +11,6 @@ from sovit.report.figures.style import GREY, INK, OKABE_ITO, finish, grid, mark,
 # form -> label, colour, marker, line style, line width; in the order of the legend
 LINES: dict = {
     "headline": ("chosen below the cut (sovit fit)", INK, "o", "-", 2.0),
-    "of_all": ("chosen among all forms", INK, "", ":", 1.4),
     "joint": ("joint", OKABE_ITO[0], "", "-", 1.1),
     "joint_n": ("joint_n", OKABE_ITO[5], "", "-", 1.1),
     "bounded": ("bounded", OKABE_ITO[2], "", "-", 1.1),
@@ -27,8 +26,7 @@ LINES: dict = {
 def extrapolation_distance(found: Sequence[Mapping]) -> Figure:
     """RMSE against decades of compute beyond the dearest row fitted, all cuts pooled: one panel a data set.
 
-    found: as `analysis/published/extrapolation.py` makes it: [{name, metric, pooled: {forms: {form: {by_distance: [{decades,
-    rmse}]}}}}]; a data set without `pooled` has no panel.
+    found: of `analysis.published.extrapolation.study`; a data set without `pooled` has no panel.
     """
     sets = [data for data in found if "pooled" in data]
     columns = min(3, len(sets))
@@ -46,8 +44,7 @@ def extrapolation_distance(found: Sequence[Mapping]) -> Figure:
             axis.plot(*zip(*points), color=colour, marker=marker, ms=3, ls=style, lw=width, zorder=1 + width)
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high]
-        set_ticks(axis, "y", ticks)
+        set_ticks(axis, "y", [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if low <= t <= high])
         axis.set_xlim(0, None)
         axis.set_title(f"{data['name']}, {data['metric'].removeprefix('val_')}")
     for axis in axes[len(sets) :]:

@@ -1,30 +1,27 @@
 """Our fits of published sweeps beside the published figures, and beside scipy started 100 times.
 
-    python -m analysis.published.fits FOLDER [--out FILE.json]
+    python -m analysis.published.fits FOLDER [--out FOLDER]
 
-FOLDER is described in `analysis.published.sweeps`. There are three parts. Gemstones: objectives and exponents against the
-authors', intervals by model and by row. Vision learning curves: what extrapolates, on 72 curves. Scalebench: forms
-fitted to the cheap pool, scored on the expensive region. Objectives and exponents are compared, never amplitudes: these
-trade off against the floor. The seconds printed are not in the JSON, which is the same on every run.
+FOLDER is described in `analysis.published.sweeps`. Gemstones: objectives and exponents against the authors'. Scalebench:
+forms fitted to the cheap pool, scored on the expensive region. Objectives and exponents are compared, never amplitudes:
+these trade off against the floor. Writes public_fits.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from analysis.publish import Result, run
 from analysis.published import sweeps as public
-from analysis.published.multistart import NUM_STARTS, fit_columns, optimum, pinned_objective
-from sovit import OUTPUTS, UserError
-from sovit.files import write_atomic
-from sovit.law import fit as law
-from sovit.law.solver.starts import nnls
+from sovit.law.forms import LAWS
+from sovit.law.solver.fitter import Loss, Rows, Solved, solve
+from sovit.law.solver.polish import Groups, Objective, loss_of, polish
 
 HUBER_DELTA = 1e-3  # of the Gemstones authors, on log loss
 # file, terms, the authors' exponents, their E, as their repository prints them
@@ -34,229 +31,168 @@ GEMSTONES = (
     ("hot_100b+", ("width", "depth", "num_params", "tokens"), (0.2053, 0.4741, 0.3721, 0.5116), 1.487),
     ("cool_end", ("num_params", "tokens"), (0.3003, 0.5802), 2.075),
 )
-BOOTSTRAPPED = GEMSTONES[1][:2]
-WINDOWS = {"all": 0.0, "n > 2e8": 2e8}
-MIN_ROWS = 10  # of a curve within a window, for up to five parameters
-GRID_STEP = 0.01  # of the exponent in `grid_fit`
-NUM_DRAWS = 1000
-CURVE_STARTS = 10  # of each of some 370 fits of a curve, where 8 of 10 starts find the lowest point
 TOLERANCE = 1e-8  # of an objective above scipy's lowest
+NUM_STARTS = 100
+FINISHED = 5  # the best of scipy's starts, which are run on until they stop for good
 
 
-def score(predicted: np.ndarray, y: np.ndarray) -> dict:
-    """Root mean square and mean of ln(predicted / measured)."""
-    residual = np.log(predicted / y)
-    return dict(rmse=float(np.sqrt((residual**2).mean())), bias=float(residual.mean()), n=len(y))
+@dataclass(frozen=True)
+class Fitted:
+    """A form fitted to columns, with what a second optimiser needs to be given the same problem."""
+
+    form: object
+    centre: np.ndarray
+    u: np.ndarray
+    y: np.ndarray
+    solved: Solved
+
+    def predict(self, columns: Mapping) -> np.ndarray:
+        u = np.log(np.stack([columns[name] for name in self.form.terms])) - self.centre[:, None]
+        return np.exp(self.form.evaluate(self.solved.theta[None], u)[0][0])
+
+    @property
+    def params(self) -> dict:
+        raw = self.form.raw(self.solved.theta[None], self.centre)[0]
+        return dict(zip(self.form.names, map(float, raw)))
+
+
+def fit_columns(name: str, sweep: public.Sweep, terms: tuple[str, ...], **loss) -> Fitted:
+    """`solve` for the columns `terms` of a published sweep, rows as they are (no trunks). loss: fields of `Loss`."""
+    form = LAWS[name].build((), None, terms)
+    logs = np.log(np.stack([sweep.columns[t] for t in terms]))
+    centre = logs.mean(1)
+    u = logs - centre[:, None]
+    solved = solve(Rows(form, u, sweep.y, np.arange(len(sweep.y))), Loss(**loss, whiten=False))
+    return Fitted(form, centre, u, sweep.y, solved)
+
+
+def multistart(fitted: Fitted, num: int = NUM_STARTS) -> tuple[float, float]:
+    """The lowest objective that scipy's L-BFGS-B finds from `num` random starts, with our gradient and bounds.
+
+    Starts: exponents log-uniform within their bounds (at most 3), the mean loss shared out among amplitudes and floor at
+    random. The FINISHED best are started again from where they stopped until nothing is gained. Returns the lowest
+    objective and the share of starts that came within 1e-6 of it.
+    """
+    from scipy.optimize import minimize
+
+    form, delta, log_y = fitted.form, fitted.solved.delta, np.log(fitted.y)
+    low, high = form.bounds
+    rng = np.random.default_rng(0)
+
+    def objective(theta):
+        with np.errstate(all="ignore"):
+            value, jac = form.evaluate(theta[None], fitted.u)
+        if not (np.isfinite(value).all() and np.isfinite(jac).all()):  # every amplitude 0: the line search turns back
+            return 1e10, np.zeros_like(theta)
+        residual = value[0] - log_y
+        slope = residual if np.isinf(delta) else np.clip(residual, -delta, delta)
+        return scale * loss_of(residual, delta).sum(), scale * (jac[0] @ slope)
+
+    def descend(theta):
+        options = dict(maxiter=2000, maxfun=4000, ftol=1e-15, gtol=1e-12, maxcor=20)
+        done = minimize(objective, theta, jac=True, bounds=list(zip(low, high)), method="L-BFGS-B", options=options)
+        return done.fun, done.x
+
+    linear = np.isinf(high)  # amplitudes and floor: what has no upper bound
+    found = []
+    for _ in range(num):
+        theta = np.exp(rng.uniform(np.log(np.maximum(low, 1e-2)), np.log(np.minimum(high, 3.0))))
+        theta[linear] = rng.dirichlet(np.ones(linear.sum())) * fitted.y.mean()
+        scale = 1.0
+        scale = 1 / objective(theta)[0]
+        value, theta = descend(theta)
+        found.append((value / scale, theta))
+    found.sort(key=lambda f: f[0])
+    for i, (value, theta) in enumerate(found[:FINISHED]):
+        while True:
+            scale = 1 / value
+            again, theta = descend(theta)
+            gain, value = value - again / scale, min(value, again / scale)
+            if not gain > 1e-12 * value:
+                break
+        found[i] = value, theta
+    values = np.array([f[0] for f in found])
+    return float(values.min()), float((values < values.min() * (1 + 1e-6)).mean())
+
+
+def optimum(fitted: Fitted, num_starts: int) -> dict:
+    """Our objective beside the lowest of scipy's: `excess` = ours / scipy's - 1; `agreeing`, of its starts."""
+    lowest, agreeing = multistart(fitted, num_starts)
+    ours = fitted.solved.objective
+    return {"objective": ours, "scipy": lowest, "excess": round(ours / lowest - 1, 10), "agreeing": agreeing}
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """A form with the parameters named held at given values."""
+
+    form: object
+    values: Mapping[str, float]
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        low, high = (limit.copy() for limit in self.form.bounds)
+        for name, value in self.values.items():
+            low[self.form.names.index(name)] = high[self.form.names.index(name)] = value
+        return low, high
+
+    def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.form.evaluate(theta, u)
+
+
+def pinned_objective(fitted: Fitted, values: Mapping[str, float]) -> float:
+    """The lowest objective at these exponents, over amplitudes and floor."""
+    form, groups = Pinned(fitted.form, values), Groups.plain(np.arange(len(fitted.y)))
+    problem = Objective(form, fitted.u, np.log(fitted.y), groups, fitted.solved.delta)
+    done = polish(problem, fitted.solved.theta[None], tolerance=1e-13)
+    return float(done.objective[0])
 
 
 def gemstones(folder: Path, num_starts: int = NUM_STARTS) -> list[dict]:
-    """Each form fitted to all models (`train`) beside the authors' exponents, and, fitted to those up to 1.8 B
-    parameters, scored on those above (`held_out`)."""
+    """Each form of GEMSTONES fitted to all models, beside the authors' exponents and the objective at them."""
     rows = []
     for file, terms, exponents, floor in GEMSTONES:
         sweep = public.gemstones(folder, file)
-        train, test = sweep.part(~sweep.held_out), sweep.part(sweep.held_out)
-        whole = fit_columns("additive", sweep, terms, huber_delta=HUBER_DELTA)
-        pinned = pinned_objective(whole, {f"a_{t}": e for t, e in zip(terms, exponents)})
-        part = fit_columns("additive", train, terms, huber_delta=HUBER_DELTA)
-        rows.append(
-            dict(
-                file=file,
-                terms=terms,
-                n=len(sweep.y),
-                exponents=[whole.params[f"a_{t}"] for t in terms],
-                floor=whole.params["eps"],
-                published=dict(exponents=exponents, floor=floor, objective=pinned),
-                train=score(whole.predict(sweep.columns), sweep.y),
-                held_out=score(part.predict(test.columns), test.y),
-                **optimum(whole, num_starts),
-            )
-        )
+        fitted = fit_columns("additive", sweep, terms, huber_delta=HUBER_DELTA)
+        at_theirs = pinned_objective(fitted, {f"a_{t}": e for t, e in zip(terms, exponents)})
+        ours = {"exponents": [fitted.params[f"a_{t}"] for t in terms], "floor": fitted.params["eps"]}
+        theirs = {"exponents": exponents, "floor": floor, "objective": at_theirs}
+        row = {"file": file, "terms": terms, "n": len(sweep.y)} | ours | {"published": theirs}
+        rows.append(row | optimum(fitted, num_starts))
     return rows
-
-
-def intervals(folder: Path, num_draws: int = NUM_DRAWS) -> dict:
-    """90 % intervals of the exponents of BOOTSTRAPPED: whole models resampled, and rows, as if each were a run."""
-    file, terms = BOOTSTRAPPED
-    sweep = public.gemstones(folder, file)
-    out: dict = dict(file=file, terms=terms, num_draws=num_draws)
-    for kind, clusters in (("models", sweep.clusters), ("rows", np.arange(len(sweep.y)))):
-        options = dict(terms=terms, clusters=clusters, huber_delta=HUBER_DELTA, bootstrap=num_draws, extrapolate=False)
-        fitted = law.fit("additive", sweep.columns, sweep.y, **options)
-        ends = [(fitted.intervals[f"a_{t}"].pairs_low, fitted.intervals[f"a_{t}"].pairs_high) for t in terms]
-        out[kind] = dict(zip(terms, ends))
-        out[f"{kind}_converged"] = fitted.diagnostics.draws.pairs["converged"]
-    out["width_ratio"] = {t: float(np.ptp(out["models"][t]) / np.ptp(out["rows"][t])) for t in terms}
-    return out
-
-
-def grid_fit(sweep: public.Sweep, step: float = GRID_STEP) -> dict:
-    """eps + beta (n/1e9)^-c with c on a grid and the rest by NNLS on relative error: how the recorded figures were made."""
-    n = sweep.columns["num_examples"] / 1e9
-    c = np.arange(1, round(2 / step)) * step
-    power = n ** -c[:, None]  # [grid, n]
-    amplitude, objective = nnls(np.stack([np.ones_like(power), power], 1) / sweep.y, np.ones(len(sweep.y)))
-    best = int(objective.argmin())
-    return dict(c=float(c[best]), eps=float(amplitude[best, 0]), beta=float(amplitude[best, 1]))
-
-
-def vision(folder: Path, num_starts: int = CURVE_STARTS) -> dict:
-    """Every curve, by every form and window: fitted where the publishers train, scored where they extrapolate."""
-    recorded, curves = [], []
-    for (model, task), sweep in public.vision(folder).items():
-        test = sweep.part(sweep.held_out)
-        for window, lowest in WINDOWS.items():
-            train = sweep.part(~sweep.held_out & (sweep.columns["num_examples"] > lowest))
-            if len(train.y) < MIN_ROWS:
-                continue
-            if task == "inet_10" and model.startswith("ViT"):
-                found = grid_fit(train)
-                predicted = found["eps"] + found["beta"] * (test.columns["num_examples"] / 1e9) ** -found["c"]
-                recorded.append(dict(model=model, window=window) | found | score(predicted, test.y))
-            for form, given in CURVE_FORMS.items():
-                # squared log residuals, as in the publishers' code; a curve is one run, so rows are taken as they are
-                whole = fit_columns(form, given(train), ("num_examples",), kind="log_squares")
-                curves.append(
-                    dict(
-                        model=model,
-                        task=task,
-                        window=window,
-                        form=form,
-                        n_fit=len(train.y),
-                        c=whole.params["c"],
-                        floor=whole.params["eps"],
-                        **score(whole.predict(test.columns), test.y),
-                        **optimum(whole, num_starts),
-                    )
-                )
-    return dict(recorded=recorded, curves=curves, summary=curve_summary(curves))
-
-
-def without_line(sweep: public.Sweep) -> public.Sweep:
-    return public.Sweep(sweep.columns, sweep.y, sweep.clusters, sweep.held_out)
-
-
-# the forms a learning curve is fitted with, and what each is told: `bounded` knows the error of a guess
-CURVE_FORMS = {"additive": without_line, "shifted": without_line, "bounded": lambda sweep: sweep}
-
-
-def curve_summary(curves: Sequence[Mapping]) -> list[dict]:
-    """By window and form: median and mean extrapolation RMSE, bias, and the share of curves on which it is the lowest."""
-    out = []
-    for window in dict.fromkeys(c["window"] for c in curves):
-        rmse = {
-            form: np.array([c["rmse"] for c in curves if c["window"] == window and c["form"] == form])
-            for form in CURVE_FORMS
-        }
-        lowest = np.min(list(rmse.values()), 0)
-        for form in CURVE_FORMS:
-            bias = np.array([c["bias"] for c in curves if c["window"] == window and c["form"] == form])
-            out.append(
-                dict(
-                    window=window,
-                    form=form,
-                    num_curves=len(bias),
-                    median_rmse=float(np.median(rmse[form])),
-                    mean_rmse=float(rmse[form].mean()),
-                    median_bias=float(np.median(bias)),
-                    mean_bias=float(bias.mean()),
-                    share_too_low=float((bias < 0).mean()),
-                    share_won=float((rmse[form] == lowest).mean()),
-                )
-            )
-    return out
-
-
-def nearest(train: public.Sweep, test: public.Sweep) -> np.ndarray:
-    """The loss of the nearest training row in log columns, each divided by its spread."""
-    logs = [np.log(np.stack(list(part.columns.values()), 1)) for part in (train, test)]
-    spread = logs[0].std(0) + 1e-12
-    distance = (((logs[1][:, None] - logs[0][None]) / spread) ** 2).sum(2)
-    return train.y[distance.argmin(1)]
 
 
 def scalebench(folder: Path, num_starts: int = NUM_STARTS) -> list[dict]:
-    """Every group whose law is a sum of powers: ours in all its columns, in the first two or one, and the nearest run."""
+    """Every group whose law is a sum of powers: forms in all its columns, and a sum in the first two or one."""
     rows = []
     for family, (terms, _) in public.POWER_SUMS.items():
+        smaller = terms[:2] if len(terms) > 2 else terms[:1]  # N and D of three columns, the size of two
         for group, sweep in public.scalebench(folder, family).items():
             train, test = sweep.part(~sweep.held_out), sweep.part(sweep.held_out)
-            smaller = terms[:2] if len(terms) > 2 else terms[:1]  # N and D of three columns, the size of two
-            tries = [("additive", terms), ("power_mean", terms), ("additive", smaller)]
-            for form, columns in tries:
+            for form, columns in (("additive", terms), ("power_mean", terms), ("additive", smaller)):
                 fitted = fit_columns(form, train, columns)
-                rows.append(
-                    dict(
-                        family=family,
-                        group=group,
-                        form=form,
-                        terms=columns,
-                        n_fit=len(train.y),
-                        exponents=[fitted.params.get(f"a_{t}", fitted.params.get("c")) for t in columns],
-                        train_rmse=score(fitted.predict(train.columns), train.y)["rmse"],
-                        **score(fitted.predict(test.columns), test.y),
-                        **optimum(fitted, num_starts),
-                    )
-                )
-            rows.append(
-                dict(family=family, group=group, form="nearest", terms=terms) | score(nearest(train, test), test.y)
-            )
+                residual = np.log(fitted.predict(test.columns) / test.y)
+                row = {"family": family, "group": group, "form": form, "terms": columns, "n_fit": len(train.y)}
+                row["exponents"] = [fitted.params.get(f"a_{t}", fitted.params.get("c")) for t in columns]
+                row |= {"rmse": float(np.sqrt((residual**2).mean())), "bias": float(residual.mean()), "n": len(test.y)}
+                rows.append(row | optimum(fitted, num_starts))
     return rows
 
 
-def public_fits(folder: Path, num_starts: int = NUM_STARTS, num_draws: int = NUM_DRAWS, say=lambda line: None) -> dict:
-    """All parts; `say` is told of each as it starts. Plain data, with `seconds` in the rows of fits."""
-    say("Gemstones")
-    found: dict = dict(gemstones=gemstones(folder, num_starts))
-    say("Gemstones, bootstraps")
-    found["intervals"] = intervals(folder, num_draws)
-    say("vision learning curves (1 to 3 minutes)")
-    found["vision"] = vision(folder)
-    say("scalebench")
-    found["scalebench"] = scalebench(folder, num_starts)
-    found["not_expressible"] = public.NOT_POWER_SUMS
-    fits = [row for part in (found["gemstones"], found["vision"]["curves"], found["scalebench"]) for row in part]
-    fits = [row for row in fits if "scipy" in row]
-    found["optimum"] = dict(
-        num_fits=len(fits),
-        num_starts=[num_starts, CURVE_STARTS],
-        largest_excess=max(row["excess"] for row in fits),
-        num_above=sum(row["excess"] > TOLERANCE for row in fits),
-        tolerance=TOLERANCE,
-        seconds=np.sum([row["seconds"] for row in fits], 0).tolist(),
-    )
-    return found
-
-
-def timeless(found):
-    """Without what differs from run to run."""
-    if isinstance(found, dict):
-        return {name: timeless(value) for name, value in found.items() if name != "seconds"}
-    return [timeless(value) for value in found] if isinstance(found, (list, tuple)) else found
+def analyse(options: argparse.Namespace) -> Result:
+    found: dict = {"gemstones": gemstones(options.folder), "scalebench": scalebench(options.folder)}
+    excess = [row["excess"] for part in found.values() for row in part]
+    above, largest = sum(e > TOLERANCE for e in excess), max(excess)
+    about = {"num_fits": len(excess), "num_starts": [NUM_STARTS], "tolerance": TOLERANCE}
+    found["optimum"] = about | {"largest_excess": largest, "num_above": above}
+    text = f"{len(excess)} fits: the objective exceeds the lowest of {NUM_STARTS} scipy starts by at most {largest:.1e}"
+    return Result(found, f"{text} of itself, by more than {TOLERANCE:.0e} in {above}", "public_fits.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--out", type=Path, default=OUTPUTS / "public_fits.json")
-    options = parser.parse_args(argv)
-    try:
-        found = public_fits(options.folder, say=lambda line: print(line, file=sys.stderr, flush=True))
-        written = json.dumps(timeless(found), indent=1, allow_nan=False)
-        written = (
-            re.sub(r"[{\[][^{}\[\]]*[\]}]", lambda flat: " ".join(flat[0].split()), written) + "\n"
-        )  # a fit a line
-        write_atomic(options.out, written)
-    except UserError as error:
-        print(f"sovit: {error}", file=sys.stderr)
-        return 2
-    best = found["optimum"]
-    print(
-        f"{options.out}: {best['num_fits']} fits; the objective exceeds the lowest of {best['num_starts'][0]} scipy starts"
-        f" ({best['num_starts'][1]} for a learning curve) by at most {best['largest_excess']:.1e} of itself, by more than"
-        f" {best['tolerance']:.0e} in {best['num_above']}; {best['seconds'][0]:.1f} s against {best['seconds'][1]:.1f} s"
-    )
-    return 0
+    return run(analyse, parser, argv)
 
 
 if __name__ == "__main__":

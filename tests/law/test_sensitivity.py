@@ -1,21 +1,17 @@
-"""What a law depends on: planted breaks are named, countings have their closed form, implied compute its table."""
+"""What a law depends on: planted breaks are named, countings have their closed form."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import planted_ledger as planted
 import pytest
 
-from sovit import UserError
 from sovit.law import fit as law
 from sovit.law.checks.sensitivity import extrapolation_cuts, sensitivity
 from sovit.ledger.measurements import measurements
 from sovit.report import figures as plot
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = dict(width=(18.0, 1.3), depth=(0.55, 1.3), mlp_dim=(9.0, 0.55))
 BUDGET = 3.16e12
 
@@ -164,40 +160,3 @@ def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):
     u = columns - fit.centre[:, None]
     value = fit.shape_form.evaluate(np.stack([fit.theta, fit.theta + 1e-4 * step]), u)[0]
     assert np.linalg.norm(value[1] - value[0]) / 1e-4 == pytest.approx(fit.diagnostics.residual_rms, rel=0.01)
-
-
-# implied compute ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def published():
-    spec = importlib.util.spec_from_file_location("published_shapes", ROOT / "analysis" / "published" / "shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_power_law_path_implies_its_own_compute(published):
-    s = dict(width=0.2, depth=0.35)
-    end = {n: x * 50 ** s[n] for n, x in dict(width=64.0, depth=3.0).items()}
-    found = published.implied_compute(dict(width=64, depth=3), end, s)
-    assert all(v["tau"] == v["low"] == v["high"] == pytest.approx(50) for v in found["dimensions"].values())
-    assert found["agree"] and found["spread"] == pytest.approx(1)
-    assert published.implied_exponents(dict(width=64, depth=3), end, 50) == pytest.approx(s)
-    other = published.implied_compute(dict(width=64, depth=3), end | dict(depth=end["depth"] * 2), s)
-    assert not other["agree"] and other["spread"] == pytest.approx(2 ** (1 / 0.35))
-    coarse = published.implied_compute(dict(width=64, depth=1), dict(width=64 * 50**0.2, depth=3), s, dict(depth=1))
-    assert coarse["agree"] and coarse["dimensions"]["depth"]["low"] == pytest.approx((2.5 / 1.5) ** (1 / 0.35))
-    with pytest.raises(UserError, match="exponent of width is 0"):
-        published.implied_compute(dict(width=1), dict(width=2), dict(width=0.0))
-
-
-def test_the_published_shapes_and_the_published_exponents_disagree_as_known(published, capsys):
-    table = published.table()
-    taus = [[round(v["tau"]) for v in row["dimensions"].values()] for row in table["implied"]]
-    assert taus[:2] == [[6092, 751, 2146], [155, 50, 98]]
-    assert not any(row["agree"] for row in table["implied"])
-    assert [round(s, 2) for s in table["exponents"].values()] == [0.21, 0.31, 0.48]
-    assert table["compute_ratio"] == pytest.approx(48.1, rel=0.01)
-    assert published.main([]) == 0 and "6,092" in capsys.readouterr().out
-    assert published.main(["--json"]) == 0 and json.loads(capsys.readouterr().out) == json.loads(json.dumps(table))
