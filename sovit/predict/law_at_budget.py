@@ -17,17 +17,14 @@ from sovit.law.bootstrap import interval
 from sovit.law.compute_optimum import law_columns
 from sovit.law.exponents import amplitudes, optimum_of
 from sovit.law.fitted_law import Fit
-from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
-from sovit.spec.design import geometric
 from sovit.spec.shape import DIMENSIONS, Shape
 
 TOKENS = ("patch_size", "image_size")  # what sets the number of tokens: values that were run, never between them
 TOKEN_DRAWS = 250  # that `least` is asked for where it has a pair of them after the other to look at
 FAR_DECADES = 2.0  # extrapolation beyond which a recommendation carries a warning
 MAX_DECADES = 6.0  # budgets further than this from the data are refused
-MAX_POINTS = 200  # of a ladder of budgets
 
 
 @dataclass(frozen=True)
@@ -144,11 +141,6 @@ class Target:
         present = amplitudes(self.fit.shape_form, self.fit.theta[None])[0] > 0
         return [n for n, known in zip(self.dims, present) if not known]
 
-    def within(self, name: str, value: float) -> float:
-        """A value of a dimension, or the nearest that was run to where it costs nothing."""
-        run = self.fit.data.grid[name]
-        return min(value, max(run)) if name in FALLING else max(value, min(run))
-
     def fixed(self, name: str) -> float:
         """The value of a dimension that the law has no term for, or else its centre."""
         return self.fit.data.centre.get(name, getattr(self.geometry, name))
@@ -163,14 +155,15 @@ class Target:
 
 
 def target(fit: Fit, train_flops: float) -> Target:
-    """Raises UserError for a law that cannot rank shapes or price them, and for a budget that is no number, not
-    positive, or more than MAX_DECADES from the budgets run."""
+    """Ask a law at a budget in training FLOPs.
+
+    Raises UserError for a law that cannot rank or price shapes, and for a budget that is no positive number or more than
+    MAX_DECADES from those run.
+    """
     if not (LAWS[fit.form].ranks_shapes and fit.model.dims):
         raise UserError(f"form={fit.form!r} cannot rank whole shapes; fit 'joint' or 'bounded' to the same rows")
     if fit.geometry is None:
         raise UserError("the law does not know patch_size and image_size; fit it with geometry={'patch_size': ...}")
-    if not fit.data.compute_range:
-        raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
     if not (np.isfinite(train_flops) and train_flops > 0):
         raise UserError(f"train_flops={train_flops!r} is not a positive number; give FLOPs, such as 1e15")
     low, high = budgets_run(fit)
@@ -188,7 +181,7 @@ def budgets_run(fit: Fit) -> tuple[float, float]:
         low, high = fit.data.train_flops_range
         return low, high
     if not fit.data.compute_range:
-        raise UserError("the law does not know the compute of its rows; fit it to rows with forward_flops")
+        raise UserError("the law was fitted to rows without forward_flops or compute; give the rows one of them")
     low, high = fit.data.compute_range
     return 3 * low, 3 * high
 
@@ -205,12 +198,12 @@ def predicted_loss(fit: Fit, shapes: Sequence[Shape], train_flops: float) -> np.
 def ladder(fit: Fit, low: float | None = None, high: float | None = None, points: int = 9) -> list[float]:
     """`points` budgets in equal ratios; from the least budget run to FAR_DECADES beyond the largest unless said.
 
-    Raises UserError for ends that are not positive numbers in rising order, and for points out of 2 to MAX_POINTS.
+    Raises UserError for ends that are not positive numbers in rising order, and for fewer than 2 points.
     """
     ends = budgets_run(fit)
     low, high = (ends[0] if low is None else low), (ends[1] * 10**FAR_DECADES if high is None else high)
     if not (np.isfinite(low) and np.isfinite(high) and 0 < low < high):
         raise UserError(f"budgets from {low:g} to {high:g}: both must be positive FLOPs, the second the larger")
-    if not 2 <= points <= MAX_POINTS:
-        raise UserError(f"{points} points; give 2 to {MAX_POINTS}")
-    return geometric(float(low), float(high), points)
+    if points < 2:
+        raise UserError(f"{points} points; give at least 2")
+    return [float(f"{budget:.4g}") for budget in np.geomspace(low, high, points)]

@@ -15,6 +15,7 @@ import numpy as np
 from sovit import UserError
 from sovit.law.bootstrap import interval
 from sovit.law.fitted_law import Fit
+from sovit.law.form import FALLING
 from sovit.predict.integer_search import SIZES, FlatRegion, Rules, flat_region, lattice, minimise
 from sovit.predict.law_at_budget import (
     FAR_DECADES,
@@ -162,7 +163,9 @@ def rules_of(at: Target, **rules: Any) -> Rules:
 def _real_optimum(at: Target) -> dict[str, float]:
     """The real-valued optimum by dimension. Raises UserError where the budget does not pay for one image of it."""
     real = dict(zip(at.dims, np.exp(at.optimum()).tolist()))
-    real |= {n: at.within(n, real[n]) for n in at.absent()}
+    for n in at.absent():  # the nearest that was run to where it costs nothing
+        run = at.fit.data.grid[n]
+        real[n] = min(real[n], max(run)) if n in FALLING else max(real[n], min(run))
     cost = at.train_flops / float(at.images(real))
     if cost > at.train_flops:
         sizes = ", ".join(f"{n} {x:.4g}" for n, x in real.items())
@@ -248,7 +251,7 @@ def _regret(at: Target, best: Mapping, least: np.ndarray | None) -> Regret | Non
     if least is None:
         return None
     excess = at.loss_of(best, at.draws()[0][: len(least)]) / least - 1
-    return Regret(float(np.median(excess)), float(np.quantile(excess, 0.95)))
+    return Regret(*np.quantile(excess, [0.5, 0.95]).tolist())
 
 
 def _warnings(fit: Fit, optimum: Mapping[str, Optimum], decades: float) -> list[str]:
