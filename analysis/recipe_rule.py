@@ -5,7 +5,7 @@
 For each shape and budget the best rate is the minimum of a parabola in ln(rate) through the lowest loss and its two
 neighbours. The rule of `sovit.spec.run.learning_rate`, base x (32 / width)^p x (2 / depth)^q, is the least-squares line
 through the ln of those rates, one budget at a time; the largest budget's is the one to use. A best rate at the end of
-the rates tried is only a bound: it is flagged and left out. Writes recipe.json and recipe_rule.png, .svg into OUT.
+the rates tried is only a bound: it is flagged and left out. Writes recipe.json into OUT.
 """
 
 from __future__ import annotations
@@ -212,9 +212,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rule = recipe_rule(options.ledgers, options.metric)
         write_atomic(options.out / "recipe.json", json.dumps(rule, indent=1, allow_nan=False) + "\n")
-        from sovit.report import figures as plot
-
-        plot.save(plot.learning_rates(rule), options.out / "recipe_rule")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

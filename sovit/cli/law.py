@@ -138,9 +138,8 @@ def _frontier(law: Path, question: Question, rules: RuleOptions, as_json: bool) 
     budgets = ladder(fit, question.first, question.last, 9 if question.points is None else question.points)
     rows = [best_shape(fit, budget, **given(rules)) for budget in budgets]
     if question.out is not None:
-        from sovit.ledger.measurements import rows_of_law
         from sovit.report import figures as plot
 
-        plot.save(plot.frontier(fit, rows, rows_of_law(law)), question.out / "frontier")
+        plot.save(plot.frontier(fit, rows), question.out / "frontier")
     body = dict(law=str(law), form=fit.form, metric=rows[0].metric, level=fit.level)
     show(body | dict(rows=[row.to_dict() for row in rows]), lambda _: frontier_text(rows), as_json)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sovit import PUBLISHED, UserError
+from sovit import UserError
 from sovit.ledger.bad_rows import (
     COUNTED,
     bad_counts,
@@ -253,26 +253,3 @@ def levels(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ends = np.flatnonzero(np.diff(group[order])) + 1
     centres = np.array([np.exp(logs[np.sort(part)].mean()) for part in np.split(order, ends)])
     return group, centres
-
-
-def rows_of_law(path: Path) -> Measurements | None:
-    """Read the measurements that a law was fitted to.
-
-    Args:
-        path: law.json of `sovit fit`, which names its ledgers in inputs.json beside it.
-
-    Returns:
-        The measurements, of ledgers beside the folder of the law or among the published ones. None where both are gone
-        or hold other rows now.
-    """
-    try:
-        made_of = json.loads((path.parent / "inputs.json").read_text())
-        for folder in (path.parent.parent, PUBLISHED):
-            ledgers = [folder / name for name in made_of["ledgers"]]
-            if all(ledger.is_file() for ledger in ledgers):
-                data = measurements(ledgers, made_of["metric"])
-                if data.identity == made_of:
-                    return data
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        pass
-    return None

@@ -131,7 +131,7 @@ def draw(fit: Fit, data: Measurements, facts: Mapping, folder: Path) -> list[str
         isoflop=plot.isoflop(fit, data),
         residuals=plot.residuals(fit, data),
         extrapolation=plot.extrapolation(facts["held_out"], data.metric),
-        frontier=plot.frontier(fit, facts["frontier"], data) if facts["frontier"] else None,
+        frontier=plot.frontier(fit, facts["frontier"]) if facts["frontier"] else None,
         sensitivity=plot.sensitivity(facts["sensitivity"]),
         optimal_shape=plot.optimal_shape(fit, facts["recommendation"]),
     )

@@ -256,9 +256,7 @@ def test_what_the_answer_depends_on(text, folder):
         assert (row[5] == "nothing") == (not moved["outside"])
     shown = table(section, "altered")
     assert shown[0][0] == "headline: `bounded`, all rows" and shown[0][-2] == "0.00 %"
-    assert all(
-        row["setting"] in section for row in found["alterations"] if row["what"] in ("window", "loss")
-    )
+    assert all(row["setting"] in section for row in found["alterations"] if row["what"] in ("window", "loss"))
 
 
 def test_predict_names_the_metric(folder, capsys):

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from sovit import UserError
 
@@ -32,9 +32,11 @@ DIMENSIONS = {
 }
 PAGE, COLUMN = 7.0, 3.4  # inches
 LINE = 125  # letters of a legend that fit on a page, about
+MAX_POINTS = 5000  # more are pixels in the SVG too: as paths they would make a file of megabytes
 INK, GREY, PALE = "#222222", "#767676", "#d9d9d9"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHED = (0, (3, 1.5))
+DIAMOND = dict(marker="D", ms=4.2, mfc="white")
 STYLE = Path(__file__).with_name("sovit.mplstyle")
 styled = matplotlib.rc_context(fname=STYLE)  # as a decorator: the style holds inside the function and nowhere else
 
@@ -44,18 +46,19 @@ def ramp(count: int) -> list:
     return [matplotlib.colormaps["viridis"](p) for p in np.linspace(0.0, 0.78, max(count, 1))]
 
 
-def save(figure: Figure, path: Path | str) -> list[str]:
-    """Write PATH.png and PATH.svg (PATH may end in either), without date or version; returns the names of the files."""
+def save(figure: Figure, path: Path | str) -> None:
+    """Write PATH.png and PATH.svg (PATH may end in either), without date or version."""
     path = Path(path)
     path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        _write(figure, path.with_name(path.name + suffix), metadata)
-    return [path.name + ".png", path.name + ".svg"]
+    for suffix in (".png", ".svg"):
+        write(figure, path.with_name(path.name + suffix))
 
 
 @styled
-def _write(figure: Figure, path: Path, metadata: dict) -> None:
+def write(figure: Figure, path: Path) -> None:
+    """Write one file, of a kind that its suffix names. Raises UserError."""
     FigureCanvasAgg(figure)
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=240, metadata=metadata, facecolor="white")
@@ -92,37 +95,49 @@ def finish(figure: Figure, handles: Sequence, x: str = "", y: str = "", ncols: i
     return figure
 
 
+# what panels draw -----------------------------------------------------------------------------------------------------
+
+
+def dots(axis, x, y, **look) -> None:
+    axis.scatter(x, y, linewidths=0, zorder=3, rasterized=len(x) > MAX_POINTS, **look)
+
+
+def line_with_bands(axis, x: np.ndarray, y: np.ndarray, bands: Sequence, last: float, colour: str) -> None:
+    """A quantity against compute with its bands (low, high), the wider first; dashed beyond `last`, the largest run."""
+    for ends, alpha in zip(bands, (0.16, 0.32)):
+        axis.fill_between(x, *ends, color=colour, alpha=alpha, lw=0, zorder=1)
+    axis.plot(x, y, color=colour, ls=DASHED, zorder=3)
+    inside = x <= last * (1 + 1e-9)
+    axis.plot(x[inside], y[inside], color=colour, zorder=3)
+    axis.axvline(last, color=GREY, lw=0.6, ls=":", zorder=2)
+    axis.set_xscale("log")
+
+
+def line_marks(with_bands: bool) -> list:
+    """The entries of a legend for `line_with_bands`."""
+    handles: list = [mark("law’s optimum", color=INK), mark("beyond the runs", color=INK, ls=DASHED)]
+    if with_bands:
+        handles += [band("90 %, parametric bootstrap", 0.5), band("90 %, cluster bootstrap", 0.22)]
+    return handles
+
+
+# numbers and axes -----------------------------------------------------------------------------------------------------
+
+
 def flops_label(value: float) -> str:
     """3.2e11 as 3.2 × 10¹¹, in plain text."""
-    exponent = int(np.floor(np.log10(value)))
-    head = f"{value / 10.0**exponent:.2g}"
-    if head == "10":
-        head, exponent = "1", exponent + 1
-    digits = str(exponent).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
-    return f"10{digits}" if head == "1" else f"{head}×10{digits}"
-
-
-def curve_label(axis, x: float, y: float, text: str, colour) -> None:
-    """A direct label at the right of a curve; x in axes units, y in data."""
-    label = axis.text(x, y, text, color=colour, fontsize=7, va="center", transform=axis.get_yaxis_transform())
-    label.set_gid("direct")
-
-
-def spread_labels(axis, gap: float = 0.055) -> None:
-    """Move direct labels apart, up and below the top, so that none covers another; gap in axes units."""
-    to_axes = axis.transData + axis.transAxes.inverted()
-    place = {t: to_axes.transform((1, t.get_position()[1]))[1] for t in axis.texts if t.get_gid() == "direct"}
-    labels = sorted(place, key=lambda t: place[t])
-    at = 0.02 - gap
-    for i, label in enumerate(labels):
-        at = max(place[label], at + gap)
-        top = 0.98 - gap * (len(labels) - 1 - i)
-        label.set_transform(axis.transAxes)
-        label.set_position((label.get_position()[0], min(at, top)))
+    head, exponent = f"{value:.1e}".split("e")
+    digits = str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+    return f"10{digits}" if head == "1.0" else f"{head.removesuffix('.0')}×10{digits}"
 
 
 def number_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """At most `most` of 0..count-1, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
 
 
 def set_ticks(axis, which: str, places) -> None:
@@ -133,34 +148,21 @@ def set_ticks(axis, which: str, places) -> None:
 
 
 def dimension_axis(axis, values, which: str = "x", limits=None) -> None:
-    """A log axis with its ticks at the values that were run, thinned where they would touch."""
-    (axis.set_xscale if which == "x" else axis.set_yscale)("log")
+    """A log axis with its ticks at the values that were run, five at most."""
+    axis.set(**{f"{which}scale": "log"})
     unique = np.unique(values)
-    low, high = limits or (unique.min() / 1.2, unique.max() * 1.2)
-    spot, (wide, tall) = axis.get_position(), axis.figure.get_size_inches()
-    inches = spot.width * wide if which == "x" else spot.height * tall
-    shown = [unique[0]]
-    for value in unique[1:]:
-        gap = np.log(value / shown[-1]) / np.log(high / low) * inches
-        letters = (len(number_text(value)) + len(number_text(shown[-1]))) / 2
-        if gap > (0.06 * letters + 0.06 if which == "x" else 0.13):
-            shown.append(value)
-    set_ticks(axis, which, shown)
-    (axis.set_xlim if which == "x" else axis.set_ylim)(low, high)
+    set_ticks(axis, which, unique[thinned(len(unique), 5)])
+    axis.set(**{f"{which}lim": limits or (unique.min() / 1.2, unique.max() * 1.2)})
 
 
 def loss_axis(axis, y, which: str = "y", pad: float = 1.03) -> None:
-    """A log axis with four to eight round ticks over the range of y."""
-    (axis.set_xscale if which == "x" else axis.set_yscale)("log")
-    low, high = float(np.min(y)) / pad, float(np.max(y)) * pad
-    for step in (10, 5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001):
-        ticks = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
-        if len(ticks) >= 4:
-            break
-    set_ticks(axis, which, ticks[ticks > 0])
-    (axis.set_xlim if which == "x" else axis.set_ylim)(low, high)
+    """A log axis with round ticks over the range of y."""
+    axis.set(**{f"{which}scale": "log"})
+    set_ticks(axis, which, ())
+    (axis.xaxis if which == "x" else axis.yaxis).set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set(**{f"{which}lim": (float(np.min(y)) / pad, float(np.max(y)) * pad)})
 
 
-def arm_name(arm: str) -> str:
-    names = {"corner": "off the axes", "mlp_dim": "MLP dim", "patch_size": "patch size", "image_size": "image size"}
-    return names.get(arm, arm)
+def dimension_name(dim: str) -> str:
+    """A dimension, or an arm of a star, as it is said."""
+    return "off the axes" if dim == "corner" else DIMENSIONS.get(dim, dim).split(" (")[0]
