@@ -75,7 +75,7 @@ def extrapolated() -> list[dict]:
 def coverage(kind: str, quantity: str) -> list[float]:
     """Coverage of an interval in every condition where the form is right, sorted."""
     lines = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]
-    found = [line["coverage"].get(kind, {}) for line in lines if line["right"] and not line["profile"]]
+    found = [line["coverage"].get(kind, {}) for line in lines if line["right"] and not line.get("profile")]
     return sorted(c[quantity]["mean"] for c in found if quantity in c)
 
 

@@ -23,7 +23,6 @@ from sovit.law.solver.fitter import Rows, solve
 
 KINDS = ("random_effects", "pairs")
 REACHES = (10.0, 100.0)  # multiples of the largest compute at which the best shape is asked for
-BAD = 1.05  # factor on the loss of a bad row or trunk
 
 
 @dataclass(frozen=True)
@@ -100,27 +99,5 @@ def standard_error(hit: np.ndarray) -> float:
     """Of the mean of hits [S, K]: between sets, and no less than that of one more miss (Agresti & Coull) in all."""
     num = len(hit)
     p = (hit.mean() * num + 2) / (num + 4)
-    if num < 2:
-        return float(np.sqrt(p * (1 - p) / (num + 4)))
-    return float(max(hit.mean(1).std(ddof=1) / np.sqrt(num), np.sqrt(p * (1 - p) / (num + 4) / hit.shape[1])))
-
-
-def table(lines: Sequence[dict]) -> str:
-    """The study as a markdown table: coverage of headline / pairs in per cent, mean over dimensions."""
-    out = [
-        "| condition | sets | exponents | shape at 10x | shape at 100x | width of exponents | bias |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for right in (True, False):
-        chosen = [line for line in lines if line["right"] == right]
-        if chosen and not right:
-            out.append("| *the form is wrong:* | | | | | | |")
-        for line in chosen:
-            cells = [line["name"].replace(" | ", ", "), str(line["sets"])]
-            for quantity in ("exponent", *(f"shape_{r:g}x" for r in REACHES)):
-                found = [line["coverage"][kind].get(quantity) for kind in KINDS]
-                cells.append(" / ".join(f"{100 * c['mean']:.0f}±{100 * c['se']:.0f}" if c else "–" for c in found))
-            cells.append(" ".join(f"{w:.2f}" for w in line["width"]["random_effects"]["exponent"]))
-            cells.append(" ".join(f"{b:+.2f}" for b in line["bias"]["exponent"]))
-            out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
+    between = hit.mean(1).std(ddof=1) / np.sqrt(num) if num > 1 else 0.0
+    return float(max(between, np.sqrt(p * (1 - p) / (num + 4) / hit.shape[1])))
