@@ -27,7 +27,6 @@ SLOW = [
     "studies/active_sweep.py --dry-run",
     f"studies/validate_prediction.py {LAW} --train-flops 2e12 --dry-run",
     f"sovit profile 16x1x32 {TINY}",
-    f"sovit profile 16x1x32 {TINY} --trained attention",
     "sovit track stream_isoflop",
 ]
 

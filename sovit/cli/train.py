@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from sovit import UserError
+from sovit import OUTPUTS, UserError
 from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, given, show
 
 
@@ -57,10 +57,9 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: Js
 @Flat
 @dataclass(frozen=True)
 class ProfileShapes(Geometry):
-    """Which shapes to profile beside those named."""
+    """What the names of shapes leave open."""
 
     law: Annotated[Path | None, Help("A law.json: patch, image, pool, head dim and classes are its own.")] = None
-    train_flops: Annotated[float | None, Help("With --law: also its best shape for this budget, and the usual.")] = None
 
 
 @Flat
@@ -71,22 +70,16 @@ class ProfileOptions:
     device: Annotated[str, Help("Such as cpu or cuda.")] = "cpu"
     dtype: Annotated[str, Help("float32, or bfloat16 by autocast.")] = "float32"
     num_classes: Annotated[Whole | None, Help("Classes of the task head (default: the law's, else 1000).")] = None
-    repeats: Annotated[Whole, Help("Rounds in which all take turns.")] = 9
-    batch_sizes: Annotated[tuple[Whole, ...], Help("1 is latency (default 1 32; with --trained 2).")] = ()
-    out: Annotated[
-        Path | None,
-        Help(
-            "File of profiles (default runs/results/hardware.jsonl; with --trained runs/results/finetune_cost.jsonl)."
-        ),
-    ] = None
+    repeats: Annotated[Whole, Help("Timings of each, of which the median counts.")] = 9
+    batch_sizes: Annotated[tuple[Whole, ...], Help("1 is latency.")] = (1, 32)
+    out: Annotated[Path, Help("File of profiles.")] = OUTPUTS / "hardware.jsonl"
 
 
 def profile(
     *shapes: str,
-    beside: ProfileShapes = ProfileShapes(),
+    geometry: ProfileShapes = ProfileShapes(),
     options: ProfileOptions = ProfileOptions(),
     threads: Whole = 1,
-    trained: tuple[str, ...] = (),
     json: Json = False,
 ) -> None:
     """Measure seconds and memory of shapes on this device, forward and training.
@@ -94,20 +87,18 @@ def profile(
     Args:
         shapes: such as B/16, a timm name, or 32x2x256[xHEAD_DIM]
         threads: of a CPU
-        trained: steps of fine-tuning instead, side by side: of attention, mlp, head, full
     """
     import torch
 
     from sovit.train.profile import profile as measure
-    from sovit.train.profile.shapes import profile_text, shapes_for
+    from sovit.train.profile import profile_text, shapes_for
 
     if threads < 1:
         raise UserError(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads)
-    found, num_classes = shapes_for(shapes, **given(beside))
-    said = {name: value for name, value in given(options).items() if value != ()}
-    said["num_classes"] = (num_classes or 1000) if options.num_classes is None else options.num_classes
-    rows = measure(found, trained=trained, on_progress=lambda line: print(line, file=sys.stderr), **said)
+    found, num_classes = shapes_for(shapes, **given(geometry))
+    said = {"num_classes": num_classes or 1000} | given(options)
+    rows = measure(found, on_progress=lambda line: print(line, file=sys.stderr), **said)
     show(rows, profile_text, json)
 
 
@@ -121,7 +112,7 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
     """
     from sovit.encoder.probe import compare, comparison_text, probe_ledger
     from sovit.ledger.few_shot_columns import column
-    from sovit.train.device import check_device
+    from sovit.train.base import check_device
 
     if bool(study) == bool(encoders):
         raise UserError("name encoders to probe, or one --study (not both)")

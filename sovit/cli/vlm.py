@@ -174,7 +174,7 @@ def ask(
         runs: folder of trunks
         device: such as cpu or cuda
     """
-    from sovit.train.device import check_device
+    from sovit.train.base import check_device
     from sovit.vlm.ask import Asked, answers_text
     from sovit.vlm.ask import ask as ask_model
 

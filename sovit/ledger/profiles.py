@@ -7,18 +7,6 @@ train_step_seconds, _low, _high                forward, backward and AdamW of a 
 forward_samples, train_step_samples            the repeats themselves
 forward_bytes, train_bytes                     peak memory of both, weights included
 images_per_second forward_flops_per_second train_flops_per_second
-load_before load_after                         load average of the machine, one minute
-
-A row of a part that fine-tuning trains (`sovit profile --trained`) has these in place of the forward pass:
-
-trained                                        attention | mlp | head | full
-head_params trained_params
-stored_bytes                                   float32 tensors that one more resolution has to store
-step_flops                                     of one image, forward and backward, of what is really computed
-peak_bytes                                     peak memory above what the process held before
-saved_bytes                                    activations kept for the backward pass, counted
-saved_bytes_materialised                       the same with attention's weights [B, H, N, N] written out
-gradient_bytes optimizer_bytes                 as held after a step
 """
 
 from __future__ import annotations

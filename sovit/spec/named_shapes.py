@@ -8,12 +8,6 @@ from typing import Any
 from sovit import UserError
 from sovit.spec.shape import Shape
 
-
-def stored_params(shape: Shape, num_classes: int, trained: str) -> int:
-    """Parameters that a new resolution has to store beside its base: what is trained, and the resized positions."""
-    return shape.trained_params(num_classes, trained) + (trained == "head") * shape.num_tokens * shape.width
-
-
 # width, depth, mlp_dim, num_heads, pool. big_vision models/vit.py decode_variant; SoViT: arXiv 2305.13035 Table 1, App. B
 VARIANTS = {
     "mu": (32, 1, 128, 2, "avg"),

@@ -102,7 +102,7 @@ def check_workers(options: argparse.Namespace) -> None:
 def dry_run(sweep: Sweep, options: argparse.Namespace) -> int:
     """Print what a launch would train, and how long that takes."""
     from sovit.sweep.plan import print_plan
-    from sovit.train.device import check_device
+    from sovit.train.base import check_device
 
     check_device(options.device)
     print_plan(sweep, options.workers, options.device, options.json)
@@ -182,7 +182,7 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     Raises UserError for a device, data, model or base that cannot be had, shapes that do not fit the data, and data that
     changed since a part of the study was trained.
     """
-    from sovit.train.device import check_device
+    from sovit.train.base import check_device
 
     check_device(device)
     refuse_missing_bases(sweep)

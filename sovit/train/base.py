@@ -12,11 +12,27 @@ from typing import Any
 
 import torch
 
+from sovit import UserError
 from sovit.files import CannotWrite, write_atomic
 from sovit.ledger.records import read_record, write_record
 from sovit.train.checkpoint import Checkpoints
 from sovit.train.loop import Interrupted, OutOfMemory, Position, Task, fit, is_out_of_memory
 from sovit.train.progress import say
+
+
+def check_device(device: str) -> None:
+    """Raise UserError for a device that torch does not have here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device} cannot be used ({reason}); use cpu, or a device that torch has") from None
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu x{torch.get_num_threads()}"
 
 
 @dataclass(frozen=True)

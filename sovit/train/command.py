@@ -31,7 +31,7 @@ from sovit import UserError
 from sovit.files import is_locked, locked
 from sovit.signals import stop_on_signal, this_command
 from sovit.spec.run import Run
-from sovit.train.device import check_device
+from sovit.train.base import check_device
 from sovit.train.loop import Interrupted, OutOfMemory
 from sovit.train.progress import progress_text, say, write_progress
 from sovit.train.trainer import train

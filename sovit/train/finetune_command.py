@@ -14,8 +14,8 @@ from sovit.encoder.trained import open_base
 from sovit.files import locked
 from sovit.ledger.ledger import update_ledger
 from sovit.spec.run import Recipe, Run
+from sovit.train.base import check_device
 from sovit.train.command import train_here
-from sovit.train.device import check_device
 from sovit.train.evaluate import validate
 from sovit.train.finetune import begin
 from sovit.train.trainer import check_readout

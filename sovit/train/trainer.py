@@ -22,9 +22,8 @@ from sovit.encoder.weights import save_weights
 from sovit.ledger.provenance import provenance
 from sovit.ledger.schema import new_row
 from sovit.spec.run import Run
-from sovit.train.base import Hooks, Trainer, train_pending
+from sovit.train.base import Hooks, Trainer, device_name, train_pending
 from sovit.train.checkpoint import check_fits
-from sovit.train.device import device_name
 from sovit.train.evaluate import validate
 from sovit.train.finetune import begin, stored_names
 from sovit.train.loop import Diverged, Position, Task, schedule

@@ -25,9 +25,8 @@ from sovit.encoder.weights import Unusable, save_weights
 from sovit.ledger.provenance import provenance
 from sovit.ledger.schema import SCHEMA
 from sovit.spec.vlm_run import PARTS, Part, Stage, VlmRun
-from sovit.train.base import Hooks, Trainer, train_pending
+from sovit.train.base import Hooks, Trainer, device_name, train_pending
 from sovit.train.command import main
-from sovit.train.device import device_name
 from sovit.train.loop import Diverged, Task, parts_of, schedule, within_memory
 from sovit.vlm.evaluate import validate
 from sovit.vlm.model import VisionLanguageModel

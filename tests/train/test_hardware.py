@@ -12,9 +12,7 @@ from sovit import UserError
 from sovit.cli.main import main
 from sovit.ledger.profiles import read_profiles, shape_of
 from sovit.spec.shape import Shape
-from sovit.train.profile import profile
-from sovit.train.profile.memory import peak_bytes
-from sovit.train.profile.shapes import shapes_for
+from sovit.train.profile import peak_bytes, profile, shapes_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = ROOT / "results" / "stream_star_law" / "law.json"
@@ -83,21 +81,21 @@ def test_what_is_there_is_not_measured_again(profiled, tmp_path):
     path, rows = profiled
     text, inode = path.read_text(), path.stat().st_ino
     said: list = []
-    common = dict(batch_sizes=(1, 4), num_classes=CLASSES, out=path)
-    assert profile([LARGE, SMALL], repeats=2, on_progress=said.append, **common) == rows[2:] + rows[:2]
+    common = dict(batch_sizes=(1, 4), num_classes=CLASSES, repeats=2, on_progress=said.append)
+    assert profile([LARGE, SMALL], out=path, **common) == rows[2:] + rows[:2]
     assert said == [] and path.read_text() == text and path.stat().st_ino == inode
-    more = profile([SMALL], repeats=3, **common)  # as after a kill between two turns
-    assert [row["forward_samples"][:2] for row in more] == [row["forward_samples"] for row in rows[:2]]
-    assert [row["num_repeats"] for row in more] == [3, 3] and more[0]["forward_bytes"] == rows[0]["forward_bytes"]
-    assert [row["num_repeats"] for row in read_profiles(path)] == [3, 3, 2, 2]  # those of the other shape stand
+    part = tmp_path / "h.jsonl"
+    part.write_text("".join(text.splitlines(keepends=True)[:3]))  # as after a kill
+    assert profile([SMALL, LARGE], out=part, **common)[:3] == rows[:3] and said == ["4/4: 256x4x1024, batch 4"]
+    assert read_profiles(part)[:3] == rows[:3] and len(read_profiles(part)) == 4
 
 
 def test_a_batch_that_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path):
     """In a process that may take 1.5 GiB more than it has: a million images of 3 KiB are 3 GiB."""
     code = (
         "import resource, sys, json, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path; from sovit.train.profile import profile; from sovit.spec.shape import Shape\n"
-        "from sovit.train.profile.shapes import profile_text\n"
+        "from pathlib import Path; from sovit.train.profile import profile, profile_text\n"
+        "from sovit.spec.shape import Shape\n"
         "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + 3 * 2**29,) * 2)\n"
         "shape = Shape(16, 1, 64, 8, 4, 16, 'none')\n"
@@ -116,15 +114,15 @@ def test_the_command_has_a_table_and_a_twin(tmp_path, capsys):
     options += ["--out", str(tmp_path / "h.jsonl")]
     assert main(options) == 0
     text = capsys.readouterr()
-    assert "16x1x64 h8" in text.out and "1 thread" in text.out and "repeat 1/1" in text.err
+    assert "16x1x64 h8" in text.out and "1 thread" in text.out and "1/1: 16x1x64, batch 1" in text.err
     assert main([*options, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["pool"], row["num_classes"]) == ("none", 16) and row["train_step_seconds"]  # 1 is the only batch
 
 
 def test_shapes_of_a_command_line():
-    shapes, classes = shapes_for(["33x2x64x11", "16x1x64", "32x1x64"], LAW, 1e12)
-    assert classes == 16 and shapes[2].head_dim == 11 and [s.width for s in shapes[3:]] == [16, 32]
+    shapes, classes = shapes_for(["33x2x64x11", "16x1x64", "32x1x64"], LAW)
+    assert classes == 16 and [s.head_dim for s in shapes] == [11, 8, 8]
     assert all((s.patch_size, s.image_size, s.pool) == (4, 16, "none") for s in shapes)
     assert shapes_for(["B/16"], image_size=64, patch_size=16)[0] == [Shape(768, 12, 3072, image_size=64)]
 
@@ -139,7 +137,6 @@ def test_shapes_of_a_command_line():
         (["B/16", "--batch-sizes", "0"], "each must be at least 1"),
         (["B/16", "--threads", "0"], "--threads 0 must be at least 1"),
         (["B/16", "--device", "abacus"], "--device abacus cannot be used"),
-        (["--train-flops", "1e12"], "name one"),
         (["31x1x64", "--head-dim", "8"], "width=31 is not a multiple of head_dim=8"),
     ],
 )
