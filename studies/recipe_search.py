@@ -1,6 +1,6 @@
 """Which learning rate is fair to every shape of the stream's star?
 
-    python studies/recipe_search.py --workers 2    then  python analysis/recipe_rule.py runs/results/recipe_search.jsonl
+    python studies/recipe_search.py --workers 2    then  python -m analysis.recipe_rule runs/results/recipe_search.jsonl
 
 Each shape at the ends of the star is trained at learning rates a factor sqrt(2) to 2 apart, and cooled down at two
 budgets. The rule base x (32 / width)^p x (2 / depth)^q is fitted to the best rate of each shape; every other study uses
