@@ -15,7 +15,7 @@ from sovit.law.forms import LAWS
 from sovit.ledger.measurements import measurements
 
 METRICS = ("val_loss", "val_error")
-TRIED = ("joint", "joint_n", "bounded", "power_mean", "shifted", "sovit")
+TRIED = ("joint", "joint_n", "bounded", "power_mean", "sovit")
 HALF_DECADE = 0.5 * np.log(10)
 LEVEL_GAP = 0.2  # runs on budgets lie closer than this in ln compute within one, and wider apart between two
 MIN_FITTED, MIN_SCORED = 16, 4

@@ -15,7 +15,6 @@ LINES: dict = {
     "joint_n": ("joint_n", OKABE_ITO[5], "", "-", 1.1),
     "bounded": ("bounded", OKABE_ITO[2], "", "-", 1.1),
     "power_mean": ("power_mean", OKABE_ITO[3], "", "-", 1.1),
-    "shifted": ("shifted", OKABE_ITO[4], "", "-", 1.1),
     "chinchilla": ("N-D law", OKABE_ITO[1], "s", "--", 0.9),
     "compute_only": ("compute only", GREY, "^", "--", 0.9),
     "nearest": ("nearest run", GREY, "x", ":", 0.9),

@@ -56,7 +56,7 @@ def _refit(rows: Rows, log_y: np.ndarray, weights: np.ndarray | None, solved: So
     form, num = rows.form, len(weights) if weights is not None else len(log_y)
     objective = Objective(form, rows.u, log_y, solved.groups, solved.delta, weights)
     first = polish(objective, np.tile(solved.theta, (num, 1)))
-    if not (form.arms and form.shared):
+    if not form.arms:
         return first
     grid = form.starts(rows.u, np.exp(form.evaluate(solved.theta[None], rows.u)[0][0]))[:4]
     second = polish(objective, np.tile(grid[grid[:, -1].argmax()], (num, 1)))

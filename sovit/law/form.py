@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from sovit.law.solver.link import link
 from sovit.law.solver.starts import DATA_COLUMNS, starts
 
 FALLING = ("patch_size",)  # columns whose growth raises the loss: x^+a in place of x^-a
-MAX_SHIFT = 100.0  # in units of the data's centre: beyond it B (n + d)^-c is a straight line in n
 
 
 @dataclass(frozen=True)
@@ -25,24 +23,21 @@ class Term:
 
 @dataclass(frozen=True)
 class Form:
-    """f = link(sum of terms). theta = [amplitudes, exponents, s of a power mean, d of a shift], in formula order.
+    """f = link(sum of terms). theta = [amplitudes, exponents, s of a power mean], in formula order.
 
     terms: the columns read, the data last. Of a form by arm: its arms, one dimension each; its columns are then
-    u = [ln x of the row's own arm, ln compute, arm], and each parameter but those `shared` stands once an arm.
+    u = [ln x of the row's own arm, ln compute, arm], and each parameter but exponents of compute stands once an arm.
     power_mean: f = (C^s + D^s)^(1/s) + floor, D the terms in the data, C the others. s = 1 is the plain sum; a large s
     says that the worse of the two limits decides, as when a skill is missing for want of capacity or of data.
-    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4). shift: the data column is n + d, centred
-    as (n + d) / (1 + d).
+    zero_line z: f is bounded by the loss of knowing nothing, (z^-4 + f^-4)^(-1/4).
     """
 
     terms: tuple[str, ...]
     formula: tuple[Term, ...]
     lowest: tuple[tuple[str, float], ...] = ()  # lower bound of an exponent where it is not 0.05
     arms: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
     power_mean: bool = False
     zero_line: float | None = None
-    shift: bool = False
 
     @cached_property
     def exponents(self) -> tuple[tuple[str, str, int], ...]:
@@ -70,15 +65,20 @@ class Form:
         return [[j for j, held in enumerate(self.holds) if e in held] for e in range(len(self.exponents))]
 
     @cached_property
-    def _data(self) -> list[bool]:
+    def data(self) -> list[bool]:
         """Terms in the data column."""
         return [any(self.terms[-1] == column for column, _, _ in term.factors) for term in self.formula]
 
     @cached_property
     def _local(self) -> tuple[str, ...]:
         """Parameters before they are repeated by arm."""
-        extra = ("s",) * self.power_mean + ("d",) * self.shift
-        return tuple(t.amplitude for t in self.formula) + tuple(name for _, name, _ in self.exponents) + extra
+        amplitudes, exponents = [t.amplitude for t in self.formula], [name for _, name, _ in self.exponents]
+        return (*amplitudes, *exponents, *("s",) * self.power_mean)
+
+    @cached_property
+    def shared(self) -> tuple[str, ...]:
+        """Parameters that all arms have in common."""
+        return tuple(name for column, name, _ in self.exponents if self.arms and column == "compute")
 
     @cached_property
     def place(self) -> np.ndarray:
@@ -97,12 +97,11 @@ class Form:
         """(amplitude, exponent) pairs: without the first the second means nothing."""
         found = [(terms[0], e) for e, terms in enumerate(self._of) if len(terms) == 1]
         pairs = [(self._local[j], self._local[len(self.formula) + e]) for j, e in found]
-        pairs += [(self.formula[self._data.index(True)].amplitude, "d")] if self.shift else []
         return [(f"{p}_{arm}", f"{e}_{arm}") for p, e in pairs for arm in self.arms] if self.arms else pairs
 
     @cached_property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        ends = {t.amplitude: (0.0, np.inf) for t in self.formula} | dict(s=(1.0, 8.0), d=(0.0, MAX_SHIFT))
+        ends = {t.amplitude: (0.0, np.inf) for t in self.formula} | dict(s=(1.0, 8.0))
         lowest = dict(self.lowest)
         for column, name, _ in self.exponents:
             ends[name] = lowest.get(name, lowest.get("", 0.05)), 2.0 if column in DATA_COLUMNS else 4.0
@@ -113,8 +112,8 @@ class Form:
 
     @property
     def convex(self) -> bool:
-        """Whether ln f is convex in the log dimensions at fixed compute: not where N or a shift stand in it."""
-        return "num_params" not in self.terms and not self.shift
+        """Whether ln f is convex in the log dimensions at fixed compute: not where N stands in it."""
+        return "num_params" not in self.terms
 
     def evaluate(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """theta [R, P], u [K, n] (or [R, K, n]) -> ln f [R, n] and d ln f / d theta [R, P, n]."""
@@ -180,77 +179,26 @@ class Form:
         value, part, _ = self._work(theta, u)
         out = np.zeros((len(theta), len(self.terms), u.shape[-1]))
         for e, (row, sign) in enumerate(zip(self.row, self.signs)):
-            weight = sign * theta[:, len(self.formula) + e, None]
-            if self.shift and row == len(self.terms) - 1:  # d ln(n + d) / d ln n
-                weight = weight / (1 + theta[:, -1:] * np.exp(-u[..., row, :]))
             for j in self._of[e]:
-                out[:, row] += weight * part[j]
+                out[:, row] += sign * theta[:, len(self.formula) + e, None] * part[j]
         return value, out
 
-    @cached_property
-    def _plain(self) -> bool:
-        """A sum of one power each and the floor, which block operations evaluate faster than term by term."""
-        linked = self.arms or self.shift or self.power_mean or self.zero_line is not None
-        return not linked and self.holds == [[e] for e in range(len(self.exponents))] + [[]]
-
-    def _plain_work(self, theta: np.ndarray, u: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-        num = len(self.exponents)
-        logs = self.signs[:, None] * u[..., self.row, :]  # [E, n]
-        factor = np.exp(theta[:, num + 1 :, None] * logs)
-        value = (theta[:, :num, None] * factor).sum(1) + theta[:, num : num + 1]
-        jac = np.empty((len(theta), 2 * num + 1, u.shape[-1]))
-        np.divide(1.0, value, out=jac[:, num])
-        np.multiply(factor, jac[:, num : num + 1], out=jac[:, :num])
-        part = np.multiply(theta[:, :num, None], jac[:, :num], out=factor)
-        np.multiply(part, logs, out=jac[:, num + 1 :])
-        return np.log(value), part.swapaxes(0, 1), jac
-
-    def _work(self, theta: np.ndarray, u: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+    def _work(self, theta: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         """ln f [R, n]; d ln f / d ln term [R, n] of each term; the Jacobian [R, L, n] by local parameter."""
-        if self._plain:
-            return self._plain_work(theta, u)
         num, held = len(self.formula), len(self.formula) + len(self.exponents)
-        if self.arms:
-            own = theta[:, self.place[:, u[2].astype(int)]]  # [R, L, n]
-        else:
-            own = theta[:, :, None]  # [R, L, 1]
+        own = theta[:, self.place[:, u[2].astype(int)]] if self.arms else theta[:, :, None]  # [R, L, n] or [R, L, 1]
         logs = self.signs[:, None] * u[..., self.row, :]  # [E, n]
-        if self.shift:
-            logs = np.broadcast_to(logs, (len(theta), *logs.shape[-2:])).copy()
-            shifted = np.exp(u[..., -1, :]) + theta[:, -1:]  # [R, n]
-            for e in np.flatnonzero(self.row == len(self.terms) - 1).tolist():
-                logs[:, e] = self.signs[e] * np.log(shifted / (1 + theta[:, -1:]))
         factor = np.exp(own[:, num:held] * logs)
-        power = []
-        for at in self.holds:
-            product_of = factor[:, at[0]] if at else None
-            for e in at[1:]:
-                product_of = product_of * factor[:, e]
-            power.append(product_of)
-        part = [own[:, j] if p is None else own[:, j] * p for j, p in enumerate(power)]
-        jac = np.empty((len(theta), own.shape[1], u.shape[-1]))
-        if self.power_mean or self.zero_line is not None:
-            value, slopes, jac_s = link(self, part, theta[:, held] if self.power_mean else None)
-            if self.power_mean:
-                jac[:, held] = jac_s
-        else:
-            total = part[0]
-            for p in part[1:]:
-                total = total + p
-            value, slopes = np.log(total), [1 / total] * num
+        power = [reduce(np.multiply, [factor[:, e] for e in at], 1.0) for at in self.holds]  # 1 = the floor
+        value, slopes, by_s = link(self, [own[:, j] * p for j, p in enumerate(power)], own[:, held:])
+        jac, part = np.empty((len(theta), own.shape[1], u.shape[-1])), []
         for j, p in enumerate(power):
-            jac[:, j] = slopes[j] if p is None else slopes[j] * p
-            part[j] = own[:, j] * jac[:, j]
+            np.multiply(slopes[j], p, out=jac[:, j])
+            part.append(own[:, j] * jac[:, j])
         for e, at in enumerate(self._of):
-            moved = part[at[0]]
-            for j in at[1:]:
-                moved = moved + part[j]
-            np.multiply(moved, logs[..., e, :], out=jac[:, num + e])
-        if self.shift:
-            jac[:, -1] = 0.0
-            for e in np.flatnonzero(self.row == len(self.terms) - 1).tolist():
-                for j in self._of[e]:
-                    jac[:, -1] += self.signs[e] * own[:, num + e] * part[j] * (1 / shifted - 1 / (1 + theta[:, -1:]))
+            np.multiply(reduce(np.add, [part[j] for j in at]), logs[..., e, :], out=jac[:, num + e])
+        if self.power_mean:
+            jac[:, held] = by_s
         return value, part, jac
 
     def starts(self, u: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -268,9 +216,4 @@ class Form:
             for place, at in zip(self.place[:num, g], self.holds):
                 for e in at:
                     out[:, place] *= np.exp(-self.signs[e] * theta[:, self.place[num + e, g]] * middle[self.row[e]])
-        if self.shift:  # the amplitude is the loss at the centre, (n + d) / (1 + d) being 1 there
-            j = self._data.index(True)
-            for e in self.holds[j]:
-                out[:, j] *= (1 + theta[:, -1]) ** (-self.signs[e] * theta[:, num + e])
-            out[:, -1] *= np.exp(centre[-1])
         return out

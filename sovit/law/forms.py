@@ -1,9 +1,9 @@
-"""The law forms, a table: value, Jacobian, bounds and starting points, batched over replicates. Numpy only.
+"""The law forms, a table. Numpy only.
 
 Every form is a link of sum_j amplitude_j x prod_k x_k^(+-exponent_jk) and is written as that formula in LAWS. A form works
 on centred log columns u = ln x - centre, so that its amplitudes are losses at the middle of the data and nothing
-overflows; `raw` undoes the centring where parameters are printed. Shapes below: R replicates, P parameters, K columns,
-n rows.
+overflows; `raw` undoes the centring where parameters are printed. Shapes in this package: R replicates, P parameters,
+K columns, n rows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ class Law:
     """One entry of LAWS.
 
     formula: terms `amplitude column^-exponent ...` joined by +; `x` is each dimension of the law (one term each, with the
-    parameters A_<x> a_<x>) or, by arm, the dimension of the arm; (column + d) is a column with a shift.
-    ranks_shapes: it describes every row and its optimum is a whole shape. shared: of a form by arm, parameters that its
-    arms have in common. lowest: lower bounds of exponents, "" for all; 0.05 where nothing is said.
+    parameters A_<x> a_<x>) or, by arm, the dimension of the arm. lowest: lower bounds of exponents, "" for all; 0.05
+    where nothing is said. bounded: by the chance loss.
     """
 
     formula: str
     about: str
-    ranks_shapes: bool = False
     by_arm: bool = False
-    shared: tuple[str, ...] = ()
     lowest: tuple[tuple[str, float], ...] = ()
     power_mean: bool = False
     bounded: bool = False
@@ -42,9 +39,9 @@ class Law:
         return any(column == "x" for term in self._terms for column, _, _ in term.factors)
 
     @property
-    def plain_sum(self) -> bool:
-        """Whether it is a sum of one power of each column and a floor, theta = [A (K), floor, a (K)]."""
-        return not (self.by_arm or self.power_mean or "+ d)" in self.formula)
+    def ranks_shapes(self) -> bool:
+        """Whether it describes every row and its optimum is a whole shape."""
+        return self.uses_dims and not self.by_arm and not self.needs_terms
 
     @property
     def needs_tokens(self) -> bool:
@@ -58,31 +55,24 @@ class Law:
 
     @property
     def _terms(self) -> list[Term]:
-        return [_term(text) for text in self.formula.replace(" + d)", "+d)").split(" + ")]
+        return [_term(text) for text in self.formula.split(" + ")]
 
     def build(self, dims: tuple[str, ...], zero_line: float | None = None, terms: tuple | None = None) -> Form:
         """The form for these dimensions; `terms` names its columns instead."""
         if self.by_arm:
-            return Form(dims, tuple(self._terms), self.lowest, dims, self.shared)
-        columns = tuple(terms or dict.fromkeys(c for c in (*dims, *self.needs)))
-        lowest = (("", 0.01),) if self.needs_terms else self.lowest
+            return Form(dims, tuple(self._terms), self.lowest, dims)
+        columns = tuple(terms or (*dims, *self.needs))
+        sized = columns[: len(columns) - len(self.needs)]
         formula: list[Term] = []
         for term in self._terms:
             if any(column == "x" for column, _, _ in term.factors):
-                sized = columns[: len(columns) - len(self.needs)] if terms else dims
                 formula += [_own(column) for column in sized]
-            elif terms and term.factors:  # the named columns stand in for the last of the formula
+            elif terms and term.factors:  # the last of the named columns stands in for the data
                 formula.append(Term(term.amplitude, ((columns[-1], *term.factors[0][1:]),)))
             else:
                 formula.append(term)
-        return Form(
-            columns,
-            tuple(formula),
-            lowest,
-            power_mean=self.power_mean,
-            zero_line=zero_line if self.bounded else None,
-            shift="+ d)" in self.formula,
-        )
+        bound = zero_line if self.bounded else None
+        return Form(columns, tuple(formula), self.lowest, power_mean=self.power_mean, zero_line=bound)
 
 
 def facing(dims: tuple[str, ...] | list[str]) -> np.ndarray:
@@ -98,7 +88,7 @@ def _own(column: str) -> Term:
 
 def _term(text: str) -> Term:
     amplitude, *factors = text.split()
-    parts = [re.fullmatch(r"\(?(\w+)(?:\+d\))?\^(-?)(\w+)", factor) for factor in factors]
+    parts = [re.fullmatch(r"(\w+)\^(-?)(\w+)", factor) for factor in factors]
     return Term(amplitude, tuple((m[1], m[3], -1 if m[2] else 1) for m in parts if m))
 
 
@@ -107,29 +97,19 @@ LAWS = {
         "alpha x^-a + beta x^b compute^-c + xi compute^-c + eps",
         "Eq. 2 of arXiv 2305.13035 for each arm of a star, c shared",
         by_arm=True,
-        shared=("c",),
-        lowest=(("b", 0.02),),
-    ),
-    "sovit_free_c": Law(
-        "alpha x^-a + beta x^b compute^-c + xi compute^-c + eps",
-        "Eq. 2 of arXiv 2305.13035 for each arm of a star, each with its own c",
-        by_arm=True,
         lowest=(("b", 0.02),),
     ),
     "joint": Law(
         "A_x x^-a_x + B num_examples^-c + eps",
         "sum_k A_k x_k^-a_k + B n^-c + eps; exact FLOPs give the compute",
-        ranks_shapes=True,
     ),
     "joint_n": Law(
         "A_x x^-a_x + A_N num_params^-a_N + B num_examples^-c + eps",
         "joint with an interaction of the dimensions through the encoder's parameter count N",
-        ranks_shapes=True,
     ),
     "bounded": Law(
         "A_x x^-a_x + B num_examples^-c + eps",
         "joint with a power mean, bounded by the chance loss",
-        ranks_shapes=True,
         power_mean=True,
         bounded=True,
         takes_terms=True,
@@ -137,13 +117,11 @@ LAWS = {
     "joint_tokens": Law(
         "A_x x^-a_x + B num_patches^h num_examples^-c + eps",
         "joint, an image teaching less the more patches it is cut into",
-        ranks_shapes=True,
         lowest=(("h", 0.01),),
     ),
     "bounded_tokens": Law(
         "A_x x^-a_x + B num_patches^h num_examples^-c + eps",
         "bounded, an image teaching less the more patches it is cut into",
-        ranks_shapes=True,
         lowest=(("h", 0.01),),
         power_mean=True,
         bounded=True,
@@ -151,14 +129,7 @@ LAWS = {
     "power_mean": Law(
         "A_x x^-a_x + B num_examples^-c + eps",
         "bounded without the chance loss",
-        ranks_shapes=True,
         power_mean=True,
-        takes_terms=True,
-    ),
-    "shifted": Law(
-        "A_x x^-a_x + B (num_examples + d)^-c + eps",
-        "joint with a shift of the data, arXiv 2106.04560: for errors, which saturate at the poor end",
-        ranks_shapes=True,
         takes_terms=True,
     ),
     "chinchilla": Law(
@@ -169,6 +140,7 @@ LAWS = {
     "additive": Law(
         "A_x x^-a_x + eps",
         "sum over `terms` of A_k x_k^-a_k, plus eps: any columns (arXiv 2502.06857)",
+        lowest=(("", 0.01),),
         takes_terms=True,
         needs_terms=True,
     ),

@@ -25,7 +25,7 @@ class LawOptions:
     """Dimensions of the law; None = those of width, depth, mlp_dim, patch_size, image_size that vary."""
     terms: Sequence[str] | None = None
     """Form "additive": the columns of sum_k A_k x_k^-a_k + eps. ("num_params", "tokens") and so on are the Gemstones
-    forms (2502.06857). Form "shifted": the same in place of the dims, the last of them shifted."""
+    forms (2502.06857)."""
     zero_line: float | None = None
     """Forms that are bounded: the chance loss."""
     geometry: Mapping | None = None

@@ -210,7 +210,6 @@ def equation(fit: Fit) -> str:
         return f"loss = alpha_x·x^-a_x + (beta_x·x^b_x + xi_x)·t^-{c} + eps_x   for each dimension x on its own arm"
     names = dict(num_params="N", num_examples="n", tokens="D", compute="t", num_patches="T")
     names |= dict(num_examples="D") if fit.form == "chinchilla" else {}
-    names |= dict(num_examples="(n + d)") if form.shift else {}
 
     def total(terms) -> str:
         return " + ".join(

@@ -6,7 +6,6 @@ import numpy as np
 import planted
 import pytest
 
-from sovit import UserError
 from sovit.law import fit as law
 from sovit.law import fitted_law
 from sovit.law.compute_optimum import Family, optimum
@@ -88,45 +87,7 @@ def test_parameters_counted_otherwise_are_met_by_a_scale():
     np.testing.assert_allclose(found.predict({n: c for n, c in table.items() if n != "num_params"}), y, rtol=1e-6)
 
 
-def test_free_c_recovers_the_c_of_each_arm():
-    table, trunk = planted.star()
-    arm = np.repeat(np.arange(3), 18)
-    x = np.choose(arm, [table[d] / np.exp(np.log(table[d][arm == k]).mean()) for k, d in enumerate(planted.DIMS)])
-    t = table["compute"] / np.exp(np.log(table["compute"]).mean())
-    c = np.array([0.4, 0.6, 0.8])
-    y = 0.05 * x**-1.1 + (0.02 * x**0.6 + 0.04) * t ** -c[arm] + 0.2
-    found = law.fit("sovit_free_c", table, y, clusters=trunk, geometry=planted.GEOMETRY, bootstrap=20)
-    assert [found.params[f"c_{d}"] for d in planted.DIMS] == pytest.approx(c, rel=1e-3)
-    for d, each in zip(planted.DIMS, c):
-        assert found.exponents[d].estimate == pytest.approx(each / 1.7, rel=1e-3)
-    np.testing.assert_allclose(found.predict(table), y, rtol=1e-6)
-
-
-def test_a_curve_of_one_column_recovers_its_shift():
-    n = np.geomspace(1e5, 1e9, 15)
-    y = 0.12 + 0.63 * (n / 1e6 + 0.52) ** -0.32  # the ten-shot error of arXiv 2106.04560, its compute in other units
-    found = law.fit("shifted", dict(num_examples=n), y, terms=("num_examples",), clusters=np.arange(15))
-    want = dict(B=0.63 * 1e6**0.32, eps=0.12, c=0.32, d=0.52e6)
-    assert found.params == pytest.approx(want, rel=1e-4)
-    np.testing.assert_allclose(fitted_law.Fit.from_json(found.to_json()).predict(dict(num_examples=n)), y, rtol=1e-7)
-    named = law.fit("shifted", dict(compute=n), y, terms=("compute",), clusters=np.arange(15))
-    assert named.params == pytest.approx(want, rel=1e-4)
-    with pytest.raises(UserError, match="cannot rank whole shapes"):
-        best_shape(found, 1e15)
-
-
-def test_shifted_recovers_a_planted_law_of_shapes():
-    table, _ = planted.star()
-    shapes = np.repeat(np.stack([table[d][::3] for d in planted.DIMS], 1), 7, 0)
-    images = np.tile(np.geomspace(4e6, 1e9, 7), 18)
-    table, trunk = planted.columns(shapes, images), np.repeat(np.arange(18), 7)
-    y = planted.loss(table) - 0.05 * (images / 600e6) ** -planted.C + 0.3 * (images / 1e8 + 1.5) ** -1.2
-    found = law.fit("shifted", table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False)
-    assert found.params["d"] == pytest.approx(1.5e8, rel=2e-2) and found.params["c"] == pytest.approx(1.2, rel=1e-2)
-    np.testing.assert_allclose(found.predict(table), y, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["joint", "joint_n", "shifted", "bounded"])
+@pytest.mark.parametrize("name", ["joint", "joint_n", "bounded"])
 def test_the_optimum_is_that_of_a_dense_grid(name):
     """Random laws of each form: no point of a dense grid over the whole box is better, at budgets far apart."""
     form = LAWS[name].build(planted.DIMS, zero_line=5.0)
@@ -179,6 +140,4 @@ def test_patch_and_image_size_are_dimensions_of_joint():
 
 
 def test_which_forms_rank_shapes():
-    assert set(WHOLE_SHAPE) == {
-        *("joint", "joint_n", "joint_tokens", "bounded", "bounded_tokens", "power_mean", "shifted")
-    }
+    assert set(WHOLE_SHAPE) == {*("joint", "joint_n", "joint_tokens", "bounded", "bounded_tokens", "power_mean")}

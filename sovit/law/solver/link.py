@@ -13,35 +13,33 @@ if TYPE_CHECKING:
 BOUND_POWER = 4.0  # sharpness of the bound; fixed, not fitted
 
 
-def link(form: Form, part: Sequence[np.ndarray], s: Any) -> tuple[np.ndarray, list[np.ndarray], Any]:
-    """ln f and d ln f / d term of a power mean and a zero line, and d ln f / ds; part: [R, n] of each term."""
+def link(form: Form, part: Sequence[np.ndarray], s: np.ndarray) -> tuple[np.ndarray, list[np.ndarray], Any]:
+    """ln f and d ln f / d term of the terms `part` [R, n] each, and d ln f / ds; s [R, 1, n or 1], [R, 0, ...] of none."""
+    sides: list[Any] = [
+        sum(p for p, t, data in zip(part, form.formula, form.data) if t.factors and data == side)
+        for side in (False, True)
+    ]
     floor = sum(p for p, t in zip(part, form.formula) if not t.factors)
+    by: list[Any] = [1.0, 1.0]  # d mean / d side
     if form.power_mean:
-        s = s[:, None]
-        sides = [
-            sum(p for p, t, data in zip(part, form.formula, form._data) if t.factors and data == side)
-            for side in (False, True)
-        ]
+        s = s[:, 0]
         # the floor keeps ln 0 out where every amplitude of one side is zero; it is far below any loss
         ln_c, ln_d = (np.log(side + 1e-12) for side in sides)
         top = np.maximum(ln_c, ln_d)
         ln_m = top + np.log(np.exp(s * (ln_c - top)) + np.exp(s * (ln_d - top))) / s
         mean = np.exp(ln_m)
+        by = [np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # (C/M)^(s-1)
+        share_c, share_d = np.exp(s * (ln_c - ln_m)), np.exp(s * (ln_d - ln_m))  # C^s / M^s, D^s / M^s
+        bent = share_c * ln_c + share_d * ln_d - ln_m  # s d ln M / ds
     else:
-        mean = sum(p for p, t in zip(part, form.formula) if t.factors)
+        mean = sides[0] + sides[1]
     loss = mean + floor
     value, slope = loss, 1 / loss  # slope = d ln f / d loss
     if form.zero_line is not None:
         value = (form.zero_line**-BOUND_POWER + loss**-BOUND_POWER) ** (-1 / BOUND_POWER)
         slope = (value / loss) ** BOUND_POWER / loss  # in this order it does not overflow
-    if not form.power_mean:
-        return np.log(value), [slope] * len(part), None
-    by = [slope * np.exp((s - 1) * (ln - ln_m)) for ln in (ln_c, ln_d)]  # dM/dC = (C/M)^(s-1)
-    share_c, share_d = np.exp(s * (ln_c - ln_m)), np.exp(s * (ln_d - ln_m))  # C^s / M^s, D^s / M^s
-    # d ln M / ds = (sum_i share_i ln x_i - ln M) / s
-    by_s = slope * mean * (share_c * ln_c + share_d * ln_d - ln_m) / s
-    slopes = [by[data] if t.factors else slope for t, data in zip(form.formula, form._data)]
-    return np.log(value), slopes, by_s
+    slopes = [slope * by[data] if t.factors else slope for t, data in zip(form.formula, form.data)]
+    return np.log(value), slopes, slope * mean * bent / s if form.power_mean else None
 
 
 def unbounded(form: Form, y: np.ndarray) -> np.ndarray:

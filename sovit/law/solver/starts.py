@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 SIZE_GRID = (0.1, 0.3, 0.6, 1.0, 1.8, 3.0)
 DATA_GRID = (0.1, 0.3, 0.5, 0.7, 1.0, 1.5)
-SHIFT_GRID = (0.0, 0.1, 0.5, 2.0, 10.0)
 DATA_COLUMNS = ("num_examples", "tokens", "compute")
 NUM_STARTS = 8
 MAX_GRID = 1500  # points; with more columns the grid gets coarser instead of longer
@@ -60,7 +59,7 @@ def starts(form: Form, u: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The best points of an exponent grid, amplitudes by NNLS on relative error; [starts, P]."""
     if form.power_mean:
         return _mean_starts(form, u, y)
-    names = [name for _, name, _ in form.exponents] + ["d"] * form.shift
+    names = [name for _, name, _ in form.exponents]
     grid = dict(zip(names, _grids(form)))
     own = [name for name in names if name not in form.shared]
     points = np.array(list(product(*(grid[name] for name in own))))
@@ -79,7 +78,7 @@ def starts(form: Form, u: np.ndarray, y: np.ndarray) -> np.ndarray:
             theta[:, form.place[:num, g]] = amplitude[best]
             theta[:, form.place[num:, g]] = local[best]
             objective += squares[best]
-        keep = 1 if form.arms and form.shared else min(NUM_STARTS, len(points))
+        keep = 1 if form.shared else min(NUM_STARTS, len(points))
         found.append(theta[:keep])
         score.append(objective[:keep])
     best = np.argsort(np.concatenate(score), kind="stable")[:NUM_STARTS]
@@ -87,14 +86,14 @@ def starts(form: Form, u: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _grids(form: Form) -> list[tuple[float, ...]]:
-    """Grid of each exponent (and of the shift), thinned until all points that go together are at most MAX_GRID."""
+    """Grid of each exponent, thinned until all points that go together are at most MAX_GRID."""
     free = sum(name not in form.shared for _, name, _ in form.exponents)
-    per_term, limit = len(SIZE_GRID), MAX_GRID / (len(SHIFT_GRID) if form.shift else 1)
-    while per_term**free > limit and per_term > 2:
+    per_term = len(SIZE_GRID)
+    while per_term**free > MAX_GRID and per_term > 2:
         per_term -= 1
     pick = np.linspace(0, len(SIZE_GRID) - 1, per_term).round().astype(int)
     grids = [DATA_GRID if column in DATA_COLUMNS else SIZE_GRID for column, _, _ in form.exponents]
-    return [tuple(np.array(g)[pick]) for g in grids] + [SHIFT_GRID] * form.shift
+    return [tuple(np.array(g)[pick]) for g in grids]
 
 
 def _amplitudes(form: Form, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,16 +105,12 @@ def _amplitudes(form: Form, local: np.ndarray, u: np.ndarray, y: np.ndarray) -> 
 
 
 def _basis(form: Form, local: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """Terms with amplitudes 1 at exponents (and shift) local [G, E]: [G, J, n]."""
-    logs = np.broadcast_to(form.signs[:, None] * u[form.row], (len(local), len(form.exponents), u.shape[1]))
-    if form.shift:
-        logs = logs.copy()
-        for e in np.flatnonzero(form.row == len(form.terms) - 1):
-            logs[:, e] = form.signs[e] * np.log((np.exp(u[-1]) + local[:, -1:]) / (1 + local[:, -1:]))
+    """Terms with amplitudes 1 at exponents local [G, E]: [G, J, n]."""
+    logs = form.signs[:, None] * u[form.row]
     out = np.ones((len(local), len(form.formula), u.shape[1]))
     for j, at in enumerate(form.holds):
         if at:
-            out[:, j] = np.exp((local[:, at, None] * logs[:, at]).sum(1))
+            out[:, j] = np.exp((local[:, at, None] * logs[at]).sum(1))
     return out
 
 
