@@ -17,27 +17,15 @@ from pathlib import Path
 
 from analysis.publish import Result, markdown, run, template
 from analysis.resolution.comparisons import RULE, compare, seed_noise
-from analysis.resolution.curves import FLEXI, METRICS, SCRATCH, Curve, Study, read_study
+from analysis.resolution.curves import FLEXI, METRICS, SCRATCH, Curve, read_study
 from sovit import UserError
 
 REPORT = template("flexivit/report.md.j2")
 WAYS = {
     "images": "equal images",
-    "all": "equal FLOPs, a trunk for every size",
+    "all": "equal FLOPs, a trunk for every size",  # shared so that each sees as many images
     "one": "equal FLOPs, one trunk of that size",
 }
-
-
-def images_of_single(way: str, flexi: Curve, singles: dict[int, Curve], size: int) -> float:
-    """Count the images that the trunk of one size sees for each FLOP of the Flexi trunk.
-
-    `all`: the FLOPs are shared among the trunks of all sizes so that each sees as many images.
-    """
-    if way == "images":
-        return 1 / flexi.flops_per_image
-    if way == "one":
-        return 1 / singles[size].flops_per_image
-    return 1 / sum(single.flops_per_image for single in singles.values())
 
 
 def compare_sizes(
@@ -47,25 +35,34 @@ def compare_sizes(
 
     Returns points {x, images, seeds, d, flexi, single, **paired}, x rising; [] where they do not overlap.
     """
-    seeds = [seed for seed in sorted(flexi) if size in singles.get(seed, ())]
-    rate = {seed: images_of_single(way, flexi[seed], singles[seed], size) for seed in seeds}
     name = f"{metric}@p{size}"
-    priced = {}  # the single trunks as curves over the Flexi trunk's FLOPs
-    for seed in seeds:
+    priced, cost = {}, {}  # the single trunks as curves over the Flexi trunk's FLOPs
+    for seed in sorted(flexi):
+        if size not in singles.get(seed, ()):
+            continue
         single = singles[seed][size]
-        same = {"own_flops": single.examples / rate[seed], "metrics": {name: single.metrics[metric]}}
-        priced[seed] = dataclasses.replace(single, **same)
+        every = sum(other.flops_per_image for other in singles[seed].values())
+        cost[seed] = {"images": flexi[seed].flops_per_image, "all": every, "one": single.flops_per_image}[way]
+        metrics = {name: single.metrics[metric]}
+        priced[seed] = dataclasses.replace(single, own_flops=single.examples * cost[seed], metrics=metrics)
     out = []
     for point in compare(flexi, priced, "own_flops", name):
-        means = {"images": point["x"] * rate[seeds[0]], "flexi": point.pop("ours"), "single": point.pop("theirs")}
-        out.append(point | means)
+        means = {"images": point["x"] / next(iter(cost.values()))}
+        out.append(point | means | {"flexi": point.pop("ours"), "single": point.pop("theirs")})
     return out
 
 
 def summarise_sizes(paths: Sequence[Path | str]) -> dict:
     """Compare every shape's Flexi trunks with its trunks of one size. Raises UserError where there is no such pair."""
     study = read_study(paths)
-    found = [_entry(*group) for group in _groups(study).values() if all(group)]
+    groups: dict = {}  # network and image size -> ({seed: Flexi curve}, {seed: {patch_size: curve}})
+    for c in study.curves:
+        flexi, singles = groups.setdefault(c.arm.shape.replace(patch_size=1), ({}, {}))
+        if c.arm.mode == FLEXI:
+            flexi[c.seed] = c
+        elif c.arm.mode == SCRATCH:
+            singles.setdefault(c.seed, {})[c.arm.shape.patch_size] = c
+    found = [_entry(*group) for group in groups.values() if all(group)]
     if not any(entry["comparisons"] for entry in found):
         raise UserError(
             f"{', '.join(study.paths)}: no trunk of several patch sizes meets trunks of one, in shape, seeds and budgets;"
@@ -73,18 +70,6 @@ def summarise_sizes(paths: Sequence[Path | str]) -> dict:
         )
     about = {"ledgers": study.paths, "rule": RULE, "noise": seed_noise(study), "left_out": study.left_out}
     return about | {"shapes": found}
-
-
-def _groups(study: Study) -> dict:
-    """Network and image size -> ({seed: Flexi curve}, {seed: {patch_size: curve}})."""
-    groups: dict = {}
-    for c in study.curves:
-        flexi, singles = groups.setdefault(c.arm.shape.replace(patch_size=1), ({}, {}))
-        if c.arm.mode == FLEXI:
-            flexi[c.seed] = c
-        elif c.arm.mode == SCRATCH:
-            singles.setdefault(c.seed, {})[c.arm.shape.patch_size] = c
-    return groups
 
 
 def _entry(flexi: dict, singles: dict) -> dict:
@@ -113,15 +98,10 @@ def sizes_table(found: dict, metric: str = "val_loss") -> str:
     return REPORT.module.sizes_table(found["shapes"], WAYS, at).strip()
 
 
-def sizes_text(found: dict) -> str:
-    """Write the report: the answer, and the tables of loss and error, as Markdown."""
-    tables = {"loss": sizes_table(found), "error": sizes_table(found, "val_error")}
-    return markdown(REPORT, found=found, tables=tables, ways=WAYS)
-
-
 def analyse(options: argparse.Namespace) -> Result:
     found = summarise_sizes(options.ledgers)
-    return Result(found, sizes_text(found), "flexivit.json", "flexivit/report.md")
+    tables = {metric: sizes_table(found, metric) for metric in METRICS}
+    return Result(found, markdown(REPORT, found=found, tables=tables), "flexivit.json", "flexivit/report.md")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,12 +1,13 @@
 """One trunk of several patch sizes against trunks of one: planted differences, what is equal in each way, bad input."""
 
 import json
+from pathlib import Path
 
 import planted_transfer as planted
 import pytest
 
 from analysis.flexivit import tables
-from analysis.flexivit.tables import WAYS, sizes_text, summarise_sizes
+from analysis.flexivit.tables import WAYS, sizes_table, summarise_sizes
 from sovit import UserError
 
 
@@ -50,8 +51,8 @@ def test_what_is_equal_in_each_way(tmp_path):
 
 
 def test_the_table_names_every_way_and_size(tmp_path):
-    text = sizes_text(found_in(tmp_path))
-    assert all(way in text for way in WAYS.values()) and text.count("| 32x2x128, 16 |") == 6
+    text = sizes_table(found_in(tmp_path))
+    assert all(way in text for way in WAYS.values()) and text.count("| 32x2x128, 16 |") == 3
 
 
 def test_a_ledger_without_pairs_is_refused_in_one_line(tmp_path):
@@ -90,3 +91,15 @@ def test_the_analysis_writes_what_it_says(tmp_path, capsys):
     assert tables.main([str(path), "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "flexivit.json").read_text())
     assert tables.main([str(tmp_path / "no.jsonl")]) == 2
+
+
+def test_the_committed_numbers_are_what_the_ledger_gives():
+    results = Path(__file__).resolve().parents[2] / "results"
+    kept = json.loads((results / "flexivit.json").read_text())
+    found = summarise_sizes([results / "flexivit.jsonl"])
+    assert found["noise"]["sd"] == pytest.approx(kept["noise"]["sd"], rel=1e-9)
+    for ours, theirs in zip(found["shapes"][0]["comparisons"], kept["shapes"][0]["comparisons"], strict=True):
+        for one, other in zip(ours["points"], theirs["points"], strict=True):
+            assert one["verdict"] == other["verdict"]
+            for name in ("x", "images", "flexi", "single", "mean", "low", "high"):
+                assert one[name] == pytest.approx(other[name], rel=1e-9, abs=1e-12), name
