@@ -173,6 +173,15 @@ def test_a_first_level_of_split_names_in_any_case(cache, tmp_path):
     assert (source.num_train, source.num_val, source.info["unlabelled"]) == (15, 6, 2)
 
 
+def test_what_is_not_one_set_is_refused(cache, tmp_path):
+    save_photos(tmp_path / "both" / "a", 3)
+    typed(9).to_parquet(tmp_path / "both" / "train.parquet")
+    check(str(tmp_path / "both"), "holds files of images and parquet; keep one kind in a folder")
+    for name in ("val", "test"):
+        save_photos(tmp_path / "held" / name / "a", 3)
+    check(str(tmp_path / "held"), "has the splits test, val, none for training; name one train")
+
+
 def test_a_folder_with_a_table_of_labels(cache, tmp_path):
     save_photos(tmp_path / "pictures", 12)
     table = "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(12))

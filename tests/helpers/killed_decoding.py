@@ -1,6 +1,6 @@
-"""Run by test_stores: decode a set, and die by SIGKILL after NUM saves. Arguments: FOLDER STREAMED IMAGE_SIZE NUM."""
+"""Run by test_stores: decode a set, and die by SIGKILL after NUM images. Arguments: FOLDER IMAGE_SIZE NUM."""
 
-import math
+import itertools
 import os
 import signal
 import sys
@@ -9,18 +9,15 @@ from pathlib import Path
 from sovit.data.hub import decoding
 from sovit.data.hub.splits import Location
 
-folder, streamed, size, left = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), int(sys.argv[4])
-write = decoding.write_atomic
+folder, size, num = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+decode, count = decoding.decode, itertools.count()
 
 
-def write_and_die(path, text):
-    global left
-    write(path, text)
-    left -= path.name == "progress.json"
-    if not left:
+def decode_or_die(file, size):
+    if next(count) >= num:
         os.kill(os.getpid(), signal.SIGKILL)
+    return decode(file, size)
 
 
-decoding.write_atomic = write_and_die
-decoding.BLOCK, decoding.SAVE_SECONDS = 8, 0.0
-decoding.decoded(Location(folder, Path(folder), folder, streamed=streamed), size, math.inf)
+decoding.decode, decoding.BLOCK = decode_or_die, 8
+decoding.decoded(Location(folder, Path(folder), folder), size)

@@ -1,261 +1,151 @@
-"""Decoding a set once, into a folder that only grows, so that a kill loses little (see sovit.data.hub.pixel_cache)."""
+"""Decoding a set once, into a folder of plain arrays; what a kill leaves is gone on with.
+
+Files of a folder, a row for each row of the set: images.raw [I, S, S, 3] uint8, modes.raw [I] (what a file was: a mode of
+Pillow, or BROKEN), hashes.raw [I] uint64 (see sovit.data.image_hash), labels.npy [I] int64 (-1: left out), is_val.npy [I]
+bool, info.json (what is in it).
+"""
 
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import math
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sovit import UserError, reason
+from sovit import UserError
 from sovit.data.assets import cache_dir, writable
 from sovit.data.cache import content_key, say, track
 from sovit.data.hub.decode import decode
-from sovit.data.hub.pixel_cache import COLUMNS, FRESH, fixed_random, progress, read_rows
-from sovit.data.hub.rows import Part
-from sovit.data.hub.splits import NUM_VAL, Location, Opened, fingerprint, open_set
+from sovit.data.hub.splits import Location, Rows, fingerprint, open_set
 from sovit.data.image_hash import difference_hash, within
-from sovit.files import locked, write_atomic
+from sovit.files import locked
 
-RECIPE = 3  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
+RECIPE = 4  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
-BLOCK = 256  # images that are read and decoded together
-SAVE_SECONDS = 2.0  # of decoding that a kill may cost
+BLOCK = 256  # images that are read together; a kill loses as many
 NEAR = 4  # bits of the difference hash between two images that count as near-duplicates
+BROKEN = b"broken"
+SPLIT_KEY = 0x53504C4954  # hold-out, validation order and subsets do not depend on data_seed
 
 
-def decoded(location: Location, size: int, limit: float) -> Path:
+class Table(NamedTuple):
+    """A decoded set: images [I, S, S, 3], memory-mapped, labels [I] (-1: left out), is_val [I]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    is_val: np.ndarray
+    info: dict
+
+
+def fixed_random(*counter: int) -> np.random.Generator:
+    """One of the random streams that are the same for every data_seed, named by up to two numbers."""
+    # Philox is a counter-based generator: (key, counter) names a stream, and no state is carried on
+    return np.random.Generator(np.random.Philox(key=SPLIT_KEY, counter=[0, 0, *counter]))
+
+
+def read_table(folder: Path) -> Table:
+    """What `decoded` has put into a folder."""
+    info = json.loads((folder / "info.json").read_text())
+    labels, is_val = (np.load(folder / f"{name}.npy") for name in ("labels", "is_val"))
+    images = np.memmap(folder / "images.raw", np.uint8, "r", shape=(len(labels), info["size"], info["size"], 3))
+    return Table(images, labels, is_val, info)
+
+
+def decoded(location: Location, size: int) -> Path:
     """The cache folder of a set at `size` pixels, decoded first where that has not been done.
 
-    Its name changes when the files of a folder, the revision, label or size differ. `limit`: training images to read of
-    a streamed set, or infinity. Processes that ask at the same time wait for the first one. Raises UserError for what
-    cannot be opened, read or written; what has been decoded is kept then.
+    Its name changes when the files of a folder, the revision, label or size differ. Processes that ask at the same time
+    wait for the first one. Raises UserError for what cannot be opened, read or written.
     """
     source = list(fingerprint(location.path)) if location.path else [location.name, location.revision, location.config]
-    streamed = {"streamed": True} if location.streamed else {}
-    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label, **streamed)
-    folder = cache_dir() / "hub" / key
-    if is_complete(folder, location, limit):
+    key = content_key(recipe=RECIPE, size=size, source=source, label=location.label)
+    parent = cache_dir() / "hub"
+    folder = parent / key
+    if os.path.isdir(folder):  # False, and no error, in a parent that may not be read
         return folder
-    writable(folder.parent)
-    with locked(folder.parent / f".{key}.lock"):
-        if not is_complete(folder, location, limit):
-            folder.mkdir(exist_ok=True)
-            try:
-                fill(location, size, limit, folder)
-            except BaseException:
-                if not progress(folder)["num_rows"]:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
+    writable(parent)
+    with locked(parent / f".{key}.lock"), tempfile.TemporaryDirectory(dir=parent, prefix=".arrow-") as scratch:
+        if not folder.is_dir():
+            rows = open_set(location, scratch)
+            filling = parent / f".{key}-{rows.revision or ''}"  # another day, a hub's set may have another revision
+            filling.mkdir(exist_ok=True)
+            _fill(location, rows, size, filling)
+            os.replace(filling, folder)
     return folder
 
 
-def is_complete(folder: Path, location: Location, limit: float) -> bool:
-    """Whether nothing is left to decode. False, and no error, in a folder that may not be read."""
-    if not os.path.isfile(folder / "info.json"):
-        return False
-    done = progress(folder)
-    return not location.streamed or done["exhausted"] or done["num_train"] >= limit
-
-
-def fill(location: Location, size: int, limit: float, folder: Path) -> None:
+def _fill(location: Location, rows: Rows, size: int, folder: Path) -> None:
     """Decode what `folder` lacks, and say what is in it then."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".arrow-") as scratch:
-        done = progress(folder)
-        opened = open_set(location, scratch, done["revision"], limit)
-        if done["revision"] != opened.revision:  # another day, another revision of a set that names none
-            done = copy.deepcopy(FRESH) | {"revision": opened.revision}
-        try:
-            read_on(location, opened, done, size, folder)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError(
-                f"the disk of {folder} is full after {done['num_rows']:,} images; free some, and run the same again"
-            ) from None
-    finish(location, opened, done, size, folder)
-
-
-def read_on(location: Location, opened: Opened, done: dict, size: int, folder: Path) -> None:
-    """Decode from where `done` stands until each part's limit or end; `done` and the files are kept in step."""
-    total = _num_left(opened.parts, done)
-    before = f", after {done['num_rows']:,} of an earlier time" if done["num_rows"] else ""
-    number = "as many images as come" if total is None else f"{total:,} images"
-    say(f"hub: decoding {number} of {location.preset} to {size} px, once{before}")
-    _check_space(folder, total, size)
-    files = {name: open(folder / f"{name}.raw", "ab") for name in COLUMNS}
-    for name, file in files.items():
-        row = np.dtype(COLUMNS[name]).itemsize * (3 * size * size if name == "images" else 1)
-        os.truncate(file.fileno(), done["num_rows"] * row)
-
-    def save() -> None:
-        for file in files.values():
-            file.flush()
-        write_atomic(folder / "progress.json", json.dumps(done))  # last: it counts no row that is not there
-
-    held_out = fixed_random(0, 3)  # under this key the very first image is one, so that no stream is without
-    held_out.random(done["num_rows"])  # a number for each image kept: go on after those that are there
-    numbers = {str(name): i for i, name in enumerate(done["values"] if opened.classes is None else opened.classes)}
-    saved_at = time.monotonic()
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes and resizes outside the GIL
-        blocks = _blocks(location, opened.parts, done)
-        for part, rows in track(blocks, "decoding", total and math.ceil(total / BLOCK)):
-            images = pool.map(lambda row: decode_hashed(row[0], size), rows)
-            labels = (_number(location, part, label, numbers, opened.classes, done) for _, label in rows)
-            kept = _kept(zip(images, labels, strict=True), part.is_val, held_out, done)
-            _append(files.values(), kept)
-            done["position"] = part.position
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
-                saved_at = time.monotonic()
-    save()
-    for file in files.values():
-        file.close()
-
-
-def _kept(rows, is_val: bool | None, held_out: np.random.Generator, done: dict) -> list[tuple]:
-    """Of rows of (image or None, label or -1) those to keep, as values of COLUMNS; `done` counts them and the others."""
-    kept = []
-    for image, label in rows:
-        if label < 0 or image is None:
-            done["unlabelled" if label < 0 else "broken"] += 1
-            continue
-        pixels, mode, bits = image
-        val = is_val
-        if val is None:
-            val = bool(held_out.random() < HOLDOUT) and done["num_val"] < NUM_VAL
-        kept.append((pixels, label, val, bits))
-        if mode != "RGB":
-            done["converted"][mode] = done["converted"].get(mode, 0) + 1
-        done["num_rows"] += 1
-        done["num_val" if val else "num_train"] += 1
-    return kept
-
-
-def _append(files, kept: list[tuple]) -> None:
-    for file, dtype, column in zip(files, COLUMNS.values(), zip(*kept)):
-        file.write(np.ascontiguousarray(np.stack(column), dtype).data)
-
-
-def _blocks(location: Location, parts: tuple[Part, ...], done: dict) -> Iterator[tuple[Part, list]]:
-    """The rows still to be read, in blocks; `done` tells how many images of the blocks before were kept."""
-    while done["part"] < len(parts):
-        part = parts[done["part"]]
-        part.position = done["position"]
-        rows: list | None = None
-        while (left := part.limit - done["num_val" if part.is_val else "num_train"]) > 0:
-            try:
-                rows = part.take(int(min(BLOCK, left)))
-            except Exception as error:  # of the network, the hub client or pyarrow
-                raise UserError(
-                    f"preset={location.preset!r} cannot be read after {done['num_rows']:,} images ({reason(error)});"
-                    " they are kept: run the same again to go on"
-                ) from error
-            if not rows:
-                break
-            yield part, rows
-        if rows != [] and part is parts[-1]:
-            return  # another day it may be read further
-        done["part"], done["position"] = done["part"] + 1, None
-    done["exhausted"] = True
-
-
-def _number(location: Location, part: Part, label, numbers: dict, classes: list[str] | None, done: dict) -> int:
-    """The number of a label, -1 for none; in a column without names each new value gets the next one, in `values`."""
-    if label is None:
-        return -1
-    if classes is None and str(label) not in numbers:
-        if not isinstance(label, str | int):
-            raise UserError(
-                f"label={part.label_column!r} of {location.preset!r} holds neither names nor numbers; choose another column"
-            )
-        numbers[str(label)] = len(done["values"])
-        done["values"].append(label)
-    return numbers.get(str(label), -1)
-
-
-def _num_left(parts: tuple[Part, ...], done: dict) -> int | None:
-    """Images still to be decoded at most; None for a stream that does not say."""
-    kept = {True: done["num_val"], False: done["num_train"], None: done["num_train"]}
-    left = sum(min(part.limit, part.num_rows) - kept[part.is_val] for part in parts[done["part"] :])
-    return int(left) if left < math.inf else None
-
-
-def _check_space(folder: Path, total: int | None, size: int) -> None:
-    need, free = (total or 0) * size * size * 3, shutil.disk_usage(folder).free
-    if need > free:
+    num_rows = len(rows.labels)
+    try:
+        modes, hashes = _mapped(folder, "modes", "S8", num_rows), _mapped(folder, "hashes", np.uint64, num_rows)
+        images = _mapped(folder, "images", np.uint8, num_rows, size, size, 3)
+    except OSError as error:
+        shutil.rmtree(folder)
         raise UserError(
-            f"{total:,} images of {size} px take {need / 1e9:,.1f} GB, and {folder.parent} has {free / 1e9:,.1f} GB left;"
-            " read fewer with ?stream=NUMBER, take a smaller ?cache_size=, or set SOVIT_CACHE to another disk"
-        )
+            f"{num_rows:,} images of {size} px take {num_rows * size * size * 3 / 1e9:,.1f} GB in {folder.parent}"
+            f" ({error.strerror}); take a smaller ?cache_size=, or set SOVIT_CACHE to another disk"
+        ) from None
+
+    def work(row: int, file: dict | None) -> None:
+        if image := decode(file, size):
+            images[row], hashes[row] = image[0], difference_hash(image[0][None])[0]
+        modes[row] = image[1].encode() if image else BROKEN  # last: it says that the row is done
+
+    left = np.flatnonzero((modes == b"") & (rows.labels >= 0))
+    say(f"hub: decoding {len(left):,} images of {location.preset} to {size} px, once")
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes and resizes outside the GIL
+        blocks = np.unique(left // BLOCK).tolist()
+        for block in track(blocks, "decoding", len(blocks)):
+            files = rows.read(block * BLOCK, (block + 1) * BLOCK)
+            numbers = left[left // BLOCK == block].tolist()
+            list(pool.map(work, numbers, [files[row % BLOCK] for row in numbers]))
+    _finish(location, rows, np.array(modes), np.array(hashes), size, folder)
 
 
-def finish(location: Location, opened: Opened, done: dict, size: int, folder: Path) -> None:
+def _mapped(folder: Path, name: str, dtype, *shape: int) -> np.memmap:
+    """A file of zeros, or as it was left, memory-mapped. Its space is taken at once: to miss it later kills."""
+    with open(folder / f"{name}.raw", "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, np.dtype(dtype).itemsize * math.prod(shape))
+    return np.memmap(folder / f"{name}.raw", dtype, "r+", shape=shape)
+
+
+def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarray, size: int, folder: Path) -> None:
     """Hold out validation images where a set has none, count near-duplicates, write info.json and say what there is."""
-    num_rows = done["num_rows"]
-    labels, is_val, hashes = (read_rows(folder, name, num_rows) for name in ("labels", "is_val", "hashes"))
-    val_name = opened.splits[1]
-    if not location.streamed and not done["num_val"]:
-        is_val[:] = False
-        is_val[fixed_random(0, 1).permutation(num_rows)[: max(1, round(HOLDOUT * num_rows))]] = True
-        is_val.tofile(folder / "is_val.raw")
-        val_name = None
-    seen = len(np.unique(labels[~is_val]))
-    if seen < 2:
-        if not location.streamed:
-            shutil.rmtree(folder)
-        more = "read more of the stream" if location.streamed else "give a fuller set"
-        raise UserError(f"preset={location.preset!r} has fewer than two classes of readable images; {more}")
-    info = {
+    labels, is_val = np.where(modes == BROKEN, -1, rows.labels), np.arange(len(modes)) >= rows.num_train
+    read = labels >= 0
+    if not is_val.any():
+        is_val[fixed_random(0, 1).permutation(np.flatnonzero(read))[: max(1, round(HOLDOUT * read.sum()))]] = True
+    train, val = read & ~is_val, read & is_val
+    info: dict[str, Any] = {
         "preset": location.preset,
-        "revision": done["revision"],
+        "revision": rows.revision,
         "size": size,
-        "columns": list(opened.columns),
-        "splits": [opened.splits[0], val_name or f"{HOLDOUT:.0%} of {opened.splits[0]}, held out"],
-        "num_train": int((~is_val).sum()),
-        "num_val": int(is_val.sum()),
-        "broken": done["broken"],
-        "unlabelled": done["unlabelled"],
-        "converted": dict(Counter(done["converted"]).most_common()),
-        "near_duplicates_in_val": int(within(hashes[~is_val], hashes[is_val], NEAR).sum()),
-        "classes": opened.classes or [str(value) for value in sorted(done["values"])],
+        "column": rows.column,
+        "splits": [rows.splits[0], rows.splits[1] or f"{HOLDOUT:.0%} of {rows.splits[0]}, held out"],
+        "num_train": int(train.sum()),
+        "num_val": int(val.sum()),
+        "broken": int((modes == BROKEN).sum()),
+        "unlabelled": int((rows.labels < 0).sum()),
+        "converted": {mode.decode(): n for mode, n in Counter(modes[read].tolist()).most_common() if mode != b"RGB"},
+        "near_duplicates_in_val": int(within(hashes[train], hashes[val], NEAR).sum()),
+        "classes": rows.classes,
     }
-    write_atomic(folder / "info.json", json.dumps(info, indent=1))
-    _say_what_there_is(info)
-    num_classes, seen_val = len(info["classes"]), len(np.unique(labels[is_val]))
-    if location.streamed and min(seen, seen_val / 0.9) < num_classes:
-        say(
-            f"hub: of {num_classes:,} classes {seen:,} came by in training and {seen_val:,} in validation; where a set is"
-            " stored class by class, its first images are no fair sample: leave ?stream out, or read on"
-        )
-
-
-def _say_what_there_is(info: dict) -> None:
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "is_val.npy", is_val)
+    (folder / "info.json").write_text(json.dumps(info, indent=1))
     train_name, val_name = info["splits"]
+    converted = ", ".join(f"{count:,} of mode {mode}" for mode, count in info["converted"].items()) or "none"
     say(
-        f"hub: {info['num_train']:,} training images ({train_name}), {info['num_val']:,} validation images"
-        f" ({val_name}), {len(info['classes'])} classes in column {info['columns'][1]!r}; left out {info['broken']}"
-        f" broken and {info['unlabelled']} unlabelled; made RGB: "
-        + (", ".join(f"{count:,} of mode {mode}" for mode, count in info["converted"].items()) or "none")
+        f"hub: {info['num_train']:,} training images ({train_name}), {info['num_val']:,} validation images ({val_name}),"
+        f" {len(rows.classes)} classes in column {rows.column!r}; left out {info['broken']} broken and"
+        f" {info['unlabelled']} unlabelled; made RGB: {converted}; {info['near_duplicates_in_val']:,} validation images"
+        f" have a near-duplicate in training (64-bit difference hash within {NEAR} bits)"
     )
-    near, num_val = info["near_duplicates_in_val"], info["num_val"]
-    say(
-        f"hub: {near:,} of {num_val:,} validation images ({near / max(1, num_val):.1%}) have a near-duplicate in training"
-        f" (64-bit difference hash within {NEAR} bits)"
-    )
-
-
-def decode_hashed(row: dict | None, size: int) -> tuple[np.ndarray, str, np.uint64] | None:
-    """As `decode`, and the image's difference hash."""
-    image = decode(row, size)
-    return image and (*image, difference_hash(image[0][None])[0])

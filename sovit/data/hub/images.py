@@ -1,31 +1,8 @@
 """Any image classification set that Hugging Face `datasets` opens, or that lies in a folder.
 
-A preset is one of
-
-    uoft-cs/cifar10                      a data set of the hub; NAME[@REVISION][#CONFIG]
-    /data/birds                          a folder with a folder of images for each class, or train/ and test/ of those
-    /data/birds.parquet, /data/birds     a parquet file, or a folder of them, as `datasets` writes and reads
-    /data/birds.tar, /data/birds         a webdataset archive, or a folder of them
-
-and may end in options, ?NAME=VALUE&NAME=VALUE. With another one of these a set is decoded anew (except that a stream
-is read on from where it was):
-
-    label=COLUMN      which labels, where a set has several
-    cache_size=256    pixels of the decoded square: if not given image_size, or 8/7 of that with crop
-    stream=50000      read rows as they come up to so many training images, or stream=all: nothing is downloaded whole
-
-These choose among what is decoded:
-
-    flip=0            no mirrored training images: digits, text, left and right
-    crop=0.05         random crops of at least that share of the area (sovit.data.hub.augment), cut on the device
-    classes=100       the classes with the most training images; a fixed chance decides among equals
-    per_class=100     so many training images of each class
-    num_train=5000    so many training images
-
-Images are decoded once, resized to the short side, centre-cropped and kept as a memory-mapped uint8 array. Subsets are
-fixed random choices, the same for every seed, and nested: what is in a smaller one is in a larger one. A stream's first
-images (of validation: the first 10,000) are nested too, but a fair sample only where the set is stored in random order;
-how many classes came by is said after decoding.
+docs/your-images.md lists what a preset names, and its options. Images are decoded once, resized to the short side,
+centre-cropped and kept as a memory-mapped uint8 array. Subsets are fixed random choices, the same for every seed, and
+nested: what is in a smaller one is in a larger one.
 
 With crop, training images are resized random crops of the decoded square, antialiased; validation images are its centre
 7/8, the usual protocol (at image_size 224: 256 pixels decoded, the middle 224 shown as they are). Without, both are the
@@ -51,10 +28,10 @@ from sovit import UserError
 from sovit.data import Batch, pieces
 from sovit.data.cache import check_val, content_key, prior_cross_entropy
 from sovit.data.hub.augment import crop_boxes, resized_crop
-from sovit.data.hub.decoding import decoded
-from sovit.data.hub.pixel_cache import Table, fixed_random, read_table
-from sovit.data.hub.splits import NUM_VAL, Location
+from sovit.data.hub.decoding import Table, decoded, fixed_random, read_table
+from sovit.data.hub.splits import Location
 
+NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
 
 # option -> (what it takes, its pattern, the least and the largest number)
@@ -63,7 +40,6 @@ OPTIONS = {
     "flip": ("0 or 1", r"[01]", None),
     "crop": ("SHARE", r"\d*\.?\d+(e-?\d+)?|\d+\.", (1e-9, 1)),
     "cache_size": ("PIXELS", r"\d+", (1, 100_000)),
-    "stream": ("NUMBER or all", r"\d+|all", (1, math.inf)),
     "num_train": ("NUMBER", r"\d+", (1, math.inf)),
     "per_class": ("NUMBER", r"\d+", (1, math.inf)),
     "classes": ("NUMBER", r"\d+", (2, math.inf)),
@@ -72,12 +48,11 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a set, and how. `stream`: training images read of a streamed set, or infinity."""
+    """What is shown of a set, and how: the options of a preset but the label."""
 
     flip: bool = True
     crop: float | None = None
     cache_size: int | None = None
-    stream: float = math.inf
     num_train: int | None = None
     per_class: int | None = None
     classes: int | None = None
@@ -86,11 +61,13 @@ class View:
 class Hub:
     """An opened data set. images [I, S, S, 3] uint8, memory-mapped; see sovit.data.Source for the rest.
 
-    `content_key` is the key of the cache: another one when the files of a folder, the revision, label or size differ;
-    and another one for each subset, or way of cropping.
+    `content_key` is the key of the cache, and another one for each subset, or way of cropping.
     Images come as value / 127.5 - 1, between -1 and 1. A training epoch shows every image once, in an order that
     depends on (data_seed, epoch) alone, mirrored or not; crops depend on (data_seed, index of the sample) alone.
     """
+
+    label_grid, readout = 1, "pooled"
+    skills: tuple[str, ...] = ()
 
     def __init__(self, table: Table, view: View, content_key: str, image_size: int, data_seed: int, device: str):
         self.view, self.content_key, self.image_size = view, content_key, image_size
@@ -99,10 +76,7 @@ class Hub:
         self._labels, self._train_rows, val_rows, class_names = choose(table, view)
         self.class_names: tuple[str, ...] = tuple(class_names)
         self.info = table.info | {"num_train": len(self._train_rows), "num_val": len(val_rows), "classes": class_names}
-        self.label_grid = 1
         self.num_classes = len(self.class_names)
-        self.readout = "pooled"
-        self.skills: tuple[str, ...] = ()
         self.blind: dict[str, float] = {}
         self._val_rows = fixed_random(0, 0).permutation(val_rows)[:NUM_VAL]
         self.num_train, self.num_val = len(self._train_rows), len(self._val_rows)
@@ -165,19 +139,15 @@ def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, d
     """
     if patch_size < 1 or image_size < 1 or image_size % patch_size:
         raise UserError(f"patch_size={patch_size} does not divide image_size={image_size}; give one that does")
-    if data_seed < 0:
-        raise UserError(f"data_seed={data_seed} is negative; give 0 or more")
     location, view = locate(preset)
     size = view.cache_size or (image_size if view.crop is None else round(image_size / CENTRE))
     if size < image_size:
         raise UserError(f"cache_size={size} is under image_size={image_size}; give that at least")
-    folder = decoded(location, size, view.stream)
-    table, key = read_table(folder, location, view.stream), folder.name
-    shown = {name: getattr(view, name) for name in ("crop", "num_train", "per_class", "classes")}
-    shown["stream"] = None if math.isinf(view.stream) else view.stream
+    folder = decoded(location, size)
+    key, shown = folder.name, {name: getattr(view, name) for name in ("crop", "num_train", "per_class", "classes")}
     if any(value is not None for value in shown.values()) or size != image_size:
         key = content_key(cache=key, image_size=image_size, **shown)
-    return Hub(table, view, key, image_size, data_seed, device)
+    return Hub(read_table(folder), view, key, image_size, data_seed, device)
 
 
 def locate(preset: str) -> tuple[Location, View]:
@@ -195,7 +165,7 @@ def locate(preset: str) -> tuple[Location, View]:
             known = ", ".join(f"?{name}={what}" for name, (what, _, _) in OPTIONS.items())
             given = f"{name}={value}" if value else name
             raise UserError(f"preset={preset!r} has an unknown option; the options are {known}; given: {given}")
-        if span and value != "all" and not span[0] <= float(value) <= span[1]:
+        if span and not span[0] <= float(value) <= span[1]:
             most = f" and at most {span[1]:,}" if span[1] < math.inf else ""
             raise UserError(f"preset={preset!r}: {name}={value} must be at least {span[0]}{most}")
     counts = ("cache_size", "num_train", "per_class", "classes")
@@ -205,17 +175,15 @@ def locate(preset: str) -> tuple[Location, View]:
     view = View(
         flip=options.get("flip") != "0",
         crop=float(options["crop"]) if "crop" in options else None,
-        stream=math.inf if options.get("stream", "all") == "all" else int(options["stream"]),
         **numbers,
     )
-    label, streamed = options.get("label", ""), "stream" in options
-    path = Path(base).expanduser()
+    label, path = options.get("label", ""), Path(base).expanduser()
     if path.exists():
-        return Location(preset, path.resolve(), base, None, None, label, streamed), view
+        return Location(preset, path.resolve(), base, label=label), view
     hub = re.fullmatch(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([^#]+))?(?:#(.+))?", base)
     if hub is None or path.suffix in (".parquet", ".tar"):
         raise UserError(f"preset={preset!r} is neither a file or folder here nor a hub name; correct the path")
-    return Location(preset, None, hub[1], hub[2], hub[3], label, streamed), view
+    return Location(preset, None, hub[1], hub[2], hub[3], label), view
 
 
 def seen_share(preset: str) -> float:
@@ -230,7 +198,7 @@ def choose(table: Table, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Every choice goes by a fixed random rank of a row, or of a class among equals, so that smaller ones are nested.
     Raises UserError for more than there is.
     """
-    labels, classes = table.labels, table.classes
+    labels, classes = table.labels, table.info["classes"]
     is_train = ~table.is_val & (labels >= 0)
     if view.classes is not None:
         if view.classes > len(classes):
@@ -264,5 +232,5 @@ def choose(table: Table, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray
         raise UserError(f"{len(rows)} training images of fewer than two classes are left; give a larger subset")
     val_rows = np.flatnonzero(table.is_val & (labels >= 0))
     if not len(val_rows):
-        raise UserError("no validation image is among those chosen; read more of the stream, or take more classes")
+        raise UserError("no validation image is among those chosen; take more classes")
     return labels, rows, val_rows, classes

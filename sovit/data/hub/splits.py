@@ -1,4 +1,4 @@
-"""What is in the files of a preset: splits that `datasets` opens, their columns of images and labels, and the classes.
+"""What is in the files of a preset: rows for training and validation, their images and labels, and the classes.
 
 A local folder of images follows the rules of torchvision's ImageFolder: the folders of its first level are its classes.
 Where all of them are called like splits (train, val, test, ... in any case), each holds the classes of that split. A folder
@@ -7,19 +7,19 @@ with a table beside the images (metadata.csv, .jsonl or .parquet) is read by `da
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from sovit import UserError, reason
-from sovit.data.hub.rows import Part, class_names
 
 TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first one that has labels
-NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more, the first ones of a stream
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILES, "images")}
@@ -29,7 +29,7 @@ KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILE
 class Location:
     """Where images and labels are. Without `path` (a local file or folder), `name`, `revision`, `config` are the hub's.
 
-    `preset` is how the user wrote it; `streamed`: rows are read as they come, nothing is downloaded beforehand.
+    `preset` is how the user wrote it; `label`: the column asked for.
     """
 
     preset: str
@@ -38,27 +38,35 @@ class Location:
     revision: str | None = None
     config: str | None = None
     label: str = ""
-    streamed: bool = False
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A set whose rows can be read. `parts`: in this order. `classes`: the names, None where they are found on the way.
+class Rows:
+    """The rows of a set, those of training first. labels [I] int64, -1 for a row without a label of training.
 
-    `columns`: those of images and labels. `splits`: the names of training and validation, None where it has none.
+    `files`: a datasets.Dataset of one column, image files; `names_files`: whether its rows may name a file of this machine.
+    `splits`: the names of training and validation, None where it has none; `column`: that of the labels.
     """
 
-    parts: tuple[Part, ...]
-    classes: list[str] | None
-    columns: tuple[str, str]
+    files: Any
+    names_files: bool
+    labels: np.ndarray
+    num_train: int
+    classes: list[str]
     splits: tuple[str, str | None]
+    column: str
     revision: str | None
+
+    def read(self, start: int, stop: int) -> list[dict | None]:
+        """The files of rows start .. stop - 1, each a dict of bytes or path, None where a row has none."""
+        (files,) = self.files[start:stop].values()
+        return files if self.names_files else [file and {**file, "path": None} for file in files]
 
 
 def fingerprint(path: Path) -> Iterator[tuple[str, int, int]]:
     """(name, bytes, time of change) of every file below `path`, sorted: changes when the data set does.
 
-    An image link that leads nowhere has -1 bytes. Raises UserError for links whose absence would not be noticed.
+    Raises UserError for links whose absence would not be noticed.
     """
     if path.is_file():
         stat = path.stat()
@@ -72,79 +80,90 @@ def fingerprint(path: Path) -> Iterator[tuple[str, int, int]]:
                 raise UserError(f"{os.path.join(folder, name)} is a link to a folder; put the folder itself there")
         for name in sorted(files):
             file = os.path.join(folder, name)
-            try:
-                stat = os.stat(file)
-            except OSError:
-                if name.endswith((".parquet", ".tar")):
-                    raise UserError(f"{file} is a link that leads nowhere; mend or remove it") from None
-                yield os.path.relpath(file, path), -1, 0
-            else:
-                yield os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns
+            there = os.path.exists(file)
+            if not there and name.endswith((".parquet", ".tar")):
+                raise UserError(f"{file} is a link that leads nowhere; mend or remove it")
+            stat = os.stat(file, follow_symlinks=there)  # of an image link that leads nowhere, its own
+            yield os.path.relpath(file, path), stat.st_size, stat.st_mtime_ns
 
 
-def open_set(location: Location, scratch: str, revision: str | None, limit: float) -> Opened:
+def open_set(location: Location, scratch: str) -> Rows:
     """Open a set with `datasets`, which keeps what it makes of local files in the folder `scratch`.
 
-    `revision`: the commit of a hub's set that an earlier, unfinished decoding has read from. `limit`: training images to
-    read of a streamed set. Validation comes first there, so that the folder can grow; without a validation split the
-    part has is_val=None, and images are held out as they come.
-    Raises UserError for whatever does not open, and for a set without images or labels.
+    Raises UserError for whatever does not open, and for a set without images, labels or two classes.
     """
-    splits, revision = _load(location, scratch, revision)
-    train_name = next((name for name in TRAIN_SPLITS if name in splits), next(iter(splits)))
-    train = splits[train_name]
-    if train.features is None:
-        raise UserError(f"preset={location.preset!r} does not say its columns when streamed; leave ?stream out")
-    columns = find_image_column(location, train), find_label_column(location, train)
-    if not location.streamed and len(set(train[columns[1]])) < 2:
-        raise UserError(
-            f"preset={location.preset!r} has fewer than two classes in column {columns[1]!r};"
-            " sort the images into a folder for each class, or name another column with ?label=COLUMN"
-        )
-    classes = class_names(train, columns[1])
-    num_val = NUM_VAL if location.streamed else math.inf
-    for name in VAL_SPLITS:
-        if name not in splits or name == train_name or columns[1] not in splits[name].column_names:
-            continue
-        if Part(splits[name], columns, True, num_val).any_label():  # the labels of test splits are often kept back
-            parts = Part(splits[name], columns, True, num_val), Part(train, columns, False, limit)
-            return Opened(parts if location.streamed else parts[::-1], classes, columns, (train_name, name), revision)
-    part = Part(train, columns, None if location.streamed else False, limit)
-    return Opened((part,), classes, columns, (train_name, None), revision)
-
-
-def _load(location: Location, scratch: str, recorded: str | None) -> tuple[dict, str | None]:
-    """Split name -> datasets.Dataset or IterableDataset, and the hub's revision."""
     import datasets
 
-    revision = recorded or location.revision
-    streaming = {"streaming": True} if location.streamed else {}
+    preset, splits = location.preset, _load(location, scratch)
+    train_name = next((name for name in splits if name in TRAIN_SPLITS or len(splits) == 1), None)
+    if train_name is None:
+        raise UserError(f"preset={preset!r} has the splits {', '.join(splits)}, none for training; name one train")
+    train = splits[train_name]
+    image, column = find_image_column(location, train), find_label_column(location, train)
+    found = _labels(train, column)
+    if not all(isinstance(label, str | int | None) for label in found):
+        raise UserError(
+            f"label={column!r} of {preset!r} holds neither names nor numbers; name another with ?label=COLUMN"
+        )
+    classes = getattr(train.features[column], "names", None) or sorted({label for label in found if label is not None})
+    if len({*found} - {None}) < 2:
+        raise UserError(
+            f"preset={preset!r} has fewer than two classes in column {column!r};"
+            " sort the images into a folder for each class, or name another column with ?label=COLUMN"
+        )
+    number = {label: i for i, label in enumerate(classes)}
+    parts, labels, val_name = [train], [number.get(label, -1) for label in found], None
+    for name in VAL_SPLITS:
+        if name in splits and name != train_name and column in splits[name].column_names:
+            numbers = [number.get(label, -1) for label in _labels(splits[name], column)]
+            if max(numbers, default=-1) >= 0:  # the labels of test splits are often kept back
+                parts, labels, val_name = [train, splits[name]], labels + numbers, name
+                break
+    files = [part.select_columns([image]).cast_column(image, datasets.Image(decode=False)) for part in parts]
+    return Rows(
+        files=datasets.concatenate_datasets(files),
+        names_files=train.info.builder_name == "imagefolder",
+        labels=np.array(labels),
+        num_train=len(train),
+        classes=[str(label) for label in classes],
+        splits=(train_name, val_name),
+        column=column,
+        revision=location.revision if location.path or location.revision else hub_revision(train),
+    )
+
+
+def _labels(split, column: str) -> list:
+    """The label of each row, as a name where the column has names; None where a row has none."""
+    values, names = split.select_columns([column])[:][column], getattr(split.features[column], "names", None)
+    return values if names is None else [None if value is None or value < 0 else names[value] for value in values]
+
+
+def _load(location: Location, scratch: str) -> dict:
+    """Split name -> datasets.Dataset."""
+    import datasets
+
     try:
         if location.path is None:
-            if location.streamed and recorded is None:  # rows read on another day must be of the same commit
-                from huggingface_hub import HfApi
-
-                revision = HfApi().dataset_info(location.name, revision=revision).sha
-            opened = datasets.load_dataset(location.name, location.config, revision=revision, **streaming)
-        elif (kind := file_kind(location)) == "images":
-            return image_folder(location), None
-        else:
-            # what `datasets` makes of a folder's names is cached below scratch: the folder may change, its path not
-            where = {"data_files" if location.path.is_file() else "data_dir": str(location.path)}
-            opened = datasets.load_dataset(kind, cache_dir=scratch, **where, **streaming)
+            return dict(datasets.load_dataset(location.name, location.config, revision=location.revision))
+        if (kind := file_kind(location)) == "images":
+            return image_folder(location)
+        # what `datasets` makes of a folder's names is cached below scratch: the folder may change, its path not
+        where = {"data_files" if location.path.is_file() else "data_dir": str(location.path)}
+        return dict(datasets.load_dataset(kind, cache_dir=scratch, **where))
     except UserError:
         raise
     except Exception as error:  # the hub client, the builders and pyarrow raise a dozen unrelated kinds
-        raise UserError(
-            f"preset={location.preset!r} cannot be opened ({reason(error)}); {remedy(location, error)}"
-        ) from error
-    if location.path is None and not location.streamed:
-        revision = revision or hub_revision(next(iter(opened.values())))
-    return dict(opened), revision
+        remedy = "check the files"
+        if location.path is None:
+            remedy = "check the name and the network, run `hf auth login` if it is private, or give a local folder"
+            if "gated" in str(error):
+                page = f"https://huggingface.co/datasets/{location.name}"
+                remedy = f"accept its terms at {page}, then run: hf auth login"
+        raise UserError(f"preset={location.preset!r} cannot be opened ({reason(error)}); {remedy}") from error
 
 
 def file_kind(location: Location) -> str:
-    """`images`, or the builder of `datasets` that reads what lies there: by the first file that is of a known kind."""
+    """`images`, or the builder of `datasets` that reads what lies there. Raises UserError for nothing, or a mixture."""
     path = location.path
     assert path is not None
     if path.is_file():
@@ -154,15 +173,17 @@ def file_kind(location: Location) -> str:
                 f"preset={location.preset!r} is a file of no known kind; give a folder, a .parquet or a .tar file"
             )
         return kind
-    for _, _, files in os.walk(path):
-        if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", name) for name in files):
-            return "imagefolder"
-        for name in files:
-            if Path(name).suffix.lower() in KINDS:
-                return KINDS[Path(name).suffix.lower()]
-    raise UserError(
-        f"preset={location.preset!r} holds no images and no parquet files, nor .tar; give a folder that does"
-    )
+    names = {name for _, _, files in os.walk(path) for name in files}
+    if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", name) for name in names):
+        return "imagefolder"
+    kinds = sorted({KINDS[suffix] for name in names if (suffix := Path(name).suffix.lower()) in KINDS})
+    if not kinds:
+        raise UserError(
+            f"preset={location.preset!r} holds no images and no parquet files, nor .tar; give a folder that does"
+        )
+    if len(kinds) > 1:
+        raise UserError(f"preset={location.preset!r} holds files of {' and '.join(kinds)}; keep one kind in a folder")
+    return kinds[0]
 
 
 def image_folder(location: Location) -> dict:
@@ -185,34 +206,15 @@ def _class_folders(location: Location, root: Path):
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     number = {name: i for i, name in enumerate(names)}
     rows = make_dataset(str(root), number, is_valid_file=is_image, allow_empty=True) if names else []
-    used = {i: k for k, i in enumerate(sorted({i for _, i in rows}))}  # a folder without images is no class
-    if not used:
+    if not rows:
         raise UserError(
             f"preset={location.preset!r} has no classes in {root}; sort the images into a folder for each class"
         )
-    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[names[i] for i in used])}
-    columns = {
-        "image": [{"bytes": None, "path": file} for file, _ in rows],
-        "label": [used[i] for _, i in rows],
-    }
+    columns = {"image": [{"bytes": None, "path": file} for file, _ in rows], "label": [names[i] for _, i in rows]}
+    features = {"image": datasets.Image(decode=False), "label": datasets.Value("string")}
     split = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     split.info.builder_name = "imagefolder"
     return split
-
-
-def remedy(location: Location, error: BaseException) -> str:
-    """What to do about a set that does not open."""
-    if location.path:
-        return "check the files"
-    kinds: list[str] = []
-    at: BaseException | None = error
-    while at is not None:  # a gated set comes as an error of `datasets`, raised from the hub client's
-        kinds.append(type(at).__name__)
-        at = at.__cause__ or at.__context__
-    if "GatedRepoError" in kinds or "gated" in str(error):
-        return f"accept its terms at https://huggingface.co/datasets/{location.name}, then run: hf auth login"
-    login = ", run `hf auth login` if it is private" if "RepositoryNotFoundError" in kinds else ""
-    return f"check the name and the network{login}, or give a local folder"
 
 
 def hub_revision(split) -> str | None:
