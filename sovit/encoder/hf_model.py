@@ -50,7 +50,7 @@ class SovitVisionConfig(PreTrainedConfig):
             head_dim=self.hidden_size // self.num_attention_heads,
             patch_size=self.patch_size,
             image_size=self.image_size,
-            pool=self.pool,
+            pool=self.pool,  # type: ignore[arg-type]  # Shape checks it
             num_registers=self.num_registers,
             qkv_bias=self.qkv_bias,
             layer_scale=self.layer_scale,

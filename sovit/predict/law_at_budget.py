@@ -147,11 +147,9 @@ class Target:
 
     def shape(self, values: Mapping, head_dim: int) -> Shape:
         """The Shape of whole values by dimension."""
-        width, depth, mlp_dim, patch_size, image_size = (int(values[n]) for n in DIMENSIONS)
         registers = self.geometry.num_prefix_tokens - (self.geometry.pool == "token")
-        return Shape(
-            width, depth, mlp_dim, head_dim, patch_size, image_size, pool=self.geometry.pool, num_registers=registers
-        )
+        sizes = {n: int(values[n]) for n in DIMENSIONS}
+        return Shape(**sizes, head_dim=head_dim, pool=self.geometry.pool, num_registers=registers)  # type: ignore[arg-type]
 
 
 def target(fit: Fit, train_flops: float) -> Target:

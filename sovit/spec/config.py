@@ -1,17 +1,37 @@
-"""Read dataclasses from JSON and override their fields by dotted keys."""
+"""Hold dataclasses to their annotations, read them from JSON, and override their fields by dotted keys."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
-import types
 import typing
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal
 
 from sovit import UserError
 
 
-def override(run: typing.Any, assignments: typing.Iterable[str]) -> typing.Any:
+class Limit(typing.NamedTuple):
+    """What a number of an annotation must be."""
+
+    holds: Callable[[float], bool]
+    words: str
+
+
+AT_LEAST_0, ABOVE_0 = Limit(lambda x: x >= 0, "at least 0"), Limit(lambda x: x > 0, "above 0")
+UNDER_1 = Limit(lambda x: 0 <= x < 1, "at least 0 and under 1")
+Count = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
+Positive = Annotated[float, ABOVE_0]
+NotNegative = Annotated[float, AT_LEAST_0]
+Decay = Annotated[float, UNDER_1]
+Share = Annotated[float, Limit(lambda x: 0 < x < 1, "a share between 0 and 1")]
+Seed = Annotated[int, Limit(lambda x: 0 <= x < 1 << 32, "a whole number from 0 to 2^32 - 1")]
+
+
+def override(run: Any, assignments: Iterable[str]) -> Any:
     """Apply `key=value` strings such as `recipe.peak_lr=0.004`, `shape.width=64` or `stages.0.num_examples=80`.
 
     run: a Run or a VlmRun. Keys are its `keys`; values must have the field's type. Raises UserError otherwise.
@@ -35,7 +55,7 @@ def override(run: typing.Any, assignments: typing.Iterable[str]) -> typing.Any:
     return type(run).from_dict(d)
 
 
-def keys(run: typing.Any) -> list[str]:
+def keys(run: Any) -> list[str]:
     """The fields of a run that can be overridden, those of what it is made of as `shape.width` or `stages.0.vision.mode`."""
     found = []
     for f in dataclasses.fields(run):
@@ -49,38 +69,61 @@ def keys(run: typing.Any) -> list[str]:
     return found
 
 
-def _non_default(instance: typing.Any) -> dict:
+def non_default(instance: Any) -> dict:
+    """The fields of a dataclass that differ from their default."""
     values = {f.name: (getattr(instance, f.name), f.default) for f in dataclasses.fields(instance)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def _check_types(instance: typing.Any) -> None:
+def short_hash(identity: dict) -> str:
+    """10 hex digits of plain data."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def check_types(instance: Any) -> None:
     """Hold a dataclass to its annotations. 0 given for 0.0 becomes 0.0: equal runs must have equal ids."""
-    for name, hint in typing.get_type_hints(type(instance)).items():
+    for name, hint in _hints(instance.__class__).items():
         object.__setattr__(instance, name, _typed(hint, getattr(instance, name), name))
 
 
-def _from_dict(cls: typing.Any, d: dict, where: str) -> typing.Any:
+def from_dict(cls: Any, d: dict, where: str) -> Any:
+    """Make a dataclass of its fields. Raises UserError for unknown, missing or wrongly typed ones."""
     if not isinstance(d, dict):
         raise UserError(f"{where} must be an object of fields, got {d!r}")
-    hints = typing.get_type_hints(cls)
-    unknown = set(d) - set(hints)
+    unknown = set(d) - set(_hints(cls))
     if unknown:
-        raise UserError(f"unknown key {sorted(unknown)[0]!r} in {where}; known keys are {', '.join(sorted(hints))}")
-    values = {name: _typed(hints[name], value, f"{where}.{name}") for name, value in d.items()}
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and f.default is dataclasses.MISSING]
+        raise UserError(
+            f"unknown key {sorted(unknown)[0]!r} in {where}; known keys are {', '.join(sorted(_hints(cls)))}"
+        )
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in d and f.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"{where} lacks {', '.join(missing)}")
-    return cls(**values)
+    return cls(**d)
 
 
-def _typed(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _from_dict(hint, value, where)
-    if isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else from_dict(hint, value, where)
+    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if kind is Annotated:
+        value = _typed(arguments[0], value, where)
+        if not arguments[1].holds(value):
+            raise UserError(f"{where}={value!r} must be {arguments[1].words}")
+        return value
+    if kind is Literal:
+        if value not in arguments:
+            raise UserError(f"{where}={value!r} is unknown; choose one of {', '.join(arguments)}")
+        return value
+    if kind is tuple:  # tuple[int, ...]
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}={value!r} must be a list")
-        return tuple(_typed(typing.get_args(hint)[0], v, where) for v in value)
+        return tuple(_typed(arguments[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -1,7 +1,6 @@
 """Run: one trunk to train, said completely. Shape + Recipe + data + seeds, and the budgets it is cooled down at.
 
-`trunk_id` is a content hash of everything but the budgets; `run_id` adds the number of examples of one cooldown branch.
-Only fields that differ from their default enter the hash, so a field added later leaves old ids alone; the price is that
+Only fields that differ from their default enter `trunk_id`, so a field added later leaves old ids alone; the price is that
 a default, once used, never changes. A test pins golden ids.
 """
 
@@ -9,21 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import random
-import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from sovit import UserError
-from sovit.spec.config import _check_types, _from_dict, _non_default
-from sovit.spec.shape import TRAINED, Shape
-from sovit.spec.siglip_costs import NUM_WORDS, OBJECTIVES, pair_flops, text_flops
+from sovit.spec.config import (
+    AT_LEAST_0,
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_types,
+    from_dict,
+    non_default,
+    short_hash,
+)
+from sovit.spec.shape import Shape, Trained
+from sovit.spec.siglip_costs import NUM_WORDS, pair_flops, text_flops
 
-SCHEDULES = ("constant", "rsqrt")
-PARAMETRISATIONS = ("fan_in", "timm")
-PRECISIONS = ("float32", "bfloat16")
-NO_IDENTITY = ("budgets", "study", "probe")  # fields of Run that no id depends on
+Precision = Literal["float32", "bfloat16"]
+Objective = Literal["classification", "siglip"]
 
 
 @dataclass(frozen=True)
@@ -34,44 +42,27 @@ class Recipe:
     16
     """
 
-    peak_lr: float
-    batch_size: int = 16
-    weight_decay: float = 0.05  # AdamW's, multiplied by the learning rate; on matrices only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
-    warmup_examples: int = 800
-    schedule: str = "constant"
-    rsqrt_examples: int = 160_000  # timescale of the rsqrt trunk
-    cooldown: float = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
-    parametrisation: str = "fan_in"
-    precision: str = "float32"  # of matrix products in training; weights, optimiser and validation stay in float32
-    patch_sizes: tuple[
-        int, ...
-    ] = ()  # drawn by batch (FlexiViT, arXiv 2212.08013); weights stay at the shape's own size
-    objective: str = "classification"  # or siglip: the sigmoid image-text loss on captions, see sovit.train.siglip
+    peak_lr: Positive
+    batch_size: Count = 16
+    weight_decay: NotNegative = 0.05  # AdamW's, multiplied by the learning rate; on matrices only
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    clip_norm: Positive = 1.0
+    warmup_examples: Annotated[int, AT_LEAST_0] = 800
+    schedule: Literal["constant", "rsqrt"] = "constant"
+    rsqrt_examples: Count = 160_000  # timescale of the rsqrt trunk
+    cooldown: Share = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
+    parametrisation: Literal["fan_in", "timm"] = "fan_in"
+    precision: Precision = "float32"  # of matrix products in training; weights, optimiser, validation stay in float32
+    patch_sizes: tuple[Count, ...] = ()  # drawn by batch (FlexiViT, arXiv 2212.08013); weights stay at the shape's size
+    objective: Objective = "classification"  # or siglip: the sigmoid image-text loss on captions, sovit.train.siglip
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if self.patch_sizes and (len(set(self.patch_sizes)) != len(self.patch_sizes) or min(self.patch_sizes) < 1):
-            raise UserError(f"patch_sizes={list(self.patch_sizes)} must be different sizes of at least 1 pixel")
-        for name in ("peak_lr", "batch_size", "clip_norm", "rsqrt_examples"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        check_types(self)
+        if len(set(self.patch_sizes)) != len(self.patch_sizes):
+            raise UserError(f"patch_sizes={list(self.patch_sizes)} must be different sizes")
         if self.schedule == "rsqrt" and self.rsqrt_examples < self.batch_size:
             raise UserError(f"rsqrt_examples={self.rsqrt_examples} is under one batch of {self.batch_size}; give more")
-        if not 0 < self.cooldown < 1:
-            raise UserError(f"cooldown={self.cooldown} is not a share; give a number between 0 and 1")
-        if self.weight_decay < 0 or self.warmup_examples < 0:
-            raise UserError("weight_decay and warmup_examples may not be negative")
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("parametrisation", PARAMETRISATIONS),
-            ("precision", PRECISIONS),
-            ("objective", OBJECTIVES),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -88,18 +79,16 @@ class Run:
     budgets: tuple[int, ...]
     data: str = "stream"
     preset: str = "cpu"
-    init_seed: int = 0
-    data_seed: int = 0
+    init_seed: Seed = 0
+    data_seed: Seed = 0
     study: str = ""  # not part of any id
     probe: str = ""  # labelled data, such as icons:single40, on which each branch is probed; not part of any id
     base: str = ""  # where the weights start: a run_id, or timm:NAME; shape is then the shape at the new size
     base_sha256: str = ""  # of the weights of a timm base, whose name does not tell them
-    trained: str = "full"  # what of a base is trained: see sovit.train.finetune
+    trained: Trained = "full"  # what of a base is trained: see sovit.train.finetune
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if self.trained not in TRAINED:
-            raise UserError(f"trained={self.trained!r} is unknown; choose one of {', '.join(TRAINED)}")
+        check_types(self)
         if self.trained != "full" and not self.base:
             raise UserError(f"trained={self.trained} without a base leaves the rest as it was drawn; name a base")
         for size in self.recipe.patch_sizes:
@@ -111,9 +100,6 @@ class Run:
             self._check_siglip()
         if self.probe and not self.probe.partition(":")[2]:
             raise UserError(f"probe={self.probe!r} names no SOURCE:PRESET; give one, such as icons:single40")
-        for name in ("init_seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 1 << 32:
-                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
         if not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
             raise UserError(f"budgets={self.budgets} must be examples in rising order, at least one")
         least = 5 * self.recipe.batch_size
@@ -135,18 +121,14 @@ class Run:
             raise UserError(f"objective=siglip trains from scratch at one patch size; leave {what} out")
 
     @property
-    def kind(self) -> typing.Literal["encoder"]:
+    def kind(self) -> Literal["encoder"]:
         return "encoder"
 
     @functools.cached_property
     def trunk_id(self) -> str:
-        identity = {
-            "shape": _non_default(self.shape),
-            "recipe": _non_default(self.recipe),
-            **{k: v for k, v in _non_default(self).items() if k not in NO_IDENTITY and k not in ("shape", "recipe")},
-        }
-        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        """Hash of everything but budgets, study and probe."""
+        identity = {k: v for k, v in non_default(self).items() if k not in ("budgets", "study", "probe")}
+        return short_hash(identity | {"shape": non_default(self.shape), "recipe": non_default(self.recipe)})
 
     def run_id(self, num_examples: int) -> str:
         return f"{self.trunk_id}-{num_examples}"
@@ -233,7 +215,7 @@ class Run:
         """The same fine-tuning, begun at another branch."""
         return self.replace(base=run_id)
 
-    def with_budgets(self, budgets: typing.Sequence[int]) -> Run:
+    def with_budgets(self, budgets: Sequence[int]) -> Run:
         """The same trunk with some of its branches."""
         return self.replace(budgets=tuple(budgets))
 
@@ -246,7 +228,7 @@ class Run:
     @classmethod
     def from_dict(cls, d: dict) -> Run:
         """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""
-        return _from_dict(cls, d, "run")
+        return from_dict(cls, d, "run")
 
 
 def task_flops(shape: Shape, recipe: Recipe, data: str, num_classes: int = 0) -> int:
@@ -257,7 +239,7 @@ def task_flops(shape: Shape, recipe: Recipe, data: str, num_classes: int = 0) ->
 
 
 def budgets_for(
-    shape: Shape, train_flops: typing.Iterable[float], num_classes: int, batch_size: int, beside: int | None = None
+    shape: Shape, train_flops: Iterable[float], num_classes: int, batch_size: int, beside: int | None = None
 ) -> tuple[int, ...]:
     """Examples, rounded to whole batches, that spend each of the given training FLOPs on this shape.
 

@@ -11,14 +11,18 @@ Every count equals, to the unit, a timm model built on the meta device and torch
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from sovit import UserError
+from sovit.spec.config import AT_LEAST_0, Count, check_types
 
 DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
-POOLS = ("avg", "map", "token", "none")  # "none": no pooling, the head reads every patch token
-TRAINED = ("full", "attention", "mlp", "head")  # what a training moves; `finetune.freeze` says what each of them holds
+Pool = Literal["avg", "map", "token", "none"]  # "none": no pooling, the head reads every patch token
+Trained = Literal["full", "attention", "mlp", "head"]  # what a training moves, as `finetune.freeze` says
+POOLS: tuple[Pool, ...] = typing.get_args(Pool)
+TRAINED: tuple[Trained, ...] = typing.get_args(Trained)
 
 
 @dataclass(frozen=True)
@@ -33,37 +37,24 @@ class Shape:
     ('32x2x128', 27552, 901120)
     """
 
-    width: int
-    depth: int
-    mlp_dim: int
-    head_dim: int = 64
-    patch_size: int = 16
-    image_size: int = 224
-    pool: str = "avg"
-    num_registers: int = 0
+    width: Count
+    depth: Count
+    mlp_dim: Count
+    head_dim: Count = 64
+    patch_size: Count = 16
+    image_size: Count = 224
+    pool: Pool = "avg"
+    num_registers: Annotated[int, AT_LEAST_0] = 0
     qkv_bias: bool = True
     layer_scale: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "num_registers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"{name}={value!r} is not a whole number; give an int")
-            if value < (0 if name == "num_registers" else 1):
-                raise UserError(f"{name}={value} is too small; give at least {0 if name == 'num_registers' else 1}")
-        if self.pool not in POOLS:
-            raise UserError(f"pool={self.pool!r} is unknown; choose one of {', '.join(POOLS)}")
-        if self.width % self.head_dim:
-            near = max(self.head_dim, round(self.width / self.head_dim) * self.head_dim)
-            raise UserError(
-                f"width={self.width} is not a multiple of head_dim={self.head_dim}; the nearest width is {near}"
-            )
-        if self.image_size % self.patch_size:
-            near = max(self.patch_size, round(self.image_size / self.patch_size) * self.patch_size)
-            raise UserError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size};"
-                f" the nearest image_size is {near}"
-            )
+        check_types(self)
+        for name, step in (("width", "head_dim"), ("image_size", "patch_size")):
+            value, unit = getattr(self, name), getattr(self, step)
+            if value % unit:
+                near = max(1, round(value / unit)) * unit
+                raise UserError(f"{name}={value} is not a multiple of {step}={unit}; the nearest {name} is {near}")
 
     @property
     def num_heads(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from sovit.spec.shape import encoder_flops
 
-OBJECTIVES = ("classification", "siglip")
 EMBED_DIM = 64  # of the space in which images and captions meet
 WIDTH, DEPTH, MLP_DIM, HEAD_DIM = 32, 1, 64, 16  # of the text tower, a Transformer
 NUM_WORDS = {"stream": 21, "icons": 24}  # source -> words of its longest caption; shorter ones are filled up

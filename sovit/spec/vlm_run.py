@@ -8,42 +8,43 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sovit import UserError
-from sovit.spec.config import _check_types, _from_dict, _non_default
-from sovit.spec.run import PRECISIONS
+from sovit.spec.config import (
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    check_types,
+    from_dict,
+    non_default,
+    short_hash,
+)
+from sovit.spec.run import Precision
 
 PARTS = ("vision", "projector", "language_model")
-MODES = ("frozen", "full", "lora")
-SCHEDULES = ("cosine", "cooldown")  # to a tenth (nanoVLM) or nothing (LLaVA); or constant, then (1 - sqrt) to nothing
-LAYOUTS = ("flat", "rows")
-TEMPLATES = ("chat", "plain", "short")
 
 
 @dataclass(frozen=True)
 class Part:
     """How one part of the model is treated in a stage. `warmup`: share of the stage's examples."""
 
-    mode: str = "frozen"
-    peak_lr: float = 0.0
-    warmup: float = 0.03
-    weight_decay: float = 0.0  # AdamW's; on matrices only
+    mode: Literal["frozen", "full", "lora"] = "frozen"
+    peak_lr: NotNegative = 0.0
+    warmup: Decay = 0.03
+    weight_decay: NotNegative = 0.0  # AdamW's; on matrices only
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        if self.mode not in MODES:
-            raise UserError(f"mode={self.mode!r} is unknown; choose one of {', '.join(MODES)}")
-        if (self.mode == "frozen") != (self.peak_lr == 0.0) or self.peak_lr < 0:
+        check_types(self)
+        if (self.mode == "frozen") != (self.peak_lr == 0.0):
             raise UserError(
                 f"mode={self.mode} with peak_lr={self.peak_lr:g}: what is trained needs a rate, frozen none"
             )
-        if not 0 <= self.warmup < 1 or self.weight_decay < 0:
-            raise UserError(f"warmup={self.warmup:g} must be a share, weight_decay={self.weight_decay:g} at least 0")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Stage:
     language_model: Part = Part()
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.projector.mode == "lora":
             raise UserError("projector.mode=lora: a projector is small; train it in full")
         if all(part.mode == "frozen" for part in self.parts.values()):
@@ -76,9 +77,7 @@ class Stage:
 class VlmRun:
     """What is trained. Durations are in images; an image comes with a question of each family."""
 
-    encoder: (
-        str  # a name of sovit.encoder.open.load_encoder; blind:M puts M learned tokens in its place, which see nothing
-    )
+    encoder: str  # a name of sovit.encoder.open.load_encoder; blind:M: M learned tokens in its place, which see nothing
     stages: tuple[Stage, ...]
     language_model: str = "smollm2"  # a name of sovit.vlm.language_model.open_language_model
     projector: str = "mlp2x_gelu"  # of sovit.vlm.projectors; options as in pixel_shuffle_linear?factor=2
@@ -86,45 +85,30 @@ class VlmRun:
     norm: bool = True  # through the encoder's final norm
     data: str = "stream"
     preset: str = "cpu"
-    image_size: int = 16  # pixels at which the questions' images are drawn
+    image_size: Count = 16  # pixels at which the questions' images are drawn
     families: tuple[str, ...] = ()  # of questions trained on, () for all; all are evaluated
-    template: str = "chat"
-    layout: str = "flat"  # of the image's tokens: flat, or rows announced in words
-    max_length: int = 256  # tokens of a packed row
-    batch_size: int = 8  # images
-    num_val: int = 256  # validation images
-    schedule: str = "cooldown"
-    final_lr: float = 0.0  # share of the peak at which `cosine` ends
-    cooldown: float = 0.2  # share of each stage
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    precision: str = (
-        "float32"  # of the language model in training, as in sovit.spec.run.Recipe; a frozen one is held in it
-    )
-    init_seed: int = 0
-    data_seed: int = 0
+    template: Literal["chat", "plain", "short"] = "chat"
+    layout: Literal["flat", "rows"] = "flat"  # of the image's tokens: flat, or rows announced in words
+    max_length: Count = 256  # tokens of a packed row
+    batch_size: Count = 8  # images
+    num_val: Count = 256  # validation images
+    schedule: Literal["cosine", "cooldown"] = "cooldown"  # or constant, then (1 - sqrt) to nothing
+    final_lr: Decay = 0.0  # share of the peak at which `cosine` ends: a tenth (nanoVLM) or nothing (LLaVA)
+    cooldown: Share = 0.2  # share of each stage
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    clip_norm: Positive = 1.0
+    lora_rank: Count = 8
+    lora_alpha: Count = 16
+    precision: Precision = "float32"  # of the language model in training; a frozen one is held in it
+    init_seed: Seed = 0
+    data_seed: Seed = 0
     study: str = ""  # not part of any id
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if not self.stages:
             raise UserError("stages=[] trains nothing; give at least one stage")
-        for name, known in (
-            ("schedule", SCHEDULES),
-            ("template", TEMPLATES),
-            ("layout", LAYOUTS),
-            ("precision", PRECISIONS),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
-        for name in ("batch_size", "num_val", "max_length", "image_size", "clip_norm", "lora_rank", "lora_alpha"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
-        if not 0 < self.cooldown < 1 or not 0 <= self.final_lr < 1:
-            raise UserError(f"cooldown={self.cooldown:g}, final_lr={self.final_lr:g} must be shares")
         for stage in self.stages:
             if stage.num_examples % self.batch_size or stage.num_examples < 5 * self.batch_size:
                 raise UserError(
@@ -133,13 +117,8 @@ class VlmRun:
                 )
         if len(set(self.families)) < len(self.families):
             raise UserError(f"families={list(self.families)} name one twice; remove the repeat")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(f"beta1={self.beta1:g}, beta2={self.beta2:g} must be at least 0 and under 1")
         if self.control == "blind":
             self._check_blind()
-        for name in ("init_seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 1 << 32:
-                raise UserError(f"{name}={getattr(self, name)} is out of range; give a whole number from 0 to 2^32 - 1")
 
     def _check_blind(self) -> None:
         if not self.encoder[6:].isdecimal() or not int(self.encoder[6:]):
@@ -166,10 +145,8 @@ class VlmRun:
 
     @functools.cached_property
     def trunk_id(self) -> str:
-        identity = {k: v for k, v in _non_default(self).items() if k != "study"}
-        identity["stages"] = [_identity(stage) for stage in self.stages]
-        canonical = json.dumps({"vlm": identity}, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+        identity = {k: v for k, v in non_default(self).items() if k != "study"}
+        return short_hash({"vlm": identity | {"stages": [_identity(stage) for stage in self.stages]}})
 
     def run_id(self, num_examples: int) -> str:
         return f"{self.trunk_id}-{num_examples}"
@@ -244,14 +221,14 @@ class VlmRun:
     @classmethod
     def from_dict(cls, d: dict) -> VlmRun:
         """Read what `to_dict` wrote (or its JSON). Raises UserError for unknown, missing or wrongly typed fields."""
-        return _from_dict(cls, {k: v for k, v in d.items() if k != "kind"}, "VLM run")
+        return from_dict(cls, {k: v for k, v in d.items() if k != "kind"}, "VLM run")
 
     def replace(self, **changes: object) -> VlmRun:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 def _identity(stage: Stage) -> dict:
-    parts = {name: _non_default(part) for name, part in stage.parts.items() if part.mode != "frozen"}
+    parts = {name: non_default(part) for name, part in stage.parts.items() if part.mode != "frozen"}
     return {"num_examples": stage.num_examples, **parts}
 
 

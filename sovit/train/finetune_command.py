@@ -86,7 +86,7 @@ def tuning(
         data_seed=before.data_seed if before else 0,
         base=base.name,
         base_sha256="" if before else base.sha256,
-        trained=trained,
+        trained=trained,  # type: ignore[arg-type]  # Run checks it
     )
 
 

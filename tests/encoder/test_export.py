@@ -146,7 +146,7 @@ def test_sizes_that_cannot_be_are_refused_and_write_nothing(trained, tmp_path, c
     for more, message in (
         (["--image-size", "18"], "image_size=18 is not a multiple of patch_size=4; the nearest image_size is 16"),
         (["--patch-size", "5"], "image_size=16 is not a multiple of patch_size=5; the nearest image_size is 15"),
-        (["--image-size", "0"], "image_size=0 is too small"),
+        (["--image-size", "0"], "image_size=0 must be at least 1"),
         (["--image-size", "32x48"], "'32x48' is not a whole number of pixels; images are square, give one side"),
         (["--patch-size", "-4"], "'-4' is not a whole number of pixels"),
         (["--config-only", "--train-flops", "1e12", "--image-size", "32"], "--image-size resizes a trained run"),

@@ -130,7 +130,7 @@ def test_shapes_and_runs_refuse_what_is_not_square():
     run = Run(Shape(16, 1, 24, head_dim=8, patch_size=4, image_size=16), Recipe(0.01), (160,))
     tall = run.to_dict() | {"shape": run.shape.to_dict() | {"image_size": [32, 48]}}
     for call, message in (
-        (lambda: run.shape.replace(image_size=(32, 48)), r"image_size=\(32, 48\) is not a whole number; give an int"),
+        (lambda: run.shape.replace(image_size=(32, 48)), r"image_size=\(32, 48\) must be of type int"),
         (lambda: Run.from_dict(tall), r"image_size=\[32, 48\] must be of type int"),
         (lambda: override(run, ["shape.image_size=32x48"]), "shape.image_size='32x48' is not a value"),
         (lambda: override(run, ["shape.image_size=[32, 48]"]), r"\[32, 48\] must be of type int"),

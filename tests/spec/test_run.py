@@ -124,26 +124,26 @@ def test_runs_survive_json():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("recipe.peak_lr", "fast", r"run.recipe.peak_lr='fast' must be of type float"),
-        ("recipe.peak_lr", float("nan"), r"run.recipe.peak_lr=nan must be finite"),
+        ("recipe.peak_lr", "fast", r"peak_lr='fast' must be of type float"),
+        ("recipe.peak_lr", float("nan"), r"peak_lr=nan must be finite"),
         ("recipe.peak_lr", 0, r"peak_lr=0.0 must be above 0"),
-        ("recipe.batch_size", 16.0, r"run.recipe.batch_size=16.0 must be of type int"),
-        ("recipe.batch_size", True, r"run.recipe.batch_size=True must be of type int"),
-        ("recipe.cooldown", 1.0, r"cooldown=1.0 is not a share"),
-        ("recipe.weight_decay", -0.1, r"weight_decay .* negative"),
+        ("recipe.batch_size", 16.0, r"batch_size=16.0 must be of type int"),
+        ("recipe.batch_size", True, r"batch_size=True must be of type int"),
+        ("recipe.cooldown", 1.0, r"cooldown=1.0 must be a share"),
+        ("recipe.weight_decay", -0.1, r"weight_decay=-0.1 must be at least 0"),
         ("recipe.schedule", "cosine", r"schedule='cosine' is unknown; choose one of constant, rsqrt"),
         ("recipe.parametrisation", "mup", r"parametrisation='mup' is unknown; choose one of fan_in, timm"),
-        ("recipe.momentum", 0.9, r"unknown key 'momentum' in run.recipe; known keys are batch_size"),
+        ("recipe.momentum", 0.9, r"unknown key 'momentum' in recipe; known keys are batch_size"),
         ("shape.width", 36, r"width=36 is not a multiple of head_dim=8"),
-        ("shape", 3, r"run.shape must be an object of fields, got 3"),
-        ("budgets", 1600, r"run.budgets=1600 must be a list"),
+        ("shape", 3, r"shape must be an object of fields, got 3"),
+        ("budgets", 1600, r"budgets=1600 must be a list"),
         ("budgets", [], r"budgets=\(\) must be examples in rising order, at least one"),
         ("budgets", [3200, 1600], r"budgets=\(3200, 1600\) must be examples in rising order"),
         ("budgets", [1600, 1600], r"in rising order"),
         ("budgets", [1601], r"budget of 1601 examples is not a multiple of the batch of 16"),
         ("budgets", [64], r"budget of 64 examples .* under 80"),
-        ("init_seed", -1, r"init_seed=-1 is out of range"),
-        ("data_seed", 1 << 32, r"data_seed=4294967296 is out of range"),
+        ("init_seed", -1, r"init_seed=-1 must be a whole number from 0 to"),
+        ("data_seed", 1 << 32, r"data_seed=4294967296 must be a whole number from 0 to"),
         ("seed", 1, r"unknown key 'seed' in run"),
     ],
 )
@@ -159,7 +159,7 @@ def test_reading_is_strict(path, value, message):
 def test_missing_fields_are_named():
     d = RUN.to_dict()
     del d["recipe"]["peak_lr"]
-    with pytest.raises(UserError, match="run.recipe lacks peak_lr"):
+    with pytest.raises(UserError, match="recipe lacks peak_lr"):
         Run.from_dict(d)
     with pytest.raises(UserError, match="run must be an object"):
         Run.from_dict([1])
@@ -210,13 +210,13 @@ def test_unknown_keys_name_the_known_ones(assignment):
     ("assignment", "message"),
     [
         ("recipe.peak_lr=fast", "recipe.peak_lr='fast' is not a value"),
-        ("shape.width=64.5", "shape.width=64.5 must be of type int"),
+        ("shape.width=64.5", "width=64.5 must be of type int"),
         ("shape.width=", "shape.width='' is not a value"),
-        ("shape.qkv_bias=1", "shape.qkv_bias=1 must be of type bool"),
-        ("recipe.peak_lr=NaN", "recipe.peak_lr=nan must be finite"),
-        ("recipe.peak_lr=true", "recipe.peak_lr=True must be of type float"),
+        ("shape.qkv_bias=1", "qkv_bias=1 must be of type bool"),
+        ("recipe.peak_lr=NaN", "peak_lr=nan must be finite"),
+        ("recipe.peak_lr=true", "peak_lr=True must be of type float"),
         ("budgets=1600", "budgets=1600 must be a list"),
-        ("shape.depth=null", "shape.depth=None must be of type int"),
+        ("shape.depth=null", "depth=None must be of type int"),
     ],
 )
 def test_wrong_values_are_named(assignment, message):

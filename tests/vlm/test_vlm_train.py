@@ -326,7 +326,7 @@ def test_presets_train_what_the_systems_train():
         (lambda: Part("full"), "needs a rate"),
         (lambda: Part("frozen", 0.1), "frozen none"),
         (lambda: Part("half", 0.1), "choose one of frozen"),
-        (lambda: Part("full", 0.1, warmup=1.5), "must be a share"),
+        (lambda: Part("full", 0.1, warmup=1.5), "must be at least 0 and under 1"),
         (lambda: Stage(80, projector=Part("lora", 0.1)), "train it in full"),
         (lambda: Stage(80, projector=Part()), "trains nothing"),
         (lambda: preset_run("llama", "a-1", 80), "choose one of projector"),
