@@ -23,7 +23,7 @@ stronger augmentation of 2205.01580; the centre sees 28 epochs here, so less. So
 the best shape for 1e18 near 480 x 6 x 480, inside of the star.
 """
 
-from sovit.spec.design import geometric, star, to_runs
+from sovit.spec.design import star, to_runs
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
@@ -31,7 +31,7 @@ from sovit.sweep import study_main
 PRESET = "ILSVRC/imagenet-1k?cache_size=256&crop=0.05"
 CENTRE = Shape(384, 12, 1536, head_dim=64, patch_size=16, image_size=224, pool="avg")  # S/16
 ARMS = {"width": (192, 256, 512, 768), "depth": (3, 6, 8, 16), "mlp_dim": (384, 768, 3072)}
-BUDGETS = geometric(1e17, 1e18, 5)
+BUDGETS = (1e17, 1.778e17, 3.162e17, 5.623e17, 1e18)
 NUM_CLASSES = 1000
 SEEDS = {CENTRE: 3, CENTRE.replace(mlp_dim=768): 3}
 BATCH = 1024

@@ -3,8 +3,7 @@
 star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
          with corners, a few cheap shapes off every axis, without which no interaction can be seen
 grid     every combination of the values
-isoflop  one dimension swept, the rest fixed or in proportion, so that a curve of it stands at each compute budget (of
-         size: arXiv 2203.15556)
+isoflop  a curve of size at each compute budget (arXiv 2203.15556)
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from sovit.spec.shape import DIMENSIONS, Shape
 
 
 def star(
-    centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True, fits: Callable[[Shape], bool] | None = None
+    centre: Shape,
+    arms: Mapping[str, Sequence[int]],
+    corners: bool = True,
+    fits: Callable[[Shape], bool] = lambda shape: True,
 ) -> list[Shape]:
     """The centre first, then each arm in turn, then the corners. `arms`: dimension -> values.
 
@@ -38,7 +40,7 @@ def star(
     """
     _check(arms)
     shapes = [centre]
-    if fits is not None and not fits(centre):
+    if not fits(centre):
         raise UserError(f"the centre {centre.label} does not fit the data; choose one that does")
     for name, values in arms.items():
         arm = _built(centre, [{name: value} for value in values], fits)
@@ -58,68 +60,52 @@ def star(
     return list(dict.fromkeys(shapes))
 
 
-def grid(
-    centre: Shape, values: Mapping[str, Sequence[int]], fits: Callable[[Shape], bool] | None = None
-) -> list[Shape]:
-    """Every combination of the values; what is not named stays as in `centre`, what cannot be built is left out, as in
-    `star`.
+def grid(centre: Shape, values: Mapping[str, Sequence[int]]) -> list[Shape]:
+    """List every combination of the values; what is not named stays as in `centre`. What cannot be built is left out.
 
     >>> centre = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
     >>> [shape.label for shape in sovit.grid(centre, {"width": (16, 32), "depth": (1, 2)})]
     ['16x1x128', '16x2x128', '32x1x128', '32x2x128']
     """
     _check(values)
-    every = [dict(zip(values, combination)) for combination in itertools.product(*values.values())]
-    return _built(centre, every, fits)
+    return _built(centre, [dict(zip(values, combination)) for combination in itertools.product(*values.values())])
 
 
-def isoflop(
-    base: Shape,
-    values: Sequence[int],
-    dimension: str = "width",
-    proportional: Sequence[str] | None = None,
-    fits: Callable[[Shape], bool] | None = None,
-) -> list[Shape]:
-    """`base` with one dimension at each of the values, those named `proportional` in proportion, the rest as they are.
+def isoflop(base: Shape, widths: Sequence[int]) -> list[Shape]:
+    """List `base` at each of the widths, depth and mlp_dim in proportion (at least 1): a curve of size.
 
-    proportional None: depth and mlp_dim for width (a curve of size), nothing for any other dimension. Together with
-    `to_runs` each stands at the same compute budgets. What goes along is rounded to what can be built: at least 1, width
-    to a multiple of head_dim, image_size to one of patch_size. What cannot be built is left out, as in `star`.
+    Together with `to_runs` each stands at the same compute budgets.
 
     >>> base = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
     >>> [shape.label for shape in sovit.isoflop(base, (16, 32, 64))]
     ['16x1x64', '32x2x128', '64x4x256']
     """
-    if proportional is None:
-        proportional = ("depth", "mlp_dim") if dimension == "width" else ()
-    _check({dimension: values} | {name: (1,) for name in proportional})
-    if dimension in proportional:
-        raise UserError(f"{dimension!r} cannot go in proportion to itself; leave it out of proportional")
-    changes = []
-    for value in values:
-        changed = {dimension: value}
-        for name in sorted(proportional, key=lambda n: n == "image_size"):  # after the patch that divides it
-            step = base.head_dim if name == "width" else 1
-            step = changed.get("patch_size", base.patch_size) if name == "image_size" else step
-            changed[name] = step * max(1, round(getattr(base, name) * value / getattr(base, dimension) / step))
-        changes.append(changed)
-    return _built(base, changes, fits)
+    return [
+        base.replace(
+            width=width,
+            depth=max(1, round(base.depth * width / base.width)),
+            mlp_dim=max(1, round(base.mlp_dim * width / base.width)),
+        )
+        for width in widths
+    ]
 
 
-def _built(base: Shape, changes: Sequence[Mapping[str, int]], fits: Callable[[Shape], bool] | None) -> list[Shape]:
+def _built(
+    base: Shape, changes: Sequence[Mapping[str, int]], fits: Callable[[Shape], bool] = lambda shape: True
+) -> list[Shape]:
     """`base` with each of the changes that can be built; a warning names the others."""
     shapes, left_out = [], []
     for changed in changes:
         sizes = dict(patch_size=base.patch_size, image_size=base.image_size) | dict(changed)
-        said = ", ".join(f"{name}={value}" for name, value in changed.items())
+        why = ""
         if sizes["patch_size"] > 0 and sizes["image_size"] % sizes["patch_size"]:
-            left_out.append(f"{said} (patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels)")
-            continue
-        shape = base.replace(**changed)
-        if fits is None or fits(shape):
+            why = f"patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels"
+        elif fits(shape := base.replace(**changed)):
             shapes.append(shape)
         else:
-            left_out.append(f"{said} (does not fit the data)")
+            why = "does not fit the data"
+        if why:
+            left_out.append(", ".join(f"{name}={value}" for name, value in changed.items()) + f" ({why})")
     if left_out:
         warnings.warn(f"left out of the design: {'; '.join(left_out)}", stacklevel=3)
     return shapes
@@ -155,11 +141,6 @@ def to_runs(
     if not runs:
         raise UserError(f"no shape reaches {min_steps} steps within {max(train_flops):.3g} FLOPs; raise the budgets")
     return runs
-
-
-def geometric(low: float, high: float, count: int) -> list[float]:
-    """`count` numbers from low to high in equal ratios, both ends included, to 4 digits."""
-    return [float(f"{low * (high / low) ** (i / (count - 1)):.4g}") for i in range(count)] if count > 1 else [low]
 
 
 def _check(values: Mapping[str, Sequence[int]]) -> None:

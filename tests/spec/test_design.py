@@ -3,7 +3,7 @@
 import pytest
 
 from sovit import UserError
-from sovit.spec.design import geometric, grid, isoflop, star, to_runs
+from sovit.spec.design import grid, isoflop, star, to_runs
 from sovit.spec.run import Recipe
 from sovit.spec.shape import Shape
 
@@ -80,26 +80,10 @@ def test_isoflop_keeps_proportions():
     assert isoflop(Shape(64, 4, 256, head_dim=8), (8,))[0].depth == 1
 
 
-def test_an_isoflop_line_runs_along_any_dimension():
-    base = Shape(64, 4, 256, head_dim=8, patch_size=4, image_size=32)
-    assert [s.patch_size for s in isoflop(base, (2, 4, 8), "patch_size")] == [2, 4, 8]
-    assert all(moved(s, base) <= {"patch_size"} for s in isoflop(base, (2, 4, 8), "patch_size"))
-    together = isoflop(base, (2, 4, 8), "patch_size", proportional=("image_size",))  # as many tokens throughout
-    assert [(s.patch_size, s.image_size, s.num_patches) for s in together] == [(2, 16, 64), (4, 32, 64), (8, 64, 64)]
-    wide = isoflop(base, (1, 2, 6), "depth", proportional=("width",))
-    assert [(s.depth, s.width, s.mlp_dim) for s in wide] == [(1, 16, 256), (2, 32, 256), (6, 96, 256)]
-    assert isoflop(base, (3,), "depth", proportional=("width",))[0].width == 48
-    assert [s.label for s in isoflop(base, (32, 128), proportional=())] == ["32x4x256", "128x4x256"]
-    with pytest.raises(UserError, match="'depth' cannot go in proportion to itself"):
-        isoflop(base, (1,), "depth", proportional=("depth",))
-    with pytest.raises(UserError, match="'heads' is not a dimension"):
-        isoflop(base, (1,), "depth", proportional=("heads",))
-
-
 def test_what_cannot_be_built_is_left_out_and_said():
     base = Shape(64, 4, 256, head_dim=8, patch_size=4, image_size=32)
     with pytest.warns(UserWarning, match=r"patch_size=3 \(patch 3 does not divide 32 pixels\)"):
-        assert [s.patch_size for s in isoflop(base, (2, 3, 8), "patch_size")] == [2, 8]
+        assert [s.patch_size for s in grid(base, {"patch_size": (2, 3, 8)})] == [2, 8]
     with pytest.warns(UserWarning, match=r"patch_size=8, image_size=20 \(patch 8 does not divide 20 pixels\)$"):
         shapes = grid(base, {"patch_size": (4, 8), "image_size": (16, 20)})
     assert [(s.patch_size, s.image_size) for s in shapes] == [(4, 16), (4, 20), (8, 16)]
@@ -149,12 +133,6 @@ def test_budgets_too_small_for_a_shape_are_left_out():
 def test_seeds_are_common_random_numbers():
     runs = to_runs([CENTRE, CENTRE.replace(width=64)], (1e11,), 16, lambda s: Recipe(0.008), seeds={CENTRE: 3})
     assert [(r.shape.width, r.init_seed, r.data_seed) for r in runs] == [(32, 0, 0), (32, 1, 1), (32, 2, 2), (64, 0, 0)]
-
-
-def test_geometric():
-    assert geometric(1, 100, 3) == [1, 10, 100]
-    assert geometric(1e10, 3.2e11, 1) == [1e10]
-    assert geometric(3e10, 3e12, 5)[2] == 3e11
 
 
 @pytest.mark.parametrize(
