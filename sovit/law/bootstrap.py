@@ -64,7 +64,6 @@ def _refit(rows: Rows, log_y: np.ndarray, weights: np.ndarray | None, solved: So
     return Polished(
         np.where(better[:, None], second.theta, first.theta),
         np.where(better, second.objective, first.objective),
-        first.iterations + second.iterations,
         np.where(better, second.converged, first.converged),
     )
 

@@ -202,21 +202,20 @@ def trunks(table: Mapping, clusters: Any, num: int) -> np.ndarray:
         clusters = table.get("trunk_id")
     if clusters is not None:
         return np.unique(np.asarray(clusters).astype(str), return_inverse=True)[1]
-    keys = [codes(table[name]) for name in IDENTITY if name in table]
-    if not keys:  # no shape is known: rows that share every column but the data columns
-        varying = [n for n in sorted(table) if n not in ("num_examples", "tokens", "compute", "train_flops")]
-        keys = [codes(table[name]) for name in varying] or [np.arange(num)]
-    return codes(np.stack(keys, 1))
+    same = [table[name] for name in IDENTITY if name in table]
+    if not same:  # no shape is known: rows that share every column but the data columns
+        same = [table[n] for n in sorted(table) if n not in ("num_examples", "tokens", "compute", "train_flops")]
+    return groups_of(same or [np.arange(num)], num)
 
 
-def codes(column: np.ndarray) -> np.ndarray:
-    """Equal values of a column [n], or equal rows [n, k], as equal numbers 0, 1, ... [n]; values in the order of text."""
-    if column.ndim == 2:
-        return np.unique(column, axis=0, return_inverse=True)[1].ravel()
-    if column.dtype.kind not in "biuf":
-        return np.unique(column.astype(str), return_inverse=True)[1].ravel()
-    values, place = np.unique(column, return_inverse=True)
-    return np.argsort(np.argsort(values.astype(str), kind="stable"), kind="stable")[place.ravel()]
+def groups_of(columns: Sequence[np.ndarray], num: int) -> np.ndarray:
+    """Which rows [num] agree in all columns, as 0..G-1."""
+    group = np.zeros(num, np.int64)
+    for column in columns:
+        values = column if column.dtype.kind in "biuf" else column.astype(str)
+        place = np.unique(values, return_inverse=True)[1].ravel()
+        group = np.unique(group * (int(place.max()) + 1) + place, return_inverse=True)[1].ravel()
+    return group
 
 
 def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law.design_matrix import positive
+from sovit.law.design_matrix import groups_of, positive
 from sovit.law.solver.fitter import Rows, Solved, free_columns
 from sovit.spec.shape import DIMENSIONS
 
@@ -31,27 +31,26 @@ class LackOfFit:
     """Residuals over seed noise, and p of the F test of the two; p None without repeated seeds."""
 
     residual_over_noise: float | None
-    noise_source: str
     p: float | None
     note: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weakest:
-    """The direction in which the rows say least; `step`: one standard error along it, by centred parameter."""
+    """The direction in which the rows say least: the least singular vector of the Jacobian with columns of unit norm.
+
+    Its two largest loadings, and the largest and the least singular value.
+    """
 
     parameters: list[str]
     loadings: list[float]
     singular_values: list[float]
-    step: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """How the bootstraps went: {converged, iterations} of each, and by how much their percentiles are stretched."""
+    """What was drawn, and by how much the percentiles of either bootstrap are stretched."""
 
-    random_effects: dict[str, float]
-    pairs: dict[str, float]
     num: int
     seed: int
     t_over_z: float
@@ -62,14 +61,10 @@ class Draws:
 class Diagnostics:
     """How the fit went and what it cannot say."""
 
-    objective: float
-    iterations: int
     converged: bool
     objective_spread: float
-    starts_agreeing: float
     num_starts: int
     active_bounds: dict[str, str]
-    weakest_direction: str
     weakest: Weakest
     trunk_sd: float
     row_sd: float
@@ -78,9 +73,6 @@ class Diagnostics:
     lack_of_fit: LackOfFit
     residual_pattern: dict[str, float | None]
     draws: Draws | None = None
-    absent_share: dict[str, float]
-    interval_ratio: dict[str, float]
-    held_out_rows: list[int]
 
 
 def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved) -> Noise:
@@ -94,15 +86,15 @@ def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved)
     known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
     suffix = "" if known is None else "+support"
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
-    shape = _groups([table[n] for n in names], len(y))
-    group = _groups([shape, table["num_examples"] if "num_examples" in table else np.arange(len(y))], len(y))
-    trunks = np.bincount(_distinct(group, index)[0])
-    repeated = np.flatnonzero(trunks[group] > 1)
+    shape = groups_of([table[n] for n in names], len(y))
+    group = groups_of([shape, table.get("num_examples", np.arange(len(y)))], len(y))
+    pairs = np.unique(np.stack([group, index]), axis=1)  # each trunk of a group once
+    repeated = np.flatnonzero(np.bincount(pairs[0])[group] > 1)
     if len(repeated):
-        group, shape, index, values = group[repeated], shape[repeated], index[repeated], np.log(y[repeated])
-        n = len(_distinct(shape, index)[0]) - len(np.unique(shape))
-        sd = pooled_sd(values, group) or 0.0  # some group has two rows here
-        return Noise(sd=sd, source="seeds" + suffix, n=n, num_rows=len(group), support_sd=known)
+        seeded = np.unique(np.stack([shape, index])[:, repeated], axis=1)
+        n = seeded.shape[1] - len(np.unique(seeded[0]))
+        sd = pooled_sd(np.log(y[repeated]), group[repeated]) or 0.0  # some group has two rows here
+        return Noise(sd=sd, source="seeds" + suffix, n=n, num_rows=len(repeated), support_sd=known)
     sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
     dof = int(round(solved.dof))
     return Noise(sd=sd, source="residuals" + suffix, n=dof, num_rows=len(y), support_sd=known)
@@ -116,35 +108,13 @@ def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
     return float(np.sqrt(((values - means[group]) ** 2).sum() / dof)) if dof else None
 
 
-def _groups(columns: list, num: int) -> np.ndarray:
-    """Which rows [num] agree in all columns, as 0..G-1."""
-    group = np.zeros(num, np.int64)
-    for column in columns:
-        values = column if column.dtype.kind in "iuf" else column.astype(str)
-        place = np.unique(values, return_inverse=True)[1].ravel()
-        group = np.unique(group * (int(place.max()) + 1) + place, return_inverse=True)[1].ravel()
-    return group
-
-
-def _distinct(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct pairs of two columns of whole numbers."""
-    return np.divmod(np.unique(a * (int(b.max()) + 1) + b), int(b.max()) + 1)
-
-
-def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping) -> dict:
-    """Fields of `Diagnostics` that the point fit gives.
-
-    `weakest` is the direction in which the rows say least: the least singular vector of the Jacobian with columns of
-    unit norm, its two largest loadings, and the `step` of the centred parameters that is one standard error along it
-    (rows taken for independent).
-    """
+def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping, draws: Draws | None) -> Diagnostics:
+    """Raises UserError where no parameter moves the fit."""
     form, theta = rows.form, solved.theta
     value, jac = form.evaluate(theta[None], rows.u)
     residual, jac = value[0] - np.log(rows.y), jac[0]
     low, high = form.bounds
-    bounds = {
-        n: "lower" if t <= lo else "upper" for n, t, lo, hi in zip(form.names, theta, low, high) if t <= lo or t >= hi
-    }
+    on = {n: "lower" if t <= lo else "upper" for n, t, lo, hi in zip(form.names, theta, low, high) if not lo < t < hi}
     free = free_columns(form, theta, jac)
     if not free.any():
         line = "" if form.zero_line is None else f" every loss is far above zero_line={form.zero_line:g}, or"
@@ -154,40 +124,24 @@ def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping) -> dict:
     names, weak = np.array(form.names)[free], right[-1]
     weak = weak * np.sign(weak[np.argmax(np.abs(weak))])  # a singular vector has no sign of its own
     top = np.argsort(-np.abs(weak), kind="stable")[:2]
-    against = "against" if weak[top[0]] * weak[top[-1]] < 0 else "with"
-    weakest = (
-        (
-            f"{names[top[0]]} {against} {names[top[1]]} (loadings {weak[top[0]]:+.2f}, {weak[top[1]]:+.2f});"
-            f" singular values of the unit-norm Jacobian {singular[0]:.3g} to {singular[-1]:.3g}"
-        )
-        if len(top) > 1
-        else "one free parameter"
-    )
     rms = float(np.sqrt(residual @ residual / max(len(residual) - int(free.sum()), 1)))
-    size = np.linalg.norm(jac[free], axis=1) * max(singular[-1], 1e-12)
-    shift = dict(zip(names.tolist(), (weak * rms / size).tolist()))
-    misfit = rms / noise.sd if noise.sd > 0 else None
-    return dict(
-        objective=solved.objective,
-        iterations=solved.iterations,
+    return Diagnostics(
         converged=solved.converged,
         objective_spread=solved.spread,
-        starts_agreeing=solved.agreeing,
         num_starts=solved.num_starts,
-        active_bounds=bounds,
-        weakest_direction=weakest,
+        active_bounds=on,
         weakest=Weakest(
-            parameters=[str(names[i]) for i in top],
-            loadings=[float(weak[i]) for i in top],
+            parameters=names[top].tolist(),
+            loadings=weak[top].tolist(),
             singular_values=[float(singular[0]), float(singular[-1])],
-            step=shift,
         ),
         trunk_sd=solved.trunk_sd,
         row_sd=solved.row_sd,
         nu=solved.dof,
         residual_rms=rms,
-        lack_of_fit=_lack_of_fit(misfit, noise, solved.dof),
+        lack_of_fit=_lack_of_fit(rms / noise.sd if noise.sd > 0 else None, noise, solved.dof),
         residual_pattern=_pattern(residual, rows, table),
+        draws=draws,
     )
 
 
@@ -197,11 +151,11 @@ def _lack_of_fit(misfit: float | None, noise: Noise, dof: float) -> LackOfFit:
 
     if not noise.source.startswith("seeds") or misfit is None:
         words = "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
-        return LackOfFit(residual_over_noise=misfit, noise_source=noise.source, p=None, note=words)
+        return LackOfFit(residual_over_noise=misfit, p=None, note=words)
     p = float(fdtrc(dof, noise.n, misfit**2))
     more, same = "the form misses more than seed noise", "the residuals are of the size of seed noise"
     words = f"{more if p < SIGNIFICANT else same} (F test, p = {p:.2g})"
-    return LackOfFit(residual_over_noise=misfit, noise_source=noise.source, p=p, note=words)
+    return LackOfFit(residual_over_noise=misfit, p=p, note=words)
 
 
 def _pattern(residual: np.ndarray, rows: Rows, table: Mapping) -> dict:

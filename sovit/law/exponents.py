@@ -19,7 +19,8 @@ EXPONENT_FLOOR = 1e-3  # stands for "does not grow" on the log scale
 MIN_SPAN = 1.5  # ratio of largest to smallest compute below which nothing is said of growth or extrapolation
 BOX_BELOW, BOX_ABOVE = 30.0, 1e3  # how far the optimum may go below and above the values run
 BOX_FEW_TOKENS = 4.0  # and how far where that leaves fewer tokens: beyond, an image is less than one
-NO_SIDES = dict.fromkeys(("low", "high", "pairs_low", "pairs_high"))
+NO_SIDES: dict = dict.fromkeys(("low", "high", "pairs_low", "pairs_high"))
+NO_DRAWS = "no interval: fitted with bootstrap=0"
 
 Range = Sequence[float]  # smallest and largest
 
@@ -111,46 +112,47 @@ def exponents(
     draws: Mapping[str, np.ndarray],
     widen: tuple[float, float],
     ends: Sequence[float],
-) -> tuple[dict[str, Growth], dict[str, float]]:
-    """`exponents` of law.json and the share of draws without each amplitude. theta [P]; draws: [R, P] by kind, or {}.
+) -> dict[str, Growth]:
+    """`exponents` of law.json. theta [P]; draws: [R, P] by kind, or {}.
 
     widen: of the percentiles of random_effects (t / z) and of pairs.
     """
     form, grid = family.form, family.grid
-    kind = "marginal" if form.arms else "joint"
+    common: dict = dict(kind="marginal" if form.arms else "joint", compute_range=list(ends))
     if ends[1] < MIN_SPAN * ends[0]:
         note = f"the rows span a factor {ends[1] / ends[0]:.3g} in compute; growth needs budgets further apart"
-        nothing = Growth(
-            estimate=None, kind=kind, compute_range=list(ends), status="unidentified", note=note, **NO_SIDES
-        )
-        return dict.fromkeys(grid, nothing), {}
+        nothing = Growth(estimate=None, status="unidentified", note=note, **common, **NO_SIDES)
+        return dict.fromkeys(grid, nothing)
     point = growth(family, theta[None], ends)[0]
     present = amplitudes(form, theta[None])[0] > 0
     computes = np.sqrt(ends[0] * ends[1]), ends[1]
-    at = [optimum_of(family, theta[None], np.log(compute))[0] for compute in computes]
+    at = np.exp([optimum_of(family, theta[None], np.log(compute))[0] for compute in computes])
     many = {kind: growth(family, theta_of, ends) for kind, theta_of in draws.items()}
-    out, shares = {}, {}
+    absent = (amplitudes(form, draws["random_effects"]) <= 0).mean(0) if many else np.zeros(len(grid))
+    out = {}
     for k, name in enumerate(grid):
-        sides: dict = dict(NO_SIDES)
-        for bootstrap, grown in many.items():
-            side = "pairs_" if bootstrap == "pairs" else ""
-            sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
-            ends_of = interval(sign * grown[:, k], widen[side != ""], EXPONENT_FLOOR)
-            sides[side + "low"], sides[side + "high"] = sorted(sign * end for end in ends_of)
-        status, note = _edge(min(grid[name]), max(grid[name]), computes, np.exp([v[k] for v in at]))
+        sign = -1 if name in FALLING else 1  # the best patch shrinks as compute grows
+        sides = _sides({kind: sign * grown[:, k] for kind, grown in many.items()}, widen, sign)
+        status, note = _edge(min(grid[name]), max(grid[name]), computes, at[:, k])
         if not present[k]:
             status, note = "unidentified", "the fitted amplitude is 0: these data show no gain from this dimension"
-        elif many:
-            shares[name] = float((amplitudes(form, draws["random_effects"])[:, k] <= 0).mean())
-            if shares[name] > MAX_ABSENT:
-                status, note = "unidentified", f"no gain from this dimension in {shares[name]:.0%} of the draws"
-            elif (ratio := max(sides["high"] / sides["low"], sides["low"] / sides["high"])) > MAX_RATIO:
-                status, note = "unidentified", f"the interval spans a factor {ratio:.3g}, above {MAX_RATIO:g}"
-        if not many:
-            note = (note + "; " if note else "") + "no interval: fitted with bootstrap=0"
+        elif absent[k] > MAX_ABSENT:
+            status, note = "unidentified", f"no gain from this dimension in {absent[k]:.0%} of the draws"
+        elif many and (ratio := max(sides["high"] / sides["low"], sides["low"] / sides["high"])) > MAX_RATIO:
+            status, note = "unidentified", f"the interval spans a factor {ratio:.3g}, above {MAX_RATIO:g}"
+        note = "; ".join(filter(None, [note, "" if many else NO_DRAWS]))
         estimate = None if status == "unidentified" else float(point[k])
-        out[name] = Growth(estimate=estimate, kind=kind, compute_range=list(ends), status=status, note=note, **sides)
-    return out, shares
+        out[name] = Growth(estimate=estimate, status=status, note=note, **common, **sides)
+    return out
+
+
+def _sides(draws: Mapping[str, np.ndarray], widen: tuple[float, float], sign: int = 1) -> dict:
+    """Ends of `Growth` from the positive draws [R] by kind; sign: of the exponent."""
+    sides: dict = dict(NO_SIDES)
+    for (kind, values), by in zip(draws.items(), widen):
+        side = "pairs_" if kind == "pairs" else ""
+        sides[side + "low"], sides[side + "high"] = sorted(sign * end for end in interval(values, by, EXPONENT_FLOOR))
+    return sides
 
 
 def _edge(low: float, high: float, computes: Sequence[float], optima: np.ndarray) -> tuple[str, str]:
@@ -164,26 +166,15 @@ def _edge(low: float, high: float, computes: Sequence[float], optima: np.ndarray
     return status, note
 
 
-def size_growth(theta: np.ndarray, draws: dict, widen: tuple[float, float], compute_range: Range | None) -> Growth:
+def size_growth(theta: np.ndarray, draws: Mapping, widen: tuple[float, float], compute_range: Range | None) -> Growth:
     """Chinchilla: N* ~ (N D)^s with s = beta / (alpha + beta); its compute is N D, not exact FLOPs."""
-
-    def share(many: np.ndarray) -> np.ndarray:
-        return many[:, 4] / (many[:, 3] + many[:, 4])
-
-    low = high = pairs_low = pairs_high = None
-    if draws:
-        low, high = interval(share(draws["random_effects"]), widen[0])
-        pairs_low, pairs_high = interval(share(draws["pairs"]), widen[1])
+    sides = _sides({kind: many[:, 4] / (many[:, 3] + many[:, 4]) for kind, many in draws.items()}, widen)
     absent = min(theta[:2]) <= 0
-    note = "an amplitude is 0" if absent else "" if draws else "no interval: fitted with bootstrap=0"
     return Growth(
-        estimate=None if absent else float(share(theta[None])[0]),
-        low=low,
-        high=high,
+        estimate=None if absent else float(theta[4] / (theta[3] + theta[4])),
         kind="joint",
         compute_range=compute_range,
         status="unidentified" if absent else "ok",
-        pairs_low=pairs_low,
-        pairs_high=pairs_high,
-        note=note,
+        note="an amplitude is 0" if absent else "" if draws else NO_DRAWS,
+        **sides,
     )

@@ -11,8 +11,6 @@ from sovit.law.design_matrix import Prepared, features, positive
 from sovit.law.exponents import MIN_SPAN
 from sovit.law.solver.fitter import Loss, solve
 
-CUT_RULE = "widest gap of ln compute that holds out 10 to 40 % of the rows"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -31,7 +29,6 @@ class Extrapolation:
     """The test: fitted below `cut`, scored above it, baselines beside the form. n = 0 and a note where none was made."""
 
     cut: float | None = None
-    rule: str | None = None
     n_fit: int | None = None
     n: int = 0
     forms: dict[str, Score] | None = None
@@ -47,7 +44,7 @@ class Extrapolation:
 
 
 def compute_cut(compute: np.ndarray) -> float:
-    """The cut of the extrapolation test, by CUT_RULE.
+    """The cut of the extrapolation test: the middle of the widest gap of ln compute that holds out 10 to 40 % of the rows.
 
     Where runs stand on budget levels that gap lies below the largest level, which is then what is held out.
     """
@@ -72,7 +69,6 @@ def extrapolation(ready: Prepared, loss: Loss, cut: float | None = None) -> Extr
     span = compute.max() / compute.min()
     if compute.max() < MIN_SPAN * compute.min():
         return Extrapolation(note=f"the rows span a factor {span:.3g} in compute, too little for one")
-    rule = "given" if cut else CUT_RULE
     cut = cut or compute_cut(compute)
     below, above = compute < cut, compute >= cut
     if not (below.any() and above.any()):
@@ -91,7 +87,7 @@ def extrapolation(ready: Prepared, loss: Loss, cut: float | None = None) -> Extr
     logs = np.log(np.stack([positive(table, n) for n in near if n in table], 1))
     nearest = np.flatnonzero(below)[_nearest(logs[below], logs[above], logs.std(0))]
     forms["nearest"] = _score(y, np.flatnonzero(above), y[nearest])
-    return Extrapolation(cut=cut, rule=rule, n_fit=int(below.sum()), n=int(above.sum()), forms=forms)
+    return Extrapolation(cut=cut, n_fit=int(below.sum()), n=int(above.sum()), forms=forms)
 
 
 def _nearest(run: np.ndarray, asked: np.ndarray, spread: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from sovit import UserError
 from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, stretch
 from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import Prepared, geometry_of, positive, prepare_fit
-from sovit.law.diagnostics import Diagnostics, Draws, describe, seed_noise
+from sovit.law.diagnostics import Draws, describe, seed_noise
 from sovit.law.exponents import Growth, Interval, exponents, size_growth
 from sovit.law.extrapolation import Extrapolation, extrapolation
 from sovit.law.fitted_law import Data, Fit, Model
@@ -129,26 +129,22 @@ def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
         )
     solved = solve(rows, chosen.estimator)
     noise = seed_noise(ready.table, ready.y, ready.index, solved)
-    found = describe(rows, solved, noise, ready.table)
     shaped = LAWS[form].uses_dims and chosen.terms is None
     geometry = geometry_of(ready.table, chosen.geometry) if shaped else None
     data = _data(ready, chosen.metric)
     draws, went = _bootstrap(ready, solved, chosen)
     params, intervals = _params(rows, solved.theta, draws, went)
-    growths, absent = _growths(ready, solved, geometry, data, draws, went)
-    found |= dict(draws=went, absent_share=absent, interval_ratio=_ratios(growths))
-    found["held_out_rows"] = sorted(set(range(len(ready.y))) - set(rows.source.tolist()))
     return Fit(
         form,
         params,
         intervals,
-        growths,
+        _growths(ready, solved, geometry, data, draws, went),
         noise,
         len(np.unique(rows.source)),
         num_clusters,
         solved.objective,
         extrapolation(ready, chosen.estimator, chosen.cut) if chosen.extrapolate else Extrapolation(),
-        Diagnostics(**found),
+        describe(rows, solved, noise, ready.table, went),
         _model(ready, solved, chosen),
         data,
         geometry,
@@ -157,7 +153,7 @@ def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
 
 
 def _bootstrap(ready: Prepared, solved: Solved, options: LawOptions) -> tuple[dict[str, np.ndarray], Draws | None]:
-    """Draws of both kinds [R, P], as they are stored, and how they went; nothing without a bootstrap."""
+    """Draws of both kinds [R, P], as they are stored, and what was drawn; nothing without a bootstrap."""
     if not options.bootstrap:
         return {}, None
     rng = np.random.default_rng(options.seed)
@@ -165,13 +161,7 @@ def _bootstrap(ready: Prepared, solved: Solved, options: LawOptions) -> tuple[di
         random_effects=random_effects(ready.rows, solved, options.bootstrap, rng),
         pairs=pairs(ready.rows, solved, options.bootstrap, rng, ready.strata),
     )
-    went = {
-        kind: dict(converged=float(done.converged.mean()), iterations=float(done.iterations.mean()))
-        for kind, done in made.items()
-    }
     draws = Draws(
-        random_effects=went["random_effects"],
-        pairs=went["pairs"],
         num=options.bootstrap,
         seed=options.seed,
         t_over_z=stretch(solved.dof),
@@ -182,24 +172,15 @@ def _bootstrap(ready: Prepared, solved: Solved, options: LawOptions) -> tuple[di
 
 def _growths(
     ready: Prepared, solved: Solved, geometry: Geometry | None, data: Data, draws: dict, went: Draws | None
-) -> tuple[dict[str, Growth], dict[str, float]]:
-    """Growth exponents by dimension, and the share of draws without each; of no dimension where none can be counted."""
+) -> dict[str, Growth]:
+    """Growth exponents by dimension; of no dimension where none can be counted."""
     rows, widen = ready.rows, (went.t_over_z, went.pairs_stretch) if went else (1.0, 1.0)
     if ready.dims and (rows.form.arms or geometry is not None) and data.compute_range:
         family = Family(rows.form, rows.centre, geometry, data.grid)
         return exponents(family, solved.theta, draws, widen, data.compute_range)
     if ready.name == "chinchilla":
-        return dict(num_params=size_growth(solved.theta, draws, widen, data.compute_range)), {}
-    return {}, {}
-
-
-def _ratios(growths: Mapping[str, Growth]) -> dict[str, float]:
-    """Width of the pairs interval over that of the headline, in ln, by dimension."""
-    return {
-        d: float(abs(np.log(e.pairs_high / e.pairs_low)) / max(abs(np.log(e.high / e.low)), 1e-12))
-        for d, e in growths.items()
-        if e.low and e.high and e.pairs_low and e.pairs_high
-    }
+        return dict(num_params=size_growth(solved.theta, draws, widen, data.compute_range))
+    return {}
 
 
 def _rounded(theta: np.ndarray) -> np.ndarray:

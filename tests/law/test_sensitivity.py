@@ -151,12 +151,3 @@ def test_one_budget_has_no_window_and_no_cut(data):
     single = dataclasses.replace(data, columns={k: v[one] for k, v in data.columns.items()}, y=data.y[one])
     fit = fitted(data)
     assert not rows_of(sensitivity(single, fit, BUDGET), "window") and not extrapolation_cuts(single, {"joint": fit})
-
-
-def test_a_step_along_the_weakest_direction_moves_the_fit_by_one_residual(data):
-    fit = fitted(data)
-    step = np.array([fit.diagnostics.weakest.step.get(n, 0.0) for n in fit.shape_form.names])
-    columns = np.log(np.stack([data.columns[n].astype(float) for n in fit.shape_form.terms]))
-    u = columns - fit.centre[:, None]
-    value = fit.shape_form.evaluate(np.stack([fit.theta, fit.theta + 1e-4 * step]), u)[0]
-    assert np.linalg.norm(value[1] - value[0]) / 1e-4 == pytest.approx(fit.diagnostics.residual_rms, rel=0.01)

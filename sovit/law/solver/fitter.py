@@ -70,11 +70,8 @@ class Solved:
     trunk_sd: float
     row_sd: float
     dof: float  # between-trunk degrees of freedom, nu
-    iterations: int
     converged: bool
     spread: float  # largest relative excess of the objective over the starts
-    agreeing: float  # share of the starts that reached the best objective to 1e-6
-    starts: np.ndarray  # polished starts, best first
     num_starts: int  # polished; those that reached one objective in the first pass went on as one
     known_sd: np.ndarray | None = None
 
@@ -89,57 +86,47 @@ def robust_sd(residual: np.ndarray, num_free: int) -> float:
     return float(np.median(np.abs(residual)) / 0.6745 * np.sqrt(n / max(n - num_free, 1)))
 
 
-def solve(rows: Rows, loss: Loss = Loss(), starts: np.ndarray | None = None) -> Solved:
+def solve(rows: Rows, loss: Loss = Loss()) -> Solved:
     """Fit one data set: grid starts, polish, then variance components by trunk and one whitened refit.
 
     huber_delta=None takes 1.345 x the robust s.d. of the unwhitened residuals, in two passes. With known_sd rows weigh by
     1 / (row_sd^2 + known_sd^2) within what trunks share; components, weights and fit are iterated REWEIGHTED times.
     """
-    form, log_y, plain = rows.form, np.log(rows.y), Groups.plain(rows.trunk)
-    starts = _starts(rows) if starts is None else starts
+    form, log_y, plain, starts = rows.form, np.log(rows.y), Groups.plain(rows.trunk), _starts(rows)
     huber = loss.kind == "huber_log"
     from_data = huber and loss.huber_delta is None
     delta = float(loss.huber_delta) if huber and loss.huber_delta is not None else np.inf
 
-    def refit(theta: np.ndarray, groups: Groups, delta: float) -> tuple[Polished, np.ndarray, np.ndarray, np.ndarray]:
-        done = polish(Objective(form, rows.u, log_y, groups, delta), theta, POINT_TOLERANCE)
-        order = np.argsort(done.objective, kind="stable")
-        return done, order, done.theta[order], done.objective[order]
+    def refit(theta: np.ndarray, groups: Groups, delta: float) -> Polished:
+        return polish(Objective(form, rows.u, log_y, groups, delta), theta, POINT_TOLERANCE).best_first()
 
     def robust_delta(theta: np.ndarray, scale: np.ndarray | float) -> float:
         residual = (form.evaluate(theta[:1], rows.u)[0][0] - log_y) * scale
         return max(HUBER * robust_sd(residual, theta.shape[1]), 1e-12)
 
-    done, order, theta, objective = refit(starts, plain, delta)
-    theta, objective, share = _distinct(theta, objective)
+    done = _distinct(refit(starts, plain, delta))
     for _ in range(2 if from_data else 0):
-        delta = robust_delta(theta, 1.0)
-        done, order, theta, objective = refit(theta, plain, delta)
-        share = share[order]
+        delta = robust_delta(done.theta, 1.0)
+        done = refit(done.theta, plain, delta)
     groups = plain
     for _ in range(1 if rows.known_sd is None else REWEIGHTED):
-        found = components(rows, theta[0], groups.scale)
+        found = components(rows, done.theta[0], groups.scale)
         groups = Groups(rows.trunk, found.kappa, found.scale) if loss.whitens else plain
         if found.scale is not None and from_data:
-            delta = robust_delta(theta, found.scale)
+            delta = robust_delta(done.theta, found.scale)
         if loss.whitens and (found.kappa.any() or found.scale is not None):
-            done, order, theta, objective = refit(theta, groups, delta)
-            share = share[order]
-    excess = (objective - objective[0]) / max(objective[0], 1e-20)
-    best = int(np.argmin(done.objective))
+            done = refit(done.theta, groups, delta)
+    best = float(done.objective[0])
     return Solved(
-        theta[0],
-        float(objective[0]),
+        done.theta[0],
+        best,
         delta,
         groups,
         found.trunk_sd,
         found.row_sd,
         found.dof,
-        int(done.iterations[best]),
-        bool(done.converged[best]),
-        float(excess.max()),
-        float(share[excess < 1e-6].sum()),
-        theta,
+        bool(done.converged[0]),
+        float((done.objective[-1] - best) / max(best, 1e-20)),
         len(starts),
         rows.known_sd,
     )
@@ -156,16 +143,12 @@ def _starts(rows: Rows) -> np.ndarray:
     some = np.flatnonzero(np.isin(rows.trunk, taken))
     groups = Groups.plain(np.unique(rows.trunk[some], return_inverse=True)[1].ravel())
     u, y = rows.u[:, some], rows.y[some]
-    done = polish(Objective(form, u, np.log(y), groups), form.starts(u, y))
-    order = np.argsort(done.objective, kind="stable")
-    return _distinct(done.theta[order], done.objective[order])[0]
+    return _distinct(polish(Objective(form, u, np.log(y), groups), form.starts(u, y)).best_first()).theta
 
 
-def _distinct(theta: np.ndarray, objective: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of fits ordered by their objective the first of each that differs by 1e-6: theta, objective, share of the fits."""
-    first = np.ones(len(theta), bool)
-    first[1:] = np.diff(objective) > 1e-6 * np.maximum(objective[1:], 1e-20)
-    return theta[first], objective[first], np.bincount(np.cumsum(first) - 1) / len(theta)
+def _distinct(done: Polished) -> Polished:
+    """Of fits ordered by their objective the first of each that differs by 1e-6."""
+    return done.take(np.append(True, np.diff(done.objective) > 1e-6 * np.maximum(done.objective[1:], 1e-20)))
 
 
 def free_columns(form: Any, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:

@@ -78,8 +78,13 @@ def group_sums(index: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 class Polished:
     theta: np.ndarray  # [R, P]
     objective: np.ndarray  # [R], sum over rows of the loss
-    iterations: np.ndarray  # [R]
     converged: np.ndarray  # [R]
+
+    def take(self, which: np.ndarray) -> Polished:
+        return Polished(self.theta[which], self.objective[which], self.converged[which])
+
+    def best_first(self) -> Polished:
+        return self.take(np.argsort(self.objective, kind="stable"))
 
 
 def loss_of(residual: np.ndarray, delta: float) -> np.ndarray:
@@ -194,7 +199,7 @@ def polish(objective: Objective, theta: np.ndarray, tolerance: float = DRAW_TOLE
     objective = dataclasses.replace(objective, log_y=log_y, weights=weights)
     theta = np.clip(theta, *objective.form.bounds)
     size = max(1, min(512, CACHED // (theta.shape[1] * n)))
-    out = Polished(theta.copy(), np.empty(num), np.full(num, cap), np.zeros(num, bool))
+    out = Polished(theta.copy(), np.empty(num), np.zeros(num, bool))
     live, entered = _Live.enter(objective, theta, np.arange(min(size, num))), min(size, num)
     while len(live.rows):
         live = live.step(objective, tolerance)
@@ -203,7 +208,6 @@ def polish(objective: Objective, theta: np.ndarray, tolerance: float = DRAW_TOLE
         if stop.any():
             rows = live.rows[stop]
             out.theta[rows], out.objective[rows], out.converged[rows] = live.theta[stop], live.loss[stop], done[stop]
-            out.iterations[rows] = live.age[stop]
             live = live.keep(~stop)
         if entered < num and len(live.rows) <= 0.75 * size:
             more = np.arange(entered, min(entered + size - len(live.rows), num))
