@@ -64,6 +64,7 @@ def _opened(name: str, location: str) -> tuple[Any, dict]:
         from sovit.encoder import hf_model
     except ImportError:
         raise UserError(f"{name} needs transformers; run: pip install 'sovit[vlm]'") from None
+    transformers.utils.logging.disable_progress_bar()
     try:
         # said in so many words: left out, transformers asks on the terminal whether to run a repository's own code
         kind = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False).model_type
