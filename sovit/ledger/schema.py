@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 from sovit.spec.any_run import AnyRun
-from sovit.spec.run import Run
+from sovit.spec.run import Run, task_flops
 from sovit.spec.siglip_costs import EMBED_DIM, pair_flops
 from sovit.spec.vlm_run import VlmRun
 
@@ -192,7 +192,7 @@ def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, **mor
         "cooldown_examples": run.cooldown_examples(num_examples),
         "forward_flops": shape.forward_flops,
         "head_flops": pairs if siglip else shape.head_flops(num_classes),
-        **({"text_flops": run.task_flops() - pairs} if siglip else {}),
+        **({"text_flops": task_flops(shape, run.recipe, run.data) - pairs} if siglip else {}),
         "compute": shape.forward_flops * num_examples,
         "train_flops": run.train_flops(num_examples, num_classes),
         "spent_flops": run.spent_flops(num_examples, num_classes),

@@ -21,12 +21,12 @@ class Limit(typing.NamedTuple):
     words: str
 
 
-AT_LEAST_0, ABOVE_0 = Limit(lambda x: x >= 0, "at least 0"), Limit(lambda x: x > 0, "above 0")
-UNDER_1 = Limit(lambda x: 0 <= x < 1, "at least 0 and under 1")
+_NOT_NEGATIVE = Limit(lambda x: x >= 0, "at least 0")
+Whole = Annotated[int, _NOT_NEGATIVE]
 Count = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
-Positive = Annotated[float, ABOVE_0]
-NotNegative = Annotated[float, AT_LEAST_0]
-Decay = Annotated[float, UNDER_1]
+Positive = Annotated[float, Limit(lambda x: x > 0, "above 0")]
+AtLeast0 = Annotated[float, _NOT_NEGATIVE]
+Decay = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and under 1")]
 Share = Annotated[float, Limit(lambda x: 0 < x < 1, "a share between 0 and 1")]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 1 << 32, "a whole number from 0 to 2^32 - 1")]
 
@@ -69,13 +69,13 @@ def keys(run: Any) -> list[str]:
     return found
 
 
-def non_default(instance: Any) -> dict:
+def changed(instance: Any) -> dict:
     """The fields of a dataclass that differ from their default."""
     values = {f.name: (getattr(instance, f.name), f.default) for f in dataclasses.fields(instance)}
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def short_hash(identity: dict) -> str:
+def digest(identity: dict) -> str:
     """10 hex digits of plain data."""
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
@@ -86,7 +86,7 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def check_types(instance: Any) -> None:
+def check(instance: Any) -> None:
     """Hold a dataclass to its annotations. 0 given for 0.0 becomes 0.0: equal runs must have equal ids."""
     for name, hint in _hints(instance.__class__).items():
         object.__setattr__(instance, name, _typed(hint, getattr(instance, name), name))

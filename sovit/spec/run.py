@@ -11,22 +11,10 @@ import functools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from sovit import UserError
-from sovit.spec.config import (
-    AT_LEAST_0,
-    Count,
-    Decay,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_types,
-    from_dict,
-    non_default,
-    short_hash,
-)
+from sovit.spec.config import AtLeast0, Count, Decay, Positive, Seed, Share, Whole, changed, check, digest, from_dict
 from sovit.spec.shape import Shape, Trained
 from sovit.spec.siglip_costs import NUM_WORDS, pair_flops, text_flops
 
@@ -44,11 +32,11 @@ class Recipe:
 
     peak_lr: Positive
     batch_size: Count = 16
-    weight_decay: NotNegative = 0.05  # AdamW's, multiplied by the learning rate; on matrices only
+    weight_decay: AtLeast0 = 0.05  # AdamW's, multiplied by the learning rate; on matrices only
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     clip_norm: Positive = 1.0
-    warmup_examples: Annotated[int, AT_LEAST_0] = 800
+    warmup_examples: Whole = 800
     schedule: Literal["constant", "rsqrt"] = "constant"
     rsqrt_examples: Count = 160_000  # timescale of the rsqrt trunk
     cooldown: Share = 0.2  # share of a budget spent in the (1 - sqrt) cooldown, arXiv 2405.18392
@@ -58,7 +46,7 @@ class Recipe:
     objective: Objective = "classification"  # or siglip: the sigmoid image-text loss on captions, sovit.train.siglip
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         if len(set(self.patch_sizes)) != len(self.patch_sizes):
             raise UserError(f"patch_sizes={list(self.patch_sizes)} must be different sizes")
         if self.schedule == "rsqrt" and self.rsqrt_examples < self.batch_size:
@@ -88,7 +76,7 @@ class Run:
     trained: Trained = "full"  # what of a base is trained: see sovit.train.finetune
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         if self.trained != "full" and not self.base:
             raise UserError(f"trained={self.trained} without a base leaves the rest as it was drawn; name a base")
         for size in self.recipe.patch_sizes:
@@ -127,8 +115,8 @@ class Run:
     @functools.cached_property
     def trunk_id(self) -> str:
         """Hash of everything but budgets, study and probe."""
-        identity = {k: v for k, v in non_default(self).items() if k not in ("budgets", "study", "probe")}
-        return short_hash(identity | {"shape": non_default(self.shape), "recipe": non_default(self.recipe)})
+        identity = {k: v for k, v in changed(self).items() if k not in ("budgets", "study", "probe")}
+        return digest(identity | {"shape": changed(self.shape), "recipe": changed(self.recipe)})
 
     def run_id(self, num_examples: int) -> str:
         return f"{self.trunk_id}-{num_examples}"
@@ -177,10 +165,6 @@ class Run:
         if self.base:
             return shape.step_flops(num_classes, self.trained)
         return 3 * (shape.forward_flops + task_flops(shape, self.recipe, self.data, num_classes))
-
-    def task_flops(self, num_classes: int = 0) -> int:
-        """Forward FLOPs of an image beside the encoder: of its task head, or of its pairs and its caption."""
-        return task_flops(self.shape, self.recipe, self.data, num_classes)
 
     def spent_flops(self, num_examples: int, num_classes: int = 0) -> int:
         """FLOPs of what this branch adds to the shorter ones; over all branches, the true bill of the run."""

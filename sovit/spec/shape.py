@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from sovit import UserError
-from sovit.spec.config import AT_LEAST_0, Count, check_types
+from sovit.spec.config import Count, Whole, check
 
 DIMENSIONS = ("width", "depth", "mlp_dim", "patch_size", "image_size")  # what a design can sweep and a law can hold
 Pool = Literal["avg", "map", "token", "none"]  # "none": no pooling, the head reads every patch token
@@ -44,12 +44,12 @@ class Shape:
     patch_size: Count = 16
     image_size: Count = 224
     pool: Pool = "avg"
-    num_registers: Annotated[int, AT_LEAST_0] = 0
+    num_registers: Whole = 0
     qkv_bias: bool = True
     layer_scale: bool = False
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         for name, step in (("width", "head_dim"), ("image_size", "patch_size")):
             value, unit = getattr(self, name), getattr(self, step)
             if value % unit:
@@ -76,24 +76,17 @@ class Shape:
     @property
     def num_params(self) -> int:
         """Parameters of the encoder, task head apart."""
-        return encoder_params(
-            self.width,
-            self.depth,
-            self.mlp_dim,
-            self.num_patches,
-            self.num_prefix_tokens,
-            self.patch_size,
-            self.pool,
-            self.qkv_bias,
-            self.layer_scale,
-        )
+        return encoder_params(*self._sizes, self.qkv_bias, self.layer_scale)
 
     @property
     def forward_flops(self) -> int:
         """FLOPs of the encoder's forward pass on one image, task head apart."""
-        return encoder_flops(
-            self.width, self.depth, self.mlp_dim, self.num_patches, self.num_prefix_tokens, self.patch_size, self.pool
-        )
+        return encoder_flops(*self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int, int, int, str]:
+        patches, prefix = self.num_patches, self.num_prefix_tokens
+        return self.width, self.depth, self.mlp_dim, patches, prefix, self.patch_size, self.pool
 
     def head_params(self, num_classes: int) -> int:
         return self.width * num_classes + num_classes
@@ -153,12 +146,8 @@ class Shape:
         if trained == "mlp":
             return head + positions + (self.depth + (self.pool == "map")) * (2 * w * m + m + w)
         projections = 4 * w * w + w  # of a block, and of a MAP head, whose biases are always there
-        return (
-            head
-            + positions
-            + self.depth * (projections + 3 * w * self.qkv_bias)
-            + (self.pool == "map") * (projections + 3 * w)
-        )
+        blocks = self.depth * (projections + 3 * w * self.qkv_bias) + (self.pool == "map") * (projections + 3 * w)
+        return head + positions + blocks
 
     def replace(self, **changes: Any) -> Shape:
         return dataclasses.replace(self, **changes)

@@ -13,18 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sovit import UserError
-from sovit.spec.config import (
-    Count,
-    Decay,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    check_types,
-    from_dict,
-    non_default,
-    short_hash,
-)
+from sovit.spec.config import AtLeast0, Count, Decay, Positive, Seed, Share, changed, check, digest, from_dict
 from sovit.spec.run import Precision
 
 PARTS = ("vision", "projector", "language_model")
@@ -35,12 +24,12 @@ class Part:
     """How one part of the model is treated in a stage. `warmup`: share of the stage's examples."""
 
     mode: Literal["frozen", "full", "lora"] = "frozen"
-    peak_lr: NotNegative = 0.0
+    peak_lr: AtLeast0 = 0.0
     warmup: Decay = 0.03
-    weight_decay: NotNegative = 0.0  # AdamW's; on matrices only
+    weight_decay: AtLeast0 = 0.0  # AdamW's; on matrices only
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         if (self.mode == "frozen") != (self.peak_lr == 0.0):
             raise UserError(
                 f"mode={self.mode} with peak_lr={self.peak_lr:g}: what is trained needs a rate, frozen none"
@@ -57,7 +46,7 @@ class Stage:
     language_model: Part = Part()
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         if self.projector.mode == "lora":
             raise UserError("projector.mode=lora: a projector is small; train it in full")
         if all(part.mode == "frozen" for part in self.parts.values()):
@@ -106,7 +95,7 @@ class VlmRun:
     study: str = ""  # not part of any id
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check(self)
         if not self.stages:
             raise UserError("stages=[] trains nothing; give at least one stage")
         for stage in self.stages:
@@ -145,8 +134,8 @@ class VlmRun:
 
     @functools.cached_property
     def trunk_id(self) -> str:
-        identity = {k: v for k, v in non_default(self).items() if k != "study"}
-        return short_hash({"vlm": identity | {"stages": [_identity(stage) for stage in self.stages]}})
+        identity = {k: v for k, v in changed(self).items() if k != "study"}
+        return digest({"vlm": identity | {"stages": [_identity(stage) for stage in self.stages]}})
 
     def run_id(self, num_examples: int) -> str:
         return f"{self.trunk_id}-{num_examples}"
@@ -228,50 +217,31 @@ class VlmRun:
 
 
 def _identity(stage: Stage) -> dict:
-    parts = {name: non_default(part) for name, part in stage.parts.items() if part.mode != "frozen"}
+    parts = {name: changed(part) for name, part in stage.parts.items() if part.mode != "frozen"}
     return {"num_examples": stage.num_examples, **parts}
 
 
-# presets: how known systems are trained -----------------------------------------------------------------------------
-
-
-def llava15(num_examples: int, batch_size: int) -> dict:
-    """LLaVA-1.5's two stages (arXiv 2310.03744), the images in the proportion of its 558k and 665k: the projector alone at
-    1e-3, then projector and language model at 2e-5; cosine to nothing; the last block but one, not normed."""
-    align = max(5, round(558 / (558 + 665) * num_examples / batch_size)) * batch_size
-    first = Stage(align, projector=Part("full", 1e-3))
-    second = Stage(num_examples - align, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
-    return {"stages": (first, second), "projector": "mlp2x_gelu", "layer": -2, "norm": False, "schedule": "cosine"}
-
-
-def nanovlm(num_examples: int, batch_size: int) -> dict:
-    """nanoVLM's one stage: all parts, the projector at 5.12e-3 and the backbones at 5e-5; cosine to a tenth."""
-    decay = 0.01  # AdamW's default in PyTorch, which nanoVLM leaves as it is
-    stage = Stage(
-        num_examples,
-        vision=Part("full", 5e-5, weight_decay=decay),
-        projector=Part("full", 5.12e-3, weight_decay=decay),
-        language_model=Part("full", 5e-5, weight_decay=decay),
-    )
-    shuffle = "pixel_shuffle_linear?factor=2"
-    return {"stages": (stage,), "projector": shuffle, "layer": -1, "norm": True, "schedule": "cosine", "final_lr": 0.1}
-
-
-def projector_only(num_examples: int, batch_size: int) -> dict:
-    """The projector alone, between a frozen encoder and a frozen language model, as in studies/vlm_transfer.py."""
-    stage = Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))
-    return {"stages": (stage,), "layout": "rows", "template": "short"}
-
-
-PRESETS = {"projector": projector_only, "llava15": llava15, "nanovlm": nanovlm}
-
-
 def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more: Any) -> VlmRun:
-    """A run of PRESETS on `num_examples` images. Raises UserError for an unknown preset and what VlmRun refuses."""
-    if name not in PRESETS:
-        raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    if num_examples % batch_size or num_examples < 10 * batch_size:
-        raise UserError(
-            f"num_examples={num_examples} is no multiple of the batch of {batch_size}, or under {10 * batch_size}"
-        )
-    return VlmRun(encoder, **PRESETS[name](num_examples, batch_size), batch_size=batch_size, **more)
+    """Make a run on `num_examples` images as a known system is trained.
+
+    projector: the projector alone, between a frozen encoder and a frozen language model, as in studies/vlm_transfer.py.
+    llava15: LLaVA-1.5's two stages (arXiv 2310.03744), the images in the proportion of its 558k and 665k: the projector
+    alone, then with the language model; cosine to nothing; the last block but one, not normed. nanovlm: all parts in one
+    stage, cosine to a tenth. Raises UserError for an unknown preset and what VlmRun refuses.
+    """
+    if name == "projector":
+        stages = [Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))]
+        more = {"layout": "rows", "template": "short"} | more
+    elif name == "llava15":
+        align = max(5, round(558 / (558 + 665) * num_examples / batch_size)) * batch_size
+        second = Stage(num_examples - align, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
+        stages = [Stage(align, projector=Part("full", 1e-3)), second]
+        more = {"projector": "mlp2x_gelu", "layer": -2, "norm": False, "schedule": "cosine"} | more
+    elif name == "nanovlm":
+        decay = 0.01  # AdamW's default in PyTorch, which nanoVLM leaves as it is
+        backbone, projector = (Part("full", rate, weight_decay=decay) for rate in (5e-5, 5.12e-3))
+        stages = [Stage(num_examples, backbone, projector, backbone)]
+        more = {"projector": "pixel_shuffle_linear?factor=2", "schedule": "cosine", "final_lr": 0.1} | more
+    else:
+        raise UserError(f"preset {name!r} is unknown; choose one of projector, llava15, nanovlm")
+    return VlmRun(encoder, tuple(stages), batch_size=batch_size, **more)
