@@ -1,8 +1,4 @@
-"""The rules that others grow shapes by, beside the law's own answer.
-
-paper_rule    SoViT's recipe (2305.13035, section 3.2 and App. B): each dimension by tau^(s_k / D)
-size_rule     constant proportions, the size chosen by a law of parameters and images (Chinchilla)
-"""
+"""The rules that others grow shapes by, beside the law's own answer."""
 
 from __future__ import annotations
 
@@ -21,13 +17,12 @@ PAPER = dict(width=0.22, depth=0.45, mlp_dim=0.60)  # s_k as stated in 2305.1303
 
 
 def paper_rule(fit: Fit, best: Recommendation, marginal: Fit | None = None) -> dict:
-    """Apply SoViT's recipe at the budget of `best`, from the law's optimum at the least budget run: each dimension by
-    tau^(s_k / D), tau the ratio of the budgets, D the number of dimensions that grow.
+    """Apply SoViT's recipe (2305.13035, section 3.2 and App. B) from the law's optimum at the least budget run.
 
-    s_k are the marginal exponents of `marginal`, a fit of form `sovit` to the same rows, where it determines all of them,
-    else those that the paper states. The rules of `best` hold here too.
-    Returns {shape, num_params, num_examples, loss, difference, start, exponents, source}. difference: {estimate, low,
-    high} of ln loss(rule) - ln loss(best). Raises UserError for a marginal law of another form.
+    Each dimension grows by tau^(s_k / D), tau the ratio of the budgets, D the number of dimensions that grow, under the
+    rules of `best`. s_k: the marginal exponents of `marginal`, a fit of form `sovit` to the same rows, where it determines
+    them all, else those that the paper states. Returns {shape, num_params, num_examples, loss, difference, start,
+    exponents, source}; difference: {estimate, low, high} of ln loss(rule) - ln loss(best). Raises UserError.
     """
     at, least = target(fit, best.train_flops), budgets_run(fit)[0]
     exponents, source = _marginal([name for name in SIZES if name in at.dims], marginal)
@@ -38,7 +33,7 @@ def paper_rule(fit: Fit, best: Recommendation, marginal: Fit | None = None) -> d
 
 
 def size_rule(fit: Fit, best: Recommendation, sizes: Fit) -> dict:
-    """Choose the size of ViT-B's proportions by `sizes`, a fit of form `chinchilla` to the same rows.
+    """Choose the size of constant proportions by `sizes`, a fit of form `chinchilla` to the same rows.
 
     Returns what `paper_rule` does as far as `difference`. Raises UserError for another form.
     """

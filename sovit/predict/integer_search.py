@@ -1,9 +1,8 @@
 """The best whole shape under hardware rules and all that are as good, exactly: branch and bound over a lattice of shapes.
 
-At a fixed number of images every law that ranks shapes falls with each size, at fixed sizes it falls with the images,
-and FLOPs and parameters rise with every size. So no shape in a box of the lattice beats the box's largest sizes trained
-on as many images as its smallest shape is paid for. A box is dropped where that bound is no better than a shape already
-found; what is left is halved. No convexity is used, and no part of the lattice is left out.
+Every law that ranks shapes falls with each size and with the images, and FLOPs rise with every size. So no shape in a box
+of the lattice beats the box's largest sizes trained on as many images as its smallest shape is paid for. A box is dropped
+where that bound is no better than a shape already found; what is left is halved. No convexity is used.
 """
 
 from __future__ import annotations

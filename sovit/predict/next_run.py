@@ -1,17 +1,11 @@
 """Which run to pay for next: the one that lowers the expected regret of the shape recommended at a target most per FLOP.
 
-    data = measurements(["results/stream_star.jsonl"])
-    pool = candidates(base, {"width": (...), "depth": (...), "mlp_dim": (...)}, Search(train_flops=(...)), data.rows)
-    picks = choose(learn(data.columns, data.y, target_train_flops), pool, num=4)
-
-Criterion (V-optimality for the decision): the loss excess of a shape off the optimum v* (ln x) along the budget is
-1/2 dv' H dv, H the Hessian of ln loss over v with n = budget / F(x); dv = D d phi, phi = ln theta, and by the implicit
-function theorem D = -H^-1 M, M = d2 ln loss / dv dphi. So the expected regret is 1/2 tr(M' H^-1 M Sigma), Sigma the
-posterior covariance of phi: Gauss-Newton information of the rows plus a weak prior. Rows of one trunk share an error, rows
-of one shape share what the form gets wrong about it: an s.d. of DISCREPANCY per log unit between the shape and the target.
-Without that term the criterion buys many small cheap runs and trusts the extrapolation, which a wrong form punishes; for
-the same reason every fifth pick is a check near the target. Where the form's compute term is wrong it still does worse
-than drawing cheap runs at random (results/active_sweep.json).
+The loss excess of a shape off the optimum v* (ln x) along the budget is 1/2 dv' H dv, H the Hessian of ln loss; dv =
+-H^-1 M d phi, phi = ln theta, M = d2 ln loss / dv dphi. So the expected regret is 1/2 tr(M' H^-1 M Sigma), Sigma the
+covariance of phi. Rows of one trunk share an error, rows of one shape what the form gets wrong about it (DISCREPANCY).
+Without that term the criterion buys many cheap runs and trusts the extrapolation, which a wrong form punishes; so every
+fifth pick is a check near the target. Where the form's compute term is wrong it still does worse than drawing cheap runs
+at random (results/active_sweep.json).
 """
 
 from __future__ import annotations
@@ -36,8 +30,7 @@ TRUE = 3.0  # noise s.d. by which a check may miss and still have come true
 class Checks:
     """Tests of the law near the target: {predicted, measured} of each, in order; the last one counts.
 
-    noise_sd: s.d. of ln loss between seeds; None = not known. A check is judged by it where it is less than the belief's
-    own noise, which also holds what the form gets wrong.
+    noise_sd: s.d. of ln loss between seeds, None where unknown; the belief's own noise also holds what the form gets wrong.
     """
 
     made: Sequence[Mapping] = ()
@@ -164,7 +157,7 @@ def gains(white: np.ndarray, covariance: np.ndarray, weight: np.ndarray) -> np.n
 def choose(
     belief: Belief, candidates: Sequence[Candidate], num: int = 1, num_made: int = 0, checks: Checks = Checks()
 ) -> list[Pick]:
-    """At most `num` picks in the order to make them, each chosen as if those before it were made.
+    """Make at most `num` picks in the order to make them, each chosen as if those before it were made.
 
     While the last of the checks did not come true the criterion is not believed, and new trunks are drawn at random with
     p ~ 1/cost; num_made, the picks made so far, seeds the draws. Raises UserError for an empty pool.
@@ -193,10 +186,7 @@ def choose(
 
 
 def check_pick(belief: Belief, candidates: Sequence[Candidate]) -> Pick:
-    """The run nearest the target, which is that of the lowest predicted loss (the cheaper of equals), as a check.
-
-    Its prediction is in the pick and is to be compared with what it measures. Raises UserError for an empty pool.
-    """
+    """Pick the run of the lowest predicted loss (the cheaper of equals) as a check. Raises UserError for an empty pool."""
     pool = _Pool.of(belief, candidates)
     best = int(np.lexsort((pool.cost, pool.value[:, -1].round(9)))[0])
     white = _innovations(belief, pool, _made(belief))
@@ -230,10 +220,7 @@ def _pick(
 
 
 def should_stop(belief: Belief, checks: Checks) -> tuple[bool, str]:
-    """(stop, why). Only a check that came true says stop; a small expected regret alone never does.
-
-    Regret does not matter below the noise between seeds, or the belief's own where that is not known.
-    """
+    """Say (stop, why). Only a check that came true says stop; a small expected regret alone never does."""
     noise, regret = checks.noise_sd or belief.noise_sd, belief.expected_regret
     small = f"expected regret {100 * regret:.3g} % against a noise of {100 * noise:.3g} %"
     if not checks.made:
@@ -248,14 +235,11 @@ def should_stop(belief: Belief, checks: Checks) -> tuple[bool, str]:
 
 
 def whole_shape(belief: Belief, base: Shape) -> Shape:
-    """The best of the buildable shapes around the real optimum: each dimension rounded down and up.
-
-    Width to a multiple of head_dim, mlp_dim to one of 8.
-    """
+    """Round the real optimum, each dimension down or up (width to head_dim, mlp_dim to 8), to the best buildable shape."""
     steps, ends = dict(width=base.head_dim, mlp_dim=8), []
     for name, x in belief.shape.items():
         step = steps.get(name, 1)
-        ends.append(sorted({step * max(1, int(np.floor(x / step))), step * max(1, int(np.ceil(x / step)))}))
+        ends.append([step * max(1, int(np.floor(x / step)) + up) for up in (0, 1)])
     shapes = [base.replace(**dict(zip(belief.dims, pick))) for pick in itertools.product(*ends)]
     flops = belief.geometry.flops({n: np.array([getattr(s, n) for s in shapes], float) for n in belief.dims}, head=True)
     images = np.exp(belief.log_budget) / flops

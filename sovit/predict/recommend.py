@@ -1,6 +1,6 @@
 """A fitted law and a budget -> the best shape that can be built, how sure that is, and what is as good.
 
-Budget: train_flops = 3 (forward_flops + head_flops) x num_examples. A law's compute is forward_flops x num_examples.
+Budget: train_flops = 3 (forward_flops + head_flops) x num_examples.
 """
 
 from __future__ import annotations
@@ -177,10 +177,9 @@ def _real_optimum(at: Target) -> dict[str, float]:
 
 
 def proportional_shape(at: Target, head_dim: int, reference: float) -> Proportional:
-    """Find the best shape of ViT-B's proportions (width w, depth w/64 rounded and at least 1, mlp_dim 4w) at a budget.
+    """Find the shape of ViT-B's proportions that the law itself thinks best: the strongest opponent that they allow.
 
-    w is the multiple of head_dim that the law itself thinks best at that budget: the strongest opponent that constant
-    proportions allow. reference: the loss of the recommended shape.
+    Width w is a multiple of head_dim, depth w/64 rounded and at least 1, mlp_dim 4w. reference: loss of the recommended.
     """
     table = proportional_family(at, head_dim)
     loss = at.loss(table)
@@ -199,10 +198,7 @@ def proportional_family(at: Target, head_dim: int) -> dict[str, np.ndarray]:
 
 
 def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
-    """Compare the recommendations of several forms: {form, shape, loss, loss_excess} of each.
-
-    shape: the form's best Shape; loss_excess: form -> excess loss of that shape under it.
-    """
+    """Compare the forms' best shapes: {form, shape, loss, loss_excess}; loss_excess: form -> of that shape under it."""
     shapes = [best_shape(fit, train_flops).shape for fit in fits]
     losses = {fit.form: predicted_loss(fit, shapes, train_flops) for fit in fits}
     rows = []
@@ -213,10 +209,7 @@ def form_dependence(fits: Sequence[Fit], train_flops: float) -> list[dict]:
 
 
 def _least(at: Target, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The real optimum of each draw: ln x [R, K], and the loss [R] of its best sizes, patch and image size as run.
-
-    Where a law reads these the losses are those of the first TOKEN_DRAWS draws.
-    """
+    """The real optimum of each draw, ln x [R, K], and the loss of its best shape of patch and image size as run."""
     theta, _ = at.draws(kind)
     v = at.optimum(theta)
     return v, at.least(theta[:TOKEN_DRAWS]) if set(TOKENS) & set(at.dims) else at.paired(v, theta)

@@ -1,7 +1,4 @@
-"""The prediction tested: written down first, then two shapes trained at equal FLOPs, and a verdict by a rule fixed before.
-
-Paired by seed: same data order, same initial seed. `RULE` says the rest.
-"""
+"""The prediction tested: written down first, two shapes trained at equal FLOPs, and a verdict by a rule fixed before."""
 
 from __future__ import annotations
 
