@@ -19,6 +19,7 @@ import numpy as np
 from sovit.law.form import Form
 from sovit.law.geometry import Geometry
 
+BEND = 1e-20  # of the complex step
 DIFFERENCE = 1e-5  # of the gradient, for the curvature
 STEP = 1e-3  # of the differences in ln x
 STEPS = 80  # of Newton at most
@@ -28,10 +29,13 @@ NUM_SURVEYED = 3  # local minima of the survey that are followed
 
 
 def law_columns(terms: Sequence[str], table: Mapping, images: Any, geometry: Geometry) -> np.ndarray:
-    """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted."""
+    """ln of a law's columns [K, n] for dimensions name -> [n] trained on `images` [n]; parameters are counted.
+
+    Of complex values complex.
+    """
     known = {"num_examples": lambda: images, "num_params": lambda: geometry.num_params(table)}
-    known["num_patches"] = lambda: geometry.num_patches(table) + 0 * np.asarray(next(iter(table.values())), float)
-    return np.log(np.stack([np.asarray(table[n] if n in table else known[n](), float) for n in terms]))
+    known["num_patches"] = lambda: geometry.num_patches(table) + 0 * np.asarray(next(iter(table.values())))
+    return np.log(np.stack([np.asarray(table[n] if n in table else known[n]()) for n in terms]))
 
 
 @dataclass(frozen=True)
@@ -82,22 +86,17 @@ def optimum(
 
 
 def _measure(problem: tuple, theta: np.ndarray, log_budget: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ln M [R] and its gradient [R, K] at v [R, K]: the form's own value and elasticities, chained through F and N."""
+    """ln M [R] and its gradient [R, K] at v [R, K]: the form's own value and elasticities, chained through F and N.
+
+    Slopes of the columns are by complex step: the counts are analytic in x, so that they are exact.
+    """
     form, centre, names, geometry, head = problem
-    columns, slopes = np.empty((len(v), len(form.terms))), np.zeros((len(v), len(form.terms), len(names)))
-    for k, term in enumerate(form.terms):
-        if term in names:
-            columns[:, k] = v[:, names.index(term)]
-            slopes[:, k, names.index(term)] = 1
-        elif term == "num_params":
-            columns[:, k], slopes[:, k] = geometry.log_params(names, v)
-        elif term == "num_patches":
-            columns[:, k], slopes[:, k] = geometry.log_patches(names, v)
-        else:
-            ln_f, slope = geometry.log_flops(names, v, head)
-            columns[:, k], slopes[:, k] = log_budget - ln_f, -slope
-    value, by_column = form.elasticities(theta, (columns - centre)[:, :, None])
-    return value[:, 0], np.einsum("rk,rkd->rd", by_column[:, :, 0], slopes)
+    bent = v[:, None] + BEND * 1j * np.eye(v.shape[1])  # [R, K, K]
+    table = dict(zip(names, np.exp(np.moveaxis(bent, 2, 0))))  # [R, K] each
+    images = np.exp(log_budget)[:, None] / geometry.flops(table, head)
+    columns = law_columns(form.terms, table, images, geometry)  # [T, R, K]
+    value, by_column = form.elasticities(theta, (columns[:, :, 0].real.T - centre)[:, :, None])
+    return value[:, 0], np.einsum("rt,trk->rk", by_column[:, :, 0], columns.imag / BEND)
 
 
 def _newton(

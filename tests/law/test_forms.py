@@ -8,7 +8,7 @@ import pytest
 
 from sovit.law import fit as law
 from sovit.law import fitted_law
-from sovit.law.compute_optimum import Family, optimum
+from sovit.law.compute_optimum import Family, _measure, optimum
 from sovit.law.exponents import box
 from sovit.law.forms import LAWS, WHOLE_SHAPE
 from sovit.law.geometry import Geometry
@@ -38,16 +38,18 @@ def test_num_params_of_a_geometry_are_those_of_the_shape():
         assert geometry.num_params(sizes) == shape.num_params and geometry.flops(sizes, False) == shape.forward_flops
 
 
-def test_elasticities_of_the_counts_equal_differences():
-    geometry, names = Geometry(**planted.GEOMETRY, num_classes=1000), planted.DIMS
-    v = np.log([[608.0, 10, 928], [1968, 40, 6144]])
-    for measure in (lambda v: geometry.log_flops(names, v, True), lambda v: geometry.log_params(names, v)):
-        value, slope = measure(v)
-        for k in range(3):
-            ends = [measure(v + sign * 1e-6 * np.eye(3)[k])[0] for sign in (1, -1)]
-            np.testing.assert_allclose(slope[:, k], (ends[0] - ends[1]) / 2e-6, rtol=1e-7)
-    flops = [geometry.flops(dict(zip(names, row)), True) for row in np.exp(v)]
-    np.testing.assert_allclose(np.exp(geometry.log_flops(names, v, True)[0]), flops)
+@pytest.mark.parametrize("name", ["joint", "joint_n", "bounded_tokens"])
+def test_the_gradient_along_the_budget_equals_differences(name):
+    dims = (*planted.DIMS, "patch_size", "image_size")
+    form, rng = LAWS[name].build(dims, zero_line=None), np.random.default_rng(0)
+    low, high = form.bounds
+    theta, budget = rng.uniform(low + 0.1, np.minimum(high, 2.0), (2, len(low))), np.log([1e18, 1e20])
+    problem = form, np.full(len(form.terms), 6.0), dims, Geometry(num_classes=1000), True
+    v = np.log([[608.0, 10, 928, 14, 224], [1968, 40, 6144, 16, 160]])
+    _, slope = _measure(problem, theta, budget, v)
+    for k in range(len(dims)):
+        ends = [_measure(problem, theta, budget, v + sign * 1e-5 * np.eye(5)[k])[0] for sign in (1, -1)]
+        np.testing.assert_allclose(slope[:, k], (ends[0] - ends[1]) / 2e-5, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in LAWS.items() if entry.ranks_shapes])

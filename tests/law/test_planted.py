@@ -32,6 +32,10 @@ def test_the_optimum_is_where_it_was_calibrated_and_no_neighbour_is_better(kind)
         assert law_.regret(best, 100 * compute) == pytest.approx(0, abs=1e-12)
 
 
+def growth(truth, low, high):
+    return np.log(truth.optimum(high) / truth.optimum(low)) / np.log(high / low)
+
+
 @pytest.mark.parametrize("kind", ["joint", "weak", "bounded", "stream"])
 def test_an_exact_fit_finds_the_growth_of_the_truth(kind):
     truth = planted.truth(kind, np.random.default_rng(5))
@@ -40,7 +44,7 @@ def test_an_exact_fit_finds_the_growth_of_the_truth(kind):
     options = dict(geometry=design.known, extrapolate=False, zero_line=truth.zero_line)
     found = law.fit(form, design.columns, design.losses(truth), clusters=design.trunk, **options)
     assert tuple(found.exponents) == planted.DIMS
-    for true, (name, e) in zip(truth.growth(*found.data.compute_range), found.exponents.items()):
+    for true, (name, e) in zip(growth(truth, *found.data.compute_range), found.exponents.items()):
         assert e.status == "edge" or e.estimate == pytest.approx(true, rel=5e-3), name
 
 
@@ -50,7 +54,7 @@ def test_eq3_is_eq2_on_every_arm():
     found = law.fit("sovit", design.columns, design.losses(truth), clusters=design.trunk, **options)
     assert found.diagnostics.residual_rms < 1e-4
     np.testing.assert_allclose([e.estimate for e in found.exponents.values()], [0.22, 0.45, 0.6], rtol=0.02)
-    np.testing.assert_allclose(truth.growth(1e18, 1e20), [0.22, 0.45, 0.6], rtol=2e-3)
+    np.testing.assert_allclose(growth(truth, 1e18, 1e20), [0.22, 0.45, 0.6], rtol=2e-3)
 
 
 def test_more_interaction_moves_the_optimum_away_from_the_additive_law():

@@ -11,6 +11,7 @@ from sovit import UserError
 from sovit.cli.main import main
 from sovit.law import fit as law
 from sovit.law import fitted_law
+from sovit.law.checks.simulate import elasticity
 from sovit.predict import growth_rules as growth
 from sovit.predict.growth_rules import paper_rule, size_rule
 from sovit.predict.law_at_budget import ladder, predicted_loss, target
@@ -43,16 +44,20 @@ def at_so400m() -> tuple[fitted_law.Fit, float]:
     """A law with the a and c that SoViT's published s and c imply, whose optimum at 40 G images is SoViT-400m."""
     found = fitted()
     geometry = found.geometry
-    ln_f, g = geometry.log_flops(planted.DIMS, np.log(SO400M)[None], True)
+
+    def flops(x):
+        return geometry.flops(dict(zip(planted.DIMS, np.asarray(x, complex).T)), True)
+
+    g = elasticity(flops, SO400M)
     names, centres = found.model.names, found.centre
     theta = np.zeros(len(names))
     data = (40e9 / np.exp(centres[-1])) ** -planted.C  # B = 1 on the centred column
     for k, name in enumerate(planted.DIMS):
         a = planted.EXPONENTS[k]
-        theta[names.index(f"A_{name}")] = planted.C * g[0, k] * data / a * np.exp(a * (np.log(SO400M[k]) - centres[k]))
+        theta[names.index(f"A_{name}")] = planted.C * g[k] * data / a * np.exp(a * (np.log(SO400M[k]) - centres[k]))
         theta[names.index(f"a_{name}")] = a
     theta[names.index("B")], theta[names.index("c")] = 1.0, planted.C
-    compute = float(np.exp(ln_f[0])) * 40e9
+    compute = float(flops(SO400M).real) * 40e9
     data = replace(found.data, compute_range=[compute / 100, compute * 100])
     return replace(found, model=replace(found.model, theta=theta.tolist()), data=data), 3 * compute
 

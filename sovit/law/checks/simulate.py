@@ -19,7 +19,7 @@ All but `stream` have (608, 10, 928) as their optimum at 600 M images, SoViT's s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,6 @@ class Truth:
             v = v - np.linalg.solve(np.array([(up - down) / 2e-5 for up, down in ends]), gradient)
         return np.exp(v)
 
-    def growth(self, low: float, high: float) -> np.ndarray:
-        """Exponent s of the optimum ~ compute^s between two computes, [3]."""
-        return np.log(self.optimum(high) / self.optimum(low)) / np.log(high / low)
-
     def regret(self, shape: Any, compute: float) -> float:
         """Relative excess of the loss of `shape` [3] over that of the optimum at the same compute."""
         return float(self.loss_at(np.asarray(shape, float), compute) / self.loss_at(self.optimum(compute), compute) - 1)
@@ -132,58 +128,41 @@ def truth(kind: str, rng: np.random.Generator | None = None, frac: float = 0.4) 
     if kind not in KINDS:
         raise UserError(f"a planted law of kind {kind!r} is unknown; choose one of {', '.join(KINDS)}")
     near = (lambda x: np.asarray(x) * np.exp(rng.uniform(-0.25, 0.25, np.shape(x)))) if rng else np.asarray
-    anchor, level = near(STREAM_ANCHOR if kind == "stream" else ANCHOR), float(near(0.05))
+    stream = kind == "stream"
+    anchor, level = near(STREAM_ANCHOR if stream else ANCHOR), float(near(0.05))
     eps = rng.uniform(0.1, 0.3) if rng else 0.2
-    if kind == "stream":
-        exponents, c = near([1.3, 1.3, 0.55]), float(near(0.3))
-    elif kind in ("weak", "eq3"):
-        exponents = near([1.0, 0.6, 0.6] if kind == "weak" else [2.15, 0.80, 0.89])
-        c = float(near(0.4 if kind == "weak" else 0.65))
+    reference = dict(weak=([1.0, 0.6, 0.6], 0.4), stream=([1.3, 1.3, 0.55], 0.3))
+    middle, middle_c = reference.get(kind, ([2.15, 0.80, 0.89], 0.65))
+    if kind in ("weak", "eq3", "stream"):
+        exponents, c = near(middle), float(near(middle_c))
     else:
-        exponents, c = np.array([2.15, 0.80, 0.89]), 0.65
-        if rng:
-            exponents, c = rng.uniform(0.6, 2.2, 3), float(rng.uniform(0.4, 0.75))
-    if kind == "stream":
-        return _stream(exponents, c, anchor, level)
-    flops = elasticity(lambda x: SOVIT.flops(dict(zip(DIMS, x.T)), head=False), anchor)
+        exponents, c = (rng.uniform(0.6, 2.2, 3), float(rng.uniform(0.4, 0.75))) if rng else (np.array(middle), 0.65)
+    geometry = STREAM if stream else SOVIT
+    cost = float(geometry.flops(dict(zip(DIMS, anchor)), head=False))  # of one image, at the anchor
+    images = STREAM_COMPUTE / cost if stream else ANCHOR_IMAGES
+    level = 1.1 * level / 0.05 if stream else level
+    flops = elasticity(lambda x: geometry.flops(dict(zip(DIMS, x.T)), head=False), anchor)
     pull = c * flops * level  # of the data term at the anchor: what a_k A_k x_k^-a_k must equal
-    B = level * ANCHOR_IMAGES**c
+    amplitudes = pull / exponents * anchor**exponents
+    law = Truth(kind, amplitudes, exponents, level * images**c, c, eps, anchor, geometry)
     if kind == "inter":
         size = elasticity(lambda x: num_params(x, SOVIT), anchor)
         term = frac * (pull / size).min() / PARAM_EXPONENT
         amplitudes = (pull - PARAM_EXPONENT * size * term) / exponents * anchor**exponents
-        count = float(num_params(anchor, SOVIT))
-        return Truth(kind, amplitudes, exponents, B, c, eps, anchor, param_amplitude=term * count**PARAM_EXPONENT)
-    amplitudes = pull / exponents * anchor**exponents
+        scaled = term * float(num_params(anchor, SOVIT)) ** PARAM_EXPONENT
+        return replace(law, amplitudes=amplitudes, param_amplitude=scaled)
     if kind == "eq3":  # b_k = c / s_k - a_k at the published s
-        cost = near([0.805, 0.644, 0.193])
-        compute = float(SOVIT.flops(dict(zip(DIMS, anchor)), head=False)) * ANCHOR_IMAGES
-        beta = pull / cost * anchor**-cost * compute**c
-        return Truth(
-            kind, amplitudes, exponents, 0.2 * level * compute**c, c, eps, anchor,
-            cost_amplitudes=beta, cost_exponents=cost,
-        )  # fmt: skip
-    if kind == "bounded":  # K^(s-1) dK = D^(s-1) dD at the anchor
-        power = float(rng.uniform(1.5, 2.5)) if rng else 1.9
+        powers, compute = near([0.805, 0.644, 0.193]), cost * images
+        beta = pull / powers * anchor**-powers * compute**c
+        return replace(law, B=0.2 * level * compute**c, cost_amplitudes=beta, cost_exponents=powers)
+    if kind in ("bounded", "stream"):  # K^(s-1) dK = D^(s-1) dD at the anchor
+        power = 2.0 if stream else float(rng.uniform(1.5, 2.5)) if rng else 1.9
         capacity = float((amplitudes * anchor**-exponents).sum())
-        amplitudes = amplitudes * (level / capacity) ** ((power - 1) / power)
-        return Truth(
-            kind, amplitudes, exponents, B, c, eps / 2, anchor, power=power, scale=3.0 * 0.05 / level, zero_line=1.2
-        )
-    return Truth(kind, amplitudes, exponents, B, c, eps, anchor)
-
-
-def _stream(exponents: Any, c: float, anchor: Any, level: float) -> Truth:
-    """A power mean with the optimum at `anchor` for STREAM_COMPUTE, losses near those of the stream, 2.767 its zero."""
-    power, data = 2.0, 1.1 * level / 0.05
-    flops = elasticity(lambda x: STREAM.flops(dict(zip(DIMS, x.T)), head=False), anchor)
-    images = STREAM_COMPUTE / float(STREAM.flops(dict(zip(DIMS, anchor)), head=False))
-    amplitudes = c * flops * data / exponents * anchor**exponents
-    capacity = float((amplitudes * anchor**-exponents).sum())
-    amplitudes = amplitudes * (data / capacity) ** ((power - 1) / power)
-    return Truth(
-        "stream", amplitudes, exponents, data * images**c, c, 0.2, anchor, STREAM, power=power, zero_line=2.767
-    )
+        law = replace(law, amplitudes=amplitudes * (level / capacity) ** ((power - 1) / power), power=power)
+        if stream:
+            return replace(law, eps=0.2, zero_line=2.767)
+        return replace(law, eps=eps / 2, scale=3.0 * 0.05 / level, zero_line=1.2)
+    return law
 
 
 @dataclass(frozen=True)
