@@ -31,25 +31,22 @@ def support_sets(labels: np.ndarray, num_classes: int, seed: int, most: int = SH
     return np.stack([random.permutation(np.flatnonzero(labels == c))[:most] for c in range(num_classes)])
 
 
-def ridge(features: np.ndarray, labels: np.ndarray, num_classes: int, penalty: float = RIDGE):
+def ridge(features: np.ndarray, labels: np.ndarray, num_classes: int):
     """Fit the probe to features [N, D] and labels [N]; returns mean [D], scale [D] and weights [D + 1, C].
 
-    In closed form, by the eigenvectors of the smaller of X'X and XX'; in the precision of `features`.
+    In closed form, in the smaller of the spaces of X'X and XX'.
     """
-    mean, scale = features.mean(0), features.std(0) + features.dtype.type(SD_FLOOR)
+    mean, scale = features.mean(0), features.std(0) + SD_FLOOR
     x = with_bias((features - mean) / scale)  # [N, D + 1]
-    targets = np.where(labels[:, None] == np.arange(num_classes), 1, -1).astype(x.dtype)  # [N, C]
-    if x.shape[0] >= x.shape[1]:
-        values, vectors = np.linalg.eigh(x.T @ x)
-        left, right = vectors, vectors.T @ (x.T @ targets)
-    else:
-        values, vectors = np.linalg.eigh(x @ x.T)
-        left, right = x.T @ vectors, vectors.T @ targets
-    return mean, scale, (left / (values + x.dtype.type(penalty))) @ right
+    targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)  # [N, C]
+    n, dim = x.shape
+    if n >= dim:
+        return mean, scale, np.linalg.solve(x.T @ x + RIDGE * np.eye(dim), x.T @ targets)
+    return mean, scale, x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(n), targets)
 
 
 def with_bias(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, np.full((len(x), 1), BIAS, x.dtype)], 1)
+    return np.concatenate([x, np.full((len(x), 1), BIAS)], 1)
 
 
 def answers(features: np.ndarray, probe) -> np.ndarray:

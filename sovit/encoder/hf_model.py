@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from timm.layers import AttentionPoolLatent
-from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sovit.encoder.model import build
@@ -38,7 +35,7 @@ class SovitVisionConfig(PreTrainedConfig):
     num_registers: int = 0
     qkv_bias: bool = True
     layer_scale: bool = False
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # of what transformers draws anew
 
     @property
     def shape(self) -> Shape:
@@ -113,19 +110,6 @@ class SovitVisionModel(PreTrainedModel):
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, LayerScale):
-            initialization.constant_(module.gamma, 1e-5)
-        if isinstance(module, AttentionPoolLatent):
-            initialization.normal_(module.latent, std=std)
-        for name in ("pos_embed", "cls_token", "reg_token"):
-            token = getattr(module, name, None)
-            if isinstance(token, nn.Parameter):
-                initialization.normal_(token, std=std)
 
 
 AutoConfig.register(SovitVisionConfig.model_type, SovitVisionConfig, exist_ok=True)

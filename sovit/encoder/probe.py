@@ -9,6 +9,7 @@ Both are opened at the encoder's own resolution: a larger encoder sees more deta
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,34 +108,26 @@ def source_batches(samples, start: int, stop: int) -> Iterator:
 
 
 @torch.inference_mode()
-def features(encoder: Encoder, data: ProbeData, show: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pooled features of the support samples [M, D] and of the validation images [V, D], and the latter's labels [V].
-
-    show: with a progress bar.
-    """
+def features(encoder: Encoder, data: ProbeData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pooled features of the support samples [M, D] and of the validation images [V, D], and the latter's labels [V]."""
     mean, std = NORMALISATION[named_data(data.name).data]
-
-    def bar(items: Iterable, what: str, total: int) -> Iterable:
-        return track(items, f"{encoder.name}: {what}", total) if show else items
 
     def pooled(images: torch.Tensor) -> np.ndarray:
         # noise may stand a little outside of [0, 1]; it stays, so that a tower trained on the source sees what it knows
         return encoder.pooled(encoder.preprocess(images * std + mean)).float().cpu().numpy()
 
     support = []
-    starts = np.unique(data.support // BATCH) * BATCH
-    for start in bar(starts, "support", len(starts)):
+    for start in np.unique(data.support // BATCH) * BATCH:
         rows = data.support[(data.support >= start) & (data.support < start + BATCH)] - start
         support.append(pooled(data.source.train(int(start), int(rows[-1]) + 1).images[torch.from_numpy(rows)]))
     test, labels = [], []
-    total = data.source.num_val
-    for batch in bar(source_batches(data.source.val, 0, total), "test", -(-total // BATCH)):
+    for batch in source_batches(data.source.val, 0, data.source.num_val):
         test.append(pooled(batch.images))
         labels.append(batch.labels.cpu().numpy())
     return np.concatenate(support), np.concatenate(test), np.concatenate(labels)
 
 
-def probe(encoder: Encoder, data: str | ProbeData = "icons:single40", show: bool = False) -> dict[int, list[float]]:
+def probe(encoder: Encoder, data: str | ProbeData = "icons:single40") -> dict[int, list[float]]:
     """Few-shot errors of an encoder: number of shots -> error with each support set.
 
     data: SOURCE:PRESET, opened at the encoder's resolution on its device, or as `open_probe` did. Raises UserError for data
@@ -146,26 +139,31 @@ def probe(encoder: Encoder, data: str | ProbeData = "icons:single40", show: bool
     """
     if isinstance(data, str):
         device = next((p.device.type for p in encoder.module.parameters()), "cpu")
-        data = open_probe(data, encoder.preprocess.image_size, patch_size(encoder), device)
-    support, test, test_labels = features(encoder, data, show)
+        data = open_probe(data, *sizes(encoder), device)
+    support, test, test_labels = features(encoder, data)
     if not (np.isfinite(support).all() and np.isfinite(test).all()):
         raise UserError(f"{encoder.name} gives features that are not finite on {data.name}; it cannot be probed")
     return few_shot_errors(support, data.labels, data.sets, test, test_labels)
 
 
 def compare(names: Sequence[str], data_name: str, runs_dir: Path | str = "runs", device: str = "cpu") -> dict:
-    """Probe several encoders: {data, encoders: [{encoder, image_size, width, shots: {10: {error, sd, n, errors}}, ...}]}."""
-    found, opened = [], {}
+    """Probe several encoders: {data, encoders: [{encoder, image_size, width, shots: {10: {error, sd, errors}}, ...}]}."""
+    opened = functools.cache(functools.partial(open_probe, data_name, device=device))
+    found = []
     for name in names:
         encoder = load_encoder(name, runs_dir, device)
-        size = encoder.preprocess.image_size, patch_size(encoder)
-        if size not in opened:
-            opened[size] = open_probe(data_name, *size, device)
-            say(str(opened[size]) + f"; {size[0]} px")
-        errors = probe(encoder, opened[size], show=True)
-        shots = {s: {"error": np.mean(e), "sd": np.std(e, ddof=1), "n": len(e), "errors": e} for s, e in errors.items()}
-        what = {"encoder": name, "image_size": size[0], "width": encoder.width, "num_params": encoder.num_params}
-        found.append(what | {"zero_line": opened[size].zero_line, "shots": shots})
+        data = opened(*sizes(encoder))
+        say(f"{name}, {data.image_size} px, on {data}")
+        shots = {
+            s: {"error": np.mean(e), "sd": np.std(e, ddof=1), "errors": e} for s, e in probe(encoder, data).items()
+        }
+        what = {
+            "encoder": name,
+            "image_size": data.image_size,
+            "width": encoder.width,
+            "num_params": encoder.num_params,
+        }
+        found.append(what | {"zero_line": data.zero_line, "shots": shots})
     return {"data": data_name, "encoders": found}
 
 
@@ -185,11 +183,14 @@ def comparison_text(result: dict) -> str:
     )
 
 
-def patch_size(encoder: Encoder) -> int:
-    return encoder.preprocess.image_size // encoder.grid
+def sizes(encoder: Encoder) -> tuple[int, int]:
+    """Pixels a side of an encoder's image and patch."""
+    return encoder.preprocess.image_size, encoder.preprocess.image_size // encoder.grid
 
 
 # rows ----------------------------------------------------------------------------------------------------------------
+
+Rows = Iterable[Mapping[str, Any]]
 
 
 def probe_branches(rows: Sequence[dict], name: str, runs_dir: Path | str, device: str = "cpu") -> list[dict]:
@@ -202,24 +203,17 @@ def probe_branches(rows: Sequence[dict], name: str, runs_dir: Path | str, device
     return [found.get(row["run_id"], row) for row in rows]
 
 
-Rows = Iterable[Mapping[str, Any]]
-
-
 def probed(rows: Rows, name: str, runs_dir: Path | str, device: str, known: Rows = ()) -> Iterator[dict]:
     """Probe the branch of each row; yield the row with the columns, when its record has them.
 
     Raises UserError where one of the rows `known` was probed on other data of that name.
     """
-    opened: dict[tuple[int, int], ProbeData] = {}
+    opened = functools.cache(functools.partial(open_probe, name, device=device))
     for row in rows:
         encoder = load_encoder(row["run_id"], runs_dir, device)
-        size = encoder.preprocess.image_size, patch_size(encoder)
-        if size not in opened:
-            opened[size] = open_probe(name, *size, device)
-            check_same_data(known, opened[size])
-        data = opened[size]
-        what = dict(zip(about(name), (data.source.content_key, data.zero_line)))
-        found = columns(name, probe(encoder, data)) | what
+        data = opened(*sizes(encoder))
+        check_same_data(known, data)
+        found = columns(name, probe(encoder, data)) | dict(zip(about(name), (data.source.content_key, data.zero_line)))
         add_columns(runs_dir, row, found)
         yield dict(row) | found
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from sovit import UserError
@@ -24,28 +25,13 @@ from sovit.spec.shape import Shape
 METHODS = {"bicubic": "bicubic", "linear": "bilinear"}
 
 
-def resize_positions(
-    pos: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int = 0, method: str = "bicubic"
-) -> Tensor:
-    """Position embeddings [1, P + h*w, D] of one grid -> [1, P + h'*w', D] of another; grids are (rows, columns).
+def resize_positions(pos: Tensor, old: int, new: int, num_prefix: int, method: str = "bicubic") -> Tensor:
+    """Position embeddings [1, P + old^2, D] -> [1, P + new^2, D], computed in float32.
 
-    The first `num_prefix` = P rows (class token, registers) stay as they are. "bicubic" is timm's
-    (timm.layers.resample_abs_pos_embed, bit for bit in float32), "linear" FlexiViT's (arXiv 2212.08013; jax.image.resize of
-    big_vision models/proj/flexi/vit.py). At the same grid `pos` itself. Raises UserError for a grid not the tensor's.
+    The first `num_prefix` = P rows (class token, registers) stay as they are. "bicubic" is timm's, "linear" FlexiViT's
+    (arXiv 2212.08013; jax.image.resize of big_vision models/proj/flexi/vit.py). At the same size `pos` itself.
     """
-    rows, columns = old_grid
-    if pos.shape[1] != num_prefix + rows * columns:
-        raise UserError(
-            f"position embeddings {tuple(pos.shape)} are not of {num_prefix} prefix tokens and a grid of {rows} x"
-            f" {columns}; give the grid that they were made for"
-        )
-    if old_grid == new_grid:
-        return pos
-    grid = pos[:, num_prefix:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # [1, D, h, w]
-    grid = grid.to(torch.promote_types(pos.dtype, torch.float32))  # half precision is too coarse to interpolate in
-    grid = F.interpolate(grid, new_grid, mode=METHODS[method], align_corners=False, antialias=True)
-    resized = grid.flatten(2).mT.to(pos.dtype)  # [1, h'*w', D]
-    return torch.cat([pos[:, :num_prefix], resized], 1)
+    return resample_abs_pos_embed(pos, [new] * 2, [old] * 2, num_prefix, interpolation=METHODS[method])
 
 
 def resize_patches(kernel: Tensor, new_size: int, method: str = "bicubic") -> Tensor:
@@ -53,14 +39,13 @@ def resize_patches(kernel: Tensor, new_size: int, method: str = "bicubic") -> Te
 
     With B the matrix that resizes a patch from p to q pixels a side, the new kernel is (B^T)^+ w. For q >= p a patch and
     its kernel resized together give the token that they gave before, exactly; for q < p this is the least-squares kernel
-    over white-noise patches, |B^T w' - w| at its least. "bicubic" is timm's (timm.layers.resample_patch_embed), "linear"
-    the paper's, but antialiased: without that, 16 -> 4 reads every second row of pixels alone. B is a Kronecker product
-    of one matrix for rows and one for columns, which is kept: cheap enough for every training step. Differentiable in the
-    kernel; at the same size the kernel itself.
+    over white-noise patches. "bicubic" is timm's (timm.layers.resample_patch_embed), "linear" the paper's, but
+    antialiased: without that, 16 -> 4 reads every second row of pixels alone. B is a Kronecker product of one matrix for
+    rows and one for columns, which is kept: cheap enough for every training step. At the same size the kernel itself.
     """
     if kernel.shape[-1] == new_size:
         return kernel
-    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    dtype = torch.promote_types(kernel.dtype, torch.float32)  # half precision is too coarse
     inverse = _inverse_resize(kernel.shape[-1], new_size, method, dtype, kernel.device)  # [q, p]
     with torch.autocast(kernel.device.type, enabled=False):
         return (inverse @ kernel.to(dtype) @ inverse.T).to(kernel.dtype)
@@ -72,22 +57,22 @@ def resize_state(state: Mapping[str, Tensor], old: Shape, new: Shape, method: st
     "bicubic" gives what timm's create_model(..., img_size=, patch_size=) makes of a checkpoint. Raises UserError where
     the shapes differ in more than image_size and patch_size, or the weights are not of `old`.
     """
-    if old.replace(image_size=new.image_size, patch_size=new.patch_size) != new:
-        was, wanted = old.to_dict(), new.to_dict()
-        name = next(n for n in was if was[n] != wanted[n] and n not in ("image_size", "patch_size"))
+    was, wanted = old.to_dict(), new.to_dict()
+    for name in was:
+        if was[name] != wanted[name] and name not in ("image_size", "patch_size"):
+            raise UserError(
+                f"{name}={was[name]} cannot become {wanted[name]} by resizing; only image_size and patch_size can change"
+            )
+    kernel, pos = state["patch_embed.proj.weight"], state["pos_embed"]
+    if kernel.shape[-1] != old.patch_size or pos.shape[1] != old.num_prefix_tokens + old.num_patches:
         raise UserError(
-            f"{name}={was[name]} cannot become {wanted[name]} by resizing; only image_size and patch_size can change"
+            f"a kernel {tuple(kernel.shape)} and positions {tuple(pos.shape)} are not of patch_size={old.patch_size},"
+            f" image_size={old.image_size}; give the shape that the weights were made for"
         )
-    kernel = state["patch_embed.proj.weight"]
-    if kernel.shape[-2:] != (old.patch_size, old.patch_size):
-        raise UserError(
-            f"patch_embed.proj.weight {tuple(kernel.shape)} is not of patch_size={old.patch_size}; give the shape that"
-            " the weights were made for"
-        )
-    before, after = ((shape.image_size // shape.patch_size,) * 2 for shape in (old, new))
+    before, after = (shape.image_size // shape.patch_size for shape in (old, new))
     return {
         **state,
-        "pos_embed": resize_positions(state["pos_embed"], before, after, old.num_prefix_tokens, method),
+        "pos_embed": resize_positions(pos, before, after, old.num_prefix_tokens, method),
         "patch_embed.proj.weight": resize_patches(kernel, new.patch_size, method),
     }
 

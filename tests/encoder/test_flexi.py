@@ -45,7 +45,7 @@ def test_gradients_reach_the_stored_weights():
                 p += sign * 1e-5 * direction
                 ends.append(forward(images).square().sum())
                 p -= sign * 1e-5 * direction
-        torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, found, rtol=1e-6, atol=0)
+        torch.testing.assert_close((ends[0] - ends[1]) / 2e-5, found, rtol=1e-3, atol=0)  # positions are in float32
 
 
 def test_every_size_is_drawn_once_in_a_cycle_and_the_bill_is_what_was_drawn():
