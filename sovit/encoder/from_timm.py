@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -12,11 +13,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from sovit import UserError, reason
-from sovit.encoder.base import Base
 from sovit.encoder.model import build
 from sovit.encoder.tower import Encoder, Preprocess
 from sovit.encoder.weights import weights_digest
-from sovit.spec.shape import POOLS, Shape
+from sovit.spec.run import Run
+from sovit.spec.shape import Shape
 
 NOTHING = (nn.Identity, nn.Dropout, DropPath)  # modules that do nothing once training is over
 
@@ -78,6 +79,26 @@ def _check_square(name: str, embed: Any) -> None:
         raise UserError(f"{name} reads images of {height} x {width}; only square ones are read here, open it as such")
 
 
+@dataclass(frozen=True)
+class Base:
+    """Where a fine-tuning starts: `weights` by name in timm, on the CPU, at `shape`'s size.
+
+    run: the base's own, None of a timm model, whose weights have no task head and whose images were normalised by
+    `mean` and `std`. num_examples: of the base itself; train_flops: of it and all that it was fine-tuned from; None where
+    unknown.
+    """
+
+    name: str
+    shape: Shape
+    weights: dict[str, Tensor]
+    sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    run: Run | None = None
+    train_flops: int | None = None
+    num_examples: int | None = None
+
+
 def load_timm_base(name: str) -> Base:
     """Open `timm:NAME` (pretrained, where the network is open) or `timm:local-dir:FOLDER`, without its task head.
 
@@ -106,53 +127,48 @@ def shape_of_timm(model: Any, name: str = "the timm model") -> Shape:
     another activation or MLP, parallel blocks.
     """
 
-    found = _unlike(model)
-    if not found:
-        _check_square(name, model.patch_embed)
-        block, (rows, _), patch_size = model.blocks[0], model.patch_embed.grid_size, model.patch_embed.patch_size[0]
+    def refused(found: object) -> UserError:
+        return UserError(f"{name} is no plain ViT of the family: {found}; give one such as vit_base_patch16_224")
+
+    kind = type(model).__name__
+    if type(model) is not VisionTransformer:  # exactly this one: the classes made from it compute something else
+        raise refused(f"it is a {kind}, not a VisionTransformer")
+    block = model.blocks[0]
+    if type(block) is not Block or not hasattr(block.mlp, "fc1"):
+        mlp = type(getattr(block, "mlp", block)).__name__
+        raise refused(f"its blocks are {type(block).__name__}s of {mlp}")
+    _check_square(name, model.patch_embed)
+    patch_size = model.patch_embed.patch_size[0]
+    try:
         shape = Shape(
             width=model.embed_dim,
             depth=len(model.blocks),
             mlp_dim=block.mlp.fc1.out_features,
             head_dim=block.attn.head_dim,
             patch_size=patch_size,
-            image_size=rows * patch_size,
+            image_size=model.patch_embed.grid_size[0] * patch_size,
             pool=model.global_pool or "none",
             num_registers=model.num_reg_tokens,
             qkv_bias=block.attn.qkv.bias is not None,
             layer_scale=hasattr(block.ls1, "gamma"),
         )
-        with torch.device("meta"):
-            ours = _parts(build(shape))
-        theirs = _parts(model)
-        part = next((part for part in [*theirs, *ours] if theirs.get(part) != ours.get(part)), None)
-        if part is None:
-            return shape
-        found = f"{part} is {theirs.get(part, 'missing')} there and {ours.get(part, 'missing')} here"
-    raise UserError(f"{name} is no plain ViT of the family: {found}; give one such as vit_base_patch16_224")
+    except UserError as error:
+        raise refused(error) from None
+    with torch.device("meta"):
+        ours, theirs = _parts(build(shape)), _parts(model)
+    for part in [*theirs, *ours]:
+        if theirs.get(part) != ours.get(part):
+            raise refused(f"{part} is {theirs.get(part, 'missing')} there and {ours.get(part, 'missing')} here")
+    return shape
 
 
-def _unlike(model: Any) -> str:
-    """What a model has that no module shows, or that no Shape can be read off with; "" if nothing."""
-    kind = type(model)  # exactly this one: the classes made from it compute something else
-    if kind is not VisionTransformer:
-        return f"it is a {kind.__name__}, not a VisionTransformer"
-    mlp, kind = getattr(model.blocks[0], "mlp", model.blocks[0]), type(model.blocks[0])
-    if kind is not Block or not hasattr(mlp, "fc1"):
-        return f"its blocks are {kind.__name__}s of {type(mlp).__name__}"
-    pool = model.global_pool or "none"
-    if pool not in POOLS:
-        return f"it pools by {pool!r}, not by one of {', '.join(POOLS)}"
-    if model.has_class_token != (pool == "token"):
-        return f"it has {'a' if model.has_class_token else 'no'} class token beside pool={pool}"
-    if model.pool_include_prefix and model.num_prefix_tokens:
-        return "it pools its registers with its patches"
-    return "" if model.pos_embed is not None else "it has no learned positions"
-
-
-def _parts(model: nn.Module) -> dict[str, str]:
+def _parts(model: Any) -> dict[str, object]:
     """What a model computes with, by name: every module but the head with its own words for itself."""
-    parts = {}
+    parts: dict[str, object] = {
+        "a class token": model.has_class_token,
+        "a mean over registers": bool(model.pool_include_prefix and model.num_prefix_tokens),
+        "learned positions": model.pos_embed is not None,
+    }
     for name, module in model.named_modules():
         if name and name != "head":
             words = "nothing" if isinstance(module, NOTHING) else f"{type(module).__name__}({module.extra_repr()})"

@@ -100,14 +100,15 @@ def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
     """What an image processor does, in our words; image_size: of the tower, where the processor names no square."""
     try:
         cropped = bool(record.get("do_center_crop"))
-        size = dict(record["crop_size"] if cropped else record["size"]).get("height") or image_size
+        before = dict(record["size"])  # of the crop
+        size = dict(record["crop_size"] if cropped else before).get("height") or image_size
         found = Preprocess(
             image_size=size,
             mean=tuple(record["image_mean"]),
             std=tuple(record["image_std"]),
             resample=RESAMPLE.get(int(record["resample"]), "bicubic"),
             crop="center" if cropped else "squash",
-            crop_pct=size / size_before_crop(record) if cropped else 1.0,
+            crop_pct=size / (before.get("shortest_edge") or before["height"]) if cropped else 1.0,
         )
         if len(found.mean) != 3 or len(found.std) != 3 or not min(found.std) > 0:
             raise ValueError(f"image_mean={found.mean}, image_std={found.std}")
@@ -116,9 +117,3 @@ def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
             f"the preprocessor_config.json of {name} does not say how images are made ({error!r}); mend it"
         ) from None
     return found
-
-
-def size_before_crop(record: dict) -> int:
-    """Pixels of the short side that a transformers image processor resizes to before it cuts out the middle."""
-    size = dict(record["size"])
-    return size.get("shortest_edge") or size["height"]

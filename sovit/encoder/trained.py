@@ -14,8 +14,7 @@ from typing import Any
 from sovit import UserError
 from sovit.data import NORMALISATION
 from sovit.data.hub.images import seen_share
-from sovit.encoder.base import Base
-from sovit.encoder.from_timm import load_timm_base
+from sovit.encoder.from_timm import Base, load_timm_base
 from sovit.encoder.model import build
 from sovit.encoder.weights import load_weights, weights_digest
 from sovit.ledger.records import record_path, record_row

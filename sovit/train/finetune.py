@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sovit.data import NORMALISATION
-from sovit.encoder.base import Base
+from sovit.encoder.from_timm import Base
 from sovit.encoder.model import build
 from sovit.encoder.resize import resize_method, resize_state
 from sovit.spec.run import Run

@@ -9,7 +9,7 @@ from typing import Any
 
 from sovit import UserError
 from sovit.data import named_data, open_data
-from sovit.encoder.base import Base
+from sovit.encoder.from_timm import Base
 from sovit.encoder.trained import open_base
 from sovit.files import locked
 from sovit.ledger.ledger import update_ledger

@@ -198,6 +198,12 @@ class EncoderTrainer(Trainer):
 
     def _row(self, num_examples: int, status: str, **more: Any) -> dict:
         """The row of a branch; what was spent is billed by it."""
+        base = self.base and {
+            "base_image_size": self.base.shape.image_size,
+            "base_patch_size": self.base.shape.patch_size,
+            "base_examples": self.base.num_examples,
+            "base_train_flops": self.base.train_flops,
+        }
         row = new_row(
             self.run,
             num_examples,
@@ -209,7 +215,7 @@ class EncoderTrainer(Trainer):
             micro_batch=self.at.micro_batch or self.batch_size,
             seconds=round(self.at.seconds, 3),
             spent_seconds=round(self.at.spent, 3),
-            **(self.base.columns if self.base else {}),
+            **(base or {}),
             **provenance(device_name(self.device)),
         )
         self.at.spent = 0.0

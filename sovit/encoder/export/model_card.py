@@ -8,7 +8,7 @@ from pathlib import Path
 from sovit.data import NORMALISATION
 from sovit.data.hub.images import seen_share
 from sovit.data.icons import icons
-from sovit.encoder.base import Base
+from sovit.encoder.from_timm import Base
 from sovit.encoder.resize import resize_method
 from sovit.encoder.trained import base_of
 from sovit.ledger.records import record_path, record_row
