@@ -31,7 +31,6 @@ class Data:
     y: np.ndarray
     clusters: np.ndarray
     zero_line: float | None = None
-    measurement_sd: np.ndarray | None = None
     dims: tuple[str, ...] | None = None
 
     @property
@@ -46,9 +45,8 @@ class Data:
             options["zero_line"] = self.zero_line
         if LAWS[form].uses_dims:
             options["dims"] = self.dims
-        sd = None if self.measurement_sd is None else self.measurement_sd[rows]
         columns = {name: column[rows] for name, column in self.columns.items()}
-        return law.fit(form, columns, self.y[rows], clusters=self.clusters[rows], measurement_sd=sd, **options)
+        return law.fit(form, columns, self.y[rows], clusters=self.clusters[rows], **options)
 
 
 def of_ledger(path: Path) -> list[Data]:
@@ -65,7 +63,7 @@ def of_ledger(path: Path) -> list[Data]:
         if "compute" not in columns:
             raise UserError(f"{path}: the rows say neither compute nor a shape to count it from; nothing orders them")
         trunk = data.columns.get("trunk_id", np.arange(len(data.y)).astype(str))
-        out.append(Data(path.stem, metric, columns, data.y, trunk, data.zero_line, data.measurement_sd))
+        out.append(Data(path.stem, metric, columns, data.y, trunk, data.zero_line))
     return out
 
 

@@ -21,7 +21,7 @@ MIN_CLUSTERS = 3
 
 
 def random_effects(rows: Rows, solved: Solved, num: int, rng: np.random.Generator) -> Polished:
-    """`num` refits of data drawn from the fit; what was known of the noise of a row is drawn with it."""
+    """`num` refits of data drawn from the fit."""
     return _refit(rows, _drawn(rows, solved, num, rng), None, solved)
 
 
@@ -35,7 +35,7 @@ def _drawn(rows: Rows, solved: Solved, num: int, rng: np.random.Generator) -> np
     trunk = rng.standard_normal((num, len(solved.groups.kappa)))[:, rows.trunk]
     row = rng.standard_normal((num, int(rows.source.max()) + 1))[:, rows.source]
     clean = rows.form.evaluate(solved.theta[None], rows.u)[0]
-    return clean + solved.trunk_sd * trunk + solved.drawn_row_sd() * row
+    return clean + solved.trunk_sd * trunk + solved.row_sd * row
 
 
 def _weights(num: int, rng: np.random.Generator, strata: np.ndarray) -> np.ndarray:

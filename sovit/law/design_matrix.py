@@ -24,7 +24,7 @@ IDENTITY = (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "ini
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a fit starts from: the columns checked, and the rows of the form with their trunks and known noise."""
+    """What a fit starts from: the columns checked, and the rows of the form with their trunks."""
 
     name: str
     form: Form
@@ -34,7 +34,6 @@ class Prepared:
     centre: dict[str, float]  # of the design, by dimension
     arms: np.ndarray  # [N]
     index: np.ndarray  # [N] trunk
-    log_sd: np.ndarray | None  # [N] what is known of the noise of ln y
 
     @cached_property
     def rows(self) -> Rows:
@@ -56,8 +55,7 @@ class Prepared:
                 f" give at least {num + 1}"
             )
         trunk = np.unique(self.index[source], return_inverse=True)[1].ravel()
-        known = None if self.log_sd is None else self.log_sd[source]
-        return Rows(self.form, _centred(self.form, logs, centre), self.y[source], trunk, known, source, centre)
+        return Rows(self.form, _centred(self.form, logs, centre), self.y[source], trunk, source, centre)
 
     @property
     def strata(self) -> np.ndarray:
@@ -68,9 +66,8 @@ class Prepared:
     def take(self, which: np.ndarray) -> Prepared:
         """Those of the rows given that a mask or index names; centre and arms of the design stay."""
         table = {name: column[which] for name, column in self.table.items()}
-        log_sd = None if self.log_sd is None else self.log_sd[which]
         y, arms, index = self.y[which], self.arms[which], self.index[which]
-        return dataclasses.replace(self, table=table, y=y, arms=arms, index=index, log_sd=log_sd)
+        return dataclasses.replace(self, table=table, y=y, arms=arms, index=index)
 
     def named(self, name: str, terms: Sequence[str] | None = None) -> Prepared:
         """The same rows for another form."""
@@ -84,12 +81,11 @@ def prepare_fit(form: str, columns: Mapping, y: Any, options: LawOptions = LawOp
     Raises UserError for bad columns, too few rows, unknown names.
     """
     table, y = check(form, columns, y, options)
-    log_sd = relative_sd(options.measurement_sd, y, options.estimator.whitens)
     terms = tuple(options.terms) if options.terms is not None else None
     named = varied_dims(table, options.dims) if LAWS[form].uses_dims and terms is None else ()
     centre, arms = star(table, named) if named else ({}, np.full(len(y), "all"))
     built = LAWS[form].build(named, options.zero_line, terms)
-    return Prepared(form, built, table, y, named, centre, arms, trunks(table, options.clusters, len(y)), log_sd)
+    return Prepared(form, built, table, y, named, centre, arms, trunks(table, options.clusters, len(y)))
 
 
 def _logs(form: Form, table: Mapping, arms: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -166,23 +162,6 @@ def check(form: str, columns: Mapping, y: Any, options: LawOptions) -> tuple[dic
             f"form={form!r} needs the column {missing[0]!r}; the columns given are {', '.join(sorted(table))}"
         )
     return table, y
-
-
-def relative_sd(measurement_sd: Any, y: np.ndarray, whiten: bool) -> np.ndarray | None:
-    """S.d. of ln y [n] from that of y, None for None. Raises UserError for values that are none, or without whitening."""
-    if measurement_sd is None:
-        return None
-    if not whiten:
-        raise UserError("measurement_sd weighs rows, which needs whitening; leave out huber_delta and whiten")
-    sd = np.asarray(measurement_sd, float)
-    if sd.shape != y.shape:
-        raise UserError(f"measurement_sd has shape {sd.shape} but y has {y.shape}; give one value a row")
-    bad = np.flatnonzero(~(np.isfinite(sd) & (sd >= 0)))
-    if len(bad):
-        raise UserError(f"measurement_sd={sd[bad[0]]} in row {bad[0]} is no standard deviation; give 0 or more")
-    if not sd.any():
-        raise UserError("measurement_sd is 0 in every row; leave it out")
-    return sd / y
 
 
 def varied_dims(table: Mapping, dims: Sequence[str] | None) -> tuple[str, ...]:

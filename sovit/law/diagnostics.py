@@ -23,7 +23,6 @@ class Noise:
     source: str
     n: int
     num_rows: int
-    support_sd: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +79,7 @@ def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved)
 
     n: degrees of freedom between trunks (branches of one trunk share its seed); seeded trunks less seeded shapes.
     num_rows: the rows that the s.d. was read from.
-    Where the fit was given a known part of the noise, `source` ends in "+support" and `support_sd` is that part (root
-    mean square of ln y); `sd` holds it too, as what one measured row differs by from another.
     """
-    known = None if solved.known_sd is None else float(np.sqrt((solved.known_sd**2).mean()))
-    suffix = "" if known is None else "+support"
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
     shape = groups_of([table[n] for n in names], len(y))
     group = groups_of([shape, table.get("num_examples", np.arange(len(y)))], len(y))
@@ -94,10 +89,9 @@ def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved)
         seeded = np.unique(np.stack([shape, index])[:, repeated], axis=1)
         n = seeded.shape[1] - len(np.unique(seeded[0]))
         sd = pooled_sd(np.log(y[repeated]), group[repeated]) or 0.0  # some group has two rows here
-        return Noise(sd=sd, source="seeds" + suffix, n=n, num_rows=len(repeated), support_sd=known)
-    sd = float(np.hypot(np.hypot(solved.trunk_sd, solved.row_sd), known or 0.0))
-    dof = int(round(solved.dof))
-    return Noise(sd=sd, source="residuals" + suffix, n=dof, num_rows=len(y), support_sd=known)
+        return Noise(sd=sd, source="seeds", n=n, num_rows=len(repeated))
+    sd = float(np.hypot(solved.trunk_sd, solved.row_sd))
+    return Noise(sd=sd, source="residuals", n=int(round(solved.dof)), num_rows=len(y))
 
 
 def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
@@ -149,7 +143,7 @@ def _lack_of_fit(misfit: float | None, noise: Noise, dof: float) -> LackOfFit:
     """Residuals against the noise between seeds: p of the F test of their variances, by trunks on both sides."""
     from scipy.special import fdtrc  # not at import: prediction needs no scipy
 
-    if not noise.source.startswith("seeds") or misfit is None:
+    if noise.source != "seeds" or misfit is None:
         words = "no repeated seeds: the noise is read from the residuals, so lack of fit cannot be told from noise"
         return LackOfFit(residual_over_noise=misfit, p=None, note=words)
     p = float(fdtrc(dof, noise.n, misfit**2))

@@ -82,12 +82,12 @@ def fit_forms(data: Measurements, form: str | None = None, **options: Any) -> tu
 
 
 def fit_measurements(name: str, data: Measurements, **options: Any) -> Fit:
-    """Fit one form to measurements, with what they know of their noise and of the chance loss."""
+    """Fit one form to measurements, with what they know of the chance loss."""
     if LAWS[name].bounded:
         if data.zero_line is None:
             raise UserError(f"form={name!r} needs the chance loss: rows with zero_line, or val_loss with num_classes")
         options["zero_line"] = data.zero_line
-    found = fit(name, data.columns, data.y, measurement_sd=data.measurement_sd, metric=data.metric, **options)
+    found = fit(name, data.columns, data.y, metric=data.metric, **options)
     left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
     return dataclasses.replace(found, data=dataclasses.replace(found.data, left_out=left_out, notes=data.notes))
 

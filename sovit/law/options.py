@@ -30,10 +30,6 @@ class LawOptions:
     """Forms that are bounded: the chance loss."""
     geometry: Mapping | None = None
     """What the columns do not say for counting FLOPs: patch_size, image_size, pool, head_dim, num_classes."""
-    measurement_sd: Any = None
-    """[n], in units of y: what is known of the noise of each row by itself, such as that of a few-shot error over its
-    support sets (only what is not shared by all rows: that cancels). A row weighs by 1 / (tau^2 + its own variance) in
-    the log loss, tau^2 being estimated from what is left; the parametric bootstrap draws both. Needs whitening."""
     cut: float | None = None
     """Compute that splits fit and score of the extrapolation test; None = `extrapolation.compute_cut`."""
     extrapolate: bool = True

@@ -44,8 +44,7 @@ class Measurements:
     """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason), where
     the run_id of a line that could not be read is FILE:LINE. notes: what was taken as it is but should be known.
 
-    For a few-shot error, measurement_sd [n] is what is known of the noise of each y, and support says how
-    (`fewshot.support_noise`).
+    support: of a few-shot error, the noise of its support sets (`few_shot_columns.support_noise`).
     """
 
     metric: str
@@ -55,7 +54,6 @@ class Measurements:
     left_out: list
     statuses: dict
     paths: list
-    measurement_sd: np.ndarray | None = None
     support: dict | None = None
     notes: list = field(default_factory=list)
 
@@ -173,11 +171,8 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
         columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
     columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
     y = np.array([row[metric] for row in kept], float)
-    noise, support = noise_of(kept, metric) or (None, None)
-    measurement_sd = noise * y if noise is not None and noise.any() else None
-    return Measurements(
-        metric, columns, y, kept, left_out, statuses, list(source.paths), measurement_sd, support, notes
-    )
+    _, support = noise_of(kept, metric) or (None, None)
+    return Measurements(metric, columns, y, kept, left_out, statuses, list(source.paths), support, notes)
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:

@@ -253,7 +253,7 @@ def _warnings(fit: Fit, optimum: Mapping[str, Optimum], decades: float) -> list[
         out.append(
             f"{decades:.1f} decades of compute beyond the largest run, past {FAR_DECADES:g}: treat the shape as a guess"
         )
-    if not fit.noise.source.startswith("seeds"):
+    if fit.noise.source != "seeds":
         out.append("no repeated seeds in the data: the flat region uses the noise of the residuals")
     elif fit.diagnostics.residual_rms > fit.noise.sd:
         out.append(

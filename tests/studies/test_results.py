@@ -98,7 +98,6 @@ def test_a_metric_that_carries_no_law_names_no_shape():
         data.columns,
         data.y,
         zero_line=data.zero_line,
-        measurement_sd=data.measurement_sd,
         extrapolate=False,
     )
     assert {name: e.status for name, e in fitted.exponents.items()} == {

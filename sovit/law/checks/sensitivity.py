@@ -210,7 +210,6 @@ def _prepared(data: Measurements, fit: Fit) -> tuple[Prepared, Loss]:
     options = LawOptions(
         dims=model.dims or None,
         zero_line=model.zero_line,
-        measurement_sd=data.measurement_sd,
         loss=model.loss,
         huber_delta=delta,
         whiten=model.whitened,
@@ -219,15 +218,9 @@ def _prepared(data: Measurements, fit: Fit) -> tuple[Prepared, Loss]:
 
 
 def _losses(asked: _Question, data: Measurements) -> list[dict]:
-    out = []
-    for setting, options in LOSSES.items():
-        if options.get("loss") == asked.fit.model.loss:
-            continue  # the headline's own
-        rows, note = data, ""
-        if data.measurement_sd is not None and not LawOptions(**options).estimator.whitens:
-            rows, note = dataclasses.replace(data, measurement_sd=None), "the known noise of each row is left out"
-        out.append(asked.refitted("loss", setting, asked.fit.form, rows, note, **options))
-    return out
+    own, form = asked.fit.model.loss, asked.fit.form
+    others = {setting: options for setting, options in LOSSES.items() if options.get("loss") != own}
+    return [asked.refitted("loss", setting, form, data, **options) for setting, options in others.items()]
 
 
 def _forms(asked: _Question, data: Measurements, fits: Mapping[str, Fit]) -> list[dict]:

@@ -13,22 +13,19 @@ from sovit.law.solver.polish import Groups, Objective, Polished, group_sums, pol
 POINT_TOLERANCE = 1e-10
 HUBER = 1.345  # 95 % efficiency on Gaussian noise
 START_ROWS = 2_000  # starts are sought among whole trunks of about so many rows
-REWEIGHTED = 3  # passes over components and weights where part of the noise is known
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows a form is fitted to: centred log columns u [K, n], losses y [n] and the trunk of each, 0..G-1 [n].
 
-    source [n]: the row given that each stands for; a star's centre stands once in every arm. known_sd [n]: s.d. of a
-    part of each row's log error that was measured apart.
+    source [n]: the row given that each stands for; a star's centre stands once in every arm.
     """
 
     form: Any
     u: np.ndarray
     y: np.ndarray
     trunk: np.ndarray
-    known_sd: np.ndarray | None = None
     source: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     centre: np.ndarray = field(default_factory=lambda: np.empty(0))
 
@@ -61,7 +58,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Solved:
-    """A point fit: theta [P], its loss, and the noise it leaves; known_sd [n] is the part of a row's that was given."""
+    """A point fit: theta [P], its loss, and the noise it leaves."""
 
     theta: np.ndarray
     objective: float
@@ -73,11 +70,6 @@ class Solved:
     converged: bool
     spread: float  # largest relative excess of the objective over the starts
     num_starts: int  # polished; those that reached one objective in the first pass went on as one
-    known_sd: np.ndarray | None = None
-
-    def drawn_row_sd(self) -> float | np.ndarray:
-        """S.d. of a row's own error, the known part included."""
-        return self.row_sd if self.known_sd is None else np.hypot(self.row_sd, self.known_sd)
 
 
 def robust_sd(residual: np.ndarray, num_free: int) -> float:
@@ -89,8 +81,7 @@ def robust_sd(residual: np.ndarray, num_free: int) -> float:
 def solve(rows: Rows, loss: Loss = Loss()) -> Solved:
     """Fit one data set: grid starts, polish, then variance components by trunk and one whitened refit.
 
-    huber_delta=None takes 1.345 x the robust s.d. of the unwhitened residuals, in two passes. With known_sd rows weigh by
-    1 / (row_sd^2 + known_sd^2) within what trunks share; components, weights and fit are iterated REWEIGHTED times.
+    huber_delta=None takes 1.345 x the robust s.d. of the unwhitened residuals, in two passes.
     """
     form, log_y, plain, starts = rows.form, np.log(rows.y), Groups.plain(rows.trunk), _starts(rows)
     huber = loss.kind == "huber_log"
@@ -100,22 +91,15 @@ def solve(rows: Rows, loss: Loss = Loss()) -> Solved:
     def refit(theta: np.ndarray, groups: Groups, delta: float) -> Polished:
         return polish(Objective(form, rows.u, log_y, groups, delta), theta, POINT_TOLERANCE).best_first()
 
-    def robust_delta(theta: np.ndarray, scale: np.ndarray | float) -> float:
-        residual = (form.evaluate(theta[:1], rows.u)[0][0] - log_y) * scale
-        return max(HUBER * robust_sd(residual, theta.shape[1]), 1e-12)
-
     done = _distinct(refit(starts, plain, delta))
     for _ in range(2 if from_data else 0):
-        delta = robust_delta(done.theta, 1.0)
+        residual = form.evaluate(done.theta[:1], rows.u)[0][0] - log_y
+        delta = max(HUBER * robust_sd(residual, starts.shape[1]), 1e-12)
         done = refit(done.theta, plain, delta)
-    groups = plain
-    for _ in range(1 if rows.known_sd is None else REWEIGHTED):
-        found = components(rows, done.theta[0], groups.scale)
-        groups = Groups(rows.trunk, found.kappa, found.scale) if loss.whitens else plain
-        if found.scale is not None and from_data:
-            delta = robust_delta(done.theta, found.scale)
-        if loss.whitens and (found.kappa.any() or found.scale is not None):
-            done = refit(done.theta, groups, delta)
+    found = components(rows, done.theta[0])
+    groups = Groups(rows.trunk, found.kappa) if loss.whitens else plain
+    if groups.kappa.any():
+        done = refit(done.theta, groups, delta)
     best = float(done.objective[0])
     return Solved(
         done.theta[0],
@@ -128,7 +112,6 @@ def solve(rows: Rows, loss: Loss = Loss()) -> Solved:
         bool(done.converged[0]),
         float((done.objective[-1] - best) / max(best, 1e-20)),
         len(starts),
-        rows.known_sd,
     )
 
 
@@ -160,77 +143,43 @@ def free_columns(form: Any, theta: np.ndarray, jac: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Components:
-    """Trunk and row s.d. of the log error, between-trunk degrees of freedom, whitening kappa [G] and scale [n]."""
+    """Trunk and row s.d. of the log error, between-trunk degrees of freedom, and whitening kappa [G]."""
 
     trunk_sd: float
     row_sd: float
     dof: float
     kappa: np.ndarray
-    scale: np.ndarray | None
 
 
-def components(rows: Rows, theta: np.ndarray, scale: np.ndarray | None = None) -> Components:
-    """Variance components of the residuals of theta [P], weighed by `scale` [n].
+def components(rows: Rows, theta: np.ndarray) -> Components:
+    """Variance components of the residuals of theta [P].
 
     Residuals are r = M e with M = I - QQ' (Q spans the free Jacobian columns) and e = Z u + v. With P the projector on
     trunk means, E[r'Pr] and E[r'(I-P)r] are linear in the two variances: two equations, corrected for the fitted
     parameters. Residuals are winsorised at 2.5 robust s.d. so that two bad rows do not pass for noise.
-    known_sd is a further independent error: its share of both expectations is taken off, and the new scale weighs rows by
-    what is left and known together.
     """
-    known_sd, sums = rows.known_sd, group_sums(rows.trunk)
-    weight = np.ones(len(rows.y)) if scale is None else scale
-    residual, q = _residual(rows, theta, weight)
-    size = sums(weight**2)  # Z holds each trunk's weights as a column, P = B B' with B = Z / sqrt(size)
-    qz = sums(q * weight)  # Q'Z [p, G]
-    qb = qz / np.sqrt(size)
+    value, jac = rows.form.evaluate(theta[None], rows.u)
+    residual, columns = value[0] - np.log(rows.y), jac[0][free_columns(rows.form, theta, jac[0])]
+    q = np.linalg.qr((columns / np.linalg.norm(columns, axis=1, keepdims=True)).T)[0].T  # [p, n]
+    limit = 2.5 * robust_sd(residual, len(columns))
+    residual = np.clip(residual, -limit, limit) if limit > 0 else residual
+    sums, size = group_sums(rows.trunk), np.bincount(rows.trunk).astype(float)  # Z holds each trunk's rows as a column
+    qz = sums(q)  # Q'Z [p, G]
+    qb = qz / np.sqrt(size)  # P = B B' with B = Z / sqrt(size)
     inner = qb @ qb.T
     dof = len(size) - float(np.trace(inner))  # of M P M
     total = float(residual @ residual)
-    rp = float((sums(residual * weight) ** 2 / size).sum())
+    rp = float((sums(residual) ** 2 / size).sum())
     # traces of M P M and M (I - P) M against ZZ' and I
     tz = float(size.sum() - (qz**2).sum())
     pz = float(size.sum() - 2 * (np.sqrt(size) * (qb * qz).sum(0)).sum() + ((qz @ qz.T) * inner).sum())
     pv, tv = dof, float(max(len(rows.y) - len(q), 1))
-    if known_sd is not None:
-        along = weight / np.sqrt(size)[rows.trunk]
-        trace_p = along**2 - 2 * along * (q * qb[:, rows.trunk]).sum(0) + (q * (inner @ q)).sum(0)
-        trace_t = 1 - (q**2).sum(0)  # the same traces against a diagonal covariance
-        pv, tv = float(weight**2 @ trace_p), float(weight**2 @ trace_t)
-        known = (weight * known_sd) ** 2
-        rp, total = rp - float(known @ trace_p), total - float(known @ trace_t)
     system = np.array([[pz, pv], [tz - pz, tv - pv]])
     trunk_var = row_var = -1.0
-    if (np.bincount(rows.trunk) > 1).any() and np.linalg.cond(system) < 1e8:
+    if (size > 1).any() and np.linalg.cond(system) < 1e8:
         trunk_var, row_var = np.linalg.solve(system, [rp, total - rp])
     if trunk_var <= 0:
         trunk_var, row_var = 0.0, total / tv
-    elif row_var < 0 and known_sd is not None:  # the known part is all that rows of a trunk differ by
-        trunk_var = max(total / tz, 0.0)
     row_var = max(row_var, 1e-3 * trunk_var)  # a finite kappa where the branches of a trunk agree to the digit
-    kappa, new_scale = _weights(rows, trunk_var, row_var, size)
-    return Components(float(np.sqrt(trunk_var)), float(np.sqrt(max(row_var, 0.0))), max(dof, 1.0), kappa, new_scale)
-
-
-def _residual(rows: Rows, theta: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighed, winsorised residuals [n], and an orthonormal basis of the free Jacobian columns [p, n]."""
-    value, jac = rows.form.evaluate(theta[None], rows.u)
-    residual, jac = (value[0] - np.log(rows.y)) * weight, jac[0] * weight
-    columns = jac[free_columns(rows.form, theta, jac)]
-    q = np.linalg.qr((columns / np.linalg.norm(columns, axis=1, keepdims=True)).T)[0].T
-    if rows.known_sd is not None:  # of whatever fit it is, weighted or not, M e is what its residuals hold of the error
-        residual = residual - q.T @ (q @ residual)
-    limit = 2.5 * robust_sd(residual, len(columns))
-    return (np.clip(residual, -limit, limit) if limit > 0 else residual), q
-
-
-def _weights(rows: Rows, trunk_var: float, row_var: float, size: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Whitening kappa [G] and scale [n] (None without known noise) of these variances; size [G] of the trunks."""
-    if rows.known_sd is None:
-        if trunk_var <= 0:
-            return np.zeros(len(size)), None
-        return 1 - np.sqrt(row_var / (row_var + size * trunk_var)), None
-    own = max(row_var, 0.0) + rows.known_sd**2
-    own = np.maximum(own, 1e-3 * (own.mean() + trunk_var))  # no row outweighs a thousand
-    kappa = 1 - 1 / np.sqrt(1 + trunk_var * group_sums(rows.trunk)(1 / own))
-    return kappa, np.sqrt(1 / own / (1 / own).mean())
+    kappa = 1 - np.sqrt(row_var / (row_var + size * trunk_var)) if trunk_var > 0 else np.zeros(len(size))
+    return Components(float(np.sqrt(trunk_var)), float(np.sqrt(max(row_var, 0.0))), max(dof, 1.0), kappa)

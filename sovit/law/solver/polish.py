@@ -21,14 +21,10 @@ DENSE_ROWS = 200  # rows up to which whitening is a matrix product
 
 @dataclass(frozen=True)
 class Groups:
-    """Which trunk each row belongs to, and how much of the trunk mean whitening takes off (kappa, one a trunk).
-
-    scale: factor of each row's residual, where rows are known to be unequally noisy; its square is 1 on average.
-    """
+    """Which trunk each row belongs to, and how much of the trunk mean whitening takes off (kappa, one a trunk)."""
 
     index: np.ndarray  # [n], 0..G-1
     kappa: np.ndarray  # [G], 0 = unwhitened
-    scale: np.ndarray | None = None  # [n]
 
     @staticmethod
     def plain(index: np.ndarray) -> Groups:
@@ -39,29 +35,19 @@ class Groups:
         return group_sums(self.index)
 
     @cached_property
-    def _size(self) -> np.ndarray:
-        """Sum over the rows of each trunk of their squared scale, [G]."""
-        return self._sums(np.ones(len(self.index)) if self.scale is None else self.scale**2)
-
-    @cached_property
     def _matrix(self) -> np.ndarray:
         """Whitening as one matrix [n, n]; of few rows that is the fastest."""
-        return self._subtract(np.eye(len(self.index)) if self.scale is None else np.diag(self.scale))
+        return self._subtract(np.eye(len(self.index)))
 
     def _subtract(self, x: np.ndarray) -> np.ndarray:
-        own = x if self.scale is None else x * self.scale
-        part = (self._sums(own) * (self.kappa / self._size))[..., self.index]
-        return x - (part if self.scale is None else part * self.scale)
+        return x - (self._sums(x) * (self.kappa / np.bincount(self.index)))[..., self.index]
 
     def whiten(self, x: np.ndarray) -> np.ndarray:
-        """x [..., n] less kappa times its trunk mean; turns a trunk effect plus a row error into a white error.
-
-        With a scale: the scaled x less kappa times its part along the trunk's scaled ones.
-        """
+        """x [..., n] less kappa times its trunk mean; turns a trunk effect plus a row error into a white error."""
         if not self.kappa.any():
-            return x if self.scale is None else x * self.scale
+            return x
         if len(self.index) > DENSE_ROWS:
-            return self._subtract(x if self.scale is None else x * self.scale)
+            return self._subtract(x)
         return (x.reshape(-1, x.shape[-1]) @ self._matrix).reshape(x.shape)
 
 
