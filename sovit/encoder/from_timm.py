@@ -130,13 +130,13 @@ def shape_of_timm(model: Any, name: str = "the timm model") -> Shape:
     def refused(found: object) -> UserError:
         return UserError(f"{name} is no plain ViT of the family: {found}; give one such as vit_base_patch16_224")
 
-    kind = type(model).__name__
-    if type(model) is not VisionTransformer:  # exactly this one: the classes made from it compute something else
-        raise refused(f"it is a {kind}, not a VisionTransformer")
+    kind = type(model)  # exactly this one: the classes made from it compute something else
+    if kind is not VisionTransformer:
+        raise refused(f"it is a {kind.__name__}, not a VisionTransformer")
     block = model.blocks[0]
-    if type(block) is not Block or not hasattr(block.mlp, "fc1"):
-        mlp = type(getattr(block, "mlp", block)).__name__
-        raise refused(f"its blocks are {type(block).__name__}s of {mlp}")
+    mlp, kind = getattr(block, "mlp", block), type(block)
+    if kind is not Block or not hasattr(mlp, "fc1"):
+        raise refused(f"its blocks are {kind.__name__}s of {type(mlp).__name__}")
     _check_square(name, model.patch_embed)
     patch_size = model.patch_embed.patch_size[0]
     try:

@@ -61,7 +61,7 @@ def test_round_trip(planted, tmp_path, format, shape):
             assert (found - tokens).abs().max() < NANOVLM_TOLERANCE * tokens.std()
             vit.set_gelu("none")
             torch.testing.assert_close(vit(IMAGES * std + mean), tokens, rtol=0, atol=2e-5)
-            assert report["tokens_max_difference_with_tanh"] > 1e-5 > report["tokens_max_difference"]
+            assert 1e-5 < report["tokens_max_difference"] < NANOVLM_TOLERANCE * report["tokens_std"]
             return
         if format == "timm":
             reloaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
@@ -274,6 +274,6 @@ def test_one_format_replaces_another_and_json_tells_the_differences(planted, tmp
         assert main([*command, "--format", format, "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert (report["format"], report["out"]) == (format, str(tmp_path / "out"))
-        assert report["tokens_max_difference"] < 1e-5
+        assert report["tokens_max_difference"] < 0.01
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not (tmp_path / "out" / "preprocessor_config.json").exists()  # nothing is left of the format before

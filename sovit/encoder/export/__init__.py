@@ -83,11 +83,13 @@ def export_encoder(
 
 def report_text(report: dict) -> str:
     """One line of what the reload measured."""
-    text = "{out}: read again as {format}; tokens differ by {tokens_max_difference:.1e} at most"
     if report["format"] == "nanovlm":
-        text += ", with nanoVLM's tanh form of GELU by {tokens_max_difference_with_tanh:.1e} (s.d. {tokens_std:.2f})"
+        text = "{out}: nanoVLM's tanh form of GELU moves tokens by {tokens_max_difference:.1e} (s.d. {tokens_std:.2f})"
     else:
-        text += ", pooled features by {pooled_max_difference:.1e}"
+        text = (
+            "{out}: read again as {format}, tokens differ by {tokens_max_difference:.1e} at most, pooled features by"
+            " {pooled_max_difference:.1e}"
+        )
     return text.format_map(report)
 
 
