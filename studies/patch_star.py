@@ -44,7 +44,7 @@ def fits(shape: Shape) -> bool:
 
 
 def runs() -> list[Run]:
-    shapes = list(dict.fromkeys([*star(CENTRE, ARMS, fits=fits), *OFF_AXIS]))
+    shapes = list(dict.fromkeys([*filter(fits, star(CENTRE, ARMS)), *OFF_AXIS]))
     found = to_runs(shapes, BUDGETS, num_classes=16, recipe=recipe_by_rule, seeds=SEEDS, preset="detail")
     return sorted(found, key=lambda run: -run.total_examples)  # the longest first, so that workers end together
 

@@ -1,10 +1,4 @@
-"""Which shapes to run: designs as pure functions of a centre shape and values by dimension.
-
-star     the centre, and one dimension at a time moved off it (SoViT's sweep, arXiv 2305.13035 section 3.1);
-         with corners, a few cheap shapes off every axis, without which no interaction can be seen
-grid     every combination of the values
-isoflop  a curve of size at each compute budget (arXiv 2203.15556)
-"""
+"""Which shapes to run: designs as pure functions of a centre shape and values by dimension."""
 
 from __future__ import annotations
 
@@ -19,20 +13,13 @@ from sovit.spec.run import Recipe, Run, budgets_for
 from sovit.spec.shape import DIMENSIONS, Shape
 
 
-def star(
-    centre: Shape,
-    arms: Mapping[str, Sequence[int]],
-    corners: bool = True,
-    fits: Callable[[Shape], bool] = lambda shape: True,
-) -> list[Shape]:
-    """The centre first, then each arm in turn, then the corners. `arms`: dimension -> values.
+def star(centre: Shape, arms: Mapping[str, Sequence[int]], corners: bool = True) -> list[Shape]:
+    """List the centre, then each arm (dimension -> values) in turn, then the corners (arXiv 2305.13035, section 3.1).
 
-    Corners take, in each dimension, the lower or upper quartile of the values run, the centre's included, so that a
-    corner may stand at the centre in one dimension; each is off it in two at least. With three arms or more they are
-    the half fraction of the factorial (an even number of low values): 4 for three arms.
-
-    What cannot be built is left out, with a warning: a patch_size that does not divide the image_size, and what `fits`
-    says no to (such as patches that straddle the labels of the data). Raises UserError where nothing is left of an arm.
+    Corners, without which no interaction is seen, take in each dimension the lower or upper quartile of the values run,
+    the centre's included; each is off the centre in two at least. With three arms or more they are the half fraction of
+    the factorial (an even number of low values): 4 for three arms. A patch_size that does not divide the image_size is
+    left out, with a warning. Raises UserError where nothing is left of an arm.
 
     >>> centre = sovit.Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
     >>> [shape.label for shape in sovit.star(centre, {"width": (16, 64), "depth": (1, 4)}, corners=False)]
@@ -40,10 +27,8 @@ def star(
     """
     _check(arms)
     shapes = [centre]
-    if not fits(centre):
-        raise UserError(f"the centre {centre.label} does not fit the data; choose one that does")
     for name, values in arms.items():
-        arm = _built(centre, [{name: value} for value in values], fits)
+        arm = _built(centre, [{name: value} for value in values])
         if not arm:
             raise UserError(f"no value of {name} in {tuple(values)} can be built about the centre; name others")
         shapes += arm
@@ -56,7 +41,7 @@ def star(
                 moved = {name: ends[name][p] for name, p in zip(arms, picks) if ends[name][p] != getattr(centre, name)}
                 if len(moved) >= 2:  # on an axis no interaction is seen
                     off.append(moved)
-        shapes += _built(centre, off, fits)
+        shapes += _built(centre, off)
     return list(dict.fromkeys(shapes))
 
 
@@ -90,22 +75,16 @@ def isoflop(base: Shape, widths: Sequence[int]) -> list[Shape]:
     ]
 
 
-def _built(
-    base: Shape, changes: Sequence[Mapping[str, int]], fits: Callable[[Shape], bool] = lambda shape: True
-) -> list[Shape]:
+def _built(base: Shape, changes: Sequence[Mapping[str, int]]) -> list[Shape]:
     """`base` with each of the changes that can be built; a warning names the others."""
     shapes, left_out = [], []
     for changed in changes:
         sizes = dict(patch_size=base.patch_size, image_size=base.image_size) | dict(changed)
-        why = ""
         if sizes["patch_size"] > 0 and sizes["image_size"] % sizes["patch_size"]:
-            why = f"patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels"
-        elif fits(shape := base.replace(**changed)):
-            shapes.append(shape)
+            said = ", ".join(f"{name}={value}" for name, value in changed.items())
+            left_out.append(f"{said} (patch {sizes['patch_size']} does not divide {sizes['image_size']} pixels)")
         else:
-            why = "does not fit the data"
-        if why:
-            left_out.append(", ".join(f"{name}={value}" for name, value in changed.items()) + f" ({why})")
+            shapes.append(base.replace(**changed))
     if left_out:
         warnings.warn(f"left out of the design: {'; '.join(left_out)}", stacklevel=3)
     return shapes
@@ -120,21 +99,17 @@ def to_runs(
     min_steps: int = 100,
     **run_fields: Any,
 ) -> list[Run]:
-    """One run for each shape and seed, cooled down wherever it has spent one of the `train_flops`.
+    """Make one run for each shape and seed, cooled down wherever it has spent one of the `train_flops`.
 
-    `recipe(shape) -> Recipe`; `seeds`: shape -> how many seeds (1 where not named): seed s is init_seed s and
+    `seeds`: shape -> how many seeds (1 where not named): seed s is init_seed s and
     data_seed s, and all shapes share the data order of equal data_seed (common random numbers). Budgets that leave a
     shape fewer than `min_steps` steps, or that whole batches miss by more than 1 %, are left out.
     """
     runs = []
     for shape in shapes:
-        r: Recipe = recipe(shape)
-        cost = shape.train_flops_per_image(num_classes)
-        kept = []
-        for flops in sorted(train_flops):
-            (n,) = budgets_for(shape, [flops], num_classes, r.batch_size)
-            if n >= min_steps * r.batch_size and abs(n * cost / flops - 1) < 0.01:
-                kept.append(n)
+        r, cost = recipe(shape), shape.train_flops_per_image(num_classes)
+        wanted = [(flops, budgets_for(shape, [flops], num_classes, r.batch_size)[0]) for flops in sorted(train_flops)]
+        kept = [n for flops, n in wanted if n >= min_steps * r.batch_size and abs(n * cost / flops - 1) < 0.01]
         if kept:
             for seed in range((seeds or {}).get(shape, 1)):
                 runs.append(Run(shape, r, tuple(kept), init_seed=seed, data_seed=seed, **run_fields))

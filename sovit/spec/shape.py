@@ -1,11 +1,7 @@
 """Shape: the dimensions of a Vision Transformer, with exact parameter and FLOP counts in closed form.
 
-Counting convention, used everywhere in sovit: matrix products only (bias, norm, softmax and activation are left out),
-one multiply-add = 2 FLOPs, the n^2 products of attention included, the patch embedding and the pooling head included,
-forward pass of one image. A training step costs 3 x the forward pass. Task heads are counted apart, because at a few
-thousand parameters they are not small.
-
-Every count equals, to the unit, a timm model built on the meta device and torch's FlopCounterMode; tests hold that.
+FLOPs everywhere: matrix products only, one multiply-add = 2, attention's n^2 products, patch embedding and pooling head
+included, forward pass of one image, task heads apart; a training step costs 3 x that. Tests hold every count to the unit.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Stage:
         check(self)
         if self.projector.mode == "lora":
             raise UserError("projector.mode=lora: a projector is small; train it in full")
-        if all(part.mode == "frozen" for part in self.parts.values()):
+        if not self.trained:
             raise UserError("a stage with every part frozen trains nothing; give one a mode and a peak_lr")
 
     @property
@@ -57,9 +57,13 @@ class Stage:
         return {name: getattr(self, name) for name in PARTS}
 
     @property
+    def trained(self) -> dict[str, Part]:
+        return {name: part for name, part in self.parts.items() if part.mode != "frozen"}
+
+    @property
     def words(self) -> str:
-        trained = [f"{name} {p.mode} {p.peak_lr:g}" for name, p in self.parts.items() if p.mode != "frozen"]
-        return f"{', '.join(trained)}: {self.num_examples:,} images"
+        trained = ", ".join(f"{name} {part.mode} {part.peak_lr:g}" for name, part in self.trained.items())
+        return f"{trained}: {self.num_examples:,} images"
 
 
 @dataclass(frozen=True)
@@ -107,16 +111,11 @@ class VlmRun:
         if len(set(self.families)) < len(self.families):
             raise UserError(f"families={list(self.families)} name one twice; remove the repeat")
         if self.control == "blind":
-            self._check_blind()
-
-    def _check_blind(self) -> None:
-        if not self.encoder[6:].isdecimal() or not int(self.encoder[6:]):
-            raise UserError(
-                f"encoder={self.encoder!r} does not say how many learned tokens it has; give such as blind:16"
-            )
-        for stage in self.stages:
-            if {stage.projector.mode, stage.language_model.mode} == {"frozen"}:
-                raise UserError(f"a stage trains {stage.words}, and {self.encoder} has no vision; leave the stage out")
+            if not self.encoder[6:].isdecimal() or not int(self.encoder[6:]):
+                raise UserError(f"encoder={self.encoder!r} names no number of learned tokens; give such as blind:16")
+            for stage in self.stages:
+                if list(stage.trained) == ["vision"]:
+                    raise UserError(f"a stage trains {stage.words}, and {self.encoder} has no vision; leave it out")
 
     @property
     def control(self) -> str:
@@ -135,7 +134,11 @@ class VlmRun:
     @functools.cached_property
     def trunk_id(self) -> str:
         identity = {k: v for k, v in changed(self).items() if k != "study"}
-        return digest({"vlm": identity | {"stages": [_identity(stage) for stage in self.stages]}})
+        identity["stages"] = [
+            {"num_examples": stage.num_examples} | {name: changed(part) for name, part in stage.trained.items()}
+            for stage in self.stages
+        ]
+        return digest({"vlm": identity})
 
     def run_id(self, num_examples: int) -> str:
         return f"{self.trunk_id}-{num_examples}"
@@ -202,9 +205,8 @@ class VlmRun:
         flat |= {"families": list(self.families), "stages": "; ".join(stage.words for stage in self.stages)}
         for i, stage in enumerate(self.stages):
             flat[f"stages.{i}.num_examples"] = stage.num_examples
-            for name, part in stage.parts.items():
-                if part.mode != "frozen":
-                    flat |= {f"stages.{i}.{name}.{key}": value for key, value in dataclasses.asdict(part).items()}
+            for name, part in stage.trained.items():
+                flat |= {f"stages.{i}.{name}.{key}": value for key, value in vars(part).items()}
         return flat
 
     @classmethod
@@ -214,11 +216,6 @@ class VlmRun:
 
     def replace(self, **changes: object) -> VlmRun:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
-
-def _identity(stage: Stage) -> dict:
-    parts = {name: changed(part) for name, part in stage.parts.items() if part.mode != "frozen"}
-    return {"num_examples": stage.num_examples, **parts}
 
 
 def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, **more: Any) -> VlmRun:

@@ -77,7 +77,7 @@ def test_planted_terms_of_patch_and_image_are_recovered_within_their_intervals(f
 
 
 def test_the_growth_of_the_planted_optimum_is_in_its_interval(fit, exact):
-    grown = law.exponents(exact.family, exact.theta, {}, (1, 1), exact.data.compute_range)[0]
+    grown = law.exponents(exact.family, exact.theta, {}, (1, 1), exact.data.compute_range)
     assert grown["patch_size"].estimate < 0 < grown["image_size"].estimate
     for name, found in fit.exponents.items():
         assert found.low <= grown[name].estimate <= found.high, name
