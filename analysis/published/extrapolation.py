@@ -26,7 +26,7 @@ from sovit import UserError
 from sovit.law import fitted_law
 from sovit.law.fit import FORMS, FORMS_WITHOUT_LINE, choose_headline
 from sovit.law.forms import LAWS
-from sovit.predict.paired_test import LEVEL, verdict_of
+from sovit.predict.validation import LEVEL, verdict_of
 
 BASELINES = ("chinchilla", "compute_only", "nearest")
 MIN_TRUNKS, NUM_DRAWS = 3, 2000

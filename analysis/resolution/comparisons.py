@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.resolution.curves import METRICS, SCRATCH, Arm, Study
-from sovit.predict.paired_test import paired
+from sovit.predict.validation import paired
 from sovit.spec.shape import Shape
 
 STAY = "stay"  # in a comparison: the base network trained on at its own resolution

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.resolution.curves import SCRATCH
-from sovit.predict.paired_test import student_t
+from sovit.predict.validation import student_t
 from sovit.report.figures.style import (
     DASHED,
     GREY,

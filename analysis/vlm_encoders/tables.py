@@ -21,7 +21,7 @@ from sovit import UserError
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.merge import merge
 from sovit.ledger.schema import is_vlm
-from sovit.predict.paired_test import paired
+from sovit.predict.validation import paired
 
 REPORT = template("vlm_encoders/report.md.j2")
 TEXT_ONLY, UNTRAINED = "text-only baseline", "untrained"

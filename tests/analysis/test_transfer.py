@@ -15,7 +15,7 @@ from analysis.resolution.comparisons import cells, compare, comparisons, pool, s
 from analysis.resolution.curves import Arm, Curve, read_study
 from analysis.resolution.tables import summarise
 from sovit import UserError
-from sovit.predict.paired_test import paired
+from sovit.predict.validation import paired
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = planted.SHAPES[0]
