@@ -33,7 +33,9 @@ from sovit.law.geometry import Geometry
 from sovit.ledger.ledger import rewrite_rows
 from sovit.ledger.profiles import read_profiles
 from sovit.ledger.provenance import provenance
+from sovit.spec.config import Count, check
 from sovit.spec.named_shapes import named_shape
+from sovit.spec.run import Precision
 from sovit.spec.shape import Shape
 from sovit.tables import text_table
 from sovit.train.base import check_device
@@ -50,19 +52,13 @@ class Settings:
     """What all rows are measured under. Raises UserError for an impossible device, dtype or number."""
 
     device: str = "cpu"
-    dtype: str = "float32"
-    batch_sizes: Sequence[int] = (1, 32)
-    num_classes: int = 1000
-    repeats: int = 9
+    dtype: Precision = "float32"
+    batch_sizes: tuple[Count, ...] = (1, 32)
+    num_classes: Count = 1000
+    repeats: Count = 9
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype={self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-        if min(self.repeats, self.num_classes, *self.batch_sizes, len(self.batch_sizes)) < 1:
-            raise UserError(
-                f"repeats={self.repeats}, num_classes={self.num_classes}, batch_sizes={[*self.batch_sizes]}:"
-                " each must be at least 1"
-            )
+        check(self)
         check_device(self.device)
 
     def conditions(self, shape: Shape, batch_size: int) -> dict:
@@ -89,8 +85,8 @@ def profile(
 ) -> list[dict]:
     """Measure shapes at each batch size into the file `out`, and return their rows.
 
-    What the file holds is not measured again. Training steps are measured at batches above 1, or at 1 where it is the
-    largest. settings: fields of `Settings`. Raises UserError as `Settings` and `read_profiles`.
+    What the file holds is not measured again. settings: fields of `Settings`. Raises UserError as `Settings` and
+    `read_profiles`.
     """
     under = Settings(**settings)
     asked = [(shape, batch) for shape in dict.fromkeys(shapes) for batch in sorted(set(under.batch_sizes))]
@@ -111,31 +107,24 @@ def profile(
 
 def _costs(shape: Shape, batch: int, under: Settings, clock: str) -> dict:
     """What is measured of a row, and the counts that it is compared with."""
-    flops = shape.forward_flops + shape.head_flops(under.num_classes)
-    unknown = [f"{name}_seconds{which}" for name in ("forward", "train_step") for which in ("", "_low", "_high")]
-    unknown += ["images_per_second", "forward_flops_per_second", "train_flops_per_second"]
+    classes, device, repeats = under.num_classes, under.device, under.repeats
+    flops = batch * (shape.forward_flops + shape.head_flops(classes))
     found: dict = {
         "status": "ok",
         "num_params": shape.num_params,
         "forward_flops": shape.forward_flops,
-        "head_flops": shape.head_flops(under.num_classes),
-        "num_repeats": under.repeats,
-        **dict.fromkeys([*unknown, "forward_bytes", "train_bytes"]),
-        "forward_samples": [],
-        "train_step_samples": [],
+        "head_flops": shape.head_flops(classes),
+        "num_repeats": repeats,
     }
-    trains = batch > 1 or max(under.batch_sizes) == 1
     try:
-        found["forward_bytes"] = peak_bytes(lambda: _Step(shape, batch, under).forward(), under.device)
-        if trains:  # of two steps: the second has the optimiser's state from its beginning
-            found["train_bytes"] = peak_bytes(lambda: _Step(shape, batch, under).train(2), under.device)
+        found["forward_bytes"] = peak_bytes(lambda: _Step(shape, batch, under).forward(), device)
+        # of two steps: the second has the optimiser's state from its beginning
+        found["train_bytes"] = peak_bytes(lambda: _Step(shape, batch, under).train(2), device)
         step = _Step(shape, batch, under)
-        found |= _spread("forward", step.forward, under.repeats, clock)
+        found |= _spread("forward", step.forward, repeats, clock) | _spread("train_step", step.train, repeats, clock)
         found["images_per_second"] = batch / found["forward_seconds"]
-        found["forward_flops_per_second"] = batch * flops / found["forward_seconds"]
-        if trains:
-            found |= _spread("train_step", step.train, under.repeats, clock)
-            found["train_flops_per_second"] = 3 * batch * flops / found["train_step_seconds"]
+        found["forward_flops_per_second"] = flops / found["forward_seconds"]
+        found["train_flops_per_second"] = 3 * flops / found["train_step_seconds"]
     except (RuntimeError, MemoryError, OutOfMemory) as error:
         if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
             raise
@@ -266,7 +255,7 @@ def profile_text(rows: Sequence[dict]) -> str:
     }
 
     def cells(row: dict) -> list[str]:
-        values = ((row[column], scale, form) for column, scale, form in columns.values())
+        values = ((row.get(column), scale, form) for column, scale, form in columns.values())
         numbers = ["-" if value is None else format(value * scale, form) for value, scale, form in values]
         label = f"{row['width']}x{row['depth']}x{row['mlp_dim']} h{row['head_dim']}"
         why = "" if row["status"] == "ok" else f"{row['status'].replace('_', ' ')}: {row['error']}"

@@ -304,3 +304,8 @@ def test_bad_input_to_the_command_is_one_line(trained, tmp_path, capsys, more, m
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_part_is_refused_before_the_base_is_opened(capsys):
+    assert main(["finetune", "timm:no_such_model", "--train", "neck"]) == 2
+    assert "trained='neck' is unknown" in capsys.readouterr().err

@@ -50,12 +50,9 @@ def test_a_row_agrees_with_the_counts(profiled):
         assert done == pytest.approx(forward * row["batch_size"], rel=1e-12)
         assert row["images_per_second"] * row["forward_seconds"] == pytest.approx(row["batch_size"], rel=1e-12)
         assert row["num_params"] == shape.num_params and row["clock"] == "cpu" and row["threads"] == 1
-        if row["batch_size"] == 1:
-            assert row["train_step_seconds"] is None and row["train_step_samples"] == []
-        else:
-            step = shape.train_flops_per_image(CLASSES) * row["batch_size"]
-            assert row["train_flops_per_second"] * row["train_step_seconds"] == pytest.approx(step, rel=1e-12)
-            assert row["train_step_seconds"] > row["forward_seconds"]
+        step = shape.train_flops_per_image(CLASSES) * row["batch_size"]
+        assert row["train_flops_per_second"] * row["train_step_seconds"] == pytest.approx(step, rel=1e-12)
+        assert row["train_step_seconds"] > row["forward_seconds"]
 
 
 def test_memory_holds_the_model_and_its_optimiser(profiled):
@@ -106,7 +103,7 @@ def test_a_batch_that_does_not_fit_is_recorded_and_the_rest_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [row["status"] for row in read_profiles(out)] == ["ok", "ok", "out_of_memory"]
-    assert "out of memory: " in done.stdout and read_profiles(out)[2]["forward_seconds"] is None
+    assert "out of memory: " in done.stdout and "forward_seconds" not in read_profiles(out)[2]
 
 
 def test_the_command_has_a_table_and_a_twin(tmp_path, capsys):
@@ -117,7 +114,7 @@ def test_the_command_has_a_table_and_a_twin(tmp_path, capsys):
     assert "16x1x64 h8" in text.out and "1 thread" in text.out and "1/1: 16x1x64, batch 1" in text.err
     assert main([*options, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["pool"], row["num_classes"]) == ("none", 16) and row["train_step_seconds"]  # 1 is the only batch
+    assert (row["pool"], row["num_classes"]) == ("none", 16) and row["train_step_seconds"]
 
 
 def test_shapes_of_a_command_line():
@@ -134,7 +131,7 @@ def test_shapes_of_a_command_line():
         (["nonsense"], "unknown shape 'nonsense'"),
         (["B/16", "--dtype", "int8"], "dtype='int8' is unknown"),
         (["B/16", "--repeats", "0"], "repeats=0"),
-        (["B/16", "--batch-sizes", "0"], "each must be at least 1"),
+        (["B/16", "--batch-sizes", "0"], "batch_sizes=0 must be at least 1"),
         (["B/16", "--threads", "0"], "--threads 0 must be at least 1"),
         (["B/16", "--device", "abacus"], "--device abacus cannot be used"),
         (["31x1x64", "--head-dim", "8"], "width=31 is not a multiple of head_dim=8"),
