@@ -9,7 +9,6 @@ with a negative power and a shift of the data are not convex, and start from the
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,16 +172,14 @@ def curvature(
     By the implicit function theorem dv / dphi = -H^-1 M. A dimension on the edge of the box (`edges`, from
     `exponents.box`) does not move: its M is 0.
     """
-    k = len(v)
-    eye = STEP * np.eye(k)
-    steps = [np.zeros(k), *eye, *-eye]
-    pairs = list(itertools.combinations(range(k), 2))
-    steps += [s * eye[i] + t * eye[j] for i, j in pairs for s, t in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
-    value, jac = loss_along_budget(family, phi, v + np.array(steps), log_budget)
-    hessian = np.diag((value[1 : k + 1] - 2 * value[0] + value[k + 1 : 2 * k + 1]) / STEP**2)
-    for (i, j), four in zip(pairs, value[2 * k + 1 :].reshape(-1, 4)):
-        hessian[i, j] = hessian[j, i] = (four[0] - four[1] - four[2] + four[3]) / (4 * STEP**2)
-    mixed = ((jac[:, 1 : k + 1] - jac[:, k + 1 : 2 * k + 1]) / (2 * STEP)).T * np.exp(phi)
+    k, theta = len(v), np.exp(phi)
+    near = v + STEP * np.concatenate([np.eye(k), -np.eye(k)])
+    problem = family.form, family.centre, family.dims, family.geometry, True
+    _, gradient = _measure(problem, np.tile(theta, (2 * k, 1)), np.full(2 * k, log_budget), near)
+    hessian = (gradient[:k] - gradient[k:]) / (2 * STEP)
+    hessian = (hessian + hessian.T) / 2
+    _, jac = loss_along_budget(family, phi, near, log_budget)
+    mixed = ((jac[:, :k] - jac[:, k:]) / (2 * STEP)).T * theta
     stuck = (v <= edges[0] + STEP) | (v >= edges[1] - STEP)
     mixed[stuck] = 0
     hessian[stuck] = hessian[:, stuck] = 0

@@ -1,4 +1,4 @@
-"""How a fit went and what it cannot say: noise, weakest direction, lack of fit, pattern of the residuals."""
+"""How a fit went and what it cannot say: noise, weakest direction, lack of fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law.design_matrix import groups_of, positive
+from sovit.law.design_matrix import groups_of
 from sovit.law.solver.fitter import Rows, Solved, free_columns
 from sovit.spec.shape import DIMENSIONS
 
@@ -70,7 +70,6 @@ class Diagnostics:
     nu: float
     residual_rms: float
     lack_of_fit: LackOfFit
-    residual_pattern: dict[str, float | None]
     draws: Draws | None = None
 
 
@@ -102,7 +101,7 @@ def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
     return float(np.sqrt(((values - means[group]) ** 2).sum() / dof)) if dof else None
 
 
-def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping, draws: Draws | None) -> Diagnostics:
+def describe(rows: Rows, solved: Solved, noise: Noise, draws: Draws | None) -> Diagnostics:
     """Raises UserError where no parameter moves the fit."""
     form, theta = rows.form, solved.theta
     value, jac = form.evaluate(theta[None], rows.u)
@@ -134,7 +133,6 @@ def describe(rows: Rows, solved: Solved, noise: Noise, table: Mapping, draws: Dr
         nu=solved.dof,
         residual_rms=rms,
         lack_of_fit=_lack_of_fit(rms / noise.sd if noise.sd > 0 else None, noise, solved.dof),
-        residual_pattern=_pattern(residual, rows, table),
         draws=draws,
     )
 
@@ -150,16 +148,3 @@ def _lack_of_fit(misfit: float | None, noise: Noise, dof: float) -> LackOfFit:
     more, same = "the form misses more than seed noise", "the residuals are of the size of seed noise"
     words = f"{more if p < SIGNIFICANT else same} (F test, p = {p:.2g})"
     return LackOfFit(residual_over_noise=misfit, p=p, note=words)
-
-
-def _pattern(residual: np.ndarray, rows: Rows, table: Mapping) -> dict:
-    """Mean ln(predicted/measured) of small and large models at low and high compute, halves split at the medians."""
-    if not {"compute", "num_examples"} <= set(table):
-        return {}
-    compute = positive(table, "compute")[rows.source]
-    size = compute / positive(table, "num_examples")[rows.source]
-    cells = {}
-    for s, small in (("small", size <= np.median(size)), ("large", size > np.median(size))):
-        for c, low in (("low", compute <= np.median(compute)), ("high", compute > np.median(compute))):
-            cells[f"{s}_model_{c}_compute"] = float(residual[small & low].mean()) if (small & low).any() else None
-    return cells

@@ -144,7 +144,7 @@ def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
         num_clusters,
         solved.objective,
         extrapolation(ready, chosen.estimator, chosen.cut) if chosen.extrapolate else Extrapolation(),
-        describe(rows, solved, noise, ready.table, went),
+        describe(rows, solved, noise, went),
         _model(ready, solved, chosen),
         data,
         geometry,

@@ -5,29 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from sovit import UserError
-from sovit.law.compute_optimum import loss_along_budget
+from sovit.law.compute_optimum import Family, loss_along_budget
 from sovit.law.design_matrix import Prepared, positive, prepare_fit
 from sovit.law.exponents import amplitudes, growth, optimum_of
 from sovit.law.extrapolation import extrapolation
 from sovit.law.fit import fit_measurements
 from sovit.law.fitted_law import Fit, plain
-from sovit.law.form import FALLING, Form
+from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.options import LawOptions
-from sovit.law.solver.fitter import Loss, solve
-from sovit.law.solver.polish import Objective, polish
+from sovit.law.solver.fitter import Loss
 from sovit.ledger.measurements import Measurements, levels
 
-MAX_ROWS = 20_000  # more rows make the refits a matter of many minutes: none are made
+MAX_ROWS = 5_000  # more rows make the refits a matter of many minutes: none are made
 MAX_SHAPES = 60  # of more shapes, so many are left out one at a time, taken evenly
 MAX_LEVELS = 12  # of more budgets, fifths of the rows are taken for levels
-STARTS = 4  # points of the exponent grid from which a refit starts, beside the headline's own parameters
 LOSSES: dict[str, dict] = {
     "squared log error": dict(loss="log_squares"),
     "Huber with δ = 1e-3, rows as they are (as in publications)": dict(huber_delta=1e-3),
@@ -54,7 +51,15 @@ def sensitivity(
         return dict(note=f"{len(data.y):,} rows: refits under altered choices are made for at most {MAX_ROWS:,}")
     asked = _Question(fit, None if train_flops is None else float(np.log(train_flops / 3)))
     headline = asked.row("headline", f"`{fit.form}`, all rows", fit)
-    altered = [*_without(asked, data, _shapes(data, fit) | _windows(data)), *_losses(asked, data)]
+    altered = [
+        asked.refitted(what, setting, fit.form, dataclasses.replace(data, y=data.y[keep], columns=_rows(data, keep)))
+        for (what, setting), keep in (_shapes(data, fit) | _windows(data)).items()
+    ]
+    altered += [
+        asked.refitted("loss", setting, fit.form, data, **options)
+        for setting, options in LOSSES.items()
+        if options.get("loss") != fit.model.loss
+    ]
     altered += _forms(asked, data, fits or {})
     moves = {dim: _moves(dim, fit, headline, altered) for dim in fit.model.dims}
     return dict(train_flops=train_flops, num_rows=len(data.y), headline=headline, alterations=altered, dimensions=moves)
@@ -67,70 +72,56 @@ class _Question:
     fit: Fit
     log_budget: float | None  # ln of forward FLOPs x images, head included
 
-    @cached_property
-    def best(self) -> np.ndarray:
-        """ln x [K] of the headline's own optimum."""
-        return self._optima(self.fit.shape_form, self.fit.centre, self.fit.theta[None])[0]
-
-    def _optima(self, form: Form, centre: np.ndarray, theta: np.ndarray) -> np.ndarray:
-        """ln x [R, K] at the budget; within the values run of a dimension without an amplitude."""
-        family = dataclasses.replace(self.fit.family, form=form, centre=centre)
+    def _optimum(self, family: Family, theta: np.ndarray) -> np.ndarray:
+        """ln x [K] at the budget; within the values run of a dimension without an amplitude."""
         assert self.log_budget is not None
-        at = optimum_of(family, theta, self.log_budget, head=True)
+        at = optimum_of(family, theta[None], self.log_budget, head=True)[0]
         low, high = np.log([[min(values), max(values)] for values in family.grid.values()]).T
         within = np.where([d in FALLING for d in family.dims], np.minimum(at, high), np.maximum(at, low))
-        return np.where(amplitudes(form, theta) > 0, at, within)
-
-    def answers(self, form: Form, centre: np.ndarray, theta: np.ndarray) -> list[dict]:
-        """{exponents, optimum, excess_loss} of each theta [R, P]."""
-        family, own = dataclasses.replace(self.fit.family, form=form, centre=centre), self.fit.family
-        present = amplitudes(form, theta) > 0  # [R, K]
-        grown = at = np.full(present.shape, np.nan)
-        excess = np.full(len(theta), np.nan)
-        if family.geometry is not None or form.arms:
-            grown = growth(family, theta, self.fit.data.compute_range or (1.0, 1.0))
-            if self.log_budget is not None:
-                at = self._optima(form, centre, theta)
-                if LAWS[self.fit.form].ranks_shapes:
-                    phi = np.log(np.maximum(self.fit.theta, 1e-300))
-                    loss = loss_along_budget(own, phi, np.concatenate([self.best[None], at]), self.log_budget)[0]
-                    excess = np.expm1(loss[1:] - loss[0])
-        known = np.where(present, grown, np.nan), np.where(present, np.exp(at), np.nan)
-        tables = [[dict(zip(family.dims, map(_number, row))) for row in part.tolist()] for part in known]
-        return [
-            dict(exponents=exponents, optimum=best, excess_loss=_number(lost))
-            for exponents, best, lost in zip(*tables, excess.tolist())
-        ]
+        return np.where(amplitudes(family.form, theta[None])[0] > 0, at, within)
 
     def row(self, what: str, setting: str, fit: Fit, note: str = "") -> dict:
         """What `fit` answers."""
-        (found,) = self.answers(fit.shape_form, fit.centre, fit.theta[None])
+        own, theta = self.fit.family, fit.theta
+        family = dataclasses.replace(own, form=fit.shape_form, centre=fit.centre)
+        grown = best = np.full(len(family.dims), np.nan)
+        excess = None
+        if family.geometry is not None or family.form.arms:
+            grown = growth(family, theta[None], self.fit.data.compute_range or (1.0, 1.0))[0]
+            if self.log_budget is not None:
+                best = self._optimum(family, theta)
+                if LAWS[self.fit.form].ranks_shapes:
+                    both = np.stack([best, self._optimum(own, self.fit.theta)])
+                    loss = loss_along_budget(own, np.log(np.maximum(self.fit.theta, 1e-300)), both, self.log_budget)[0]
+                    excess = float(np.expm1(loss[0] - loss[1]))
+        present = amplitudes(family.form, theta[None])[0] > 0
+        exponents, optimum = (
+            {d: float(x) if known and not np.isnan(x) else None for d, x, known in zip(family.dims, values, present)}
+            for values in (grown, np.exp(best))
+        )
+        lost = [d for d, s in exponents.items() if s is None]
+        note = "; ".join(filter(None, [note, f"no gain from {', '.join(lost)}" if lost else ""]))
+        found = dict(exponents=exponents, optimum=optimum, excess_loss=excess)
         return _alteration(what, setting, fit.form, fit.num_rows, found, note)
 
-    def refitted(self, what: str, setting: str, form: str, data: Measurements, note: str = "", **options: Any) -> dict:
+    def refitted(self, what: str, setting: str, form: str, data: Measurements, **options: Any) -> dict:
         """What the law answers when it is fitted again; a refused one has the reason as its note."""
         try:
             again = fit_measurements(form, data, dims=self.fit.model.dims, extrapolate=False, **options)
-            return self.row(what, setting, again, note)
         except (UserError, np.linalg.LinAlgError) as error:
-            return self.refused(what, setting, form, len(data.y), str(error))
-
-    def refused(self, what: str, setting: str, form: str, num_rows: int, reason: str) -> dict:
-        nothing = dict.fromkeys(self.fit.model.dims)
-        found = dict(exponents=nothing, optimum=nothing, excess_loss=None)
-        return _alteration(what, setting, form, num_rows, found, f"not fitted: {reason}")
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
+            nothing = dict.fromkeys(self.fit.model.dims)
+            found = dict(exponents=nothing, optimum=nothing, excess_loss=None)
+            return _alteration(what, setting, form, len(data.y), found, f"not fitted: {error}")
+        return self.row(what, setting, again)
 
 
 def _alteration(what: str, setting: str, form: str, num_rows: int, found: dict, note: str) -> dict:
-    lost = [d for d, s in found["exponents"].items() if s is None]
-    if lost and not note.startswith("not fitted"):
-        note = "; ".join(filter(None, [note, f"no gain from {', '.join(lost)}"]))
     kind = "marginal" if LAWS[form].by_arm else "joint"
     return dict(what=what, setting=setting, kind=kind, num_rows=num_rows) | found | dict(note=note)
+
+
+def _rows(data: Measurements, keep: np.ndarray) -> dict:
+    return {name: column[keep] for name, column in data.columns.items()}
 
 
 def _shapes(data: Measurements, fit: Fit) -> dict[tuple[str, str], np.ndarray]:
@@ -174,35 +165,6 @@ def _budgets(data: Measurements) -> tuple[np.ndarray, np.ndarray]:
     return group, centres
 
 
-def _without(asked: _Question, data: Measurements, keeps: Mapping[tuple[str, str], np.ndarray]) -> list[dict]:
-    """Refits on the rows kept, as one batch.
-
-    Rows left out weigh 0. Huber's delta and the whitening stay those of all rows, as in the cluster bootstrap, and each
-    refit starts from the headline and from the best points of the exponent grid.
-    """
-    if not keeps:
-        return []
-    fit, (ready, loss) = asked.fit, _prepared(data, asked.fit)
-    rows = ready.rows
-    solved = solve(rows, loss)
-    starts = np.concatenate([solved.theta[None], rows.form.starts(rows.u, rows.y)[:STARTS]])
-    weights = np.stack(list(keeps.values()))[:, rows.source].astype(float)
-    many, repeated = np.tile(starts, (len(keeps), 1)), np.repeat(weights, len(starts), 0)
-    done = polish(Objective(rows.form, rows.u, np.log(rows.y), solved.groups, solved.delta, repeated), many)
-    best = done.objective.reshape(len(keeps), -1).argmin(1)
-    theta = done.theta.reshape(len(keeps), len(starts), -1)[np.arange(len(keeps)), best]
-    out = []
-    for (key, keep), found in zip(keeps.items(), asked.answers(rows.form, rows.centre, theta)):
-        flat = [d for d in fit.model.dims if len(np.unique(positive(ready.table, d)[keep])) < 2]
-        num = int(keep.sum())
-        if flat or keep[rows.source].sum() <= len(rows.form.names):
-            reason = f"{f'{flat[0]} does not vary' if flat else f'{num} rows'} in what is left"
-            out.append(asked.refused(*key, fit.form, num, reason))
-        else:
-            out.append(_alteration(*key, fit.form, num, found, ""))
-    return out
-
-
 def _prepared(data: Measurements, fit: Fit) -> tuple[Prepared, Loss]:
     """The rows of `fit` and its loss as `law.fit` takes them."""
     model = fit.model
@@ -215,12 +177,6 @@ def _prepared(data: Measurements, fit: Fit) -> tuple[Prepared, Loss]:
         whiten=model.whitened,
     )
     return prepare_fit(fit.form, data.columns, data.y, options), options.estimator
-
-
-def _losses(asked: _Question, data: Measurements) -> list[dict]:
-    own, form = asked.fit.model.loss, asked.fit.form
-    others = {setting: options for setting, options in LOSSES.items() if options.get("loss") != own}
-    return [asked.refitted("loss", setting, form, data, **options) for setting, options in others.items()]
 
 
 def _forms(asked: _Question, data: Measurements, fits: Mapping[str, Fit]) -> list[dict]:
