@@ -14,18 +14,18 @@ from sovit.ledger.schema import is_number, is_vlm
 from sovit.spec.shape import DIMENSIONS, Shape
 
 COUNTED = ("forward_flops", "num_params", "compute", "train_flops")
+WHOLE = (*DIMENSIONS, "head_dim", "num_registers")
 # what a usable row may lack but not hold as text: above 0, and at least 0
 ABOVE_ZERO = (*DIMENSIONS, "head_dim", "num_examples", *COUNTED)
-NUMBERS = (
-    *ABOVE_ZERO,
-    *("num_registers", "num_classes", "head_flops", "zero_line", "peak_lr", "weight_decay", "batch_size"),
-)
-
-
-WHOLE = (*DIMENSIONS, "head_dim", "num_registers")
+NOT_BELOW = ("num_registers", "num_classes", "head_flops", "zero_line", "peak_lr", "weight_decay", "batch_size")
 SAME = ("data", "preset", "objective", "num_classes")  # losses of different ones cannot be compared
 ONE_PATCH = {"val_cell_loss": "val_loss", "val_cell_error": "val_error"}  # the same where a cell is one patch
 CONVENTION = 0.05  # counts further apart than this (of ln) were made by different rules
+RULES = {  # counted column -> what it is compared with
+    "forward_flops": "what its shape counts",
+    "num_params": "what its shape counts",
+    "compute": "forward_flops x num_examples",
+}
 
 
 def column_numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -39,8 +39,9 @@ def column_numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
+    """Rows with a number that cannot be, by their place: why."""
     out: dict[int, str] = {}
-    for name in NUMBERS:
+    for name in (*ABOVE_ZERO, *NOT_BELOW):
         column, said = column_numbers(rows, name)
         above = name in ABOVE_ZERO
         for i in np.flatnonzero(said & ~(np.isfinite(column) & ((column > 0) if above else (column >= 0)))):
@@ -56,86 +57,59 @@ def bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
     return out
 
 
-def count_ratios(rows: list[dict], shapes: list[Shape | None]) -> dict[str, tuple[np.ndarray, str]]:
+def count_ratios(rows: list[dict], shapes: list[Shape | None]) -> dict[str, np.ndarray]:
     """By counted column: what the rows give over what their own shape and numbers say, nan where either is not said."""
-    given = {name: column_numbers(rows, name)[0] for name in ("forward_flops", "num_params", "compute", "num_examples")}
+    given = {name: column_numbers(rows, name)[0] for name in (*RULES, "num_examples")}
     count = {id(s): (s.forward_flops, s.num_params) for s in {id(s): s for s in shapes if s is not None}.values()}
     forward, params = np.array([count.get(id(s), (np.nan, np.nan)) for s in shapes], float).T
     own = np.where(np.isfinite(given["forward_flops"]), given["forward_flops"], forward)
-    return dict(
-        forward_flops=(given["forward_flops"] / forward, "what its shape counts"),
-        num_params=(given["num_params"] / params, "what its shape counts"),
-        compute=(given["compute"] / (own * given["num_examples"]), "forward_flops x num_examples"),
-    )
+    counted = dict(forward_flops=forward, num_params=params, compute=own * given["num_examples"])
+    return {name: given[name] / counted[name] for name in RULES}
 
 
-def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict) -> dict[int, str]:
+def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict[str, np.ndarray]) -> dict[int, str]:
     """Rows whose counts were made by another rule than those of the same shape: these can only be a mistake."""
-    group = np.array([0 if s is None else id(s) for s in shapes])  # `_shapes` makes equal ones one
+    by_shape: dict[int, list[int]] = {}
+    for i, shape in enumerate(shapes):  # equal shapes are one object
+        by_shape.setdefault(id(shape), []).append(i)
+    by_shape.pop(id(None), None)
     out: dict[int, str] = {}
-    for name, (ratio, rule) in ratios.items():
-        use = np.flatnonzero(np.isfinite(ratio) & (group > 0))
-        order = use[np.lexsort((ratio[use], group[use]))]
-        for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else ():
-            low, high = members[0], members[-1]
-            if ratio[high] / ratio[low] < 1 + CONVENTION:
-                continue
-            typical = np.median(ratio[members])  # of two equal camps it is neither's, and both are left out
-            for i in members[np.abs(np.log(ratio[members] / typical)) > CONVENTION / 2]:
-                other = low if ratio[i] > typical else high
-                out.setdefault(
-                    int(i),
-                    f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {rule}, where row {rows[other]['run_id']} of the"
-                    f" same shape has {ratio[other]:.4g} x",
-                )
+    for name, ratio in ratios.items():
+        for alike in by_shape.values():
+            members = [i for i in alike if np.isfinite(ratio[i])]
+            typical = np.median(ratio[members]) if members else 1.0  # of two equal camps it is neither's: both are bad
+            for i in members:
+                if abs(np.log(ratio[i] / typical)) > CONVENTION / 2:
+                    own = f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {RULES[name]}"
+                    out.setdefault(i, f"{own}, where the median of the same shape has {typical:.4g} x")
     return out
 
 
-def foreign_counts(rows: list[dict], ratios: dict) -> list[str]:
+def foreign_counts(ratios: dict[str, np.ndarray]) -> list[str]:
     """What to know of counts that are not ours: legitimate, where one rule made them all."""
     out = []
-    for name, (ratio, rule) in ratios.items():
-        off = np.flatnonzero(np.abs(np.log(ratio)) > CONVENTION)  # False for nan
-        if not len(off):
-            continue
-        known = ratio[np.isfinite(ratio)]
-        low, high = known.min(), known.max()
-        if high / low < 1 + CONVENTION:
-            how = f"{np.median(known):.4g} x {rule} in all rows: another convention, and kept"
-        else:
-            i = off[np.abs(np.log(ratio[off])).argmax()]
-            how = (
-                f"{low:.4g} to {high:.4g} x {rule}, off by more than {CONVENTION:.0%} in {len(off)} of {len(known)} rows"
-                f" (most in {rows[i]['run_id']}): kept, but rows counted by different rules cannot be compared"
-            )
-        out.append(f"{name} is {how}")
+    for name, ratio in ratios.items():
+        if (np.abs(np.log(ratio)) > CONVENTION).any():  # False for nan
+            low, high = f"{np.nanmin(ratio):.4g}", f"{np.nanmax(ratio):.4g}"
+            span = low if low == high else f"{low} to {high}"
+            out.append(f"{name} is {span} x {RULES[name]}: another convention, and kept")
     return out
 
 
-def odd_trunks(rows: list[dict], shapes: list[Shape | None], metric: str) -> list[str]:
+def odd_trunks(rows: list[dict], shapes: list[Shape | None]) -> list[str]:
     """Trunk ids that cannot be those of one training run each."""
     size: dict = {}
-    names: dict = {}
-    several, twice = [], []
+    several = []
     for row, shape in zip(rows, shapes):
         own = row.get("num_params") if shape is None else id(shape)
         if size.setdefault(row["trunk_id"], own) != own:
             several.append(row["trunk_id"])
-        other = names.setdefault((row["trunk_id"], row["num_examples"], row[metric]), row["run_id"])
-        if other != row["run_id"]:
-            twice.append((other, row["run_id"]))
-    out = []
-    if several:
-        out.append(
-            f"{len(set(several))} trunk_id (such as {several[0]}) stand for several shapes each; a trunk is one training"
-            " run, and intervals are by trunk"
-        )
-    if twice:
-        out.append(
-            f"{len(twice)} rows agree with another row in trunk_id, num_examples and {metric} to the last digit (such as"
-            f" {twice[0][0]} and {twice[0][1]}): one measurement under two names counts twice"
-        )
-    return out
+    if not several:
+        return []
+    count, example = len(set(several)), several[0]
+    return [
+        f"{count} trunk_id (such as {example}) stand for several shapes each; a trunk is one run, and intervals are by trunk"
+    ]
 
 
 def unfit(row: Mapping, excluded: Mapping[str, str]) -> str:
@@ -171,6 +145,6 @@ def with_metric(rows: list[dict], metric: str, where: str, notes: list[str]) -> 
             notes.append(f"{sum(lacking)} rows have one patch a cell: their {ONE_PATCH[metric]} is taken as {metric}")
         rows = [row | {metric: row[ONE_PATCH[metric]]} if lack else row for row, lack in zip(rows, lacking)]
     if all(row.get(metric) is None for row in rows):
-        known = sorted(k for k, v in rows[0].items() if k.startswith("val_") and v is not None and not is_spread(k))
+        known = sorted(k for k, v in rows[0].items() if k.startswith("val_") and is_number(v) and not is_spread(k))
         raise UserError(f"{where}: no row has metric={metric!r}; the rows have {', '.join(known) or 'no val_ column'}")
     return rows

@@ -18,6 +18,7 @@ import numpy as np
 from sovit import UserError
 from sovit.ledger.bad_rows import (
     COUNTED,
+    WHOLE,
     bad_counts,
     bad_numbers,
     check_alike,
@@ -28,7 +29,7 @@ from sovit.ledger.bad_rows import (
     unfit,
     with_metric,
 )
-from sovit.ledger.few_shot_columns import about, noise_of, probe_of
+from sovit.ledger.few_shot_columns import about, probe_of
 from sovit.ledger.ledger import read_exclusions, read_rows
 from sovit.ledger.merge import merge
 from sovit.spec.shape import DIMENSIONS, Shape
@@ -43,8 +44,6 @@ LEVEL_SPAN = 0.2  # of ln; values that follow each other without a gap over more
 class Measurements:
     """The rows of one metric. columns: name -> [n]; y [n]; rows: the n ledger rows; left_out: (run_id, reason), where
     the run_id of a line that could not be read is FILE:LINE. notes: what was taken as it is but should be known.
-
-    support: of a few-shot error, the noise of its support sets (`few_shot_columns.support_noise`).
     """
 
     metric: str
@@ -54,7 +53,6 @@ class Measurements:
     left_out: list
     statuses: dict
     paths: list
-    support: dict | None = None
     notes: list = field(default_factory=list)
 
     @property
@@ -69,10 +67,8 @@ class Measurements:
             return None
         name = about(probed)[1] if probed else "zero_line"
         known = [row[name] for row in self.rows if row.get(name)]
-        if known or probed:
-            return float(max(known)) if known else None
-        classes = self.rows[0].get("num_classes")
-        return math.log(classes) if classes and classes > 1 else None
+        classes = 0 if probed else self.rows[0].get("num_classes") or 0
+        return float(max(known)) if known else math.log(classes) if classes > 1 else None
 
     @property
     def identity(self) -> dict:
@@ -82,8 +78,7 @@ class Measurements:
             content.update(((", " if i else "[[") + json.dumps(row, sort_keys=True)).encode())
         rest = f"], {json.dumps(self.left_out)}, {json.dumps(self.statuses, sort_keys=True)}]"
         content.update(rest.encode())
-        names = [Path(p).name for p in self.paths]
-        return {"ledgers": names, "metric": self.metric, "sha256": content.hexdigest()}
+        return {"ledgers": [Path(p).name for p in self.paths], "metric": self.metric, "sha256": content.hexdigest()}
 
     def shapes(self) -> list[tuple]:
         """Each row's shape as the tuple of the shape columns there are."""
@@ -124,18 +119,14 @@ class Source:
 def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Source = Source()) -> Measurements:
     """Measurements of ledger rows in memory, as `measurements` makes them of files."""
     where, reasons, skip_bad, left_out = source.where, source.excluded, source.skip_bad, list(source.refused)
-    num_read, num_bad = len(read), len(left_out)
+    num_bad = len(left_out)
     rows = merge(list(read), where, left_out if skip_bad else None)
     notes = []
-    repeats = num_read - len(rows) - len(left_out) + num_bad
-    if repeats:
-        notes.append(f"{repeats} of {num_read} rows repeat the run_id of another, with which they agree: counted once")
-    kept = []
-    for row in rows:
-        if why := unfit(row, reasons):
-            left_out.append((row["run_id"], why))
-        else:
-            kept.append(row)
+    if repeats := len(read) - len(rows) - len(left_out) + num_bad:
+        notes.append(f"{repeats} of {len(read)} rows repeat the run_id of another, with which they agree: counted once")
+    unused = {row["run_id"]: why for row in rows if (why := unfit(row, reasons))}
+    left_out += unused.items()
+    kept = [row for row in rows if row["run_id"] not in unused]
     if not kept:
         why = "all excluded, diverged, failed, fine-tuned or vision-language models"
         raise UserError(f"{where}: none of the {len(rows)} rows is usable ({why}); run more")
@@ -163,16 +154,14 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
     mistaken = bad_counts(kept, shapes, ratios)
     kept, right = sound(kept, mistaken), [i for i in range(len(kept)) if i not in mistaken]
     shapes = [shapes[i] for i in right]
-    notes += foreign_counts(kept, {name: (ratio[right], rule) for name, (ratio, rule) in ratios.items()})
-    notes += odd_trunks(kept, shapes, metric)
+    notes += foreign_counts({name: ratio[right] for name, ratio in ratios.items()}) + odd_trunks(kept, shapes)
     kept = [_counted(row, shape) for row, shape in zip(kept, shapes)]
     columns = {name: column for name in COLUMNS if (column := _column(kept, name)) is not None}
     if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
         columns["num_registers"] = np.array([row.get("num_registers") or 0 for row in kept], np.int64)
     columns |= {n: np.array([row[n] for row in kept]) for n in ("pool", "trunk_id") if all(row.get(n) for row in kept)}
     y = np.array([row[metric] for row in kept], float)
-    _, support = noise_of(kept, metric) or (None, None)
-    return Measurements(metric, columns, y, kept, left_out, statuses, list(source.paths), support, notes)
+    return Measurements(metric, columns, y, kept, left_out, statuses, list(source.paths), notes)
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:
@@ -194,21 +183,16 @@ def _shapes(rows: list[dict]) -> list:
         if not row.get("pool") or any(row.get(name) is None for name in DIMENSIONS):
             out.append(None)
             continue
-        key = (*(row[name] for name in DIMENSIONS), row.get("head_dim"), repr(row["pool"]), row.get("num_registers"))
-        key += repr(row.get("qkv_bias")), repr(row.get("layer_scale"))
+        more: dict = {name: int(row[name]) for name in WHOLE if row.get(name) is not None}
+        more |= {name: row[name] for name in ("pool", "qkv_bias", "layer_scale") if row.get(name) is not None}
+        key = repr(more)
         if key not in made:
-            made[key] = _shape(row)
+            try:
+                made[key] = Shape(**{"head_dim": more["width"]} | more)
+            except UserError as error:
+                made[key] = error
         out.append(made[key])
     return out
-
-
-def _shape(row: dict) -> Shape | UserError:
-    more: dict = {name: int(row[name]) for name in (*DIMENSIONS, "num_registers") if row.get(name) is not None}
-    more |= {name: row[name] for name in ("qkv_bias", "layer_scale") if row.get(name) is not None}
-    try:
-        return Shape(**more, head_dim=int(row.get("head_dim") or row["width"]), pool=row["pool"])
-    except UserError as error:
-        return error
 
 
 def _counted(row: dict, shape: Shape | None) -> dict:

@@ -57,7 +57,6 @@ def data_facts(data: Measurements, dims) -> dict:
         budgets={n: levels(data.columns[n])[1].tolist() for n in ("train_flops", "num_examples") if n in data.columns},
         seeds=_seeds(by_shape) if "init_seed" in data.columns else None,
         data_seeds=_common_data_seeds(by_shape) if "data_seed" in data.columns else None,
-        support=data.support,
         rates=dict(low=min(rates), high=max(rates), rule=rate_rule(data)) if rates else None,
         shapes_at_several_rates=sum(len({row.get("peak_lr") for row in rows}) > 1 for rows in by_shape.values()),
         parametrisations=sorted({str(row["parametrisation"]) for row in data.rows if row.get("parametrisation")}),

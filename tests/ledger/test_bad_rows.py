@@ -123,8 +123,6 @@ def test_repeats_are_counted_once_and_said(rows, tmp_path):
     ]
     nan = [rows[0] | dict(status="diverged", val_loss=float("nan"))] * 2  # NaN agrees with NaN
     assert len(measurements([written(tmp_path / "c.jsonl", nan + rows[1:])]).y) == len(rows) - 1
-    other = measurements([written(tmp_path / "d.jsonl", [*rows, rows[0] | dict(run_id="twin")])])
-    assert len(other.y) == len(rows) + 1 and "one measurement under two names" in other.notes[0]
 
 
 @pytest.mark.parametrize("name", ["data", "preset", "objective", "num_classes"])
@@ -143,22 +141,24 @@ def test_another_convention_throughout_is_kept_and_said(rows, tmp_path):
     macs = [row | dict(forward_flops=row["forward_flops"] // 2, compute=None, train_flops=None) for row in rows]
     data = measurements([written(tmp_path / "a.jsonl", macs)])
     (note,) = data.notes
-    assert note == "forward_flops is 0.5 x what its shape counts in all rows: another convention, and kept"
+    assert note == "forward_flops is 0.5 x what its shape counts: another convention, and kept"
     assert data.columns["forward_flops"].tolist() == [row["forward_flops"] for row in data.rows]
     fit = law.fit("joint", data.columns, data.y, extrapolate=False)
     assert fit.geometry.flops_scale == pytest.approx(0.5, rel=1e-6)
     train = measurements([written(tmp_path / "b.jsonl", [row | dict(compute=3 * row["compute"]) for row in rows])])
-    assert train.notes == ["compute is 3 x forward_flops x num_examples in all rows: another convention, and kept"]
+    assert train.notes == ["compute is 3 x forward_flops x num_examples: another convention, and kept"]
     half = [row | dict(num_params=row["num_params"] * (2 if row["width"] > 32 else 1)) for row in rows]
     (note,) = measurements([written(tmp_path / "c.jsonl", half)]).notes
-    assert note.startswith("num_params is 1 to 2 x what its shape counts, off by more than 5% in 19 of 71 rows")
+    assert note.startswith("num_params is 1 to 2 x what its shape counts")
 
 
 @pytest.mark.parametrize("name", ["forward_flops", "num_params", "compute"])
 def test_rows_of_one_shape_that_count_differently_are_bad(name, rows, tmp_path):
     bad = rows[0]["run_id"]
     path = written(tmp_path / "a.jsonl", changed(rows, {name: 2 * rows[0][name]}))
-    with pytest.raises(UserError, match=f"row {bad} has {name}=.* 2 x .* of the same shape has 1 x; mend the row"):
+    with pytest.raises(
+        UserError, match=f"row {bad} has {name}=.* 2 x .*the median of the same shape has 1 x; mend the row"
+    ):
         measurements([path])
     data = measurements([path], skip_bad=True)
     assert len(data.y) == len(rows) - 1 and data.left_out[0][0] == bad and not data.notes

@@ -10,6 +10,7 @@ import numpy as np
 import planted_ledger as planted
 import pytest
 
+from sovit import UserError
 from sovit.law import fit as law
 from sovit.law import fitted_law
 from sovit.ledger.measurements import levels, measurements
@@ -189,6 +190,13 @@ def test_the_zero_line_is_the_rows_own(rows, tmp_path):
     path = planted.write_ledger(tmp_path / "b.jsonl", [row | dict(zero_line=2.767) for row in rows])
     assert measurements([path]).zero_line == 2.767
     assert measurements([path], "val_error").zero_line is None
+    probed = [row | {"val_error_1shot/d": 0.9, "val_error_1shot_sd/d": 0.1, "probe_zero_line/d": 0.975} for row in rows]
+    path = planted.write_ledger(tmp_path / "c.jsonl", probed)
+    assert measurements([path], "val_error_1shot/d").zero_line == 0.975
+    with pytest.raises(
+        UserError, match="the rows have val_error, val_error_1shot/d, val_loss$"
+    ):  # a spread is no metric
+        measurements([path], "nothing")
 
 
 def test_budgets_that_whole_batches_miss_are_one_level():
