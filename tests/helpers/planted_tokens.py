@@ -44,7 +44,7 @@ def planted_rows(truth=TRUTH, noise=0.003, seed=0, budgets=BUDGETS):
     rng = np.random.default_rng(seed)
     with warnings.catch_warnings():  # what cannot be built is left out, and said
         warnings.simplefilter("ignore")
-        shapes = star(CENTRE, ARMS, fits=fits)
+        shapes = list(filter(fits, star(CENTRE, ARMS)))
     seeds = {CENTRE: 3, CENTRE.replace(width=64): 3}
     runs = to_runs(
         shapes, budgets, NUM_CLASSES, lambda s: Recipe(peak_lr=learning_rate(s)), seeds, study="planted_tokens"

@@ -18,7 +18,7 @@ from sovit.encoder.trained import open_base
 from sovit.encoder.weights import load_weights
 from sovit.ledger.ledger import update_ledger
 from sovit.ledger.measurements import measurements
-from sovit.spec.run import Recipe, Run, budgets_for
+from sovit.spec.run import Recipe, Run, budgets_for, task_flops
 from sovit.spec.shape import Shape
 from sovit.spec.siglip_costs import EMBED_DIM, NUM_WORDS, pair_flops, text_flops, text_params
 from sovit.train.command import main
@@ -162,8 +162,8 @@ def test_the_pair_costs_what_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         pair_loss(model, batch, 16)
     run = RUN.replace(recipe=Recipe(0.004, 16, objective="siglip"), budgets=(160,))
-    assert counter.get_total_flops() == 16 * (SHAPE.forward_flops + run.task_flops())
-    assert run.train_flops(160) == 3 * 160 * (SHAPE.forward_flops + run.task_flops())
+    assert counter.get_total_flops() == 16 * (SHAPE.forward_flops + task_flops(run.shape, run.recipe, run.data))
+    assert run.train_flops(160) == 3 * 160 * (SHAPE.forward_flops + task_flops(run.shape, run.recipe, run.data))
 
 
 def test_what_fills_a_caption_up_is_not_read():
@@ -287,7 +287,7 @@ def test_a_row_says_what_was_learned_and_what_it_cost(trained):
 
 
 def test_its_budgets_spend_what_they_say():
-    (n,) = budgets_for(SHAPE, [1e11], 0, 32, RUN.task_flops())
+    (n,) = budgets_for(SHAPE, [1e11], 0, 32, task_flops(RUN.shape, RUN.recipe, RUN.data))
     assert RUN.replace(budgets=(n,)).train_flops(n) == pytest.approx(1e11, rel=0.01)
 
 
