@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,20 @@ from sovit.data import Batch, Source
 from sovit.train.loop import within_memory
 
 BATCH = 256  # images at a time, or half as many ... where memory runs out
+
+
+def validation(source: Source, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The validation images of a source in batches, and what `forward` makes of each."""
+
+    def attempt(rows: int) -> tuple[Batch, torch.Tensor]:
+        batch = source.val(start, min(rows, source.num_val - start))
+        return batch, forward(batch.images)
+
+    start, rows = 0, BATCH
+    while start < source.num_val:
+        found, rows = within_memory(attempt, rows)
+        start += len(found[1])
+        yield found
 
 
 @torch.no_grad()
@@ -28,10 +41,7 @@ def validate(
     """
     model.eval()
     losses, wrong, skills, wrong_cells, cell_losses = [], [], [], [], []
-    start, rows = 0, BATCH
-    while start < source.num_val:
-        (batch, logits), rows = within_memory(partial(_answers, forward or model, source, start), rows)
-        start += len(logits)
+    for batch, logits in validation(source, forward or model):  # [B, C] or [B, N, C]
         flat, labels = logits.flatten(0, -2), batch.labels.flatten()
         losses.append(F.cross_entropy(flat, labels, reduction="none"))
         wrong.append((flat.argmax(-1) != labels).double())
@@ -57,13 +67,6 @@ def validate(
             metrics[f"val_loss/{name}"] = loss[ours].mean().item() if ours.any() else None
             metrics[f"val_error/{name}"] = error[ours].mean().item() if ours.any() else None
     return metrics
-
-
-def _answers(
-    forward: Callable[[torch.Tensor], torch.Tensor], source: Source, start: int, rows: int
-) -> tuple[Batch, torch.Tensor]:
-    batch = source.val(start, min(rows, source.num_val - start))
-    return batch, forward(batch.images)  # [B, C] or [B, N, C]
 
 
 def cells(tokens: torch.Tensor, grid: int) -> torch.Tensor:

@@ -107,7 +107,6 @@ def summary(run: Run, base: Base, num_classes: int) -> dict:
         "num_examples": n,
         "trained_params": params,
         "share_of_params": params / shape.trained_params(num_classes, "full"),
-        "step_flops": flops,
         "share_of_step": flops / shape.step_flops(num_classes, "full"),
         "train_flops": run.train_flops(n, num_classes),
         "base_train_flops": base.train_flops,
@@ -119,18 +118,17 @@ def result_text(result: dict) -> str:
     cost, base_flops = result["cost"], result["cost"]["base_train_flops"]
     sizes = " -> ".join("{image_size} px by {patch_size}".format_map(cost[at]) for at in ("from", "to"))
     of_base = f", {cost['train_flops'] / base_flops:.0%} of those of its base" if base_flops else ""
+    metrics = "loss {val_loss:.4f}, error {val_error:.1%}"
     lines = [
         f"{cost['base']} ({cost['shape']}), {sizes}: {cost['trained']}, {cost['trained_params']:,} parameters,"
         f" {cost['share_of_params']:.0%} of all; a step computes {cost['share_of_step']:.0%} of a full one",
         f"{cost['num_examples']:,} images at a peak rate of {cost['peak_lr']:g}: {cost['train_flops']:.2e} FLOPs{of_base}",
     ]
-    metrics = "loss {val_loss:.4f}, error {val_error:.1%}"
     if result["before"]:
         lines.append(f"before    {metrics}".format_map(result["before"]))
     for row in result["rows"]:
         found = metrics.format_map(row) if row["status"] == "ok" else row["status"]
-        stored = f"; {row['stored_bytes']:,} bytes beside its base" if row.get("stored_bytes") else ""
-        lines.append(f"{row['run_id']}    {found} after {row['num_examples']:,} images{stored}")
+        lines.append(f"{row['run_id']}    {found} after {row['num_examples']:,} images")
     if any(row["status"] == "ok" for row in result["rows"]):
         lines.append(f"next: sovit export {result['rows'][-1]['run_id']} --out encoder")
     return "\n".join(lines)

@@ -31,10 +31,9 @@ from sovit.encoder.model import build
 from sovit.spec.run import Recipe
 from sovit.spec.shape import Shape
 from sovit.spec.siglip_costs import DEPTH, EMBED_DIM, HEAD_DIM, MLP_DIM, WIDTH, text_params
-from sovit.train.loop import within_memory
+from sovit.train.evaluate import validation
 
 VAL_BATCH = 64  # of validation, whatever a run trains with: the loss depends on it
-VAL_ROWS = 256  # images embedded at a time, or half as many ... where memory runs out
 
 
 class Pairs(NamedTuple):
@@ -74,12 +73,7 @@ class TextTower(nn.Module):
 
 def build_pair(shape: Shape, recipe: Recipe, captions: Captions, seed: int) -> Any:
     """The encoder, whose task head is the map to E, with a text tower as its module `text`; a function of `seed` alone."""
-    model = build(shape, EMBED_DIM, recipe.parametrisation, seed)
-    model.text = new_text_tower(captions, seed)
-    return model
-
-
-def new_text_tower(captions: Captions, seed: int) -> TextTower:
+    model: Any = build(shape, EMBED_DIM, recipe.parametrisation, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + (1 << 32))  # no encoder is drawn by a seed as large
         tower = TextTower(captions.num_words, len(captions.words))
@@ -92,7 +86,8 @@ def new_text_tower(captions: Captions, seed: int) -> TextTower:
                 nn.init.zeros_(module.bias)
         nn.init.normal_(tower.words.weight, std=0.5)
         nn.init.normal_(tower.positions, std=0.1)
-    return tower
+    model.text = tower
+    return model
 
 
 def embed_images(model: Any, images: Tensor) -> Tensor:
@@ -154,12 +149,7 @@ def validate_pairs(model: Any, source: Source, captions: Captions) -> dict[str, 
     model.eval()
     batch = val_batch(source)
     whole = source.num_val - source.num_val % batch
-    embedded, rows, start = [], VAL_ROWS, 0
-    while start < source.num_val:
-        part, rows = within_memory(partial(_embedded, model, source, start), rows)
-        embedded.append(part)
-        start += len(part)
-    x = torch.cat(embedded)  # [num_val, E]
+    x = torch.cat([found for _, found in validation(source, partial(embed_images, model))])  # [num_val, E]
     losses, wrong = [], []
     for start in range(0, whole, batch):
         words = captions.val(start, batch)
@@ -178,10 +168,6 @@ def validate_pairs(model: Any, source: Source, captions: Captions) -> dict[str, 
     metrics["val_zero_shot_error"] = sum(errors.values()) / len(errors)
     model.train()
     return metrics | {f"val_zero_shot_error/{name}": error for name, error in errors.items()}
-
-
-def _embedded(model: Any, source: Source, start: int, rows: int) -> Tensor:
-    return embed_images(model, source.val(start, min(rows, source.num_val - start)).images)
 
 
 def val_batch(source: Source) -> int:
