@@ -61,8 +61,8 @@ def fit_columns(name: str, sweep: public.Sweep, terms: tuple[str, ...], **loss) 
     form = LAWS[name].build((), None, terms)
     logs = np.log(np.stack([sweep.columns[t] for t in terms]))
     centre = logs.mean(1)
-    u = logs - centre[:, None]
-    solved = solve(Rows(form, u, sweep.y, np.arange(len(sweep.y))), Loss(**loss, whiten=False))
+    u, each = logs - centre[:, None], np.arange(len(sweep.y))
+    solved = solve(Rows(form, u, sweep.y, each, each, centre), Loss(**loss, whiten=False))
     return Fitted(form, centre, u, sweep.y, solved)
 
 

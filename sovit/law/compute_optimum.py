@@ -24,7 +24,6 @@ STEP = 1e-3  # of the differences in ln x
 STEPS = 80  # of Newton at most
 FLAT = 3e-4  # least curvature of ln loss: a log unit of shape that moves the loss by less than .015 % is flat
 GRID_POINTS = 512  # of the survey where a law is not convex
-NUM_SURVEYED = 3  # local minima of the survey that are followed
 
 
 def law_columns(terms: Sequence[str], table: Mapping, images: Any, geometry: Geometry) -> np.ndarray:
@@ -76,7 +75,7 @@ def optimum(
     middle = np.array([centre[form.terms.index(name)] for name in names])
     starts = [np.tile(np.clip(middle, *ends), (len(theta), 1))]
     if not form.convex:
-        starts += _survey(problem, theta, log_budget, *ends)
+        starts.append(_survey(problem, theta, log_budget, *ends))
     many = len(starts)  # all starts as one batch: for a few laws the steps cost what they cost for one
     repeated = np.tile(theta, (many, 1)), np.tile(log_budget, many)
     v, phi = _newton(problem, *repeated, np.concatenate(starts), ends)
@@ -135,32 +134,20 @@ def _newton(
 
 def _survey(
     problem: tuple, theta: np.ndarray, log_budget: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> list[np.ndarray]:
-    """The NUM_SURVEYED best local minima of a grid over the box, of each theta: list of [R, K]."""
+) -> np.ndarray:
+    """The best point of a grid over the box, of each theta: [R, K]."""
     form, centre, names, geometry, head = problem
     per_dim = int(GRID_POINTS ** (1 / len(names)) + 1e-9)
     axes = [np.linspace(a, b, per_dim) for a, b in zip(low, high)]
     points = np.stack([g.ravel() for g in np.meshgrid(*axes, indexing="ij")])  # [K, G]
     table = dict(zip(names, np.exp(points)))
-    ln_f = np.log(geometry.flops(table, head))
-    found: list = [[] for _ in range(NUM_SURVEYED)]
+    ln_f, sizes = np.log(geometry.flops(table, head)), law_columns(form.terms[:-1], table, None, geometry)
+    best = []
     for i in range(0, len(theta), 256):
-        images = log_budget[i : i + 256, None] - ln_f
-        u = np.stack(
-            [np.broadcast_to(row, images.shape) for row in law_columns(form.terms[:-1], table, None, geometry)]
-        )
-        u = np.concatenate([u, images[None]]).transpose(1, 0, 2) - centre[:, None]
-        phi = form.evaluate(theta[i : i + 256], u)[0].reshape(-1, *[per_dim] * len(names))
-        padded = np.pad(phi, [(0, 0)] + [(1, 1)] * len(names), constant_values=np.inf)
-        inner = tuple(slice(1, -1) for _ in names)
-        lowest = np.ones(phi.shape, bool)
-        for axis in range(1, phi.ndim):
-            for shift in (1, -1):
-                lowest &= phi <= np.roll(padded, shift, axis)[(slice(None), *inner)]
-        order = np.argsort(np.where(lowest, phi, np.inf).reshape(len(phi), -1), 1, kind="stable")
-        for rank, column in enumerate(found):
-            column.append(points[:, order[:, rank]].T)
-    return [np.concatenate(column) for column in found]
+        images = log_budget[i : i + 256, None, None] - ln_f
+        u = np.concatenate([np.broadcast_to(sizes, (len(images), *sizes.shape)), images], 1) - centre[:, None]
+        best.append(form.evaluate(theta[i : i + 256], u)[0].argmin(1))
+    return points[:, np.concatenate(best)].T
 
 
 def curvature(

@@ -108,10 +108,13 @@ def _centred(form: Form, logs: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return logs - centre[:, None]
 
 
-def features(form: Form, centre: np.ndarray, table: Mapping, arms: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Centred log columns of any rows and the rows they came from (a form by arm: rows on an arm or at the centre)."""
+def predicted(form: Form, theta: np.ndarray, centre: np.ndarray, table: Mapping, arms: np.ndarray | None) -> np.ndarray:
+    """Losses [n] of any rows by theta [P]. Of a form by arm the mean of a row's arms, nan for a row off every arm."""
     logs, source = _logs(form, table, arms)
-    return _centred(form, logs, centre), source
+    value = np.exp(form.evaluate(theta[None], _centred(form, logs, centre))[0][0])
+    num = len(next(iter(table.values())))
+    count = np.bincount(source, minlength=num)
+    return np.where(count > 0, np.bincount(source, value, num) / np.maximum(count, 1), np.nan)
 
 
 def _check_arms(ready: Prepared, counts: np.ndarray) -> None:
@@ -210,7 +213,11 @@ def star(table: Mapping, dims: Sequence[str]) -> tuple[dict[str, float], np.ndar
         options, counts = np.unique(shapes[:, k], return_counts=True)
         options = options[counts == counts.max()]
         centre[d] = float(options[np.abs(np.log(options) - np.log(shapes[:, k]).mean()).argmin()])
-    differs = values != np.array(list(centre.values()))
-    count = differs.sum(1)
-    arm = np.array(dims)[differs.argmax(1)]
-    return centre, np.where(count == 0, "centre", np.where(count == 1, arm, "corner"))
+    return centre, arms_of(table, centre)
+
+
+def arms_of(table: Mapping, centre: Mapping[str, float]) -> np.ndarray:
+    """Each row's arm [n]: the one dimension that differs from the centre, `centre`, or `corner` for two or more."""
+    differs = np.stack([np.asarray(table[d], float) != x for d, x in centre.items()])
+    count, arm = differs.sum(0), np.array(list(centre))[differs.argmax(0)]
+    return np.where(count == 0, "centre", np.where(count == 1, arm, "corner"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sovit import UserError
-from sovit.law.design_matrix import Prepared, features, positive
+from sovit.law.design_matrix import Prepared, positive, predicted
 from sovit.law.exponents import MIN_SPAN
 from sovit.law.solver.fitter import Loss, solve
 
@@ -106,12 +106,11 @@ def _nearest(run: np.ndarray, asked: np.ndarray, spread: np.ndarray) -> np.ndarr
 def _extrapolate(ready: Prepared, loss: Loss, below: np.ndarray, above: np.ndarray) -> Score:
     rows, rest = ready.take(below).rows, ready.take(above)
     theta = solve(rows, loss).theta
-    u, source = features(rows.form, rows.centre, rest.table, rest.arms)
-    if not len(source):
+    found = predicted(rows.form, theta, rows.centre, rest.table, rest.arms)
+    known = np.isfinite(found)
+    if not known.any():
         return Score(rmse=None, bias=None, n=0, note="no row above the cut that the form describes")
-    value = np.exp(rows.form.evaluate(theta[None], u)[0][0])
-    which, place = np.unique(source, return_inverse=True)  # a row at the centre gets the mean of its arms
-    return _score(ready.y, np.flatnonzero(above)[which], np.bincount(place, value) / np.bincount(place))
+    return _score(ready.y, np.flatnonzero(above)[known], found[known])
 
 
 def _score(y: np.ndarray, rows: np.ndarray, predicted: np.ndarray) -> Score:

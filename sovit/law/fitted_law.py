@@ -15,7 +15,7 @@ from sovit import UserError
 from sovit.files import write_atomic
 from sovit.law.bootstrap import LEVEL
 from sovit.law.compute_optimum import Family
-from sovit.law.design_matrix import features
+from sovit.law.design_matrix import arms_of, predicted
 from sovit.law.diagnostics import Diagnostics, Draws, LackOfFit, Noise, Weakest
 from sovit.law.exponents import Growth, Interval, Range
 from sovit.law.extrapolation import Extrapolation, Score
@@ -111,25 +111,16 @@ class Fit:
         """
         form, dims = self.shape_form, self.model.dims
         needed = (*dims, "compute") if form.arms else form.terms
-        if self.geometry and set(dims) <= set(columns):
-            sizes = {d: np.atleast_1d(np.asarray(columns[d], float)) for d in DIMENSIONS if d in columns}
-            counted = dict(num_params=self.geometry.num_params, num_patches=self.geometry.num_patches)
-            wanted = [n for n in counted if n in needed and n not in columns]
-            columns = dict(columns) | {n: counted[n](sizes) + 0 * sizes[dims[0]] for n in wanted}
-        missing = [n for n in needed if n not in columns]
+        table = {n: np.atleast_1d(column) for n, column in columns.items()}
+        if self.geometry and set(dims) <= set(table):
+            sizes = {d: table[d].astype(float) for d in DIMENSIONS if d in table}
+            counted = dict(num_params=self.geometry.num_params(sizes), num_patches=self.geometry.num_patches(sizes))
+            table = {n: count + 0 * sizes[dims[0]] for n, count in counted.items()} | table
+        missing = [n for n in needed if n not in table]
         if missing:
             raise UserError(f"predict with form={self.form!r} needs the column {missing[0]!r}; add it")
-        table = {n: np.atleast_1d(columns[n]) for n in needed}
-        arms = None
-        if form.arms:
-            differs = np.stack([table[d] != self.data.centre[d] for d in dims])
-            arms = np.where(differs.sum(0) == 1, np.array(dims)[differs.argmax(0)], "corner")
-            arms = np.where(differs.any(0), arms, "centre")
-        u, source = features(form, self.centre, table, arms)
-        value = np.exp(form.evaluate(self.theta[None], u)[0][0])
-        size = len(table[needed[0]])
-        count = np.bincount(source, minlength=size)
-        return np.where(count > 0, np.bincount(source, value, size) / np.maximum(count, 1), np.nan)
+        table = {n: table[n] for n in needed}
+        return predicted(form, self.theta, self.centre, table, arms_of(table, self.data.centre) if form.arms else None)
 
     def to_json(self) -> str:
         """law.json: indented, but one line a bootstrap draw. Deterministic; refuses nan and infinity."""

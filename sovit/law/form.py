@@ -120,13 +120,8 @@ class Form:
         value, _, jac = self._work(theta, u)
         if not self.arms:
             return value, jac
-        full = np.empty((len(theta), len(self.names), u.shape[-1]))
-        own = u[2].astype(int) == np.arange(len(self.arms))[:, None]
-        for i, places in enumerate(self.place):
-            if len(set(places)) == 1:
-                full[:, places[0]] = jac[:, i]
-            else:
-                np.multiply(jac[:, i, None], own, out=full[:, places[0] : places[-1] + 1])
+        full = np.zeros((len(theta), len(self.names), u.shape[-1]))
+        full[:, self.place[:, u[2].astype(int)], np.arange(u.shape[-1])] = jac
         return value, full
 
     def advance(self, theta: np.ndarray, step: np.ndarray) -> np.ndarray:

@@ -44,11 +44,6 @@ class Law:
         return self.uses_dims and not self.by_arm and not self.needs_terms
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether it reads num_patches, so that it wants rows that differ in patch or image size."""
-        return "num_patches" in self.needs
-
-    @property
     def needs(self) -> tuple[str, ...]:
         """Columns read, the shape dimensions apart."""
         return tuple(dict.fromkeys(c for term in self._terms for c, _, _ in term.factors if c != "x"))

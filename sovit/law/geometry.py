@@ -47,9 +47,6 @@ class Geometry:
     flops_scale: float = 1.0
     params_scale: float = 1.0
 
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
-
     def _sizes(self, dims: Mapping[str, np.ndarray]) -> tuple[Any, ...]:
         """width, depth, mlp_dim, patches, patch_size."""
         width, depth, mlp_dim, patch, size = (

@@ -141,7 +141,7 @@ def test_every_law_that_ranks_shapes_falls_with_size_and_with_images(form):
     """What the exact search rests on: at fixed images no size, and at fixed sizes no images, may raise the loss."""
     table, trunk = planted.star()
     y = planted.loss(table) * planted.noise(trunk, 0.003, 0)
-    if law.LAWS[form].needs_tokens:
+    if "num_patches" in law.LAWS[form].needs:
         table["num_patches"] = np.random.default_rng(7).choice([144.0, 256.0], len(trunk))
     zero_line = planted.ZERO_LINE if law.LAWS[form].bounded else None
     fit = law.fit(form, table, y, clusters=trunk, geometry=planted.GEOMETRY, extrapolate=False, zero_line=zero_line)

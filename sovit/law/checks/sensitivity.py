@@ -183,7 +183,7 @@ def _forms(asked: _Question, data: Measurements, fits: Mapping[str, Fit]) -> lis
     """Every other form of LAWS that reads shape dimensions: as it was fitted already, else fitted for this."""
     fit, out = asked.fit, []
     for name, entry in LAWS.items():
-        tokens = not entry.needs_tokens or {"patch_size", "image_size"} & set(fit.model.dims)
+        tokens = "num_patches" not in entry.needs or {"patch_size", "image_size"} & set(fit.model.dims)
         if name == fit.form or not entry.uses_dims or entry.needs_terms or not tokens:
             continue
         if name in fits and fits[name].model.dims == fit.model.dims:

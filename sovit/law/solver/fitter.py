@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,8 @@ class Rows:
     u: np.ndarray
     y: np.ndarray
     trunk: np.ndarray
-    source: np.ndarray = field(default_factory=lambda: np.empty(0, int))
-    centre: np.ndarray = field(default_factory=lambda: np.empty(0))
-
-    def __post_init__(self) -> None:
-        if not len(self.source):
-            object.__setattr__(self, "source", np.arange(len(self.y)))
+    source: np.ndarray
+    centre: np.ndarray  # of the columns in ln x
 
 
 @dataclass(frozen=True)
