@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sovit import UserError
-from sovit.ledger.ledger import read_exclusions, read_rows
-from sovit.ledger.merge import merge
+from sovit.ledger.ledger import merge, read_exclusions, read_rows
 from sovit.ledger.schema import is_number, is_vlm
 from sovit.spec.shape import Shape
 

@@ -18,8 +18,7 @@ from statistics import fmean, stdev
 
 from analysis.publish import Result, markdown, run, template
 from sovit import UserError
-from sovit.ledger.ledger import read_ledger
-from sovit.ledger.merge import merge
+from sovit.ledger.ledger import merge, read_ledger
 from sovit.ledger.schema import is_vlm
 from sovit.predict.validation import paired
 

@@ -18,9 +18,8 @@ from typing import Any, cast
 
 from sovit import OUTPUTS, PUBLISHED, UserError
 from sovit.files import locked, write_atomic
-from sovit.ledger.merge import merge
-from sovit.ledger.records import _checked, _decoded, dump_row
-from sovit.ledger.schema import TEXT, LedgerRow
+from sovit.ledger.records import checked, decoded, dump_row
+from sovit.ledger.schema import INCIDENTAL, TEXT, LedgerRow
 
 
 def designed_ledger(design: dict) -> Path:
@@ -69,17 +68,14 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
     Raises UserError for a missing, unreadable or empty file.
     """
     path, rows, num_bad = Path(path), [], 0
-    lines = _csv_lines if path.suffix == ".csv" else _json_lines
+    is_csv = path.suffix == ".csv"
     try:
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            for number, parse in lines(file, path):
+        with open(path, encoding="utf-8-sig", newline="" if is_csv else None) as file:
+            for number, parse in _csv_lines(file) if is_csv else _json_lines(file):
                 try:
-                    rows.append(_checked(parse()))
+                    rows.append(checked(parse()))
                 except UserError as error:
                     if left_out is None:
-                        if number == 1 and str(error).startswith("is not JSON"):
-                            what = "is not a ledger (line 1 is not JSON); give JSON lines, or mend line 1"
-                            raise UserError(f"{path} {what}") from None
                         raise UserError(f"{path}:{number} {error}") from None
                     left_out.append((f"{path.name}:{number}", str(error)))
                     num_bad += 1
@@ -93,20 +89,52 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
     return rows
 
 
-def _json_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield number, functools.partial(_decoded, line)
+def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
+    return ((number, functools.partial(decoded, line)) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _csv_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
+def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
     table = csv.DictReader(file)
-    names = table.fieldnames or []
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
-    for row in table:
-        yield table.line_num, functools.partial(_csv_row, row)
+    return ((table.line_num, functools.partial(_csv_row, row)) for row in table)
+
+
+def merge(rows: list[dict], where: str = "the ledger", left_out: list | None = None) -> list[dict]:
+    """Sort rows by run_id and make one of those that agree; a failed row gives way to an answer, or to a later failure.
+
+    Rows agree when all that was measured does, as far as both say it: two runs of one measurement differ in date, speed
+    and commit, of which the first row's stay. A measurement that only one of them holds (a probe made later) is kept;
+    null says nothing, so that a number takes its place.
+    Conflicting rows with one run_id raise UserError; where a list `left_out` is given, none of them is kept, and
+    (run_id, reason) is appended to it.
+    """
+    by_id: dict[str, dict] = {}
+    conflicts: dict[str, str] = {}
+    for row in rows:
+        run_id, other = row["run_id"], by_id.get(row["run_id"])
+        if other is None or (other["status"] == "failed" and (row["status"] != "failed" or _later(row, other))):
+            by_id[run_id] = row
+        elif row["status"] != "failed":
+            measured = {k: v for k, v in row.items() if k not in INCIDENTAL}
+            if differing := sorted(k for k, v in measured.items() if _differ(v, other.get(k))):
+                k = differing[0]
+                reason = f"disagree on {k} ({other.get(k)} and {row.get(k)})"
+                if left_out is None:
+                    raise UserError(f"{where}: two rows of run_id {run_id} {reason}; remove one of them")
+                conflicts.setdefault(run_id, f"two rows of this run_id {reason}")
+                continue
+            by_id[run_id] = other | {k: v for k, v in measured.items() if other.get(k) is None}
+    if left_out is not None:
+        left_out += sorted(conflicts.items())
+    return [by_id[k] for k in sorted(by_id) if k not in conflicts]
+
+
+def _differ(a: object, b: object) -> bool:
+    """Whether two rows say different things: null says nothing, and NaN is NaN."""
+    return a is not None and b is not None and a != b and not (a != a and b != b)
+
+
+def _later(row: dict, other: dict) -> bool:
+    return str(row.get("date")) > str(other.get("date"))
 
 
 def update_ledger(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[LedgerRow]:

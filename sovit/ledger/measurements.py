@@ -30,8 +30,7 @@ from sovit.ledger.bad_rows import (
     with_metric,
 )
 from sovit.ledger.few_shot_columns import about, probe_of
-from sovit.ledger.ledger import read_exclusions, read_rows
-from sovit.ledger.merge import merge
+from sovit.ledger.ledger import merge, read_exclusions, read_rows
 from sovit.spec.shape import DIMENSIONS, Shape
 
 # columns handed to a law where every row has them

@@ -11,14 +11,13 @@ images_per_second forward_flops_per_second train_flops_per_second
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 from sovit import UserError
 from sovit.spec.shape import Shape
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Shape))
+NEEDED = ("profile_id", "status", "batch_size", *Shape.__dataclass_fields__)
 
 
 def read_profiles(path: Path | str) -> list[dict]:
@@ -30,15 +29,9 @@ def read_profiles(path: Path | str) -> list[dict]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the profiles {path}: {error}; remove the bad line") from None
     for i, row in enumerate(rows, 1):
-        missing = [
-            n for n in ("profile_id", "status", "batch_size", *FIELDS) if not isinstance(row, dict) or n not in row
-        ]
+        missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
         if missing:
             raise UserError(f"{path}:{i} lacks {missing[0]}; give a file that sovit profile wrote")
     if not rows:
         raise UserError(f"{path} is empty; fill it with sovit profile --out {path}")
     return rows
-
-
-def shape_of(row: dict) -> Shape:
-    return Shape(**{name: row[name] for name in FIELDS})

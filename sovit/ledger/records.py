@@ -42,7 +42,7 @@ def record_row(path: Path) -> dict | None:
     Raises UserError for one that may not be read.
     """
     try:
-        row = _parse_row(path.read_text(), str(path))
+        row = checked(decoded(path.read_text()))
         if row["run_id"] != path.stem:
             raise UserError(f"{path} holds {row['run_id']}")
     except FileNotFoundError:
@@ -60,27 +60,18 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _parse_row(text: str, where: str) -> dict:
-    try:
-        return _checked(_decoded(text))
-    except UserError as error:
-        raise UserError(f"{where} {error}") from None
-
-
-def _unrepeated(pairs: list[tuple]) -> dict:
+def _interned(pairs: list[tuple]) -> dict:
     """An object's names are interned, of which 100,000 rows have but one set. Raises UserError for a repeated one."""
     row = {sys.intern(name): value for name, value in pairs}
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise UserError(f"says {twice!r} twice; remove one of them")
+        raise UserError("says a name twice; remove one of them")
     return row
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unrepeated).decode
+_decode = json.JSONDecoder(object_pairs_hook=_interned).decode
 
 
-def _decoded(text: str) -> Any:
+def decoded(text: str) -> Any:
     try:
         return _decode(text)
     except UserError:
@@ -89,7 +80,7 @@ def _decoded(text: str) -> Any:
         raise UserError(f"is not JSON ({getattr(error, 'msg', error)}); mend or remove that line") from None
 
 
-def _checked(row: object) -> dict:
+def checked(row: object) -> dict:
     if not isinstance(row, dict):
         raise UserError("is not an object; each line holds one row")
     missing = [name for name in REQUIRED if row.get(name) in (None, "")]

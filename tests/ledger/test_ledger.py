@@ -17,8 +17,7 @@ import pytest
 from sovit import UserError
 from sovit.files import locked, write_atomic
 from sovit.ledger import schema
-from sovit.ledger.ledger import read_exclusions, read_ledger, update_ledger
-from sovit.ledger.merge import merge
+from sovit.ledger.ledger import merge, read_exclusions, read_ledger, update_ledger
 from sovit.ledger.provenance import provenance
 from sovit.ledger.records import dump_row, read_record, record_path, write_record
 from sovit.ledger.schema import FAMILIES, LedgerRow, new_row, schema_text
@@ -231,9 +230,9 @@ def test_csv_is_read_like_json_lines(tmp_path):
         ("x.jsonl", "", "is empty; run its study first"),
         ("x.jsonl", "\n \n", "is empty; run its study first"),
         ("x.csv", "run_id,trunk_id,status,num_examples\n", "is empty; run its study first"),
-        ("x.jsonl", '{"run_id": "a", "tr', r"x.jsonl is not a ledger \(line 1 is not JSON\)"),
+        ("x.jsonl", '{"run_id": "a", "tr', "x.jsonl:1 is not JSON"),
         ("x.jsonl", dump_row(row()) + "\n" + dump_row(row(n=3200))[:-20], "x.jsonl:2 is not JSON"),
-        ("x.jsonl", dump_row(row()) + dump_row(row(n=3200)), r"x.jsonl is not a ledger \(line 1 is not JSON\)"),
+        ("x.jsonl", dump_row(row()) + dump_row(row(n=3200)), "x.jsonl:1 is not JSON"),
         ("x.jsonl", "[1, 2]", "x.jsonl:1 is not an object"),
         ("x.jsonl", '{"run_id": "a", "status": "ok"}', "x.jsonl:1 lacks trunk_id, num_examples"),
         ("x.jsonl", dump_row(row() | {"status": "done"}), "status='done'; it must be one of ok, diverged, failed"),

@@ -12,9 +12,8 @@ from sovit import UserError
 from sovit.law import fit as law
 from sovit.law.fitted_law import Fit
 from sovit.ledger.few_shot_columns import SHOTS, column, columns, columns_of
-from sovit.ledger.ledger import read_ledger
+from sovit.ledger.ledger import merge, read_ledger
 from sovit.ledger.measurements import measurements
-from sovit.ledger.merge import merge
 from sovit.predict.recommend import best_shape
 from sovit.report import figures as plot
 from sovit.spec.run import Recipe, Run, learning_rate

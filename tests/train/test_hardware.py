@@ -10,7 +10,7 @@ import torch
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.ledger.profiles import read_profiles, shape_of
+from sovit.ledger.profiles import read_profiles
 from sovit.spec.shape import Shape
 from sovit.train.profile import peak_bytes, profile, shapes_for
 
@@ -35,6 +35,10 @@ def profiled(tmp_path_factory):
 
 
 # measuring -----------------------------------------------------------------------------------------------------------
+
+
+def shape_of(row):
+    return Shape(**{name: row[name] for name in Shape.__dataclass_fields__})
 
 
 def test_a_row_agrees_with_the_counts(profiled):

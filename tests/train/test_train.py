@@ -22,7 +22,7 @@ from sovit.encoder import weights as encoder_weights
 from sovit.encoder.model import build
 from sovit.encoder.trained import load_branch
 from sovit.files import CannotWrite
-from sovit.ledger.merge import merge
+from sovit.ledger.ledger import merge
 from sovit.ledger.records import read_record
 from sovit.spec.run import Recipe, Run
 from sovit.spec.shape import Shape
