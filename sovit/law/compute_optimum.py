@@ -132,9 +132,7 @@ def _newton(
     return out, out_phi
 
 
-def _survey(
-    problem: tuple, theta: np.ndarray, log_budget: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> np.ndarray:
+def _survey(problem: tuple, theta: np.ndarray, log_budget: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """The best point of a grid over the box, of each theta: [R, K]."""
     form, centre, names, geometry, head = problem
     per_dim = int(GRID_POINTS ** (1 / len(names)) + 1e-9)

@@ -5,8 +5,7 @@
     law.exponents["width"]      # its estimate, low, high, status of width* ~ compute^s
     law.predict(columns)        # losses
 
-Compute is SoViT's t: forward FLOPs of the encoder x images seen. The algorithm, its tolerances and what failed are in
-the module docstrings of `solver` (estimator), `bootstrap` (intervals) and `compute_optimum`.
+Compute is SoViT's t: forward FLOPs of the encoder x images seen.
 """
 
 from __future__ import annotations
@@ -71,8 +70,6 @@ def fit_forms(data: Measurements, form: str | None = None, **options: Any) -> tu
         except np.linalg.LinAlgError as error:
             refused[name] = f"form={name!r} cannot be fitted to these rows: {error}"
         except UserError as error:
-            if name == form:
-                raise
             refused[name] = str(error)
     if form in refused:
         raise UserError(refused[form])

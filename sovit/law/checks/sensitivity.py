@@ -11,7 +11,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.law.compute_optimum import Family, loss_along_budget
-from sovit.law.design_matrix import Prepared, positive, prepare_fit
+from sovit.law.design_matrix import positive, prepare_fit
 from sovit.law.exponents import amplitudes, growth, optimum_of
 from sovit.law.extrapolation import extrapolation
 from sovit.law.fit import fit_measurements
@@ -19,7 +19,6 @@ from sovit.law.fitted_law import Fit, plain
 from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.options import LawOptions
-from sovit.law.solver.fitter import Loss
 from sovit.ledger.measurements import Measurements, levels
 
 MAX_ROWS = 5_000  # more rows make the refits a matter of many minutes: none are made
@@ -27,8 +26,10 @@ MAX_SHAPES = 60  # of more shapes, so many are left out one at a time, taken eve
 MAX_LEVELS = 12  # of more budgets, fifths of the rows are taken for levels
 LOSSES: dict[str, dict] = {
     "squared log error": dict(loss="log_squares"),
-    "Huber with δ = 1e-3, rows as they are (as in publications)": dict(huber_delta=1e-3),
-    "Huber with δ from the data, not whitened by trunk": dict(whiten=False),
+    "Huber with δ = 1e-3, rows as they are (as in publications)": dict(
+        loss="huber_log", huber_delta=1e-3, whiten=False
+    ),
+    "Huber with δ from the data, not whitened by trunk": dict(loss="huber_log", huber_delta=None, whiten=False),
 }
 
 
@@ -51,14 +52,15 @@ def sensitivity(
         return dict(note=f"{len(data.y):,} rows: refits under altered choices are made for at most {MAX_ROWS:,}")
     asked = _Question(fit, None if train_flops is None else float(np.log(train_flops / 3)))
     headline = asked.row("headline", f"`{fit.form}`, all rows", fit)
-    altered = [
-        asked.refitted(what, setting, fit.form, dataclasses.replace(data, y=data.y[keep], columns=_rows(data, keep)))
-        for (what, setting), keep in (_shapes(data, fit) | _windows(data)).items()
-    ]
+    altered = []
+    for (what, setting), keep in (_shapes(data, fit) | _windows(data)).items():
+        columns = {name: column[keep] for name, column in data.columns.items()}
+        part = dataclasses.replace(data, y=data.y[keep], columns=columns)
+        altered.append(asked.refitted(what, setting, fit.form, part))
     altered += [
         asked.refitted("loss", setting, fit.form, data, **options)
         for setting, options in LOSSES.items()
-        if options.get("loss") != fit.model.loss
+        if not options.items() <= _as_fitted(fit).items()
     ]
     altered += _forms(asked, data, fits or {})
     moves = {dim: _moves(dim, fit, headline, altered) for dim in fit.model.dims}
@@ -105,9 +107,9 @@ class _Question:
         return _alteration(what, setting, fit.form, fit.num_rows, found, note)
 
     def refitted(self, what: str, setting: str, form: str, data: Measurements, **options: Any) -> dict:
-        """What the law answers when it is fitted again; a refused one has the reason as its note."""
+        """What the law answers when it is fitted again, as it was but for options; a refused one has the reason as note."""
         try:
-            again = fit_measurements(form, data, dims=self.fit.model.dims, extrapolate=False, **options)
+            again = fit_measurements(form, data, extrapolate=False, **_as_fitted(self.fit) | options)
         except (UserError, np.linalg.LinAlgError) as error:
             nothing = dict.fromkeys(self.fit.model.dims)
             found = dict(exponents=nothing, optimum=nothing, excess_loss=None)
@@ -118,10 +120,6 @@ class _Question:
 def _alteration(what: str, setting: str, form: str, num_rows: int, found: dict, note: str) -> dict:
     kind = "marginal" if LAWS[form].by_arm else "joint"
     return dict(what=what, setting=setting, kind=kind, num_rows=num_rows) | found | dict(note=note)
-
-
-def _rows(data: Measurements, keep: np.ndarray) -> dict:
-    return {name: column[keep] for name, column in data.columns.items()}
 
 
 def _shapes(data: Measurements, fit: Fit) -> dict[tuple[str, str], np.ndarray]:
@@ -165,18 +163,11 @@ def _budgets(data: Measurements) -> tuple[np.ndarray, np.ndarray]:
     return group, centres
 
 
-def _prepared(data: Measurements, fit: Fit) -> tuple[Prepared, Loss]:
-    """The rows of `fit` and its loss as `law.fit` takes them."""
+def _as_fitted(fit: Fit) -> dict:
+    """The fields of `LawOptions` by which a law was fitted."""
     model = fit.model
     delta = None if model.whitened else model.huber_delta
-    options = LawOptions(
-        dims=model.dims or None,
-        zero_line=model.zero_line,
-        loss=model.loss,
-        huber_delta=delta,
-        whiten=model.whitened,
-    )
-    return prepare_fit(fit.form, data.columns, data.y, options), options.estimator
+    return dict(dims=model.dims or None, loss=model.loss, huber_delta=delta, whiten=model.whitened)
 
 
 def _forms(asked: _Question, data: Measurements, fits: Mapping[str, Fit]) -> list[dict]:
@@ -240,7 +231,9 @@ def extrapolation_cuts(data: Measurements, fits: Mapping[str, Fit]) -> list[dict
         cut = float(np.sqrt(compute[below].max() * compute[~below].min()))
         forms: dict = {}
         for name, fit in fits.items():
-            for label, score in extrapolation(*_prepared(data, fit), cut).scores.items():
+            options = LawOptions(zero_line=fit.model.zero_line, **_as_fitted(fit))
+            ready = prepare_fit(name, data.columns, data.y, options)
+            for label, score in extrapolation(ready, options.estimator, cut).scores.items():
                 if label == name or label not in fits:
                     forms.setdefault(label, plain(dataclasses.replace(score, rows=None, predicted=None)))
         scored = int((~below).sum())
