@@ -57,7 +57,7 @@ def data_facts(data: Measurements, dims) -> dict:
         budgets={n: levels(data.columns[n])[1].tolist() for n in ("train_flops", "num_examples") if n in data.columns},
         seeds=_seeds(by_shape) if "init_seed" in data.columns else None,
         data_seeds=_common_data_seeds(by_shape) if "data_seed" in data.columns else None,
-        rates=dict(low=min(rates), high=max(rates), rule=rate_rule(data)) if rates else None,
+        rates=dict(low=min(rates), high=max(rates)) if rates else None,
         shapes_at_several_rates=sum(len({row.get("peak_lr") for row in rows}) > 1 for rows in by_shape.values()),
         parametrisations=sorted({str(row["parametrisation"]) for row in data.rows if row.get("parametrisation")}),
         mixed={
@@ -102,25 +102,6 @@ def _mix(data: Measurements, name: str) -> list[str]:
     """The values of a recipe's field where the rows have several."""
     values = {str(row[name]) if row.get(name) is not None else "not said" for row in data.rows}
     return sorted(values) if len(values) > 1 else []
-
-
-def rate_rule(data: Measurements) -> dict | None:
-    """{base, width_power, depth_power} of peak_lr = base (32 / width)^p (2 / depth)^q where all rows keep to it within 1 %.
-
-    A power is None where its dimension was not varied. None: the rows keep to no such rule, or too few tell.
-    """
-    if not {"width", "depth"} <= set(data.columns) or not all(row.get("peak_lr") for row in data.rows):
-        return None
-    found = sorted({(row["width"], row["depth"], row["peak_lr"]) for row in data.rows})
-    width, depth, rates = np.array(found, float).T
-    terms = dict(width_power=np.log(32 / width), depth_power=np.log(2 / depth))
-    varied = {name: term for name, term in terms.items() if np.ptp(term) > 0}
-    basis = np.stack([np.ones(len(rates)), *varied.values()], 1)
-    power, _, rank, _ = np.linalg.lstsq(basis, np.log(rates), rcond=None)
-    if rank < basis.shape[1] or len(found) <= rank or np.abs(basis @ power - np.log(rates)).max() > 0.01:
-        return None
-    powers = {name: round(p, 2) + 0.0 for name, p in zip(varied, power[1:].tolist())}
-    return {"base": float(np.exp(power[0])), **dict.fromkeys(terms), **powers}
 
 
 # the forms ------------------------------------------------------------------------------------------------------------

@@ -52,9 +52,8 @@ def _environment() -> jinja2.Environment:
         gain,
         wider,
     ]
-    words += [label, shape_words, count_words, flat_words, table, columns]
+    words += [label, shape_words, count_words, flat_words, table, columns, log10, relative]
     environment.filters |= {function.__name__: function for function in words}
-    environment.filters |= dict(log10=log10, relative=relative)
     return environment
 
 

@@ -14,10 +14,9 @@ from sovit.law import fitted_law
 from sovit.law.fit import choose_headline
 from sovit.ledger.measurements import measurements
 from sovit.report.build import fit_ledgers, report_text
-from sovit.report.facts import equation, extrapolation_table, held_out, rate_rule, run_before
+from sovit.report.facts import equation, extrapolation_table, held_out, run_before
 from sovit.report.text import few, listed, wider
 from sovit.report.validation import validation_page
-from sovit.spec.run import learning_rate
 from sovit.spec.shape import DIMENSIONS, Shape
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -90,7 +89,7 @@ def test_the_numbers_are_the_fits_own(text, tmp_path):
     assert "95 rows of 24 trunks and 18 shapes" in text
     assert "Seeds: 3 shapes with 3, 15 shapes with 1." in text
     assert "(data seed 0)" in text
-    assert "0.008 · (32 / width)^0.50 · (2 / depth)^0.00, from 0.004619 to 0.01131" in text
+    assert "Peak learning rates from 0.004619 to 0.01131" in text
     assert f"({fit.noise.n} degrees of freedom between trunks, {fit.noise.num_rows} rows)" in text
     assert (fit.noise.n, fit.noise.num_rows) == (6, 36)
     assert f"Noise s.d.: {100 * fit.noise.sd:.2f} %" in text
@@ -216,21 +215,9 @@ def test_a_form_that_cannot_be_solved_is_refused(tmp_path, monkeypatch):
         fit_ledgers([path], form="bounded", bootstrap=0, figures=False, out=tmp_path)
 
 
-def test_rates_that_keep_to_a_rule_are_told_from_others(tmp_path):
-    rows = planted.planted_rows(seeds=1)
-
-    def rule(rows):
-        return rate_rule(measurements([planted.write_ledger(tmp_path / "a.jsonl", rows)]))
-
-    def ruled(r):
-        return learning_rate(Shape(r["width"], r["depth"], 64, head_dim=8), 0.01, 0.65, 0.75)
-
-    found = rule([row | dict(peak_lr=ruled(row)) for row in rows])
-    assert found == pytest.approx(dict(base=0.01, width_power=0.65, depth_power=0.75), rel=1e-2)
-    assert rule([row | dict(peak_lr=0.01 * (1 + (row["depth"] == 3))) for row in rows]) is None
-    assert "The same peak learning rate, 0.01" in report_of(
-        [row | dict(peak_lr=0.01) for row in rows], tmp_path, bootstrap=0
-    )
+def test_one_rate_for_all_is_said(tmp_path):
+    rows = [row | dict(peak_lr=0.01) for row in planted.planted_rows(seeds=1)]
+    assert "The same peak learning rate, 0.01" in report_of(rows, tmp_path, bootstrap=0)
 
 
 def test_every_cut_is_in_the_table(text, folder):
