@@ -98,18 +98,14 @@ def foreign_counts(ratios: dict[str, np.ndarray]) -> list[str]:
 
 def odd_trunks(rows: list[dict], shapes: list[Shape | None]) -> list[str]:
     """Trunk ids that cannot be those of one training run each."""
-    size: dict = {}
-    several = []
+    sizes: dict[str, set] = {}
     for row, shape in zip(rows, shapes):
-        own = row.get("num_params") if shape is None else id(shape)
-        if size.setdefault(row["trunk_id"], own) != own:
-            several.append(row["trunk_id"])
+        sizes.setdefault(row["trunk_id"], set()).add(row.get("num_params") if shape is None else id(shape))
+    several = [trunk_id for trunk_id, found in sizes.items() if len(found) > 1]
     if not several:
         return []
-    count, example = len(set(several)), several[0]
-    return [
-        f"{count} trunk_id (such as {example}) stand for several shapes each; a trunk is one run, and intervals are by trunk"
-    ]
+    what = f"{len(several)} trunk_id (such as {several[0]}) stand for several shapes each"
+    return [f"{what}; a trunk is one training run, and intervals are by trunk"]
 
 
 def unfit(row: Mapping, excluded: Mapping[str, str]) -> str:

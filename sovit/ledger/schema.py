@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 from sovit.spec.any_run import AnyRun
@@ -154,22 +155,17 @@ INCIDENTAL = {
 def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, **more: Any) -> LedgerRow:
     """One row of the schema: identity, shape, recipe and costs from the run; metrics and machine facts from `more`.
 
-    `compute` is SoViT's t, forward FLOPs x images of the encoder; `train_flops` is what training on that many images
-    costs, 3 x (encoder + head), of a fine-tuning what its steps really compute; `spent_flops` is this branch's own part of
-    it, so that its sum over the rows of a trunk that ended well is the true bill. A fine-tuning says `base` and `trained`
-    besides, a trunk of several patch sizes `patch_sizes`. Of objective siglip the head is the map to the space of the
-    captions, head_flops its and that of an image's pairs; `text_flops` are those of its caption, and train_flops counts
-    both. There are no classes.
+    The columns say what each is. `spent_flops` sums over the rows of a trunk that ended well to the true bill. Of objective
+    siglip the head is the map to the space of the captions, head_flops its and that of an image's pairs; `text_flops` are
+    those of its caption, and train_flops counts both. There are no classes.
     """
     shape = run.shape
     siglip = run.recipe.objective == "siglip"
     pairs = pair_flops(shape.width, run.recipe.batch_size)
     standard = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
-    extra = {
-        k: v
-        for k, v in shape.to_dict().items()
-        if k not in standard and v != type(shape).__dataclass_fields__[k].default
-    }
+    usual = {f.name: f.default for f in fields(shape)}
+    extra = {k: v for k, v in shape.to_dict().items() if k not in standard and v != usual[k]}
+    recipe = ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")
     row: dict[str, Any] = {
         "schema": SCHEMA,
         "run_id": run.run_id(num_examples),
@@ -196,9 +192,7 @@ def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, **mor
         "compute": shape.forward_flops * num_examples,
         "train_flops": run.train_flops(num_examples, num_classes),
         "spent_flops": run.spent_flops(num_examples, num_classes),
-        **{
-            k: getattr(run.recipe, k) for k in ("batch_size", "peak_lr", "weight_decay", "parametrisation", "precision")
-        },
+        **{k: getattr(run.recipe, k) for k in recipe},
         **({"patch_sizes": list(run.recipe.patch_sizes)} if run.recipe.patch_sizes else {}),
         **({"base": run.base, "trained": run.trained} if run.base else {}),
         **({"trained_params": shape.trained_params(num_classes, run.trained)} if run.base else {}),

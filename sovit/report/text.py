@@ -36,23 +36,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    words = [
-        listed,
-        few,
-        sentence,
-        oneline,
-        named,
-        in_words,
-        cell,
-        number,
-        digits,
-        percent,
-        flops,
-        interval,
-        gain,
-        wider,
-    ]
-    words += [label, shape_words, count_words, flat_words, table, columns, log10, relative]
+    words = [listed, few, sentence, oneline, named, in_words, cell, number, digits, percent, flops, interval]
+    words += [gain, wider, label, shape_words, count_words, flat_words, table, columns, log10, relative]
     environment.filters |= {function.__name__: function for function in words}
     return environment
 
