@@ -12,6 +12,7 @@ import csv
 import functools
 import glob
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +72,7 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
     is_csv = path.suffix == ".csv"
     try:
         with open(path, encoding="utf-8-sig", newline="" if is_csv else None) as file:
-            for number, parse in _csv_lines(file) if is_csv else _json_lines(file):
+            for number, parse in _csv_lines(file, path) if is_csv else _json_lines(file):
                 try:
                     rows.append(checked(parse()))
                 except UserError as error:
@@ -93,8 +94,10 @@ def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
     return ((number, functools.partial(decoded, line)) for number, line in enumerate(file, 1) if line.strip())
 
 
-def _csv_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
+def _csv_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
     table = csv.DictReader(file)
+    if twice := [name for name, count in Counter(table.fieldnames or []).items() if count > 1]:
+        raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
     return ((table.line_num, functools.partial(_csv_row, row)) for row in table)
 
 

@@ -197,6 +197,9 @@ def test_csv_from_elsewhere(tmp_path):
     bad: list = []
     assert [row["run_id"] for row in read_rows(path, bad)] == ["a", "c"]  # a mark of Excel's, and a quoted line break
     assert bad == [("x.csv:4", "lacks num_examples; see docs/ledger-schema.md")]
+    path.write_text(f"{head},val_loss\n")
+    with pytest.raises(UserError, match="has two columns 'val_loss'"):
+        read_rows(path)
     path.write_text(f"{head}\na,t,ok,1,nan,\n")
     with pytest.raises(UserError, match="has val_loss='nan'"):
         measurements([path])
