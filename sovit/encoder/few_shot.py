@@ -4,13 +4,7 @@ The mathematics are those of big_vision's `evaluators/fewshot_lsr.py`, with its 
 each class are the support set; features are whitened one by one on it; a constant feature of 100 stands for the bias,
 so that it is all but free of the penalty; ridge regression with lambda 2^10 on targets of -1 and 1; the answer to a test
 image is the class of the largest output. Three support sets, drawn with seeds 0, 1, 2, are the same for every
-encoder; fewer shots are the first of the more. A row of a ledger keeps, for every number of shots,
-
-    val_error_10shot/icons:single40          mean over the support sets
-    val_error_10shot_sd/icons:single40       standard deviation over them (n - 1)
-    val_error_10shot_seeds/icons:single40    the list itself
-
-and `probe_data_key/icons:single40` (which samples) and `probe_zero_line/icons:single40` (the error of a guess).
+encoder; fewer shots are the first of the more. `sovit.ledger.few_shot_columns` names the columns.
 """
 
 from __future__ import annotations
@@ -37,7 +31,7 @@ def ridge(features: np.ndarray, labels: np.ndarray, num_classes: int):
     In closed form, in the smaller of the spaces of X'X and XX'.
     """
     mean, scale = features.mean(0), features.std(0) + SD_FLOOR
-    x = with_bias((features - mean) / scale)  # [N, D + 1]
+    x = with_bias(features, mean, scale)  # [N, D + 1]
     targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)  # [N, C]
     n, dim = x.shape
     if n >= dim:
@@ -45,14 +39,14 @@ def ridge(features: np.ndarray, labels: np.ndarray, num_classes: int):
     return mean, scale, x.T @ np.linalg.solve(x @ x.T + RIDGE * np.eye(n), targets)
 
 
-def with_bias(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x, np.full((len(x), 1), BIAS)], 1)
+def with_bias(features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.pad((features - mean) / scale, ((0, 0), (0, 1)), constant_values=BIAS)
 
 
 def answers(features: np.ndarray, probe) -> np.ndarray:
     """The class [n] that a fitted probe gives each row of features [n, D]."""
     mean, scale, weights = probe
-    return (with_bias((features - mean) / scale) @ weights).argmax(1)
+    return (with_bias(features, mean, scale) @ weights).argmax(1)
 
 
 def few_shot_errors(

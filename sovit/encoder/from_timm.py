@@ -100,12 +100,11 @@ class Base:
 
 
 def load_timm_base(name: str) -> Base:
-    """Open `timm:NAME` (pretrained, where the network is open) or `timm:local-dir:FOLDER`, without its task head.
+    """Open `timm:NAME` or `timm:local-dir:FOLDER`, without its task head.
 
-    The weights are those of `sovit.encoder.model.build` at the model's own size and give the model's own outputs, for images
-    normalised by Base.mean and Base.std. Positions that a model has for its patches alone (no_embed_class) get rows of
-    zeros for the tokens before them, which is the same. Raises UserError for what cannot be opened or is no ViT of the
-    family.
+    The weights are those of `sovit.encoder.model.build` at the model's own size and give the model's own outputs. Positions
+    that a model has for its patches alone (no_embed_class) get rows of zeros for the tokens before them, which is the same.
+    Raises UserError for what cannot be opened or is no ViT of the family.
     """
     model = open_timm(name.removeprefix("timm:"))
     shape = shape_of_timm(model, name)
@@ -121,10 +120,8 @@ def load_timm_base(name: str) -> Base:
 def shape_of_timm(model: Any, name: str = "the timm model") -> Shape:
     """The Shape of a timm VisionTransformer, task head apart.
 
-    image_size is what the model really reads: a So400m/14 "at 384" cuts its images off at 378. Raises UserError, in one
-    line with the first thing that differs, for a model that computes something else than `sovit.encoder.model.build(shape)`
-    would with the same weights: another class, rotary or no positions, a norm before the blocks or before the mean,
-    another activation or MLP, parallel blocks.
+    image_size is what the model really reads: a So400m/14 "at 384" cuts its images off at 378. Raises UserError, with the
+    first thing that differs, for a model that computes something else than `sovit.encoder.model.build(shape)` would.
     """
 
     def refused(found: object) -> UserError:
@@ -171,6 +168,6 @@ def _parts(model: Any) -> dict[str, object]:
     }
     for name, module in model.named_modules():
         if name and name != "head":
-            words = "nothing" if isinstance(module, NOTHING) else f"{type(module).__name__}({module.extra_repr()})"
-            parts[name] = words
+            words = f"{type(module).__name__}({module.extra_repr()})"
+            parts[name] = "nothing" if isinstance(module, NOTHING) else words
     return parts

@@ -84,11 +84,9 @@ def _opened(name: str, location: str) -> tuple[Any, dict]:
             f"{name} cannot be opened ({reason(error)}); check the name and the network, or give a folder with"
             " config.json, model.safetensors and preprocessor_config.json"
         ) from error
-    if found["mismatched_keys"]:
-        tensor, there, wanted = min(found["mismatched_keys"])
-        raise UserError(
-            f"{name} does not fit its config.json: {tensor} is {tuple(there)}, by the config {tuple(wanted)}; mend it"
-        )
+    for tensor, there, wanted in found["mismatched_keys"]:
+        said = f"{tensor} is {tuple(there)}, by the config {tuple(wanted)}"
+        raise UserError(f"{name} does not fit its config.json: {said}; mend it")
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{name} lacks {len(missing)} of the tensors of a {TOWERS[kind]}, such as {missing[0]}; save it anew"

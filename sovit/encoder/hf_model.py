@@ -57,12 +57,9 @@ class SovitVisionConfig(PreTrainedConfig):
 class SovitVisionModel(PreTrainedModel):
     """images [B, 3, S, S] -> patch tokens [B, N, D] in raster order, and one vector an image [B, D].
 
-    last_hidden_state  patch tokens behind the final norm, [B, N, D]
-    pooler_output      MAP head, normed mean, class token; the mean of the normed tokens where nothing is pooled, [B, D]
-    hidden_states      where asked for: patch tokens before the blocks and behind each of them, un-normed
-
-    Class token and registers are left out of all three: they are the trunk's own, and a vision-language model such as
-    Llava that takes "full" features gets the N patches of an image and no more.
+    pooler_output is MAP head, normed mean, class token, or the mean of the normed tokens where nothing is pooled;
+    hidden_states stand before the blocks and behind each, un-normed. Class token and registers are left out: Llava, which
+    takes "full" features, gets the N patches of an image and no more.
     """
 
     config_class = SovitVisionConfig
@@ -89,10 +86,9 @@ class SovitVisionModel(PreTrainedModel):
         return_dict: bool | None = None,
         **unused: Any,
     ) -> tuple | BaseModelOutputWithPooling:
-        """`output_hidden_states` may be the number of a layer, as Llava asks for it; all are returned then, too."""
+        """`output_hidden_states` may be the number of a layer, 0 too, as Llava asks for it; all are returned then."""
         trunk = self.trunk
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states is not False
         x = trunk.patch_embed(pixel_values.to(trunk.patch_embed.proj.weight.dtype))  # [B, N, D]
         x = trunk.norm_pre(trunk._pos_embed(x))  # [B, prefix + N, D]
         states = [x]
@@ -102,7 +98,6 @@ class SovitVisionModel(PreTrainedModel):
         prefix = trunk.num_prefix_tokens
         patches = self.norm(x[:, prefix:])
         pooled = patches.mean(1) if self.config.pool == "none" else trunk.forward_head(trunk.norm(x), pre_logits=True)
-        asked = output_hidden_states is not False  # 0 is a layer
         output = BaseModelOutputWithPooling(
             last_hidden_state=patches,
             pooler_output=pooled,

@@ -1,15 +1,10 @@
 """Open a vision tower by its name.
 
-    load_encoder("3aa5591831-184320")          a trained branch, by its run_id, from runs/
-    load_encoder("random:3aa5591831-184320")   the same network as it was before training: the control
-    load_encoder("timm:vit_base_patch16_224"), load_encoder("timm:local-dir:FOLDER")
-    load_encoder("hf:google/siglip-base-patch16-224"), load_encoder("hf:FOLDER")
-    load_encoder("pixels:16")                  the pixels themselves: the baseline of any encoder
-
-Two traps that it closes. "The last layer" has two meanings: transformers' `hidden_states[-1]` stands before the final
-norm for SigLIP, ViT and DINOv2, `last_hidden_state` behind it; here the caller says which. And what stands before the patch
-tokens (class token, registers) is known by the tower, not guessed by the caller: of SigLIP, which has no class token, a
-"drop the first token" would take a real patch.
+load_encoder("3aa5591831-184320")          a trained branch, by its run_id, from runs/
+load_encoder("random:3aa5591831-184320")   the same network as it was before training: the control
+load_encoder("timm:vit_base_patch16_224"), load_encoder("timm:local-dir:FOLDER")
+load_encoder("hf:google/siglip-base-patch16-224"), load_encoder("hf:FOLDER")
+load_encoder("pixels:16")                  the pixels themselves: the baseline of any encoder
 """
 
 from __future__ import annotations
@@ -38,19 +33,18 @@ def load_encoder(name: str, runs_dir: Path | str = "runs", device: str = "cpu") 
     1280
     """
     kind, _, rest = name.partition(":")
-    if kind == "timm":
-        return timm_encoder(name, open_timm(rest).to(device))
     if kind == "hf":
         return transformers_encoder(name, rest, device)
     if kind == "pixels":
         return _pixels(name, rest)
-    if kind == "random":
+    if kind == "timm":
+        model = open_timm(rest)
+    elif kind == "random":
         trained, run = load_branch(rest, runs_dir)  # for its number of classes, which moves the draw of all weights
-        model = build(
-            run.shape, trained.num_classes, run.recipe.parametrisation, run.init_seed, NORMALISATION[run.data]
-        )
+        classes, mean_std = trained.num_classes, NORMALISATION[run.data]
+        model = build(run.shape, classes, run.recipe.parametrisation, run.init_seed, mean_std)
     elif not rest:
-        model, run = load_branch(name, runs_dir)
+        model, _ = load_branch(name, runs_dir)
     else:
         raise UserError(f"encoder {name!r} is of no known kind; give a run_id, random:RUN_ID, timm:NAME or hf:NAME")
     return timm_encoder(name, model.to(device))

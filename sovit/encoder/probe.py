@@ -1,10 +1,8 @@
 """Probe an encoder: features of a labelled source, and the few-shot error of a linear probe on them (see `few_shot`).
 
-The representation is `Encoder.pooled`, what the tower itself hands to a task head, as SoViT probes its pre-logits. The
-support sets are drawn from the first training samples of the source, under a data seed of their own and as training sees
-them (a hub set mirrors half of them, unless its preset ends in ?flip=0). Icons are drawn with replacement: a support set of
-theirs may hold a drawing more than once, under other noise. The test images are its validation images.
-Both are opened at the encoder's own resolution: a larger encoder sees more detail.
+The representation is `Encoder.pooled`, as SoViT probes its pre-logits. Support sets are drawn from the first training
+samples of the source, as training sees them; of icons, which are drawn with replacement, one may hold a drawing twice, under
+other noise. The test images are its validation images. Both are opened at the encoder's own resolution.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ BATCH = 256
 class ProbeData:
     """A source opened for probing at one resolution. Support sets index the samples that `support` lists."""
 
-    name: str  # such as icons:single40
+    name: str
     source: Source
     image_size: int
     support: np.ndarray  # [M] training samples in use, rising
@@ -50,10 +48,10 @@ class ProbeData:
     pool_size: int
 
     def __str__(self) -> str:
-        return (
+        said = (
             f"{self.name}: {self.source.num_classes} classes, {self.source.num_val:,} test images, support sets of the"
-            f" first {self.pool_size:,} training samples; a guess is wrong in {self.zero_line:.1%}"
         )
+        return f"{said} first {self.pool_size:,} training samples; a guess is wrong in {self.zero_line:.1%}"
 
     @property
     def zero_line(self) -> float:
@@ -174,13 +172,9 @@ def comparison_text(result: dict) -> str:
         + [f"{shots['error']:.4f} ± {shots['sd']:.4f}" for shots in e["shots"].values()]
         for e in result["encoders"]
     ]
-    first = result["encoders"][0]
-    names = ["encoder", "px", "features", *(f"{shots}-shot error" for shots in first["shots"])]
-    n, guess = len(SUPPORT_SEEDS), first["zero_line"]
-    return (
-        f"{text_table(names, rows, left=names[:1])}\n± s.d. over {n} support sets, the same for all;"
-        f" a guess is wrong in {guess:.4f}"
-    )
+    names = ["encoder", "px", "features", *(f"{shots}-shot error" for shots in SHOTS)]
+    about = f"± s.d. over {len(SUPPORT_SEEDS)} support sets, the same for all; a guess is wrong in"
+    return f"{text_table(names, rows, left=names[:1])}\n{about} {result['encoders'][0]['zero_line']:.4f}"
 
 
 def sizes(encoder: Encoder) -> tuple[int, int]:

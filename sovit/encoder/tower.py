@@ -36,9 +36,8 @@ class Preprocess:
 class Encoder:
     """A tower in eval mode, its parameters frozen. `depth` counts blocks; `grid` patches a side: N = grid^2 tokens.
 
-    tokens(images, layer, norm)  patch tokens [B, N, D] in raster order, prefix tokens dropped
-    pooled(images)               [B, D], as the tower itself sums an image up (see `sovit.encoder.open.load_encoder`)
-    Both take what `preprocess` makes.
+    pooled: images -> [B, D], as the tower itself sums an image up (see `sovit.encoder.open.load_encoder`). It and `tokens`
+    take what `preprocess` makes. Of what stands before the patch tokens (class token, registers) the tower knows.
     """
 
     name: str
@@ -57,9 +56,10 @@ class Encoder:
         return sum(p.numel() for p in self.module.parameters())
 
     def tokens(self, images: Tensor, layer: int = -1, norm: bool = True) -> Tensor:
-        """Patch tokens [B, N, D] of `images` [B, 3, S, S] behind block `layer` (0 the first, -1 the last).
+        """Patch tokens [B, N, D] of `images` [B, 3, S, S] in raster order, behind block `layer` (0 the first, -1 the last).
 
-        `norm`: through the tower's final norm, whichever layer is read. Raises UserError for a block that is not there.
+        norm: through the tower's final norm, whichever layer is read. transformers' `hidden_states[-1]` stands before it,
+        its `last_hidden_state` behind it. Raises UserError for a block that is not there.
         """
         if not -self.depth <= layer < self.depth:
             raise UserError(f"layer={layer} of {self.name} does not exist; give {-self.depth} to {self.depth - 1}")

@@ -1,8 +1,7 @@
 """Trained branches as models again: the weights of a run, and of what it was fine-tuned from.
 
-The file of a fine-tuned branch holds what it does not share with its base, so that one more resolution costs as much as was
-trained. Laid over the base's tensors it gives the trained model back, bit by bit; should the base's file have been
-replaced by another, that is said.
+The file of a fine-tuned branch holds what it does not share with its base; laid over the base's tensors it gives the
+trained model back, bit by bit.
 """
 
 from __future__ import annotations

@@ -33,8 +33,7 @@ def save(state: dict, path: Path, previous: Path | None = None) -> None:
 def load(path: Path) -> dict:
     """What `save` wrote, on the CPU. Raises Unusable for a file that is damaged in any way.
 
-    The checksums of the file (a zip archive) are looked at here, because torch.load does not: it takes a flipped bit of
-    a weight for the weight.
+    The checksums of the file (a zip archive) are looked at here: torch.load takes a flipped bit of a weight for the weight.
     """
     try:
         with zipfile.ZipFile(path) as archive:

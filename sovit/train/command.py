@@ -40,8 +40,7 @@ from sovit.train.trainer import train
 def train_here(
     run: Any, runs_dir: Path | str, device: str = "cpu", train: Callable[..., list[dict]] = train
 ) -> list[dict]:
-    """`train`, of a Run or of another kind, for who waits at a terminal: one line of progress, alone on its trunk,
-    stopped by Ctrl-C or SIGTERM.
+    """`train`, of a Run or of another kind, at a terminal: one line of progress, alone on its trunk, stopped by a signal.
 
     Raises what `train` does, but where it was stopped KeyboardInterrupt with the words to be said.
     """
@@ -80,12 +79,10 @@ def main(
     """
     arguments = sys.argv[1:] if argv is None else argv
     usage = f"usage: python -m {module} RUN.json [RUNS_DIR] [DEVICE]"
-    if {"-h", "--help"} & set(arguments):
-        print(usage)
-        return 0
-    if not 1 <= len(arguments) <= 3:
-        print(usage, file=sys.stderr)
-        return 2
+    asked = bool({"-h", "--help"} & set(arguments))
+    if asked or not 1 <= len(arguments) <= 3:
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     try:
         path, runs_dir, device = arguments + ["runs", "cpu"][len(arguments) - 1 :]
         try:

@@ -7,9 +7,8 @@ A fine-tuning is a Run like any other, with `base` (where its weights start), it
     head       the task head alone
     full       everything
 
-Of a MAP head, which is attention too, `attention` trains the projections (its number of tokens is what changes), `mlp` the
-MLP; its probe, like class token and registers, every norm and LayerScale, and the patch embedding stay frozen. The
-published code leaves a MAP head's attention frozen, too, for its pattern `.attn.`.
+Of a MAP head `attention` trains the projections, `mlp` the MLP; the published code leaves its attention frozen. Its probe,
+class token, registers, every norm and LayerScale, and the patch embedding stay frozen.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ NAMES = {  # trained -> the parameters that are, by name in timm
 def freeze(model: Any, trained: str) -> tuple[str, ...]:
     """Leave only what `trained` names with a gradient; return the names of those parameters.
 
-    model: a timm VisionTransformer of a Shape. Call it before an optimiser is made: one made before would go on to decay
-    what is frozen.
+    Call it before an optimiser is made: one made before would go on to decay what is frozen.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bool(NAMES[trained].match(name)))
@@ -74,13 +72,11 @@ def stored_names(model: Any, base: Base) -> tuple[str, ...]:
 
     That is a resized tensor, or a new task head; call it before training.
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    same = {name for name, tensor in model.state_dict().items() if _equal(tensor.cpu(), base.weights.get(name))}
-    return tuple(name for name in model.state_dict() if name in trained or name not in same)
-
-
-def _equal(tensor: Tensor, other: Tensor | None) -> bool:
-    return other is not None and tensor.shape == other.shape and torch.equal(tensor, other)
+    stored = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, tensor in model.state_dict().items():
+        if name not in base.weights or not torch.equal(tensor.cpu(), base.weights[name]):
+            stored.add(name)
+    return tuple(name for name in model.state_dict() if name in stored)
 
 
 def _normalised_otherwise(weights: dict, old_mean, old_std, mean, std) -> tuple[Tensor, Tensor]:

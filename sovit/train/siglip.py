@@ -91,8 +91,7 @@ def build_pair(shape: Shape, recipe: Recipe, captions: Captions, seed: int) -> A
 
 
 def embed_images(model: Any, images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, E], normalised: what the encoder hands to its task head (MAP head, mean, class token; the mean of
-    the patch tokens where nothing is pooled), through that head."""
+    """[B, 3, H, W] -> [B, E], normalised: the pooled features (of tokens their mean) through the task head."""
     x = model.forward_head(model.forward_features(images), pre_logits=True)  # [B, D], or [B, N, D] unpooled
     if x.ndim == 3:
         x = x[:, model.num_prefix_tokens :].mean(1)
@@ -116,8 +115,8 @@ def pair_loss(
 ) -> tuple[Tensor, int]:
     """Sum over the images of a batch, and their number. Images are embedded `rows` at a time, under `precision()`.
 
-    All pairs of the batch enter however few images fit into memory: of parts, what was computed on the way to their
-    embeddings is dropped and computed again for the gradient, which is the same but for rounding.
+    All pairs of the batch enter however few images fit into memory: of parts, activations are computed again for the
+    gradient, which is the same but for rounding.
     """
     with precision():
         if rows >= len(batch.images):
@@ -183,11 +182,8 @@ def pair_baselines(source: Source) -> str:
 
 
 def row_columns(source: Source, captions: Captions) -> dict:
-    """What a row says of the objective: the chance loss of val_loss, the text tower, and what zero-shot guesses come to.
-
-    zero_shot_chance/<attribute> is the error of a prompt drawn at random, zero_shot_majority/<attribute> that of the one
-    prompt which is true of most validation images.
-    """
+    """What a row says of the objective: the chance loss of val_loss, the text tower, and what zero-shot guesses come to:
+    the error of a prompt drawn at random (chance), and of the one which is true of most validation images (majority)."""
     found: dict = {
         "zero_line": zero_line(val_batch(source)),
         "val_batch": val_batch(source),

@@ -37,12 +37,11 @@ def export_encoder(
 ) -> dict:
     """Write the encoder of one branch as a folder of FORMATS, load it again by its own library, and compare.
 
-    image_size, patch_size: where given, the trained weights are resized to them, without training; positions linearly
-    where the run drew its patch sizes, as it did then, else bicubically.
+    image_size, patch_size: where given, the trained weights are resized to them, without training.
 
-    Returns {"format", "out", "run_id"} and what `roundtrip_check` measured on random images. Raises UserError for a run that
-    is not there, a format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload
-    differs by more than its tolerance. `out` is written in full or not at all.
+    Returns {"format", "out", "run_id"} and what `roundtrip_check` measured. Raises UserError for a run that is not there, a
+    format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload differs. `out` is
+    written in full or not at all.
 
     >>> sovit.export_encoder("2da54a192d-80", "runs", "encoder", format="timm")["format"]
     'timm'
