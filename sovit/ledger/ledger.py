@@ -82,6 +82,8 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
                     num_bad += 1
     except FileNotFoundError:
         raise UserError(f"no ledger at {path}; run its study first") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; give a ledger in it, a file of JSON lines or CSV") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not rows:

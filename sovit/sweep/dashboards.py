@@ -48,6 +48,8 @@ def serve(study: str, results: Path | None, runs: Path, store: Path | None = Non
         second = _free_port(range(port + 1, min(port + 100, 65536)))
         commands["Optuna"] = [str(dashboard), str(journal), "--host", HOST, "--port", str(second)]
         print(f"Optuna  http://{HOST}:{second}/dashboard")
+    elif journal.exists():
+        print("Optuna's dashboard is not installed; pip install 'sovit[dashboard]'")
     print("they answer in some seconds; Ctrl-C stops", flush=True)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C

@@ -97,9 +97,9 @@ def read_run(run_id: str, runs_dir: Path | str = "runs") -> VlmRun:
     try:
         run = VlmRun.from_dict(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, UserError) as error:
-        raise UserError(
-            f"no trained vision-language model {run_id!r} in {runs_dir} ({error}); see the ledger's run_id"
-        ) from None
+        why = "" if isinstance(error, FileNotFoundError) else f" ({error})"
+        what = f"no trained vision-language model {run_id!r} in {runs_dir}{why}"
+        raise UserError(f"{what}; give a run_id of its study's ledger, as TRUNK-EXAMPLES") from None
     if run_id not in run.run_ids:
         raise UserError(f"{folder} holds {run.run_ids[0]}, not {run_id}; see the ledger's run_id")
     return run
