@@ -1,11 +1,13 @@
 """The sigmoid objective: its loss against slow and foreign formulas, what it judges, and runs that train with it."""
 
+import contextlib
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sovit import UserError
@@ -146,10 +148,17 @@ def test_where_memory_runs_out_all_pairs_of_a_batch_still_count():
 # text tower ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def counted():
+    """Count by attention's plain products: old versions of torch do not count its fused one on the CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def test_counts_of_the_text_tower_are_what_torch_counts():
     model, _, captions = pair()
     words = captions.train(0, 3)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted() as counter, torch.no_grad():
         model.text(words)
     assert counter.get_total_flops() == 3 * text_flops(captions.num_words)
     assert sum(p.numel() for p in model.text.parameters()) == text_params(captions.num_words, len(captions.words))
@@ -159,7 +168,7 @@ def test_counts_of_the_text_tower_are_what_torch_counts():
 def test_the_pair_costs_what_torch_counts():
     model, source, captions = pair()
     batch = Pairs(source.train(0, 16).images, captions.train(0, 16))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted() as counter, torch.no_grad():
         pair_loss(model, batch, 16)
     run = RUN.replace(recipe=Recipe(0.004, 16, objective="siglip"), budgets=(160,))
     assert counter.get_total_flops() == 16 * (SHAPE.forward_flops + task_flops(run.shape, run.recipe, run.data))
@@ -280,7 +289,7 @@ def test_a_row_says_what_was_learned_and_what_it_cost(trained):
     assert long["train_flops"] == 3 * LONG * sum(long[k] for k in ("forward_flops", "head_flops", "text_flops"))
     assert sum(row["spent_flops"] for row in trained[1]) == RUN.total_examples * long["train_flops"] / LONG
     assert long["zero_line"] == zero_line(64) and long["val_batch"] == 64
-    assert long["val_error"] < short["val_error"] < 0.96  # a guess is wrong in 63 of 64
+    assert long["val_error"] < short["val_error"] < 63 / 64  # which a guess gets
     assert long["val_zero_shot_error/colour"] < long["zero_shot_chance/colour"] - 0.05
     assert long["zero_shot_majority/colour"] < long["zero_shot_chance/colour"]
     assert 0 < long["val_zero_shot_error"] < 1 and "val_zero_shot_error/kind" in long
