@@ -53,7 +53,8 @@ class Ui:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"PATH": os.defpath},  # an environment that is not activated: make calls its programs by path
+            env=os.environ
+            | {"PATH": os.defpath},  # an environment that is not activated: make calls its programs by path
         )
         signal.signal(signal.SIGINT, hears)
         self.lines: queue.Queue = queue.Queue()
