@@ -2,9 +2,9 @@
 
     python studies/validate_prediction.py results/stream_star_law/law.json --train-flops 3.2e12 --workers 2
 
-Writes the prediction down (RESULTS/<name>_prediction.json) before anything is trained, then trains both shapes with
-three paired seeds, and states the verdict by the rule in sovit/predict/validation.py. The seeds are not among those of
-the star.
+Data, preset and recipe are those of the law's rows. The prediction is written to RESULTS/<name>_prediction.json before
+anything is trained. Then both shapes are trained with three paired seeds, and the verdict follows the rule in
+sovit/predict/validation.py. The seeds are not among those of the star.
 
 Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. Expected: the recommended shape a few per
 cent lower in loss; the interval says whether three seeds can tell.
@@ -16,11 +16,12 @@ import sys
 from pathlib import Path
 
 from sovit import OUTPUTS, UserError
-from sovit.data import named_data
+from sovit.data import open_data
 from sovit.ledger.ledger import read_ledger
-from sovit.predict.validation import make_prediction, runs_of, verdict_text, write_prediction
+from sovit.ledger.trained_on import TrainedOn
+from sovit.predict.validation import check_same_data, make_prediction, runs_of, verdict_text, write_prediction
 from sovit.report.validation import validation_report
-from sovit.spec.run import Run, recipe_by_rule
+from sovit.spec.run import Run
 from sovit.spec.shape import Shape
 from sovit.sweep import study_main
 
@@ -32,10 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("law", type=Path, metavar="LAW.json")
     parser.add_argument("--train-flops", type=float, required=True)
     parser.add_argument("--name", default="validate_prediction")
-    parser.add_argument("--data", default="stream:cpu", help="source:preset that the law was fitted on")
     parser.add_argument("--results", type=Path, default=OUTPUTS)
     options, rest = parser.parse_known_args(argv)
-    data, preset, _ = named_data(options.data)
     try:
         path = options.results / f"{options.name}_prediction.json"
         arguments, dry = (options.law, options.train_flops, SEEDS), "--dry-run" in rest
@@ -43,10 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(prediction["arms"], indent=2))
 
         def runs() -> list[Run]:
-            return runs_of(prediction, prediction["num_classes"], recipe_by_rule, data=data, preset=preset)
+            found = runs_of(prediction, options.name)
+            shape = found[0].shape
+            place = (found[0].data, found[0].preset, shape.image_size, shape.patch_size)
+            check_same_data(prediction, open_data(*place, 0).content_key)
+            return found
 
         options_of_sweep = [*rest, "--name", options.name, "--results", str(options.results)]
-        status = study_main.main(__doc__, options.name, runs, options_of_sweep)
+        metric = prediction["metric"] or "val_loss"
+        status = study_main.main(__doc__, options.name, runs, options_of_sweep, metric)
         if status or dry:
             return status
         rows = read_ledger(options.results / f"{options.name}.jsonl")
@@ -62,7 +66,8 @@ def runs() -> list[Run]:
     shape = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
     usual = Shape(64, 1, 256, head_dim=8, patch_size=4, image_size=16, pool="none")
     arms = {"recommended": {"shape": shape.to_dict()}, "usual": {"shape": usual.to_dict()}}
-    return runs_of({"train_flops": 1e11, "seeds": SEEDS, "arms": arms}, 16, recipe_by_rule)
+    on = TrainedOn(data="stream", preset="cpu", data_keys=[], recipe={}, base_lr=0.008)
+    return runs_of(dict(train_flops=1e11, seeds=SEEDS, arms=arms, num_classes=16, trained_on=vars(on)))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def demo(*, workers: Whole = 2, out: Path = Path("demo")) -> int:
     step(f"3/5  the prediction for {VALIDATION_FLOPS:.2g} training FLOPs, written down")
     prediction = write_prediction(law_path, VALIDATION_FLOPS, VALIDATION_SEEDS, out / "prediction.json")
     step("4/5  the prediction tested: recommended shape and ViT-B proportions, three seeds each")
-    runs = runs_of(prediction, NUM_CLASSES, recipe, study="demo_validation")
+    runs = runs_of(prediction, "demo_validation")
     test_sweep = Sweep("demo_validation", runs, out / "runs", out / "validation.jsonl")
     new |= {run_id for run in test_sweep.pending() for run_id in run.run_ids}
     rows += run_sweep(test_sweep, workers)

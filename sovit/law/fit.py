@@ -29,6 +29,7 @@ from sovit.law.geometry import Geometry
 from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Rows, Solved, solve
 from sovit.ledger.measurements import Measurements, measurements_of
+from sovit.ledger.trained_on import trained_on
 
 __all__ = ["LAWS", "Fit", "fit", "fit_law"]
 
@@ -86,7 +87,8 @@ def fit_measurements(name: str, data: Measurements, **options: Any) -> Fit:
         options["zero_line"] = data.zero_line
     found = fit(name, data.columns, data.y, metric=data.metric, **options)
     left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
-    return dataclasses.replace(found, data=dataclasses.replace(found.data, left_out=left_out, notes=data.notes))
+    kept = dataclasses.replace(found.data, left_out=left_out, notes=data.notes, trained_on=trained_on(data.rows))
+    return dataclasses.replace(found, data=kept)
 
 
 def choose_headline(fits: Mapping[str, Fit], form: str | None) -> tuple[str, str]:

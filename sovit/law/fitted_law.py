@@ -22,6 +22,7 @@ from sovit.law.extrapolation import Extrapolation, Score
 from sovit.law.form import Form
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
+from sovit.ledger.trained_on import TrainedOn
 from sovit.spec.shape import DIMENSIONS
 
 Part = TypeVar("Part")
@@ -55,6 +56,7 @@ class Data:
     metric: str | None = None
     left_out: list[dict[str, str]] | None = None
     notes: list[str] | None = None
+    trained_on: TrainedOn | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Fit:
             inner = dict(weakest=Weakest, lack_of_fit=LackOfFit, draws=Draws)
             within = [name for name in inner if name in found]
             scores = {name: _part(Score, score) for name, score in extra.get("forms", {}).items()}
+            trained = body["data"].get("trained_on")
             nested = dict(
                 intervals={name: _part(Interval, ends) for name, ends in body["intervals"].items()},
                 exponents={name: _part(Growth, growth) for name, growth in body["exponents"].items()},
@@ -149,7 +152,7 @@ class Fit:
                 extrapolation=_part(Extrapolation, extra | (dict(forms=scores) if scores else {})),
                 diagnostics=_part(Diagnostics, found | {name: _part(inner[name], found[name]) for name in within}),
                 model=_part(Model, body["model"]),
-                data=_part(Data, body["data"]),
+                data=_part(Data, body["data"] | (dict(trained_on=_part(TrainedOn, trained)) if trained else {})),
                 geometry=_part(Geometry, body["geometry"]) if body["geometry"] else None,
             )
             return Fit(**body | nested)

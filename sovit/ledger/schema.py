@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 from sovit.spec.any_run import AnyRun
+from sovit.spec.config import changed
 from sovit.spec.run import Run, task_flops
 from sovit.spec.siglip_costs import EMBED_DIM, pair_flops
 from sovit.spec.vlm_run import VlmRun
@@ -66,6 +67,15 @@ class LedgerRow(TypedDict, total=False):
     weight_decay: Annotated[float, "AdamW's, on matrices"]
     parametrisation: Annotated[str, "initialisation: fan_in or timm"]
     precision: Annotated[str, "of matrix products: float32 or bfloat16"]
+    warmup_examples: Annotated[int, "images of the warm-up, where not the default"]
+    schedule: Annotated[str, "learning-rate schedule; of an encoder where not the default"]
+    rsqrt_examples: Annotated[int, "timescale of the rsqrt trunk in images, where not the default"]
+    cooldown: Annotated[
+        float, "share of a budget (of a VLM: of a stage) in its cooldown; of an encoder where not the default"
+    ]
+    beta1: Annotated[float, "AdamW's; of an encoder where not the default"]
+    beta2: Annotated[float, "AdamW's; of an encoder where not the default"]
+    clip_norm: Annotated[float, "gradient norm at which it is clipped; of an encoder where not the default"]
     patch_sizes: Annotated[list[int], "patch sizes drawn by batch (FlexiViT)"]
     base: Annotated[str, "branch or timm model that a fine-tuning starts from"]
     trained: Annotated[str, "what a fine-tuning trains: attention, mlp, head or full"]
@@ -106,12 +116,7 @@ class LedgerRow(TypedDict, total=False):
     layout: Annotated[str, "of a VLM: how image tokens are laid out"]
     max_length: Annotated[int, "of a VLM: tokens of a packed row"]
     num_val: Annotated[int, "of a VLM: validation images"]
-    schedule: Annotated[str, "of a VLM: learning-rate schedule"]
     final_lr: Annotated[float, "of a VLM: share of the peak at which cosine ends"]
-    cooldown: Annotated[float, "of a VLM: share of a stage in its cooldown"]
-    beta1: Annotated[float, "of a VLM: AdamW's"]
-    beta2: Annotated[float, "of a VLM: AdamW's"]
-    clip_norm: Annotated[float, "of a VLM: gradient norm at which it is clipped"]
     lora_rank: Annotated[int, "of a VLM: rank of LoRA"]
     lora_alpha: Annotated[int, "of a VLM: LoRA's alpha"]
     stages: Annotated[str, "of a VLM: its stages in words"]
@@ -193,7 +198,7 @@ def new_row(run: Run, num_examples: int, *, status: str, num_classes: int, **mor
         "train_flops": run.train_flops(num_examples, num_classes),
         "spent_flops": run.spent_flops(num_examples, num_classes),
         **{k: getattr(run.recipe, k) for k in recipe},
-        **({"patch_sizes": list(run.recipe.patch_sizes)} if run.recipe.patch_sizes else {}),
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in changed(run.recipe).items()},
         **({"base": run.base, "trained": run.trained} if run.base else {}),
         **({"trained_params": shape.trained_params(num_classes, run.trained)} if run.base else {}),
         "val_loss": None,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sovit import UserError
 from sovit.files import write_atomic
-from sovit.law.fitted_law import read_law
+from sovit.law.fitted_law import plain, read_law
+from sovit.ledger.trained_on import TrainedOn
 from sovit.predict.law_at_budget import Target, columns, target
 from sovit.predict.recommend import best_shape
-from sovit.spec.run import Recipe, Run, budgets_for
+from sovit.spec.run import Run, budgets_for, task_flops
 from sovit.spec.shape import DIMENSIONS, Shape
 
 LEVEL = 0.90
@@ -36,13 +36,20 @@ def make_prediction(law_path: Path, train_flops: float, seeds: list[int]) -> dic
     if len(set(seeds)) < MIN_SEEDS:
         raise UserError(f"{len(set(seeds))} seeds cannot decide; give at least {MIN_SEEDS}")
     law = read_law(law_path)
+    if law.data.trained_on is None:
+        raise UserError(
+            f"{law_path} does not say what data its rows trained on, so no run can go on from it; fit their ledger"
+            " again with sovit fit"
+        )
     best = best_shape(law, train_flops)
     at, usual = target(law, train_flops), best.proportional.shape
     return {
         **_identity_of(law_path, train_flops, seeds),
         "form": best.form,
         "decades": best.decades,
+        "metric": law.data.metric,
         "num_classes": at.geometry.num_classes,
+        "trained_on": plain(law.data.trained_on),
         "arms": {"recommended": _arm(at, best.shape), "usual": _arm(at, usual)},
         "predicted_difference": vars(best.difference),
     }
@@ -83,21 +90,35 @@ def _identity_of(law_path: Path, train_flops: float, seeds: list[int]) -> dict:
     return {"law_sha256": digest, "train_flops": train_flops, "seeds": seeds, "rule": RULE}
 
 
-def runs_of(prediction: dict, num_classes: int, recipe: Callable[[Shape], Recipe], **run_fields: Any) -> list[Run]:
-    """The trunks of both arms, one for each seed, each with the one budget of the prediction; of equal arms, one."""
+def runs_of(prediction: dict, study: str = "") -> list[Run]:
+    """The trunks of both arms, one for each seed, each with the one budget of the prediction; of equal arms, one.
+
+    Data and recipe are those of the law's rows. Raises UserError where the rows do not tell their recipe.
+    """
+    on = TrainedOn(**prediction["trained_on"])
     runs = []
     for seed in prediction["seeds"]:
         for arm in prediction["arms"].values():
             shape = Shape(**arm["shape"])
-            r = recipe(shape)
-            budgets = budgets_for(shape, [prediction["train_flops"]], num_classes, r.batch_size)
-            runs.append(Run(shape, r, budgets, init_seed=seed, data_seed=seed, **run_fields))
+            recipe = on.recipe_of(shape)
+            beside = task_flops(shape, recipe, on.data, prediction["num_classes"])
+            budgets = budgets_for(shape, [prediction["train_flops"]], 0, recipe.batch_size, beside)
+            runs.append(Run(shape, recipe, budgets, on.data, on.preset, seed, seed, study))
     return list(dict.fromkeys(runs))
 
 
-def verdict(prediction: dict, rows: list[dict], metric: str = "val_loss") -> dict:
+def check_same_data(prediction: dict, content_key: str) -> None:
+    """Raise UserError where the samples, whose digest is `content_key`, are not those that the law's rows trained on."""
+    on = TrainedOn(**prediction["trained_on"])
+    if on.data_keys and content_key not in on.data_keys:
+        raise UserError(
+            f"{on.data}:{on.preset} holds other samples than the law's rows trained on; bring those back, or fit a law anew"
+        )
+
+
+def verdict(prediction: dict, rows: list[dict]) -> dict:
     """Apply the rule to the rows of both arms. Raises UserError where a seed of an arm has no finite measurement."""
-    arms = {}
+    arms, metric = {}, prediction.get("metric") or "val_loss"
     shapes = {name: Shape(**arm["shape"]) for name, arm in prediction["arms"].items()}
     grids = {f"/{shape.patch_size}@{shape.image_size}" for shape in shapes.values()}
     for name, shape in shapes.items():

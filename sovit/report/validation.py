@@ -10,11 +10,11 @@ from sovit.predict.validation import verdict
 from sovit.report.text import render
 
 
-def validation_report(prediction: dict, rows: list[dict], out: Path, metric: str = "val_loss") -> dict:
+def validation_report(prediction: dict, rows: list[dict], out: Path) -> dict:
     """Apply the rule and write `validation.json`, `report.md` and the figure into the folder `out`; return the result."""
     from sovit.report import figures
 
-    result = verdict(prediction, rows, metric)
+    result = verdict(prediction, rows)
     write_atomic(Path(out) / "validation.json", json.dumps(result, indent=2) + "\n")
     write_atomic(Path(out) / "report.md", validation_page(result))
     figures.save(figures.validation(result), Path(out) / "validation.png")

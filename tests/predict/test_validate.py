@@ -12,7 +12,7 @@ from sovit import UserError
 from sovit.law.fitted_law import read_law
 from sovit.predict.recommend import best_shape
 from sovit.predict.validation import RULE, runs_of, verdict, verdict_text, write_prediction
-from sovit.spec.run import Recipe
+from sovit.spec.run import Recipe, learning_rate
 from sovit.spec.shape import Shape
 
 A = Shape(32, 2, 128, head_dim=8, patch_size=4, image_size=16, pool="none")
@@ -26,6 +26,8 @@ def prediction(seeds=(10, 11, 12)):
         "seeds": list(seeds),
         "rule": RULE,
         "arms": arms,
+        "num_classes": 16,
+        "trained_on": dict(data="icons", preset="mosaic", data_keys=["a"], recipe={"batch_size": 32}, base_lr=0.004),
         "predicted_difference": {"estimate": math.log(1 / 1.1), "low": None, "high": None},
     }
 
@@ -69,11 +71,13 @@ def test_a_missing_or_diverged_seed_gives_no_verdict():
 
 
 def test_both_arms_get_equal_flops_and_paired_seeds():
-    runs = runs_of(prediction(), 16, lambda shape: Recipe(0.01))
+    runs = runs_of(prediction())
     assert len(runs) == 6
     for run in runs:
         assert run.budgets[0] * run.shape.train_flops_per_image(16) == pytest.approx(1e10, rel=0.01)
         assert run.init_seed == run.data_seed
+        assert (run.data, run.preset) == ("icons", "mosaic")
+        assert run.recipe == Recipe(peak_lr=learning_rate(run.shape, 0.004), batch_size=32)
     assert sorted((r.shape.width, r.init_seed) for r in runs) == [(w, s) for w in (32, 64) for s in (10, 11, 12)]
 
 
@@ -95,7 +99,7 @@ def test_a_written_prediction_is_not_changed(tmp_path):
 def test_equal_arms_are_trained_once_and_said_to_be_equal():
     same = prediction()
     same["arms"]["usual"]["shape"] = A.to_dict()
-    assert len(runs_of(same, 16, lambda shape: Recipe(0.01))) == 3
+    assert len(runs_of(same)) == 3
     result = verdict(same, rows_with((1.0, 1.1, 1.2), ())[:3])
     assert result["verdict"] == "not distinguishable" and "nothing to compare" in verdict_text(result)
 
