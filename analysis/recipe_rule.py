@@ -131,7 +131,7 @@ def analyse(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
     return run(analyse, parser, argv)
 

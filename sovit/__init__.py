@@ -71,8 +71,12 @@ class UserError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """Say what an exception of another library says, in one line of at most 200 characters; its class if it is silent."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Say what an exception of another library says, in one line of at most 200 characters; its class if it is silent.
+
+    Of the operating system's errors the words and the file, without the number.
+    """
+    said = ": ".join(map(str, filter(None, (error.strerror, error.filename)))) if isinstance(error, OSError) else ""
+    return " ".join((said or str(error)).split())[:200] or type(error).__name__
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,6 @@ Cost: 6 trunks of --train-flops each; at 3.2e12 about 10 minutes of two cores. E
 cent lower in loss; the interval says whether three seeds can tell.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ SEEDS = [10, 11, 12]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_main.OneLineParser(prog="studies/validate_prediction.py", description=__doc__)
     parser.add_argument("law", type=Path, metavar="LAW.json")
     parser.add_argument("--train-flops", type=float, required=True)
     parser.add_argument("--name", default="validate_prediction")

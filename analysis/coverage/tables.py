@@ -200,7 +200,7 @@ def table(lines: Sequence[dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="20 sets a condition")
     parser.add_argument("--out", type=Path, default=OUTPUTS / "coverage.jsonl", help="default %(default)s")
     options = parser.parse_args(argv)

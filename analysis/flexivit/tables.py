@@ -105,7 +105,7 @@ def analyse(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ledgers", type=Path, nargs="*", default=[Path("results/flexivit.jsonl")], metavar="LEDGER")
     return run(analyse, parser, argv)
 

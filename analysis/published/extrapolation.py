@@ -167,7 +167,7 @@ def analyse(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ledgers", nargs="+", type=Path, metavar="LEDGER")
     parser.add_argument("--public", type=Path, metavar="FOLDER", help="published sweeps, see analysis.published.sweeps")
     return run(analyse, parser, argv)

@@ -89,7 +89,7 @@ def analyse(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     default = [Path("results/resolution_finetune.jsonl")]
     parser.add_argument("ledgers", type=Path, nargs="*", default=default, metavar="LEDGER")
     return run(analyse, parser, argv)

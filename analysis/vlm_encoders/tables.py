@@ -202,7 +202,7 @@ def analyse(options: argparse.Namespace) -> Result:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("ledgers", type=Path, nargs="*", default=[Path("results/vlm_transfer.jsonl")], metavar="LEDGER")
     parser.add_argument("--family", default="marks", help="of questions, whose loss decides (default marks)")
     return run(analyse, parser, argv)

@@ -70,6 +70,14 @@ class Geometry:
     pool: Annotated[str | None, Help("avg, map, token or none.")] = None
 
 
+def encoder_name(name: str, runs: Path) -> str:
+    """The full name of an encoder: of a trained one its run_id. Raises UserError at once where it is not in `runs`."""
+    from sovit.ledger.records import find_branch
+
+    kind, _, rest = name.rpartition(":")
+    return f"random:{find_branch(rest, runs)}" if kind == "random" else name if kind else find_branch(name, runs)
+
+
 def given(options: Any) -> dict:
     """Fields of an options dataclass that the user has named."""
     return {name: value for name, value in vars(options).items() if value is not None}

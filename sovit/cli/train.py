@@ -1,14 +1,17 @@
 """`sovit count`, `profile`, `probe`, `finetune` and `export`: one shape, one encoder."""
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from sovit import OUTPUTS, UserError
-from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, given, show
+from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, encoder_name, given, show
+from sovit.spec.shape import Shape
 
 
 @Flat
@@ -30,7 +33,6 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: Js
         num_classes: count a linear task head of so many classes, apart
     """
     from sovit.spec.named_shapes import named_shape
-    from sovit.spec.shape import Shape
     from sovit.tables import text_table
 
     if num_classes < 0:
@@ -88,18 +90,43 @@ def profile(
         shapes: such as B/16, a timm name, or 32x2x256[xHEAD_DIM]
         threads: of a CPU
     """
+    if threads < 1:
+        raise UserError(f"--threads {threads} must be at least 1")
+    found, num_classes = shapes_for(shapes, **given(geometry))
     import torch
 
     from sovit.train.profile import profile as measure
-    from sovit.train.profile import profile_text, shapes_for
+    from sovit.train.profile import profile_text
 
-    if threads < 1:
-        raise UserError(f"--threads {threads} must be at least 1")
     torch.set_num_threads(threads)
-    found, num_classes = shapes_for(shapes, **given(geometry))
     said = {"num_classes": num_classes or 1000} | given(options)
     rows = measure(found, on_progress=lambda line: print(line, file=sys.stderr), **said)
     show(rows, profile_text, json)
+
+
+def shapes_for(names: Sequence[str], law: Path | None = None, **fields: Any) -> tuple[list[Shape], int | None]:
+    """The shapes that a command line names, and the classes of the law's task head (None without a law).
+
+    names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
+    patch_size, image_size, pool). Raises UserError.
+    """
+    from sovit.law.fitted_law import read_law
+    from sovit.law.geometry import Geometry as LawGeometry
+    from sovit.spec.named_shapes import named_shape
+
+    geometry = (read_law(law).geometry if law else None) or LawGeometry()
+    known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
+    known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
+    shapes = []
+    for name in names:
+        if re.fullmatch(r"\d+(x\d+){2,3}", name):
+            own = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
+            shapes.append(Shape(**known | fields | own))
+        else:
+            shapes.append(named_shape(name, **fields))
+    if not shapes:
+        raise UserError("no shape to profile; name some, such as B/16 or 32x2x256")
+    return shapes, geometry.num_classes
 
 
 def probe(*encoders: str, data: str, study: str | None = None, place: Place = Place(), json: Json = False) -> None:
@@ -110,15 +137,19 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
         data: SOURCE:PRESET, such as icons:single40 or hub:FOLDER
         study: probe every branch of this study instead, into its ledger
     """
-    from sovit.encoder.probe import compare, comparison_text, probe_ledger
+    from sovit.data import named_data
     from sovit.ledger.few_shot_columns import column
-    from sovit.train.base import check_device
 
     if bool(study) == bool(encoders):
         raise UserError("name encoders to probe, or one --study (not both)")
+    named_data(data)
+    named = [encoder_name(name, place.runs) for name in encoders]
+    from sovit.encoder.probe import compare, comparison_text, probe_ledger
+    from sovit.train.base import check_device
+
     check_device(place.device)
-    if encoders:
-        return show(compare(encoders, data, place.runs, place.device), comparison_text, json)
+    if named:
+        return show(compare(named, data, place.runs, place.device), comparison_text, json)
     ledger = place.results / f"{study}.jsonl"
     text = (
         f"{ledger}: {{probed}} branches probed on {data}, {{probed_before}} were before,"
@@ -162,6 +193,13 @@ def finetune(
         name: name of the ledger
         dry_run: say what it costs; train nothing
     """
+    from sovit.ledger.records import find_branch
+    from sovit.spec.shape import TRAINED
+
+    if options.trained not in TRAINED:
+        raise UserError(f"--train {options.trained} is unknown; choose one of {', '.join(TRAINED)}")
+    if not base.startswith("timm:"):
+        base = find_branch(base, place.runs)
     from sovit.train.finetune_command import fine_tune, result_text
     from sovit.train.loop import OutOfMemory
 
@@ -199,6 +237,8 @@ def export(source: str, /, *, out: Path, options: ExportOptions = ExportOptions(
 
     if options.config_only:
         return _export_config(Path(source), out, options)
+    if Path(source).suffix == ".json":
+        raise UserError(f"{source} is a law, which has a config but no weights; add --config-only and --train-flops")
     sizes = options.image_size, options.patch_size
     try:
         report = export_encoder(source, options.runs, out, *sizes, options.format)

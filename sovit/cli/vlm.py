@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from sovit import UserError
-from sovit.cli.common import Flat, Help, Json, Pixels, Place, Whole, sheet
+from sovit.cli.common import Flat, Help, Json, Pixels, Place, Whole, encoder_name, sheet
 from sovit.cli.common import show as show_result
 
 vlm = App(name="vlm", help="Vision-language models: what systems are made of, train, ask.")
@@ -106,18 +106,22 @@ def train(
         encoder: RUN_ID, random:RUN_ID, timm:NAME, hf:NAME, or blind:16 (the text-only baseline: 16 learned tokens, no image)
         name: name of the ledger
     """
-    from sovit.data import named_data
+    from sovit.data import assets, named_data
     from sovit.ledger.ledger import update_ledger
     from sovit.spec.config import override
     from sovit.spec.vlm_run import preset_run
-    from sovit.train.command import train_here
-    from sovit.train.loop import OutOfMemory
-    from sovit.vlm.trainer import train as train_vlm
 
+    encoder = encoder_name(encoder, place.runs)
     more = named_data(options.data)._asdict() | {"init_seed": options.seed, "data_seed": 100 + options.seed}
     more["language_model"] = options.language_model
     run = preset_run(options.preset, encoder, options.examples, options.batch_size, **more)
     run = override(run, options.set).replace(study=name)
+    if run.language_model == "smollm2":
+        assets.path("smollm2")
+    from sovit.train.command import train_here
+    from sovit.train.loop import OutOfMemory
+    from sovit.vlm.trainer import train as train_vlm
+
     try:
         (row,) = train_here(run, place.runs, place.device, train_vlm)
     except OutOfMemory as error:
@@ -174,15 +178,22 @@ def ask(
         runs: folder of trunks
         device: such as cpu or cuda
     """
+    from sovit.ledger.records import find_branch
+
+    if options.image is not None and options.val is not None:
+        raise UserError("--image and --val both name an image; give one")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
+    if options.image is not None and not options.questions:
+        raise UserError("an image file has no questions of its own; give one with --question")
+    if options.image is not None and not options.image.is_file():
+        raise UserError(f"--image {options.image} is no file; name an image file")
+    run_id = find_branch(run_id, runs, vlm=True)
     from sovit.train.base import check_device
     from sovit.vlm.ask import Asked, answers_text
     from sovit.vlm.ask import ask as ask_model
 
     check_device(device)
-    if options.image is not None and options.val is not None:
-        raise UserError("--image and --val both name an image; give one")
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1")
     asked = Asked(**vars(options) | {"val": options.val or 0})
     found, image = ask_model(run_id, asked, runs, device)
     if out is not None:

@@ -83,11 +83,23 @@ class NamedData(NamedTuple):
 
 
 def named_data(name: str) -> NamedData:
-    """Read SOURCE[:PRESET]; without a preset the first of the source, "" where it has none of its own."""
+    """Read SOURCE[:PRESET]; without a preset the first of the source, "" where it has none of its own.
+
+    Raises UserError for an unknown source or preset.
+    """
     data, _, preset = name.partition(":")
+    check_preset(data, preset)
     known = PRESETS.get(data, {})
     preset = preset or next(iter(known), "")
     return NamedData(data, preset, known.get(preset, (64, ""))[0])
+
+
+def check_preset(data: str, preset: str) -> None:
+    """Raise UserError for an unknown source or preset; "" is the first preset of a source."""
+    if data not in SOURCES:
+        raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")
+    if preset and PRESETS[data] and preset not in PRESETS[data]:
+        raise UserError(f"preset={preset!r} is unknown to {data}; choose one of {', '.join(PRESETS[data])}")
 
 
 def open_data(data: str, preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Source:
@@ -99,8 +111,7 @@ def open_data(data: str, preset: str, image_size: int, patch_size: int, data_see
     >>> source.train(0, 2).images.shape, source.num_classes
     (torch.Size([2, 3, 16, 16]), 16)
     """
-    if data not in SOURCES:
-        raise UserError(f"data={data!r} is unknown; choose one of {', '.join(SOURCES)}")
+    check_preset(data, preset)
     if data_seed < 0:
         raise UserError(f"data_seed={data_seed} is negative; give 0 or more")
     return importlib.import_module(SOURCES[data]).open_source(preset, image_size, patch_size, data_seed, device)

@@ -10,13 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.data import NORMALISATION
 from sovit.data.hub.images import seen_share
 from sovit.encoder.from_timm import Base, load_timm_base
 from sovit.encoder.model import build
 from sovit.encoder.weights import load_weights, weights_digest
-from sovit.ledger.records import record_path, record_row
+from sovit.ledger.records import find_branch
 from sovit.spec.run import Run
 
 
@@ -28,28 +28,20 @@ def load_branch(run_id: str, runs_dir: Path | str) -> tuple[Any, Run]:
 
 def _load(run_id: str, runs_dir: Path | str) -> tuple[Any, Run, Base | None]:
     """The trained model of one branch, its run, and what that was fine-tuned from, if it was."""
+    run_id = find_branch(run_id, runs_dir)
     folder = Path(runs_dir) / run_id.rpartition("-")[0]
-    path = folder / f"{run_id}.safetensors"
-    if not (folder / "config.json").exists() or not path.exists():
-        row = record_row(record_path(runs_dir, folder.name, run_id))
-        if row and row["status"] == "diverged":
-            raise UserError(f"{run_id} diverged ({row.get('error')}) and has no weights; name another run")
-        known = sorted(p.stem for p in Path(runs_dir).glob("*/*.safetensors"))
-        held = f"{len(known)} runs, such as {known[0]}); name one" if known else "no runs); train a study first"
-        raise UserError(f"no run {run_id!r} in {Path(runs_dir)}/ (it holds {held}")
-    if '"kind": "vlm"' in (folder / "config.json").read_text():
-        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
+    path, config = folder / f"{run_id}.safetensors", folder / "config.json"
 
-    def damaged(reason: object) -> UserError:
-        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {folder / 'config.json'} {runs_dir}"
-        return UserError(f"the trained run {run_id} is damaged ({reason}); to train it again, delete {again}")
+    def damaged(why: object) -> UserError:
+        again = f"{folder / 'records' / run_id}.json and run python -m sovit.train {config} {runs_dir}"
+        return UserError(f"the trained run {run_id} is damaged ({why}); to train it again, delete {again}")
 
     try:
-        run = Run.from_dict(json.loads((folder / "config.json").read_text()))
+        run = Run.from_dict(json.loads(config.read_text(encoding="utf-8")))
         weights, said = load_weights(path)
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}  # of no encoder
-    except ValueError as error:
-        raise damaged(error) from None
+    except (OSError, ValueError) as error:
+        raise damaged(reason(error)) from None
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("text.")}  # of no encoder
     base = None
     if run.base:
         try:
@@ -78,6 +70,7 @@ def open_base(name: str, runs_dir: Path | str) -> Base:
     """A trained branch by its run_id, fine-tuned itself or not, or timm:NAME. Raises UserError where it is not there."""
     if name.startswith("timm:"):
         return load_timm_base(name)
+    name = find_branch(name, runs_dir)
     model, before, earlier = _load(name, runs_dir)
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     mean, std = ((value,) * 3 for value in NORMALISATION[before.data])

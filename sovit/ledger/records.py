@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,44 @@ def write_record(runs_dir: Path, row: Mapping[str, Any]) -> None:
 
 def record_path(runs_dir: Path | str, trunk_id: str, run_id: str) -> Path:
     return Path(runs_dir) / trunk_id / "records" / f"{run_id}.json"
+
+
+def find_branch(name: str, runs_dir: Path | str, vlm: bool = False) -> str:
+    """The run_id of an encoder whose weights are in `runs_dir`, or of a vision-language model.
+
+    name: its run_id, or a trunk_id: its branch of most images. Raises UserError where there is none: what is there
+    instead, and where else it is.
+    """
+    runs_dir = Path(runs_dir)
+    trunk_id, dash, _ = name.partition("-")
+    plain = bool(re.fullmatch(r"\w+(-\d+)?", name))
+    known = sorted((p.stem for p in runs_dir.glob("*/*-*.safetensors")), key=lambda n: (n.partition("-")[0], len(n), n))
+    if plain and not dash and (own := [n for n in known if n.startswith(f"{name}-")]):
+        return _of_kind(own[-1], runs_dir, vlm)
+    if plain and dash and (runs_dir / trunk_id / f"{name}.safetensors").exists():
+        return _of_kind(name, runs_dir, vlm)
+    row = record_row(record_path(runs_dir, trunk_id, name)) if plain and dash else None
+    if row and row["status"] == "diverged":
+        raise UserError(f"{name} diverged ({row.get('error')}) and has no weights; name another run")
+    wanted = f"{name}.safetensors" if dash else f"{name}-*.safetensors"
+    if plain and (found := next(Path().glob(f"*/runs/{trunk_id}/{wanted}"), None)):
+        there = found.parents[1]
+        raise UserError(f"no run {name!r} in {runs_dir}/, but in {there}/; name that folder of runs")
+    held = f"{len(known)} runs, such as {known[0]}); name one" if known else "no runs); train a study first"
+    raise UserError(f"no run {name!r} in {runs_dir}/ (it holds {held}")
+
+
+def _of_kind(run_id: str, runs_dir: Path, vlm: bool) -> str:
+    """The run_id itself. Raises UserError where its trunk is of the other kind."""
+    try:
+        config = json.loads((runs_dir / run_id.partition("-")[0] / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # who opens it says so
+        return run_id
+    if vlm and config.get("kind") != "vlm":
+        raise UserError(f"{run_id} is an encoder, not a vision-language model; train one: sovit vlm train {run_id}")
+    if not vlm and config.get("kind") == "vlm":
+        raise UserError(f"{run_id} is a vision-language model; name the encoder that it was trained on")
+    return run_id
 
 
 def read_record(runs_dir: Path | str, trunk_id: str, run_id: str) -> dict | None:

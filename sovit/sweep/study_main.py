@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sovit import OUTPUTS, UserError
 from sovit.spec.any_run import AnyRun, encoder_runs, vlm_runs
@@ -18,17 +18,20 @@ from sovit.sweep.queue import Sweep
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says in one line what is wrong, without the usage of every option before it."""
+    """Says in one line what is wrong, without the usage of every option before it; takes no abbreviated option."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:  # said of --train-flops -3e12
+            message += ", which begins with - only as in --OPTION=-1"
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def study_parser(doc: str, name: str) -> argparse.ArgumentParser:
     """The options that every study has."""
-    parser = OneLineParser(
-        prog=f"studies/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(prog=f"studies/{name}.py", description=doc)
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -14,7 +14,6 @@ from sovit.encoder.trained import open_base
 from sovit.files import locked
 from sovit.ledger.ledger import update_ledger
 from sovit.spec.run import Recipe, Run
-from sovit.spec.shape import TRAINED
 from sovit.train.base import check_device
 from sovit.train.command import train_here
 from sovit.train.evaluate import validate
@@ -36,8 +35,6 @@ def fine_tune(
     rows}; the last two are empty in a dry run. Raises UserError, and what training does.
     """
     check_device(device)
-    if (trained := options.get("trained", "full")) not in TRAINED:  # before the base is opened, which may take long
-        raise UserError(f"trained={trained!r} is unknown; choose one of {', '.join(TRAINED)}")
     base = open_base(name, runs_dir)
     run = tuning(base, **options).replace(study=ledger.stem)
     source = open_data(run.data, run.preset, run.shape.image_size, run.shape.patch_size, run.data_seed, device)

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,16 +24,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sovit import OUTPUTS, UserError
+from sovit import OUTPUTS
 from sovit.data import Batch
 from sovit.encoder.model import build, parameter_groups
-from sovit.law.fitted_law import read_law
-from sovit.law.geometry import Geometry
 from sovit.ledger.ledger import rewrite_rows
 from sovit.ledger.profiles import read_profiles
 from sovit.ledger.provenance import provenance
 from sovit.spec.config import Count, check
-from sovit.spec.named_shapes import named_shape
 from sovit.spec.run import Precision
 from sovit.spec.shape import Shape
 from sovit.tables import text_table
@@ -216,30 +212,6 @@ def _device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-# the command line ----------------------------------------------------------------------------------------------------
-
-
-def shapes_for(names: Sequence[str], law: Path | None = None, **fields: Any) -> tuple[list[Shape], int | None]:
-    """The shapes that a command line names, and the classes of the law's task head (None without a law).
-
-    names: `B/16`, a timm name, or WxDxM[xHEAD_DIM], whose other fields are those of the law or of `fields` (head_dim,
-    patch_size, image_size, pool). Raises UserError.
-    """
-    geometry = (read_law(law).geometry if law else None) or Geometry()
-    known = {n: getattr(geometry, n) for n in ("head_dim", "patch_size", "image_size", "pool")}
-    known = {n: value if isinstance(value, str) else int(value) for n, value in known.items() if value}
-    shapes = []
-    for name in names:
-        if re.fullmatch(r"\d+(x\d+){2,3}", name):
-            own = dict(zip(("width", "depth", "mlp_dim", "head_dim"), map(int, name.split("x"))))
-            shapes.append(Shape(**known | fields | own))
-        else:
-            shapes.append(named_shape(name, **fields))
-    if not shapes:
-        raise UserError("no shape to profile; name some, such as B/16 or 32x2x256")
-    return shapes, geometry.num_classes
 
 
 def profile_text(rows: Sequence[dict]) -> str:

@@ -44,6 +44,33 @@ def test_a_command_that_must_start_at_once_imports_nothing_heavy(command, tmp_pa
     assert not HEAVY & {name.split(".")[0] for name in modules}
 
 
+REFUSED = (
+    "export nobody --out x",
+    "export law.json --out x",
+    "export 0000000000-16 --out x --format onnx",
+    "finetune nobody",
+    "finetune nobody --train neck",
+    "probe random:nobody --data icons:single40",
+    "probe nobody --data icons:single41",
+    "profile nothing",
+    "data show icons:huge",
+    "vlm train nobody",
+    "vlm ask nobody",
+)
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_not_there_is_refused_before_anything_heavy_is_imported(command, tmp_path):
+    code = (
+        "import json, sys\nfrom sovit.cli.main import main\n"
+        "print(json.dumps([main(sys.argv[1:]), sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, cwd=tmp_path)
+    status, modules = json.loads(done.stdout)
+    assert status == 2 and done.stderr.startswith("sovit: ") and done.stderr.count("\n") == 1
+    assert not (HEAVY - {"scipy"}) & {name.split(".")[0] for name in modules}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -58,7 +58,7 @@ def test_an_image_file_is_read_as_the_encoder_reads_images(trained, tmp_path, ca
     [
         (["--val", "99999"], "val=99999 does not exist; give 0 to"),
         (["--val", "1", "--image", "x.png"], "give one"),
-        (["--image", "/nowhere.png", "--question", "a"], "cannot be read"),
+        (["--image", "/nowhere.png", "--question", "a"], "--image /nowhere.png is no file"),
         (["--image", "/nowhere.png"], "no questions of its own"),
         (["--max-new-tokens", "0"], "must be at least 1"),
         (["--question", "word " * 3000], "do not fit into"),

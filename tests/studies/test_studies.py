@@ -55,3 +55,19 @@ def test_shared_trunks_cost_less_than_runs_alone(tmp_path):
     study = load(next(p for p in STUDIES if p.stem == "stream_star"))
     totals = plan_of(Sweep("s", study.runs()[:2], tmp_path, tmp_path / "s.jsonl"), 1, "cpu")["totals"]
     assert 0 < totals["spent_compute"] < totals["compute"] and totals["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dry"], "unrecognized arguments: --dry"),
+        (["--work", "2"], "unrecognized arguments: --work"),
+        (["--workers", "-1e3"], "begins with - only as in"),
+    ],
+)
+def test_no_abbreviated_flag_is_taken(arguments, words, capsys):
+    """`--dry` once trained: one parser read it as --dry-run, and another did not."""
+    with pytest.raises(SystemExit) as stop:
+        study_main.main("doc", "study", list, arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1

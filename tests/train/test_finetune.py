@@ -290,7 +290,7 @@ def test_the_rate_does_not_grow_along_a_chain(trained):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train", "neck"], "trained='neck' is unknown"),
+        (["--train", "neck"], "--train neck is unknown"),
         (["--image-size", "66"], "image_size=66 is not a multiple of patch_size=4"),
         (["--data", "icons"], "--data icons names no preset; give SOURCE:PRESET"),
         (["--examples", "81"], "budget of 81 examples is not a multiple"),
@@ -308,4 +308,4 @@ def test_bad_input_to_the_command_is_one_line(trained, tmp_path, capsys, more, m
 
 def test_an_unknown_part_is_refused_before_the_base_is_opened(capsys):
     assert main(["finetune", "timm:no_such_model", "--train", "neck"]) == 2
-    assert "trained='neck' is unknown" in capsys.readouterr().err
+    assert "--train neck is unknown" in capsys.readouterr().err

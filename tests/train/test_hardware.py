@@ -10,9 +10,10 @@ import torch
 
 from sovit import UserError
 from sovit.cli.main import main
+from sovit.cli.train import shapes_for
 from sovit.ledger.profiles import read_profiles
 from sovit.spec.shape import Shape
-from sovit.train.profile import peak_bytes, profile, shapes_for
+from sovit.train.profile import peak_bytes, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 LAW = ROOT / "results" / "stream_star_law" / "law.json"

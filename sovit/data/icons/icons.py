@@ -147,11 +147,9 @@ class Icons:
 def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Icons:
     """Open a preset of PRESETS ("" = mosaic) at `image_size` pixels; the first opening of a size renders its masks.
 
-    Raises UserError for an unknown preset, sizes that do not divide, or where the asset or the renderer is missing.
+    Raises UserError for sizes that do not divide, or where the asset or the renderer is missing.
     """
     preset = preset or "mosaic"
-    if preset not in PRESETS:
-        raise UserError(f"preset={preset!r} is unknown to icons; choose one of {', '.join(PRESETS)}")
     grid = PRESETS[preset].grid
     if image_size < grid or image_size % grid:
         raise UserError(f"image_size={image_size} cannot hold {grid} x {grid} icons; give a multiple of {grid}")

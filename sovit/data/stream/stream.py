@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from sovit import UserError
 from sovit.data.stream.detail import DetailStream
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import PRESETS, Detail
 
 
 def open_source(preset: str, image_size: int, patch_size: int, data_seed: int, device: str = "cpu") -> Stream:
-    """Open a preset of PRESETS. Raises UserError for an unknown preset or a size that it cannot draw."""
-    if preset not in PRESETS:
-        raise UserError(f"preset={preset!r} is unknown for the stream; choose one of {', '.join(PRESETS)}")
-    world = PRESETS[preset]
+    """Open a preset of PRESETS ("" = cpu). Raises UserError for a size that it cannot draw."""
+    world = PRESETS[preset or "cpu"]
     kind = DetailStream if isinstance(world, Detail) else Stream
     return kind(world, image_size, patch_size, data_seed, device)

@@ -11,12 +11,14 @@ from typing import Any
 
 from sovit import UserError, __version__
 from sovit.data import NORMALISATION
-from sovit.encoder.export.formats import config_of, tensors_of
+from sovit.encoder.export.formats import check_format, config_of, tensors_of
 from sovit.files import write_atomic
+from sovit.ledger.records import find_branch
 from sovit.spec.run import Run
 from sovit.spec.shape import Shape
 
-MARK = "sovit.json"  # in every exported folder: what may be replaced by another export
+MARK = "sovit.json"  # in every exported folder, which another export may replace
+EXPORTED = {MARK, "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}  # what one may hold
 MAX_PATCHES = 128 * 128  # of a resized export: four times those of Gemma3
 
 
@@ -46,6 +48,10 @@ def export_encoder(
     >>> sovit.export_encoder("2da54a192d-80", "runs", "encoder", format="timm")["format"]
     'timm'
     """
+    check_format(format)
+    run_id = find_branch(run_id, runs_dir)
+    asked, out = out, Path(out).resolve()  # of a link what it leads to is replaced
+    _check_replaceable(out)
     from sovit.encoder.export.model_card import card
     from sovit.encoder.export.roundtrip_check import roundtrip_check
     from sovit.encoder.trained import load_branch
@@ -56,8 +62,6 @@ def export_encoder(
     config = config_of(shape, format)
     if shape != run.shape:
         model = _resized(model, run, shape)
-    asked, out = out, Path(out).resolve()  # of a link what it leads to is replaced
-    _check_replaceable(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -98,6 +102,11 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"{out} is the folder that you are in, which cannot be replaced; name another with --out")
     if out.exists() and not (out / MARK).exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} holds something else than an exported encoder; choose another folder with --out")
+    strange = sorted({path.name for path in out.iterdir()} - EXPORTED) if out.is_dir() else []
+    if strange:
+        raise UserError(
+            f"{out} holds {strange[0]}, which no export wrote; move it away, or choose another folder with --out"
+        )
 
 
 def _resized(model: Any, run: Run, shape: Shape) -> Any:

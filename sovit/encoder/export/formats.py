@@ -70,13 +70,18 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
 }
 
 
+def check_format(format: str) -> None:
+    """Raise UserError for a format that is not one of FORMATS."""
+    if format not in FORMATS:
+        raise UserError(f"--format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+
+
 def config_of(shape: Shape, format: str) -> dict:
     """The configuration of an encoder of this shape, as the config.json of a format (FORMATS).
 
     Raises UserError for an unknown format, or a shape that the format cannot express.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    check_format(format)
     if lacking := _lacking(shape, format):
         able = [name for name in FORMATS if not _lacking(shape, name)]
         raise UserError(f"--format {format} cannot express {lacking}; use --format {' or '.join(able)}")
