@@ -63,6 +63,10 @@ def test_export_replaces_an_old_export_but_nothing_else(trained, tmp_path):
     export_encoder(run_id, runs_dir, out)
     export_encoder(run_id, runs_dir, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["encoder"]
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds mine.txt, which no export wrote"):
+        export_encoder(run_id, runs_dir, out)
+    assert (out / "mine.txt").read_text() == "precious"
     foreign = tmp_path / "hub_model"
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "vit"}')
