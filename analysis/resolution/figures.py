@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.resolution.curves import SCRATCH
 from sovit.predict.validation import student_t
@@ -15,6 +14,7 @@ from sovit.report.figures.style import (
     METRICS,
     OKABE_ITO,
     finish,
+    flops_axis,
     flops_label,
     grid,
     loss_axis,
@@ -55,7 +55,7 @@ def by_total_flops(found: dict) -> Figure:
         wanted = (shape, max(c["base_image_size"] for c in mine), SCRATCH)
         _draw(axis, [c for c in found["cells"] if (c["shape"], c["image_size"], c["mode"]) == wanted], every, **BASE)
         axis.set_title(f"{shape} at {image_size} px, patch {patch_size}")
-        _flops_axis(axis)
+        flops_axis(axis, axis.dataLim.intervalx, 3)
         loss_axis(axis, np.concatenate(every))
     handles = [mark(m, color=COLOURS[m], marker=MARKERS[m], ms=3.6, mfc="white", lw=0.9) for m in modes]
     handles.append(mark("base, at its own px", **BASE))
@@ -78,12 +78,3 @@ def _draw(axis, cells: list[dict], every: list, **style) -> None:
     half = [student_t(c["n"] - 1) * c["val_loss_sd"] / np.sqrt(c["n"]) if c["n"] > 1 else 0.0 for c in cells]
     axis.errorbar(x, y, half, elinewidth=0.6, **style)
     every += [y - np.array(half), y + np.array(half)]
-
-
-def _flops_axis(axis) -> None:
-    """A log axis with three ticks over what was drawn."""
-    axis.set_xscale("log")
-    ticks = np.geomspace(*axis.dataLim.intervalx, 3)
-    axis.xaxis.set_major_locator(FixedLocator(sorted({float(f"{x:.2g}") for x in ticks})))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
-    axis.xaxis.set_minor_locator(NullLocator())

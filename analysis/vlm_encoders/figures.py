@@ -57,6 +57,10 @@ def _families(axis, found: dict, colours: dict) -> None:
         axis.axvline(trained - 0.5, color=GREY, lw=0.6, ls=":")
         at = {"xycoords": ("data", "axes fraction"), "fontsize": 6, "va": "top"}
         axis.annotate("never trained", (trained - 0.42, 0.99), **at)
-    axis.set_xticks(range(len(families)), [family.replace("_", "\n") for family in families], fontsize=5.5)
+    names, turned = (
+        [family.replace("_", " ") for family in families],
+        dict(rotation=40, ha="right", rotation_mode="anchor"),
+    )
+    axis.set_xticks(range(len(families)), names, fontsize=6, **turned)
     axis.set_ylim(bottom=0)
     axis.set_ylabel("loss ÷ that of the text-only baseline")

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import planted_ledger as planted
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 
 from sovit import UserError
@@ -13,6 +14,7 @@ from sovit.ledger.measurements import measurements
 from sovit.predict import recommend as predict
 from sovit.report import figures as plot
 from sovit.report.facts import held_out
+from sovit.report.figures import style
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,35 @@ def test_contact_sheet(tmp_path):
         plot.contact_sheet(images, ["one"], tmp_path / "sheet.png")
     with pytest.raises(UserError, match="cannot write"):
         plot.contact_sheet(images, ["x"] * 8, tmp_path / "sheet.nothing")
+
+
+@pytest.mark.filterwarnings("error")  # of a letter without a glyph
+def test_captions_of_any_script_and_with_dollars_are_drawn(tmp_path):
+    captions = ["\u732b", "\u0e1b\u0e23\u0e30", "$100_bill$ and $b", "a_{b}^c", "\u0441\u043e\u0431\u0430\u043a\u0430"]
+    plot.contact_sheet(np.zeros((5, 4, 4, 3)), captions, tmp_path / "sheet.png", title="\u5199\u771f $x$")
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    text, fonts = style.drawable("\u0441\u043e\u0431 $x")
+    assert text == "\u0441\u043e\u0431 $x" and fonts == ["DejaVu Sans"]
+    text, fonts = style.drawable("a\U0010fffd")  # a private letter that no font has
+    assert text == "a\U0010fffd" and len(fonts) == 2 or text == "a\\U0010fffd"
+
+
+@pytest.mark.parametrize(
+    "ends", [(1.7e6, 4.5e7), (5e5, 1.5e7), (1e11, 6.5e11), (2.5e10, 6.9e11), (3e9, 4e9), (1e8, 1e20)]
+)
+@pytest.mark.parametrize(("panels", "most"), [(1, 4), (3, 3)])
+def test_labels_of_flops_do_not_meet(ends, panels, most):
+    figure, ((*axes,),) = style.grid(1, panels, 2.0, style.COLUMN if panels == 1 else style.PAGE)
+    for axis in axes:
+        axis.plot(ends, (1, 2))
+        style.flops_axis(axis, ends, most)
+    FigureCanvasAgg(figure).draw()
+    for axis in axes:
+        left, right = axis.get_xlim()
+        labels = [t for x, t in zip(axis.get_xticks(), axis.get_xticklabels()) if left <= x <= right]
+        assert 2 <= len(labels) <= most and all(label.get_text() for label in labels)
+        places = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+        assert all(a.x1 < b.x0 for a, b in zip(places, places[1:]))
 
 
 def test_validation_figure_joins_seeds(tmp_path):

@@ -11,14 +11,15 @@ from sovit.report.figures.style import (
     COLUMN,
     COMPUTE,
     GREY,
-    METRICS,
     OKABE_ITO,
     PALE,
     dimension_name,
     dots,
     finish,
+    flops_axis,
     grid,
     loss_axis,
+    metric_label,
     styled,
 )
 
@@ -46,7 +47,7 @@ def residuals(fit, data) -> Figure:
         aside = 1.07 ** (i - (len(names) - 1) / 2)  # arms of one budget stand side by side
         x = data.columns[kind][arms == name] * aside
         dots(axis, x, residual[arms == name], s=13, color=colour, alpha=0.9, label=dimension_name(name))
-    axis.set_xscale("log")
+    flops_axis(axis, data.columns[kind])
     axis.set_xlabel(COMPUTE if kind == "compute" else "images seen")
     axis.set_ylabel("ln(measured / fitted) × 100")
     noise = Patch(color=NOISE, lw=0, label=f"± noise s.d. {sd:.2g} % (from {fit.noise.source})")
@@ -73,7 +74,7 @@ def extrapolation(scores: list[dict], metric: str = "val_loss") -> Figure | None
             loss_axis(axis, ends, which, pad=1.0)
         axis.set_aspect("equal")
         axis.set_xlabel("measured")
-    axes[0].set_ylabel("predicted " + METRICS.get(metric, metric))
+    axes[0].set_ylabel("predicted " + metric_label(metric))
     return figure
 
 

@@ -23,7 +23,6 @@ from sovit.report.figures.style import (
     DIMENSIONS,
     GREY,
     INK,
-    METRICS,
     OKABE_ITO,
     PALE,
     TRAIN_FLOPS,
@@ -31,12 +30,14 @@ from sovit.report.figures.style import (
     dimension_name,
     dots,
     finish,
+    flops_axis,
     flops_label,
     grid,
     line_marks,
     line_with_bands,
     loss_axis,
     mark,
+    metric_label,
     ramp,
     styled,
     thinned,
@@ -77,7 +78,7 @@ def fit_by_dimension(fit, data) -> Figure | None:
                 axis.plot(x[lowest], loss[lowest], **DIAMOND, mec=colours[g], mew=1.1, ls="", zorder=4)
         dimension_axis(axis, values)
         axis.set_xlabel(DIMENSIONS[dim])
-    axes[0].set_ylabel(METRICS.get(data.metric, data.metric))
+    axes[0].set_ylabel(metric_label(data.metric))
     loss_axis(axes[0], np.array([min(lows), data.y.max()]))
     handles = [
         *_budget_marks(kind, budgets[shown], [colours[g] for g in shown]),
@@ -116,9 +117,9 @@ def isoflop(fit, data) -> Figure | None:
     dots(axis, size, data.y, c=np.array(colours)[group], s=13, alpha=0.85)
     optimum = DIAMOND | dict(color=INK, lw=0.9, ls=DASHED)
     axis.plot(*np.array(valley).T, **optimum, zorder=4)
-    axis.set_xscale("log")
+    flops_axis(axis, [*size, *np.array(valley)[:, 0]])
     axis.set_xlabel("model size: forward FLOPs of one image")
-    axis.set_ylabel(METRICS.get(data.metric, data.metric))
+    axis.set_ylabel(metric_label(data.metric))
     loss_axis(axis, np.array([data.y.min(), *np.array(valley)[:, 1], data.y.max()]))
     marks = _budget_marks(kind, budgets[shown], [colours[g] for g in shown])
     return finish(figure, [*marks, mark("law’s optimum", **optimum)], ncols=3)
@@ -178,7 +179,7 @@ def frontier(fit, rows: Sequence[Recommendation]) -> Figure:
         line_with_bands(axis, budgets, np.array(line), bands, last, colour)
         axis.plot(budgets, [getattr(row, name) for row in rows], **DIAMOND, ls="", mec=colour, zorder=4)
         axis.set(yscale="log", ylabel=DIMENSIONS.get(name, "images seen"))
-    axes[0].set_ylabel(METRICS.get(fit.data.metric, fit.data.metric or "loss"))
+    axes[0].set_ylabel(metric_label(fit.data.metric))
     loss_axis(axes[0], [row.loss for row in rows] + [x for four in ends for x in four if name == "loss"], pad=1.06)
     handles = [*line_marks(rows[0].loss_low is not None), mark("best whole shape", **DIAMOND, mec=INK)]
     return finish(figure, handles, TRAIN_FLOPS)

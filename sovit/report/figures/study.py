@@ -13,14 +13,15 @@ from sovit.report.figures.style import (
     COLUMN,
     GREY,
     INK,
-    METRICS,
     OKABE_ITO,
     PAGE,
     PALE,
+    drawable,
     finish,
     flops_label,
     grid,
     mark,
+    metric_label,
     styled,
     write,
 )
@@ -46,7 +47,7 @@ def validation(result: dict) -> Figure:
             axis.plot(i + 0.27, arm["predicted"], marker="_", ms=8, mew=1.5, color=INK, ls="", zorder=3)
     axis.set_xlim(-0.45, len(arms) - 0.4)
     axis.set_xticks(range(len(arms)), [f"{name}\n{arm['label']}" for name, arm in zip(names, arms)])
-    axis.set_ylabel(METRICS.get(result.get("metric", "val_loss"), result.get("metric")))
+    axis.set_ylabel(metric_label(result.get("metric", "val_loss")))
     seeds = f"{losses.shape[1]} seeds an arm, {flops_label(result['train_flops'])} training FLOPs"
     axis.set_title(f"{names[0]}: {result['verdict']} ({seeds})", fontsize=7)
     before = mark("predicted beforehand, with 90 %", color=GREY, lw=1.2, marker="_", ms=8, mew=1.5, mec=INK, ls="-")
@@ -64,17 +65,21 @@ def contact_sheet(images, captions, path: Path | str, *, title: str = "", column
     columns = min(columns, len(images))
     rows, cell = -(-len(images) // columns), PAGE / columns
     fits = max(8, round(cell * 15))  # characters a line
+    words = [drawable(caption) for caption in captions]
     wrapped = [
-        "\n".join(w for line in c.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits] for c in captions
+        "\n".join(w for line in text.splitlines() for w in textwrap.wrap(line, fits))[: lines * fits]
+        for text, _ in words
     ]
     text = 0.13 * max(w.count("\n") + 1 if w else 0 for w in wrapped) + 0.08
     figure, axes = grid(rows, columns, rows * (cell * 0.94 + text) + 0.3)
     for axis in axes.ravel()[len(images) :]:
         axis.set_visible(False)
-    for axis, image, caption in zip(axes.ravel(), images, wrapped):
+    for axis, image, caption, (_, fonts) in zip(axes.ravel(), images, wrapped, words):
         axis.imshow(image, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(visible=True, color=PALE)
-        axis.text(0, -0.03, caption, transform=axis.transAxes, fontsize=6, va="top")
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+        plain = dict(family=fonts, va="top", parse_math=False)
+        axis.text(0, -0.03, caption, transform=axis.transAxes, fontsize=6, **plain)
+    above, fonts = drawable(title)
+    figure.suptitle(above, fontsize=8, x=0.01, ha="left", family=fonts, parse_math=False)
     write(figure, Path(path))

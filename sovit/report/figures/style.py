@@ -13,9 +13,10 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from sovit import UserError
 
@@ -30,6 +31,7 @@ DIMENSIONS = {
     "image_size": "image size (pixels)",
     "num_params": "encoder parameters",
 }
+TICKS = ((1, (1, 2, 5)), (1, (1, 3)), (1, (1,)), (2, (1,)), (3, (1,)), (6, (1,)))  # powers of ten apart, multiples
 PAGE, COLUMN = 7.0, 3.4  # inches
 LINE = 125  # letters of a legend that fit on a page, about
 MAX_POINTS = 5000  # more are pixels in the SVG too: as paths they would make a file of megabytes
@@ -110,7 +112,7 @@ def line_with_bands(axis, x: np.ndarray, y: np.ndarray, bands: Sequence, last: f
     inside = x <= last * (1 + 1e-9)
     axis.plot(x[inside], y[inside], color=colour, zorder=3)
     axis.axvline(last, color=GREY, lw=0.6, ls=":", zorder=2)
-    axis.set_xscale("log")
+    flops_axis(axis, x, 3)
 
 
 def line_marks(with_bands: bool) -> list:
@@ -131,6 +133,35 @@ def flops_label(value: float) -> str:
     return f"10{digits}" if head == "1.0" else f"{head.removesuffix('.0')}×10{digits}"
 
 
+def metric_label(metric: str | None) -> str:
+    """A metric as an axis says it."""
+    return METRICS.get(metric or "", drawable(metric or "loss")[0].replace("$", r"\$"))
+
+
+def drawable(text: str) -> tuple[str, list[str]]:
+    """Text of any script as it can be drawn, and the fonts for it, the first that has a letter drawing it.
+
+    Where no font here has all of them, the letters that the style's own lacks become their codes, such as \\u732b.
+    """
+    own = FontProperties(family="DejaVu Sans")
+    lacking = {letter for letter in text if not letter.isspace() and not _has(findfont(own), {letter})}
+    if not lacking:
+        return text, [own.get_name()]
+    for font in fontManager.ttflist:
+        if not font.name.startswith("Last Resort") and _has(font.fname, lacking):  # which has a box for each
+            return text, [own.get_name(), font.name]
+    coded = (letter.encode("ascii", "backslashreplace").decode() if letter in lacking else letter for letter in text)
+    return "".join(coded), [own.get_name()]
+
+
+def _has(file: str, letters: set[str]) -> bool:
+    try:
+        font = get_font(file)
+    except (OSError, RuntimeError):  # a file that FreeType cannot read
+        return False
+    return bool(font.scalable) and all(font.get_char_index(ord(letter)) for letter in letters)
+
+
 def number_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
@@ -145,6 +176,22 @@ def set_ticks(axis, which: str, places) -> None:
     target.set_major_locator(FixedLocator(list(places)))
     target.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
     target.set_minor_locator(NullLocator())
+
+
+def flops_axis(axis, x, most: int = 4) -> None:
+    """A log x axis with at most `most` labels over the range of x: at 1, 2 and 5 times powers of ten, or at fewer."""
+    axis.set_xscale("log")
+    low, high = float(np.min(x)) / 1.01, float(np.max(x)) * 1.01
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    rising = [np.outer(powers[::step], heads).ravel() for step, heads in TICKS]
+    inside = [places[(places >= low) & (places <= high)] for places in rising]
+    places = next((found for found in inside if len(found) <= most), inside[-1])
+    if len(places) < 2:  # a range of less than a factor of two or so
+        places = np.array([float(f"{end:.2g}") for end in (np.min(x), np.max(x))])
+    axis.xaxis.set_major_locator(FixedLocator(sorted(set(places))))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_label(value)))
+    axis.xaxis.set_minor_locator(LogLocator(subs=range(2, 10), numticks=99))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def dimension_axis(axis, values, which: str = "x", limits=None) -> None:
