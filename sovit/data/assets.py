@@ -81,6 +81,10 @@ def writable(folder: Path) -> Path:
     return folder
 
 
+class NotFetched(UserError):
+    """What could be had, but is not here; the message names the command that brings it."""
+
+
 def load_pins(pins: Path | None = None) -> dict[str, Asset]:
     """The assets of a pin file (default: the one in the package) by name."""
     tables = tomllib.loads((pins or PINS).read_text(encoding="utf-8"))
@@ -108,7 +112,7 @@ def path(name: str) -> Path:
             raise UserError(f"{asset.env}={override!r} is not a file; correct it, or unset it and fetch {name}")
         return Path(override)
     if not os.path.isfile(cached_path(asset)):  # False, and no error, in a folder that may not be read
-        raise UserError(
+        raise NotFetched(
             f"asset {name!r} ({asset.size / 1e6:.0f} MB) is not in {cached_path(asset).parent};"
             f" run: sovit assets fetch {name}"
         )

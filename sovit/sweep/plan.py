@@ -137,9 +137,9 @@ def matmul_rate(device: str) -> float:
     return 2 * 1024**3 / seconds_of(lambda: a @ a, "wall", min_seconds=0.1)
 
 
-def print_plan(sweep: Sweep, workers: int, device: str, as_json: bool) -> None:
-    """Print the plan: a table of the trunks and what they cost together, or JSON."""
-    plan = plan_of(sweep, workers, device)
+def print_plan(sweep: Sweep, workers: int, device: str, data: Sequence[str], as_json: bool) -> None:
+    """Print the plan: a table of the trunks, what they cost together, and lines on their data; or JSON."""
+    plan = plan_of(sweep, workers, device) | {"data": list(data)}
     if as_json:
         print(json.dumps(plan, indent=2))
         return
@@ -170,6 +170,8 @@ def print_plan(sweep: Sweep, workers: int, device: str, as_json: bool) -> None:
         print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
     for note in plan["notes"]:
         print(f"no estimate: {note}")
+    for line in data:
+        print(line)
 
 
 def _cells(row: dict) -> list[str]:

@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 from sovit import OUTPUTS, UserError
 from sovit.spec.any_run import AnyRun, encoder_runs, vlm_runs
 from sovit.spec.config import keys, override
-from sovit.spec.run import Run
-from sovit.spec.vlm_run import VlmRun
 from sovit.sweep.launch import launch
+from sovit.sweep.opening import data_lines, open_parts
 from sovit.sweep.queue import Sweep
 
 
@@ -104,11 +103,22 @@ def check_workers(options: argparse.Namespace) -> None:
 
 def dry_run(sweep: Sweep, options: argparse.Namespace) -> int:
     """Print what a launch would train, and how long that takes."""
+    from sovit.data.assets import NotFetched
+    from sovit.data.hub.images import locate
     from sovit.sweep.plan import print_plan
     from sovit.train.base import check_device
 
     check_device(options.device)
-    print_plan(sweep, options.workers, options.device, options.json)
+    runs, lines = encoder_runs(list(sweep.runs.values())), []
+    for data, preset in dict.fromkeys((run.data, run.preset) for run in runs):
+        own = [run for run in runs if (run.data, run.preset) == (data, preset)]
+        try:
+            if data == "hub" and locate(preset)[0].path is None:
+                raise NotFetched(f"{preset} is on the hub; the launch downloads it")
+            lines += data_lines(sweep, own, options.device)
+        except NotFetched as error:
+            lines.append(f"{data}:{preset} is not opened here: {error}")
+    print_plan(sweep, options.workers, options.device, lines, options.json)
     return 0
 
 
@@ -191,8 +201,9 @@ def run_sweep(sweep: Sweep, workers: int, device: str = "cpu") -> list[dict]:
     refuse_missing_bases(sweep)
     pending = sweep.pending()
     if pending:
-        _open_data(sweep, encoder_runs(list(sweep.runs.values())), device)
-        _open_parts(vlm_runs(pending), sweep.runs_dir, device)
+        for line in data_lines(sweep, encoder_runs(list(sweep.runs.values())), device):
+            print(line, flush=True)
+        open_parts(vlm_runs(pending), sweep.runs_dir, device)
     if not pending:
         print(f"{sweep.name}: all {len(sweep.runs)} trunks are done already", file=sys.stderr)
     rows = launch(sweep, workers, device)
@@ -225,71 +236,3 @@ def refuse_missing_bases(sweep: Sweep) -> None:
                 f"{run.trunk_id} {what} {run.base}, whose weights are not in {sweep.runs_dir};"
                 " copy them there, or train anew with other --runs and --results"
             )
-
-
-def _open_data(sweep: Sweep, runs: Sequence[Run], device: str) -> None:
-    """Open the data that encoders are trained and probed on, and say what knowing nothing scores there."""
-    from sovit.data import baselines, open_data
-    from sovit.encoder.probe import check_same_data, open_probe
-    from sovit.train.siglip import pair_baselines
-    from sovit.train.trainer import check_readout
-
-    sources, probes = {}, set()
-    for run in runs:
-        shape = run.shape
-        key = (run.data, run.preset, shape.image_size, shape.patch_size)
-        if key not in sources:
-            sources[key] = open_data(*key, 0, device)
-            known = baselines if run.recipe.objective == "classification" else pair_baselines
-            print(f"{run.data}:{run.preset} at {shape.image_size} px: {known(sources[key])}", flush=True)
-        for size in run.recipe.patch_sizes:
-            other = (*key[:-1], size)
-            if other not in sources:
-                sources[other] = open_data(*other, 0, device)
-        check_readout(run, sources[key].readout)
-        if run.probe and (run.probe, shape.image_size, shape.patch_size) not in probes:
-            probes.add((run.probe, shape.image_size, shape.patch_size))
-            probe_data = open_probe(run.probe, shape.image_size, shape.patch_size, device)
-            print(f"probe: {probe_data}", flush=True)
-            check_same_data(sweep.in_ledger.values(), probe_data)
-        for row in filter(None, sweep.rows(run)):
-            if row.get("data_key", sources[key].content_key) != sources[key].content_key:
-                raise UserError(
-                    f"the data of {run.data}:{run.preset} changed since {row['run_id']} was trained;"
-                    " give the study another --name and --runs"
-                )
-
-
-def _open_parts(runs: Sequence[VlmRun], runs_dir: Path, device: str) -> None:
-    """Open what vision-language models are made of and asked: each thing once, and none of it is kept."""
-    if not runs:
-        return
-    from sovit.encoder.open import load_encoder
-    from sovit.vlm.language_model import open_language_model
-    from sovit.vlm.projectors import PROJECTORS
-    from sovit.vlm.questions.questions import open_questions
-
-    asked: set[tuple] = set()
-    for run in runs:
-        place = (run.data, run.preset, run.image_size, run.families)
-        if place not in asked:
-            questions = open_questions(*place[:-1], run.data_seed, families=run.families)
-            print(
-                f"{run.data}:{run.preset} at {run.image_size} px: questions of {', '.join(questions.families)}",
-                flush=True,
-            )
-            if run.num_val > questions.num_val:
-                raise UserError(
-                    f"num_val={run.num_val} of {run.trunk_id}: there are {questions.num_val} images to validate on"
-                )
-            asked.add(place)
-        name = run.projector.partition("?")[0]
-        if name not in PROJECTORS:
-            raise UserError(f"projector={run.projector!r} is unknown; choose one of {', '.join(PROJECTORS)}")
-    for name in dict.fromkeys(run.language_model for run in runs):
-        words = open_language_model(name)
-        print(f"{name}: {sum(p.numel() for p in words.model.parameters()):,} parameters", flush=True)
-    for name in dict.fromkeys(run.encoder for run in runs if run.control != "blind"):
-        # what this study trains is not there yet
-        if name.partition(":")[0] in ("timm", "hf"):
-            load_encoder(name, runs_dir, device)

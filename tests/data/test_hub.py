@@ -77,7 +77,7 @@ def test_folder_of_class_folders(cache, folder, capfd):
     assert (
         list(source.class_names) == ["blue", "green", "red"] and source.readout == "pooled" and source.num_classes == 3
     )
-    assert source.info["broken"] == 2 and source.info["num_train"] == 54 and source.num_val == 6
+    assert source.info["refused"] == {"broken": 2} and source.info["num_train"] == 54 and source.num_val == 6
     batch = source.train(0, 54)
     assert batch.images.shape == (54, 3, 8, 8) and batch.images.dtype == torch.float32
     assert batch.labels.shape == (54,) and batch.labels.dtype == torch.int64 and batch.skills is None
@@ -85,7 +85,7 @@ def test_folder_of_class_folders(cache, folder, capfd):
     assert torch.equal(told_colour(batch.images), batch.labels)
     assert torch.equal(told_colour(source.val(0, 6).images), source.val(0, 6).labels)
     assert 0.8 < source.zero_line < 1.6
-    assert "left out 2 broken" in capfd.readouterr().err
+    assert "62 files or rows found = 60 images read + 2 refused (2 broken)" in capfd.readouterr().err
     with pytest.raises(UserError, match="num_val=6"):
         source.val(0, 7)
 
@@ -158,7 +158,8 @@ def test_the_first_level_is_the_class_whatever_its_words(cache, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "train" / "notes.txt").write_text("no image")
     source = open_data("hub", str(tmp_path), 8, 4, 0)
-    assert list(source.class_names) == ["test flight", "train"] and source.info["broken"] == 0
+    assert list(source.class_names) == ["test flight", "train"]
+    assert source.info["refused"] == {"of a kind that is not read (.txt)": 1}
     assert source.info["splits"] == ["train", "10% of train, held out"]
     assert np.bincount(source._labels).tolist() == [6, 5]
 
@@ -170,7 +171,8 @@ def test_a_first_level_of_split_names_in_any_case(cache, tmp_path):
     save_photos(tmp_path / "VALID" / "d", 2)  # no class of training
     source = open_data("hub", str(tmp_path), 8, 4, 0)
     assert source.info["splits"] == ["train", "valid"] and list(source.class_names) == ["a", "b", "c"]
-    assert (source.num_train, source.num_val, source.info["unlabelled"]) == (15, 6, 2)
+    assert (source.num_train, source.num_val, source.info["found"]) == (15, 6, 32)
+    assert source.info["refused"] == {"of class d, which training lacks": 2, "of split test, not used": 9}
 
 
 def test_what_is_not_one_set_is_refused(cache, tmp_path):
@@ -180,6 +182,43 @@ def test_what_is_not_one_set_is_refused(cache, tmp_path):
     for name in ("val", "test"):
         save_photos(tmp_path / "held" / name / "a", 3)
     check(str(tmp_path / "held"), "has the splits test, val, none for training; name one train")
+
+
+def test_every_file_of_a_folder_is_read_or_refused_for_a_reason(cache, tmp_path, capfd):
+    """Spaces, split words within names, days within classes, forgotten files, loose and unlabelled images."""
+    for k, name in enumerate(("cat", "bullet_train", "my dog")):
+        save_photos(tmp_path / name / "day0", 4, 10 * k)
+        photo(COLOURS["red"], 200 + k).save(tmp_path / name / "my test.PNG")
+    for name in ("old.zip", "backup.tar", "metadata.csv", "Thumbs.db", "cat/notes", "cat/raw.HEIC"):
+        (tmp_path / name).write_bytes(b"x")
+    photo(COLOURS["red"], 300).save(tmp_path / "cover.png")
+    source = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert list(source.class_names) == ["bullet_train", "cat", "my dog"]
+    assert (source.info["found"], source.num_train + source.num_val) == (22, 15)
+    kinds = ("(.csv)", "(.db)", "(.heic)", "(.tar)", "(.zip)", "(no suffix)")
+    unread = {f"of a kind that is not read {kind}": 1 for kind in kinds}
+    assert source.info["refused"] == unread | {"in no class folder": 1}
+    assert "22 files or rows found = 15 images read + 7 refused" in capfd.readouterr().err
+
+
+def test_splits_beside_other_folders_and_twice_are_refused(cache, tmp_path):
+    for name in ("train", "val", "misc"):
+        save_photos(tmp_path / "mixed" / name / "a", 2)
+    check(str(tmp_path / "mixed"), "has train and val beside misc: splits, or classes")
+    for name in ("Train", "train"):
+        save_photos(tmp_path / "twice" / name / "a", 2)
+    check(str(tmp_path / "twice"), "has one split twice among Train, train")
+
+
+def test_unlabelled_test_images_and_copies_between_splits_are_counted(cache, tmp_path):
+    for k, name in enumerate("ab"):
+        save_photos(tmp_path / "Train" / name, 4, 10 * k)
+        save_photos(tmp_path / "VAL" / name, 2, 100 + 10 * k)
+        photo(COLOURS["red"], 10 * k).save(tmp_path / "VAL" / name / "copy.bmp")
+    save_photos(tmp_path / "Test", 3, 200)
+    source = open_data("hub", str(tmp_path), 8, 4, 0)
+    assert source.info["splits"] == ["train", "val"] and source.info["refused"] == {"in no class folder": 3}
+    assert (source.num_train, source.num_val, source.info["near_duplicates_in_val"]) == (8, 6, 2)
 
 
 def test_a_folder_with_a_table_of_labels(cache, tmp_path):
@@ -200,7 +239,8 @@ def test_links(cache, folder, tmp_path):
     (tmp_path / "set" / "red" / "dead.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "set" / "dead").symlink_to(tmp_path / "gone")
     source = open_data("hub", str(tmp_path / "set"), 8, 4, 0)
-    assert source.info["broken"] == 1 and source.info["num_train"] + source.num_val == 10
+    assert source.info["refused"] == {"broken": 1, "of a kind that is not read (no suffix)": 1}
+    assert source.info["num_train"] + source.num_val == 10
     assert source.content_key != whole.content_key
     (tmp_path / "set" / "train.parquet").symlink_to(tmp_path / "gone.parquet")
     check(str(tmp_path / "set"), "train.parquet is a link that leads nowhere; mend or remove it")
@@ -230,7 +270,7 @@ def test_parquet_of_another_writer(cache, tmp_path):
     with pytest.raises(UserError, match=r"has no label column among id, image, kind; .*\?label=COLUMN"):
         open_data("hub", str(tmp_path / "birds.parquet"), 8, 4, 0)
     source = open_data("hub", f"{tmp_path}/birds.parquet?label=kind", 8, 4, 0)
-    assert list(source.class_names) == sorted(COLOURS) and source.info["unlabelled"] == 1
+    assert list(source.class_names) == sorted(COLOURS) and source.info["refused"] == {"without a label": 1}
     assert torch.equal(told_colour(source.train(0, 26).images), source.train(0, 26).labels)
 
 
@@ -286,9 +326,9 @@ def test_images_that_are_not_rgb_are_counted(cache, tmp_path, capfd):
     (tmp_path / "red" / "no.png").write_bytes(b"this is text")
     source = open_data("hub", str(tmp_path), 8, 4, 0)
     assert source.info["converted"] == {"L": 6, "P": 3, "RGBA": 3, "CMYK": 3, "I;16": 1}
-    assert source.info["broken"] == 1 and source.info["num_train"] + source.num_val == 19
+    assert source.info["refused"] == {"broken": 1} and source.info["num_train"] + source.num_val == 19
     said = capfd.readouterr().err
-    assert "left out 1 broken and 0 unlabelled; made RGB: 6 of mode L, 3 of mode" in said and "1 of mode I;16" in said
+    assert "(1 broken)" in said and "made RGB: 6 of mode L, 3 of mode" in said and "1 of mode I;16" in said
 
 
 def test_no_image_of_another_mode_is_said_too(cache, folder):
@@ -397,7 +437,7 @@ def test_sets_without_images_or_classes(cache, tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(3):
         photo(COLOURS["red"], i).save(tmp_path / "flat" / f"{i}.png")
-    check(str(tmp_path / "flat"), "has no classes in .*; sort the images into a folder for each class")
+    check(str(tmp_path / "flat"), "has no classes; sort the images into a folder for each class")
     assert [p for p in cache.iterdir() if p.name.startswith(".") and p.suffix != ".lock"] == []
 
 

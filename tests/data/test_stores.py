@@ -103,6 +103,39 @@ def test_webdataset(tmp_path):
     assert single.info["num_train"] + single.num_val == 30
 
 
+def write_archive(path, entries) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in entries:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def test_an_archive_may_mix_kinds_of_images_and_of_labels(tmp_path):
+    """Of several kinds `datasets` reads one, the others being broken to it, and no label but a whole number."""
+    stream = io.BytesIO()
+    picture(0).save(stream, "JPEG")
+    jpg = stream.getvalue()
+    mixed = [
+        ("a.jpg", jpg),
+        ("a.cls", b"0"),
+        *((f"{n}.{k}", d) for n in "bcd" for k, d in (("png", png(1)), ("cls", b"1"))),
+    ]
+    write_archive(tmp_path / "mixed" / "x.tar", mixed)
+    source = opened(tmp_path / "mixed")
+    assert (source.info["found"], source.info["refused"], source.class_names) == (4, {}, ("0", "1"))
+    named = [(f"s/{i}.{k}", d) for i in range(9) for k, d in (("jpg", jpg), ("cls", b"cat" if i % 2 else b"dog"))]
+    write_archive(tmp_path / "named" / "x.tar", [*named, ("s/9.jpg", jpg)])
+    source = opened(tmp_path / "named")
+    assert source.class_names == ("cat", "dog") and source.info["refused"] == {"without a label": 1}
+    told = [(f"{i}.{k}", d) for i in range(9) for k, d in (("jpg", jpg), ("json", b'{"label": %d, "w": 8}' % (i % 2)))]
+    write_archive(tmp_path / "told" / "x.tar", told)
+    assert opened(tmp_path / "told").class_names == ("0", "1")
+    write_archive(tmp_path / "named" / "val-0.tar", named)
+    check(tmp_path / "named", "named after splits beside x.tar")
+
+
 def png(i: int) -> bytes:
     stream = io.BytesIO()
     picture(i).save(stream, "PNG")
@@ -245,4 +278,4 @@ def test_a_parquet_file_may_not_name_a_file_of_this_machine(tmp_path):
     rows = {"image": images, "label": [i % 3 for i in range(33)]}
     table = datasets.Dataset.from_dict(rows, features=features)
     table.to_parquet(tmp_path / "set" / "train-0.parquet")
-    assert opened(tmp_path / "set").info["broken"] == 3
+    assert opened(tmp_path / "set").info["refused"] == {"broken": 3}

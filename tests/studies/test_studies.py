@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sovit.sweep import study_main
 from sovit.sweep.plan import plan_of
@@ -71,3 +72,27 @@ def test_no_abbreviated_flag_is_taken(arguments, words, capsys):
         study_main.main("doc", "study", list, arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_dry_run_opens_the_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SOVIT_CACHE", str(tmp_path / "cache"))
+    study = load(next(p for p in STUDIES if p.stem == "image_star"))
+    arguments = ["--dry-run", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+
+    def planned(preset):
+        return study_main.main(study.__doc__, "images", lambda: study.runs()[:1], [*arguments, f"preset={preset}"])
+
+    assert planned("/no/such/folder") == 2
+    assert "preset='/no/such/folder' is neither a file or folder here nor a hub name" in capsys.readouterr().err
+    for name, shade in (("a", 0), ("b", 200)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40, 40), (shade, 20 * i, 0)).save(tmp_path / "photos" / name / f"{i}.png")
+    assert planned(tmp_path / "photos") == 0
+    said = capsys.readouterr()
+    images = study.runs()[0].budgets[-1]
+    assert f"2 classes, 9 training images ({images / 9:.3g} epochs of the longest run), 1 validation images" in said.out
+    assert "10 files or rows found = 10 images read + 0 refused" in said.err and "chance loss" in said.out
+    assert not (tmp_path / "runs").exists()
+    assert planned("owner/name") == 0
+    assert "owner/name is on the hub; the launch downloads it" in capsys.readouterr().out

@@ -23,11 +23,12 @@ from sovit import UserError
 from sovit.data.assets import cache_dir, writable
 from sovit.data.cache import content_key, say, track
 from sovit.data.hub.decode import decode
-from sovit.data.hub.splits import Location, Rows, fingerprint, open_set
+from sovit.data.hub.folders import Location, fingerprint
+from sovit.data.hub.splits import Rows, open_set
 from sovit.data.image_hash import difference_hash, within
 from sovit.files import locked
 
-RECIPE = 4  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
+RECIPE = 5  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
 BLOCK = 256  # images that are read together; a kill loses as many
 NEAR = 4  # bits of the difference hash between two images that count as near-duplicates
@@ -124,6 +125,7 @@ def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarra
     if not is_val.any():
         is_val[fixed_random(0, 1).permutation(np.flatnonzero(read))[: max(1, round(HOLDOUT * read.sum()))]] = True
     train, val = read & ~is_val, read & is_val
+    refused = {"broken": int((modes == BROKEN).sum()), "without a label": int((rows.labels < 0).sum())} | rows.left_out
     info: dict[str, Any] = {
         "preset": location.preset,
         "revision": rows.revision,
@@ -132,8 +134,9 @@ def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarra
         "splits": [rows.splits[0], rows.splits[1] or f"{HOLDOUT:.0%} of {rows.splits[0]}, held out"],
         "num_train": int(train.sum()),
         "num_val": int(val.sum()),
-        "broken": int((modes == BROKEN).sum()),
-        "unlabelled": int((rows.labels < 0).sum()),
+        "found": len(labels) + sum(rows.left_out.values()),
+        "refused": {why: n for why, n in refused.items() if n},
+        "classes_without_val": int((np.bincount(labels[val], minlength=len(rows.classes)) == 0).sum()),
         "converted": {mode.decode(): n for mode, n in Counter(modes[read].tolist()).most_common() if mode != b"RGB"},
         "near_duplicates_in_val": int(within(hashes[train], hashes[val], NEAR).sum()),
         "classes": rows.classes,
@@ -141,11 +144,22 @@ def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarra
     np.save(folder / "labels.npy", labels)
     np.save(folder / "is_val.npy", is_val)
     (folder / "info.json").write_text(json.dumps(info, indent=1))
-    train_name, val_name = info["splits"]
-    converted = ", ".join(f"{count:,} of mode {mode}" for mode, count in info["converted"].items()) or "none"
-    say(
-        f"hub: {info['num_train']:,} training images ({train_name}), {info['num_val']:,} validation images ({val_name}),"
-        f" {len(rows.classes)} classes in column {rows.column!r}; left out {info['broken']} broken and"
-        f" {info['unlabelled']} unlabelled; made RGB: {converted}; {info['near_duplicates_in_val']:,} validation images"
+    say(account(info))
+
+
+def account(info: dict) -> str:
+    """What a set holds: every file or row found is read, or refused for a reason."""
+    read, why = info["num_train"] + info["num_val"], [f"{n:,} {reason}" for reason, n in info["refused"].items()]
+    train, val = info["splits"]
+    converted = ", ".join(f"{count:,} of mode {mode}" for mode, count in info["converted"].items())
+    missing = info["classes_without_val"]
+    return (
+        f"hub: {info['found']:,} files or rows found = {read:,} images read + {info['found'] - read:,} refused"
+        + (f" ({', '.join(why)})" if why else "")
+        + f"\nhub: {info['num_train']:,} training images ({train}), {info['num_val']:,} validation images ({val}),"
+        f" {len(info['classes'])} classes in column {info['column']!r}"
+        + (f", {missing} of them without a validation image" if missing else "")
+        + (f"; made RGB: {converted}" if converted else "")
+        + f"; {info['near_duplicates_in_val']:,} validation images"
         f" have a near-duplicate in training (64-bit difference hash within {NEAR} bits)"
     )

@@ -29,7 +29,7 @@ from sovit.data import Batch, pieces
 from sovit.data.cache import check_val, content_key, prior_cross_entropy
 from sovit.data.hub.augment import crop_boxes, resized_crop
 from sovit.data.hub.decoding import Table, decoded, fixed_random, read_table
-from sovit.data.hub.splits import Location
+from sovit.data.hub.folders import Location
 
 NUM_VAL = 10_000  # validation images at most: a fixed random choice where a set has more
 CENTRE = 7 / 8  # side of the validation view beside random crops: 224 of 256
