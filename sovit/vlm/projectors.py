@@ -14,6 +14,7 @@ Attributes bear the names of the released weights; each module equals its counte
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,24 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sovit import UserError
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Of the perceiver, as released. `mlp_dim` is the language model's, None: 4 x width_out."""
-
-    num_latents: int = 64
-    depth: int = 3
-    num_heads: int = 16
-    head_dim: int = 96
-    num_kv_heads: int = 4
-    mlp_dim: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; give one that is"
-            )
 
 
 def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: int = 0, **options: Any) -> nn.Module:
@@ -57,12 +40,16 @@ def build(name: str, width_in: int, width_out: int, *, num_tokens: int, seed: in
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(f"projector {name} has no option {option!r}; {has}")
     for what, value in dict(width_in=width_in, width_out=width_out, num_tokens=num_tokens, **options).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise UserError(f"{what}={value!r} of projector {name} does not fit; give a whole number of at least 1")
+    options = known | options
+    if "factor" in options:
+        num_tokens = (grid_side(num_tokens, options["factor"]) // options["factor"]) ** 2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = PROJECTORS[name](width_in, width_out, num_tokens, **known | options)
+        module = PROJECTORS[name](width_in, width_out, **options)
         initialise(module)
+    module.num_tokens_out = options.get("num_latents", num_tokens)
     return module
 
 
@@ -98,21 +85,13 @@ def initialise(module: nn.Module) -> None:
 # one matrix, or two -------------------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int):
-        super().__init__(width_in, width_out)
-        self.num_tokens_out = num_tokens
+def linear(width_in: int, width_out: int) -> nn.Module:
+    return nn.Linear(width_in, width_out)
 
 
-class Mlp2xGelu(nn.Module):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int):
-        super().__init__()
-        self.num_tokens_out = num_tokens
-        self.linear_1 = nn.Linear(width_in, width_out)
-        self.linear_2 = nn.Linear(width_out, width_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x)))
+def mlp2x_gelu(width_in: int, width_out: int) -> nn.Module:
+    layers = dict(linear_1=nn.Linear(width_in, width_out), act=nn.GELU(), linear_2=nn.Linear(width_out, width_out))
+    return nn.Sequential(OrderedDict(layers))
 
 
 # neighbours to channels -----------------------------------------------------------------------------------------------
@@ -143,36 +122,30 @@ def grid_side(num_tokens: int, factor: int) -> int:
     return side
 
 
-class PixelShuffleLinear(nn.Module):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
+class PixelShuffle(nn.Module):
+    def __init__(self, factor: int):
         super().__init__()
         self.factor = factor
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
-        self.proj = nn.Linear(factor**2 * width_in, width_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(space_to_depth(x, self.factor))
+        return space_to_depth(x, self.factor)
 
 
-class PixelShuffleMlp(nn.Module):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
-        super().__init__()
-        self.factor = factor
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
-        self.layer_norm = nn.LayerNorm(factor**2 * width_in)
-        self.linear_1 = nn.Linear(factor**2 * width_in, width_out)
-        self.linear_2 = nn.Linear(width_out, width_out)
+def pixel_shuffle_linear(width_in: int, width_out: int, factor: int) -> nn.Module:
+    layers = dict(shuffle=PixelShuffle(factor), proj=nn.Linear(factor**2 * width_in, width_out, bias=False))
+    return nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer_norm(space_to_depth(x, self.factor))
-        return self.linear_2(F.gelu(self.linear_1(x)))
+
+def pixel_shuffle_mlp(width_in: int, width_out: int, factor: int) -> nn.Module:
+    wide = factor**2 * width_in
+    before = OrderedDict(shuffle=PixelShuffle(factor), layer_norm=nn.LayerNorm(wide))
+    return nn.Sequential(before | dict(mlp2x_gelu(wide, width_out).named_children()))
 
 
 class AvgpoolRmsLinear(nn.Module):
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, factor: int):
+    def __init__(self, width_in: int, width_out: int, factor: int):
         super().__init__()
         self.factor = factor
-        self.num_tokens_out = (grid_side(num_tokens, factor) // factor) ** 2
         self.mm_input_projection_weight = nn.Parameter(torch.empty(width_in, width_out))
         self.mm_soft_emb_norm = OnePlusRmsNorm(width_in)
 
@@ -203,21 +176,6 @@ RMS_EPS = 1e-6  # of Gemma 3's and Idefics2's norms
 # latents that attend ------------------------------------------------------------------------------------------------
 
 
-class Perceiver(nn.Module):
-    """Idefics2's connector."""
-
-    def __init__(self, width_in: int, width_out: int, num_tokens: int, **options: Any):
-        super().__init__()
-        latents = Latents(**options)
-        self.num_tokens_out = latents.num_latents
-        self.modality_projection = GatedMlp(width_in, latents.mlp_dim or 4 * width_out, width_out)
-        self.perceiver_resampler = Resampler(width_out, latents)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask [B, N]: True where a token is of the image, False where it pads; None: all are."""
-        return self.perceiver_resampler(self.modality_projection(x), mask)
-
-
 class GatedMlp(nn.Module):
     def __init__(self, width_in: int, mlp_dim: int, width_out: int):
         super().__init__()
@@ -229,6 +187,18 @@ class GatedMlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
+class Latents:
+    """Of the perceiver, as released. `mlp_dim` is the language model's, None: 4 x width_out."""
+
+    num_latents: int = 64
+    depth: int = 3
+    num_heads: int = 16
+    head_dim: int = 96
+    num_kv_heads: int = 4
+    mlp_dim: int | None = None
+
+
 class Resampler(nn.Module):
     def __init__(self, width: int, options: Latents):
         super().__init__()
@@ -236,12 +206,10 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList(ResamplerLayer(width, options) for _ in range(options.depth))
         self.norm = nn.RMSNorm(width, RMS_EPS)
 
-    def forward(self, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, context: Tensor) -> Tensor:
         latents = self.latents.expand(len(context), -1, -1)  # [B, M, D]
-        if mask is not None:  # latents see each other and themselves, whatever is masked
-            mask = F.pad(mask, (0, latents.shape[1]), value=True)[:, None, None]  # [B, heads, latents, N + M]
         for layer in self.layers:
-            latents = layer(latents, context, mask)
+            latents = layer(latents, context)
         return self.norm(latents)
 
 
@@ -254,9 +222,8 @@ class ResamplerLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(width, RMS_EPS)
         self.mlp = GatedMlp(width, 4 * width, width)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.input_latents_norm(latents)
-        latents = latents + self.self_attn(normed, self.input_context_norm(context), mask)
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
+        latents = latents + self.self_attn(self.input_latents_norm(latents), self.input_context_norm(context))
         return latents + self.mlp(self.post_attention_layernorm(latents))
 
 
@@ -272,22 +239,34 @@ class ResamplerAttention(nn.Module):
         self.v_proj = nn.Linear(width, shared, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
 
-    def forward(self, latents: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         seen = torch.cat((context, latents), 1)  # [B, N + M, D]
         q, k, v = (
             x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, tokens, head_dim]
             for x in (self.q_proj(latents), self.k_proj(seen), self.v_proj(seen))
         )
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 
+def perceiver(width_in: int, width_out: int, **given: Any) -> nn.Module:
+    """Idefics2's connector."""
+    options = Latents(**given)
+    if options.num_heads % options.num_kv_heads:
+        raise UserError(
+            f"num_heads={options.num_heads} is not a multiple of num_kv_heads={options.num_kv_heads}; give one that is"
+        )
+    gated = GatedMlp(width_in, options.mlp_dim or 4 * width_out, width_out)
+    layers = dict(modality_projection=gated, perceiver_resampler=Resampler(width_out, options))
+    return nn.Sequential(OrderedDict(layers))
+
+
 PROJECTORS: dict[str, Any] = {
-    "linear": Linear,
-    "mlp2x_gelu": Mlp2xGelu,
-    "pixel_shuffle_linear": PixelShuffleLinear,
-    "pixel_shuffle_mlp": PixelShuffleMlp,
-    "perceiver": Perceiver,
+    "linear": linear,
+    "mlp2x_gelu": mlp2x_gelu,
+    "pixel_shuffle_linear": pixel_shuffle_linear,
+    "pixel_shuffle_mlp": pixel_shuffle_mlp,
+    "perceiver": perceiver,
     "avgpool_rms_linear": AvgpoolRmsLinear,
 }
 FACTOR = {"factor": 2}  # tokens a side that become one

@@ -111,9 +111,7 @@ class InternVl(nn.Module):
 
 
 class Idefics2(nn.Module):
-    def __init__(
-        self, width_in, width_out, grid, num_latents, depth, num_heads, head_dim, num_kv_heads, mlp_dim, masked
-    ):
+    def __init__(self, width_in, width_out, grid, num_latents, depth, num_heads, head_dim, num_kv_heads, mlp_dim):
         super().__init__()
         from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
@@ -124,8 +122,8 @@ class Idefics2(nn.Module):
         config = transformers.Idefics2Config(vision_config=tower, perceiver_config=latents, text_config=words)
         self.connector = Idefics2Connector(config)
 
-    def forward(self, x, mask=None):
-        return self.connector(x, torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask)
+    def forward(self, x):
+        return self.connector(x, torch.ones(x.shape[:2], dtype=torch.bool))
 
 
 def gemma3(width_in, width_out, grid, factor):
@@ -167,9 +165,7 @@ CASES = {  # (projector, system, oracle's class) -> [(oracle, arguments)]
         [s for s in SHUFFLES if s[3] != 3],  # it takes the inverse, and refuses 1/3 of any grid
     ),
     ("perceiver", "Idefics2", "Idefics2Connector"): [
-        (Idefics2, dict(width_in=16, width_out=24, grid=4, masked=masked) | more)
-        for more in LATENTS
-        for masked in (False, True)
+        (Idefics2, dict(width_in=16, width_out=24, grid=4) | more) for more in LATENTS
     ],
     ("avgpool_rms_linear", "Gemma 3", "Gemma3MultiModalProjector"): _shuffles(gemma3),
 }
@@ -182,7 +178,7 @@ def compare(projector, oracle, arguments):
     with torch.no_grad():
         for p in reference.parameters():  # every weight, also those that start at zero or one
             p.normal_(std=p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0, generator=generator)
-    options = {k: v for k, v in arguments.items() if k not in ("width_in", "width_out", "grid", "masked")}
+    options = {k: v for k, v in arguments.items() if k not in ("width_in", "width_out", "grid")}
     num_tokens = arguments["grid"] ** 2
     ours = build(projector, arguments["width_in"], arguments["width_out"], num_tokens=num_tokens, **options)
     prefix = (
@@ -190,11 +186,8 @@ def compare(projector, oracle, arguments):
     )
     ours.load_state_dict({re.sub(prefix, "", key): value for key, value in reference.state_dict().items()})
     x = torch.randn(BATCH, num_tokens, arguments["width_in"], generator=generator)
-    more = ()
-    if arguments.get("masked"):
-        more = (torch.rand(BATCH, num_tokens, generator=generator) < 0.6,)
     with torch.no_grad():
-        return ours(x, *more), reference(x, *more)
+        return ours(x), reference(x)
 
 
 @cache
