@@ -72,7 +72,7 @@ def asked(
         if shift:
             rest = [(start + i + shift) % num_images for i in range(count)]
             images = torch.cat([questions.images("val", i, 1) for i in rest])
-        documents = [model.document([(q.question, q.answer) for q in asked]) for asked in sample]
+        documents = [model.document_of(asked) for asked in sample]
         batch = model.batch(documents, images, max_length)
         told = batch.labels != NO_LABEL
         logits, labels, source = model(batch).float(), batch.labels[told], batch.source[told]
@@ -99,12 +99,11 @@ def unparsed(
     for start in range(0, num_images, BATCH):
         count = min(BATCH, num_images - start)
         sample, images = questions.ask("val", start, count), questions.images("val", start, count)
-        closed = [(i, q) for i, asked in enumerate(sample) for q in asked if q.choices]
-        closed = [(i, q) for i, q in closed if not trained or q.family in trained]
+        closed = [(i, q) for i, asked in enumerate(sample) for q in asked]
+        closed = [(i, q) for i, q in closed if q.choices and (not trained or q.family in trained)]
         if closed:
-            of_images = images[[i for i, _ in closed]]
             longest = max(len(model.encode(choice)) for _, q in closed for choice in q.choices)
-            said = model.generate(of_images, [q.question for _, q in closed], longest + 2)
+            said = model.generate(images[[i for i, _ in closed]], [q.question for _, q in closed], longest + 2)
             strange += [text not in q.choices for text, (_, q) in zip(said, closed, strict=True)]
     return float(np.mean(strange)) if strange else None
 

@@ -24,6 +24,7 @@ from sovit.vlm.language_model import LanguageModel
 from sovit.vlm.packing import NO_LABEL, Document, Packed, check_lengths, pack, visible
 from sovit.vlm.projectors import build as build_projector
 from sovit.vlm.projectors import parse
+from sovit.vlm.questions.questions import Question
 
 # before the image, between image or exchange and the question, between question and answer
 TEMPLATES = {
@@ -111,6 +112,10 @@ class VisionLanguageModel(nn.Module):
             for asked, said in exchanges
         ]
         return Document(prefix, pairs)
+
+    def document_of(self, asked: Iterable[Question]) -> Document:
+        """An image and the questions about it with their answers."""
+        return self.document([(q.question, q.answer) for q in asked])
 
     def _image(self) -> list[int]:
         """Placeholders of an image: all in one line, or row by row, each announced in words as SmolVLM announces tiles."""

@@ -1,22 +1,19 @@
 """What a step of a vision-language run costs, tried out before anything is trained: for the plan of a study.
 
 The step is a real one but for what it starts from: an encoder of sovit stands there as it was before training, which costs
-the same. Low-rank adapters are left out, whose own part is small; so are the optimiser's step and validation.
+the same. Low-rank adapters, the optimiser's step and validation are left out: their part is small.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from sovit import UserError
 from sovit.encoder.model import build
 from sovit.encoder.open import Encoder, load_encoder, timm_encoder
 from sovit.spec.any_run import AnyRun
@@ -26,6 +23,7 @@ from sovit.vlm.language_model import LanguageModel, open_language_model
 from sovit.vlm.model import ModelOptions, VisionLanguageModel
 from sovit.vlm.packing import NO_LABEL
 from sovit.vlm.questions.questions import open_questions
+from sovit.vlm.trained import MODULES
 
 LARGE = (
     10_000_000  # parameters of a language model above which one image is tried, not a batch, and one encoder for all
@@ -51,54 +49,44 @@ class Trials:
         num_images = 1 if large else run.batch_size
         shape = (model.encoder.width, model.encoder.depth) if model.encoder and not large else ()
         asked = (run.data, run.preset, run.image_size, run.families, run.template, run.layout, run.max_length)
-        key = (run.language_model, *asked, model.num_image_tokens, *shape, num_images, run.precision)
         found = []
         for stage in run.stages:
-            step = (*key, *(stage.parts[part].mode for part in PARTS))
-            if step not in self.known:
-                self.known[step] = try_step(model, run, stage, num_images, self.device)
-            found.append(self.known[step])
+            modes = tuple(stage.parts[part].mode for part in PARTS)
+            key = (run.language_model, *asked, model.num_image_tokens, *shape, num_images, run.precision, *modes)
+            if key not in self.known:
+                self.known[key] = try_step(model, run, stage, num_images)
+            found.append(self.known[key])
         return found
 
     def _encoder(self, run: VlmRun) -> Encoder | int:
         if run.control == "blind":
             return int(run.encoder.partition(":")[2])
-        if not run.base:
-            return load_encoder(run.encoder, self.runs_dir, self.device)
-        trunk = run.base.rpartition("-")[0]
-        trained = self.runs.get(trunk)
-        if trained is None:
-            try:
-                trained = Run.from_dict(json.loads((self.runs_dir / trunk / "config.json").read_text()))
-            except (OSError, ValueError):
-                raise UserError(f"the encoder {run.base} is not in {self.runs_dir}") from None
-        if not isinstance(trained, Run):
-            raise UserError(f"{run.base} is a vision-language model; name an encoder")
-        return timm_encoder(run.encoder, build(trained.shape, 16))
+        planned = self.runs.get(run.base.rpartition("-")[0])
+        if isinstance(planned, Run):
+            return timm_encoder(run.encoder, build(planned.shape, 16))
+        return load_encoder(run.encoder, self.runs_dir, self.device)
 
 
-def try_step(
-    model: VisionLanguageModel, run: VlmRun, stage: Stage, num_images: int, device: str
-) -> tuple[float, float]:
+def try_step(model: VisionLanguageModel, run: VlmRun, stage: Stage, num_images: int) -> tuple[float, float]:
     """FLOPs and seconds of an image; the FLOPs as the run's own bill counts them. A short step is timed twice more."""
-    parts: dict[str, Any] = dict(zip(PARTS, (model.vision, model.projector, model.lm)))
     questions = open_questions(run.data, run.preset, run.image_size, run.data_seed, families=run.families)
+    device = model.lm.device
 
     def step() -> float:
         start = time.perf_counter()
-        for part in filter(None, parts.values()):
-            part.zero_grad()
-        asked = questions.ask("train", 0, num_images)
-        documents = [model.document([(q.question, q.answer) for q in image]) for image in asked]
+        model.zero_grad()
+        documents = [model.document_of(asked) for asked in questions.ask("train", 0, num_images)]
         batch = model.batch(documents, questions.images("train", 0, num_images), run.max_length)
-        with torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=run.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bfloat16"):
             logits = model(batch)
         F.cross_entropy(logits.float(), batch.labels[batch.labels != NO_LABEL]).backward()
-        if device.startswith("cuda"):
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    for part, module in parts.items():
+    model.requires_grad_(False)
+    for part in PARTS:
+        module = getattr(model, MODULES[part])
         if module is not None:
             module.requires_grad_(stage.parts[part].mode == "full")
     if stage.parts["language_model"].mode == "lora":  # gradients go through it from its first block on
@@ -107,6 +95,5 @@ def try_step(
         seconds = step()
     if seconds < SHORT:  # what is done once, and counting, weigh there
         seconds = min(step(), step())
-    for part in filter(None, parts.values()):
-        part.requires_grad_(False).zero_grad()
+    model.requires_grad_(False).zero_grad()
     return counter.get_total_flops() / num_images, seconds / num_images

@@ -56,7 +56,7 @@ def check_validation(run: VlmRun, model: VisionLanguageModel, questions: Questio
         raise UserError(
             f"no question of {', '.join(run.families)} about the first {run.num_val} validation images; raise num_val"
         )
-    model.check_lengths([model.document([(q.question, q.answer) for q in image]) for image in asked], run.max_length)
+    model.check_lengths([model.document_of(image) for image in asked], run.max_length)
 
 
 class VlmTrainer(Trainer):
@@ -79,8 +79,7 @@ class VlmTrainer(Trainer):
 
     def batch_at(self, step: int) -> Packed:
         start, count = step * self.run.batch_size, self.run.batch_size
-        asked = self.questions.ask("train", start, count)
-        documents = [self.model.document([(q.question, q.answer) for q in questions]) for questions in asked]
+        documents = [self.model.document_of(asked) for asked in self.questions.ask("train", start, count)]
         return self.model.batch(documents, self.questions.images("train", start, count), self.run.max_length)
 
     def loss_fn(self, batch: Packed) -> tuple[torch.Tensor, int]:
@@ -127,13 +126,11 @@ class VlmTrainer(Trainer):
         self.checkpoints.drop_latest()
 
     def _train_stage(self, number: int, stage: Stage, steps: range, resumed: dict | None) -> None:
-        run, groups = self.run, []
-        for p in self.parameters.values():
-            p.requires_grad_(False)
+        run, groups, trained = self.run, [], []
+        self.model.requires_grad_(False)
         for part, how in stage.parts.items():
-            ours = list(trained_of(self.model, part, how).values())
-            for parameter in ours:
-                parameter.requires_grad_(True)
+            ours = [p.requires_grad_(True) for p in trained_of(self.model, part, how).values()]
+            trained += ours
             matrices, rest = [p for p in ours if p.ndim >= 2], [p for p in ours if p.ndim < 2]
             for parameters, decay in ((matrices, how.weight_decay), (rest, 0.0)):
                 if parameters:
@@ -147,7 +144,6 @@ class VlmTrainer(Trainer):
         def rates(step: int) -> list[float]:
             return [how.peak_lr * self._factor(step - steps.start, len(steps), how) for how, _ in groups]
 
-        trained = [p for p in self.parameters.values() if p.requires_grad]
         task = Task(trained, self.optimizer, self.batch_at, self.loss_fn, rates, run.clip_norm)
         left = run.num_examples - steps.stop * run.batch_size
         self.advance(task, steps.stop, run.num_examples, f"stage {number + 1}", left)
@@ -156,9 +152,8 @@ class VlmTrainer(Trainer):
         """Multiplier of a part's peak rate at `step` of a stage of `length` steps."""
         run, warmup = self.run, round(how.warmup * length)
         if run.schedule == "cooldown":
-            return schedule(
-                step, warmup=warmup, timescale=None, cooldown=range(round((1 - run.cooldown) * length), length)
-            )
+            cooldown = range(round((1 - run.cooldown) * length), length)
+            return schedule(step, warmup=warmup, timescale=None, cooldown=cooldown)
         if step < warmup:
             return (step + 1) / warmup
         share = (step - warmup) / max(1, length - warmup)
@@ -182,8 +177,7 @@ class VlmTrainer(Trainer):
         if fitting < rows:
             self.at.micro_batch = fitting
             self.say_split(fitting)
-        for p in self.parameters.values():
-            p.grad = None
+        self.model.zero_grad()
         return flops / self.run.batch_size
 
     # files ---------------------------------------------------------------------------------------------------------------
@@ -194,11 +188,7 @@ class VlmTrainer(Trainer):
 
     def _check(self, state: dict) -> None:
         """Raise Unusable for a state of another model."""
-        try:
-            found = {name: tuple(t.shape) for name, t in state["model"].items()}
-        except (KeyError, AttributeError):
-            raise Unusable("it holds no weights") from None
-        if found != {name: tuple(self.parameters[name].shape) for name in self.names}:
+        if set(state.get("model", ())) != set(self.names):
             raise Unusable("it trains other parameters")
 
     def _row(self) -> dict:
