@@ -1,4 +1,4 @@
-"""Launch a sweep: worker processes, a live display, the ledger as it grows; and the command line of a study file."""
+"""Launch a sweep: worker processes, a live display, the ledger as it grows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sovit import UserError
 from sovit.files import locked, write_atomic
@@ -39,8 +40,8 @@ STOP_SECONDS = 60.0  # that workers have to save what they are at
 def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequence[str] = ()) -> list[dict]:
     """Run what is pending with `workers` processes and return the ledger's rows.
 
-    SIGINT (Ctrl-C) and SIGTERM are passed on to the workers, which save what they are at and leave; then KeyboardInterrupt
-    is raised with the words to be said. A second Ctrl-C kills the workers. Nothing is lost by either: a relaunch resumes.
+    SIGINT and SIGTERM are passed on to the workers, which save and leave; then KeyboardInterrupt is raised with the words
+    to be said. A second Ctrl-C kills the workers. A relaunch resumes.
     """
     sweep.refuse_other_rows()
     sweep.restore_records()
@@ -73,17 +74,11 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
 
 def _write_plan(sweep: Sweep, device: str, token: str) -> Path:
     """Write what the workers of this launch read, and the design, which stays for `sovit status`."""
-    plan = {
-        "name": sweep.name,
-        "storage": sweep.storage,
-        "runs_dir": str(sweep.runs_dir),
-        "ledger": str(sweep.ledger),
-        "launch": token,
-        "launcher": os.getpid(),
-        "device": device,
-        "metric": sweep.metric,
-        "runs": [run.to_dict() for run in sweep.runs.values()],
+    plan: dict[str, Any] = {
+        key: str(getattr(sweep, key)) for key in ("name", "storage", "runs_dir", "ledger", "metric")
     }
+    plan |= {"launch": token, "launcher": os.getpid(), "device": device}
+    plan["runs"] = [run.to_dict() for run in sweep.runs.values()]
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
     design = plan | {"command": sys.orig_argv, "folder": os.getcwd()}
@@ -134,7 +129,8 @@ class Crew:
 
     def __init__(self, command: Sequence[str], log: Path):
         self.command, self.log = list(command), open(log, "a")
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2].resolve()), os.environ.get("PYTHONPATH")]))
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
         self.processes: list[subprocess.Popen] = []
 
     def start(self) -> None:
@@ -169,11 +165,6 @@ class Crew:
         self.kill()
         for process in living:
             process.wait()
-
-
-def _python_path() -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
 
 
 @contextlib.contextmanager

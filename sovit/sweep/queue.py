@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,27 +35,26 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     Raises UserError for SQLite, which loses and repeats trials under two workers.
     """
     kind, _, rest = url.partition(":")
-    if kind == "journal":
-        path = Path(rest)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-        backend = JournalFileBackend(str(path), JournalLock(path))  # type: ignore[arg-type]  # Optuna exports no base
-        try:
-            return optuna.storages.JournalStorage(backend)
-        except ValueError as error:  # json's error is one
-            raise UserError(
-                f"the journal {path} is damaged ({error}); delete it: it is made again from the records"
-            ) from None
     if kind.startswith("sqlite"):
         raise UserError(
             f"--storage {url}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://"
         )
+    if kind != "journal":
+        try:
+            return optuna.storages.RDBStorage(url)
+        except Exception as error:  # SQLAlchemy and drivers raise many kinds
+            raise UserError(f"cannot open --storage {url}: {str(error).splitlines()[0]}") from None
+    path = Path(rest)
     try:
-        return optuna.storages.RDBStorage(url)
-    except Exception as error:  # SQLAlchemy and drivers raise many kinds
-        raise UserError(f"cannot open --storage {url}: {str(error).splitlines()[0]}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backend = JournalFileBackend(str(path), JournalLock(path))  # type: ignore[arg-type]  # Optuna exports no base
+        return optuna.storages.JournalStorage(backend)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+    except ValueError as error:  # json's error is one
+        raise UserError(
+            f"the journal {path} is damaged ({error}); delete it: it is made again from the records"
+        ) from None
 
 
 class JournalLock:
@@ -92,13 +92,12 @@ def open_study(
     design, before = {run.trunk_id: list(run.budgets) for run in runs}, study.user_attrs.get("design", {})
     if any(not set(budgets) <= set(design.get(trunk, ())) for trunk, budgets in before.items()):
         raise UserError(f"a study named {name!r} with another design exists; give this one another name with --name")
-    value = study.user_attrs.get("metric", "val_loss" if before else metric)
+    value = study.user_attrs.get("metric", metric)
     if value != metric:
         raise UserError(f"the study {name!r} exists with {value} as its value, not {metric}; give another --name")
-    if "metric" not in study.user_attrs:
-        study.set_user_attr("metric", metric)
-    if design != before:
-        study.set_user_attr("design", design)
+    for key, now in (("metric", metric), ("design", design)):
+        if study.user_attrs.get(key) != now:
+            study.set_user_attr(key, now)
     return study
 
 
@@ -126,9 +125,8 @@ class Sweep:
                     f"the metric {metric} of study {name!r} needs probe={needed}, its runs have {run.probe or 'none'}"
                 )
         self._done: dict[str, dict] = {}  # trunk_id -> row of its largest budget; what is done stays done
-        self.in_ledger = {}
-        if self.ledger.exists() and self.ledger.stat().st_size:
-            self.in_ledger = {row["run_id"]: row for row in read_ledger(self.ledger) if row["status"] in ANSWERED}
+        there = read_ledger(self.ledger) if self.ledger.exists() and self.ledger.stat().st_size else []
+        self.in_ledger = {row["run_id"]: row for row in there if row["status"] in ANSWERED}
 
     def lock(self):
         return locked(self.runs_dir / f"{self.name}.lock")
@@ -203,15 +201,29 @@ def reconcile(sweep: Sweep, study: optuna.Study, launch: str) -> int:
         if (row := sweep.answer(run)) is not None:
             value = row.get(sweep.metric)
             if trunk not in answered and value is not None:  # the store was deleted: rebuild it
-                of = {"value": value, "user_attrs": _attributes(run, launch)}
-                study.add_trial(optuna.create_trial(params=run.numbers, distributions=distributions(run), **of))
+                study.add_trial(_trial(run, launch, value=value))
         elif trunk not in given_up:
             base = run.base.rpartition("-")[0]
             if base in sweep.runs and base not in given_up and not sweep.is_done(sweep.runs[base]):
                 num_blocked += 1
             else:
-                study.enqueue_trial(run.numbers, user_attrs=_attributes(run, launch))
+                study.add_trial(_trial(run, launch, state=TrialState.WAITING))
     return num_blocked
+
+
+def _trial(run: AnyRun, launch: str, **how: Any) -> optuna.trial.FrozenTrial:
+    """A trial that says of its run enough for a worker to train it.
+
+    One fixed range for each parameter, wide enough for any study: values are given, never sampled.
+    """
+    said = {"trunk_id": run.trunk_id, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
+    of_type = {
+        int: optuna.distributions.IntDistribution(0, 2**32),
+        float: optuna.distributions.FloatDistribution(0.0, sys.float_info.max),
+        str: optuna.distributions.CategoricalDistribution(TRAINED),
+    }
+    ranges = {name: of_type[type(value)] for name, value in run.numbers.items()}
+    return optuna.create_trial(params=run.numbers, distributions=ranges, user_attrs=said | run.parts, **how)
 
 
 def _read_trials(sweep: Sweep, study: optuna.Study, launch: str) -> tuple[set[str], set[str], set[str]]:
@@ -250,12 +262,6 @@ def _state(study: optuna.Study, trial: optuna.Trial | int) -> TrialState:
     return next(found.state for found in study.get_trials(deepcopy=False) if found.number == number)
 
 
-def _attributes(run: AnyRun, launch: str) -> dict:
-    """What a trial says of its run: enough for a worker to train it."""
-    found = {"trunk_id": run.trunk_id, "run": run.to_dict(), "run_ids": list(run.run_ids), "launch": launch}
-    return found | run.parts
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """How the queue stands at one moment.
@@ -288,13 +294,3 @@ def look(sweep: Sweep, study: optuna.Study, launch: str) -> Snapshot:
 
 def is_waiting(study: optuna.Study) -> bool:
     return any(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-
-
-def distributions(run: AnyRun) -> dict:
-    """One fixed range for each parameter, wide enough for any study: a trial's values are given, never sampled."""
-    of_type = {
-        int: optuna.distributions.IntDistribution(0, 2**32),
-        float: optuna.distributions.FloatDistribution(0.0, 1e3),
-        str: optuna.distributions.CategoricalDistribution(TRAINED),
-    }
-    return {name: of_type[type(value)] for name, value in run.numbers.items()}

@@ -1,28 +1,29 @@
-"""What is done, running, waiting and failed of a study: read from its files alone, at any moment, without disturbing it.
+"""What is done, running, waiting and failed of a study: read from its files alone, without disturbing it.
 
-The design (which trunks, which budgets) is `runs/<study>.design.json`, which every launch writes and leaves there; what
-is done are the records and the ledger's rows; what runs are the trunks whose lock is held, with their progress.json; a
-launch is alive while it holds its plan file's lock. Optuna's store is not asked. Without a design file, the ledger's rows
-stand in for the design.
+The design is `runs/<study>.design.json`, which every launch leaves there. Records and the ledger's rows say what is done.
+A trunk runs while its lock is held, a launch while its plan file's lock is. Optuna's store is not asked.
 """
 
 from __future__ import annotations
 
 import glob
+import json
+import os
 import shlex
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sovit import OUTPUTS, PUBLISHED, UserError
+from sovit.encoder.few_shot import lacks_probe
 from sovit.files import is_locked
 from sovit.ledger.ledger import designed_ledger, read_ledger, study_ledger
 from sovit.ledger.records import record_path
-from sovit.ledger.schema import row_label
+from sovit.ledger.schema import ANSWERED, is_number, row_label
 from sovit.spec.any_run import AnyRun, run_from_dict
-from sovit.sweep.trunks import Costs, Trunk, date_of, is_answered, read_json, read_trunk
+from sovit.spec.run import Run
 
 STALE_SECONDS, STALE_WINDOWS = 60.0, 4  # without word for longer than both: it is said so
 
@@ -35,11 +36,10 @@ class StudyStatus:
     runs, and no design says what is still to be done).
     trunks: total, done, running, waiting, failed (a branch ended with an error; the next launch tries it again).
     measurements: rows: total (asked for), ok, diverged, failed, missing.
-    train_flops: 3 x (encoder + task head): done (billed by the rows, and run by live workers since), left, total;
-    head_counted: whether it is known how many classes there are; uncounted: vision-language models of which no row and no
-    worker says yet what an image costs.
-    flops_per_second: of the live workers together. seconds_left: until the last trunk ends, None where nothing runs, a
-    worker is silent or nothing was measured yet. worker_seconds_left: of one worker, for all that is left.
+    train_flops: done (billed by the rows, and run by live workers since), left, total. The task head is counted once it is
+    known how many classes there are, a vision-language model once something on its language model was measured.
+    flops_per_second: of the live workers together. seconds_left: what is left at that rate; None where nothing runs, a
+    worker is silent or nothing was measured yet.
     workers: of each trunk in training, what it last said, `silent_seconds` ago. problems: branches that failed or diverged.
     best: the best row of each objective and training budget (within 3 %), the largest budget first, with its `metric`.
     resume: the command that goes on, of a stopped study.
@@ -56,7 +56,6 @@ class StudyStatus:
     train_flops: dict[str, float]
     flops_per_second: float
     seconds_left: float | None
-    worker_seconds_left: float | None
     workers: list[dict]
     waiting: list[dict]
     problems: list[dict]
@@ -70,21 +69,21 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
 
     Raises UserError for a study that is not there, or files that cannot be read.
     """
-    runs_dir = Path(runs_dir)
     design = _design(name, runs_dir, results_dir)
     rows = _read_rows(design, runs_dir)
     if not design.known and not rows:
         raise UserError(_unknown(name, runs_dir, [design.ledger.parent] if results_dir else [OUTPUTS, PUBLISHED]))
     plans = runs_dir.glob(f"{glob.escape(name)}.{8 * '[0-9a-f]'}.plan.json")
-    launches = [date_of(plan) for plan in plans if is_locked(plan)]
-    trunks = [read_trunk(run, rows, runs_dir, min(launches, default=0.0)) for run in design.runs.values()]
-    running, waiting = ([t for t in trunks if t.state == state] for state in ("running", "waiting"))
+    launches = [_date_of(plan) for plan in plans if is_locked(plan)]
+    trunks = [_read_trunk(run, rows, runs_dir, min(launches, default=0.0)) for run in design.runs]
+    running = [trunk for trunk in trunks if trunk.state == "running"]
     counts = _count_trunks(trunks, rows)
-    cost = Costs(trunks, rows)
-    workers = [_worker(trunk, cost.flops(trunk, trunk.left)) for trunk in running]
-    silent = any(worker["stale"] for worker in workers)
+    workers = [_worker(trunk) for trunk in running]
+    flops, rate = _train_flops(trunks, rows), sum(w["flops_per_second"] or 0 for w in workers if not w["stale"])
     state = "running" if running or launches else "stopped" if counts["waiting"] or counts["failed"] else "done"
     state = state if design.known or state == "running" else "unknown"
+    statuses = [row["status"] for row in rows.values()]
+    asked = sum(len(run.run_ids) for run in design.runs) if design.known else len(rows)
     return StudyStatus(
         study=name,
         state=state,
@@ -93,15 +92,14 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
         runs=str(runs_dir),
         launches=len(launches),
         trunks=counts,
-        measurements=_count_rows(design, rows),
-        train_flops=cost.totals(trunks, rows),
-        flops_per_second=sum(worker["flops_per_second"] or 0 for worker in workers if not worker["stale"]),
-        seconds_left=None
-        if silent
-        else _finish_seconds(*(list(map(cost.seconds_left, ts)) for ts in (running, waiting))),
-        worker_seconds_left=_total(map(cost.seconds_left, trunks)),
+        measurements={"total": asked}
+        | {status: statuses.count(status) for status in ("ok", "diverged", "failed")}
+        | {"missing": asked - len(rows)},
+        train_flops=flops,
+        flops_per_second=rate,
+        seconds_left=flops["left"] / rate if rate and not any(w["stale"] for w in workers) else None,
         workers=workers,
-        waiting=[_about(t.run) | {"train_flops_left": cost.flops(t, t.left)} for t in waiting],
+        waiting=[_about(trunk.run) for trunk in trunks if trunk.state == "waiting"],
         problems=[_problem(row) for row in rows.values() if row["status"] != "ok"],
         metric=design.metric,
         best=_best(list(rows.values()), design.metric),
@@ -111,26 +109,20 @@ def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> 
 
 @dataclass(frozen=True)
 class _Design:
-    """What a study asks for. runs: by trunk_id, in the order of the queue; known: False where only rows are there."""
+    """What a study asks for. runs: in the order of the queue; known: False where only rows are there."""
 
-    runs: dict[str, AnyRun]
+    runs: Sequence[AnyRun]
     known: bool
     ledger: Path
-    metric: str
-    resume: str | None
-
-    @property
-    def asked(self) -> set[str]:
-        """The run_ids of all branches."""
-        return {run_id for run in self.runs.values() for run_id in run.run_ids}
+    metric: str = "val_loss"
+    resume: str | None = None
 
 
 def _design(name: str, runs_dir: Path, results_dir: Path | None) -> _Design:
-    path = runs_dir / f"{name}.design.json"
-    ledger = study_ledger(name, results_dir, runs_dir)
+    path, ledger = runs_dir / f"{name}.design.json", study_ledger(name, results_dir, runs_dir)
     if not path.exists():
-        return _Design({}, False, ledger, "val_loss", None)
-    written = read_json(path)
+        return _Design([], False, ledger)
+    written = _read_json(path)
     if written is None:
         raise UserError(f"{path} is damaged; delete it: the next launch writes it again")
     try:
@@ -141,22 +133,26 @@ def _design(name: str, runs_dir: Path, results_dir: Path | None) -> _Design:
         raise UserError(f"{path} lacks {error}; delete it: the next launch writes it again") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    resume = command if folder == Path.cwd() else f"cd {shlex.quote(str(folder))} && {command}"
-    return _Design({run.trunk_id: run for run in runs}, True, ledger, metric, resume)
+    return _Design(
+        runs, True, ledger, metric, command if folder == Path.cwd() else f"cd {shlex.quote(str(folder))} && {command}"
+    )
 
 
 def _read_rows(design: _Design, runs_dir: Path) -> dict[str, Any]:
-    """run_id -> its row: the records before the ledger."""
+    """run_id -> its row, the record before the ledger's; of a design no others."""
     ledger = design.ledger
-    rows: dict[str, Any] = (
-        {row["run_id"]: row for row in read_ledger(ledger)} if ledger.exists() and ledger.stat().st_size else {}
-    )
-    for trunk, run in design.runs.items():
-        for run_id in run.run_ids:
-            row = read_json(record_path(runs_dir, trunk, run_id))
-            if row and "status" in row and not (row["status"] == "failed" and is_answered(rows.get(run_id))):
-                rows[run_id] = row
-    return {run_id: row for run_id, row in rows.items() if run_id in design.asked} if design.known else rows
+    there = read_ledger(ledger) if ledger.exists() and ledger.stat().st_size else []
+    rows: dict[str, Any] = {row["run_id"]: row for row in there}
+    if not design.known:
+        return rows
+    found = {}
+    for run_id, trunk in ((run_id, run.trunk_id) for run in design.runs for run_id in run.run_ids):
+        row, record = rows.get(run_id), _read_json(record_path(runs_dir, trunk, run_id))
+        if record and "status" in record and not (record["status"] == "failed" and _is_answered(row)):
+            row = record
+        if row:
+            found[run_id] = row
+    return found
 
 
 def _unknown(name: str, runs_dir: Path, results_dirs: list[Path]) -> str:
@@ -166,51 +162,119 @@ def _unknown(name: str, runs_dir: Path, results_dirs: list[Path]) -> str:
     return f"no study {name!r} in {' or '.join(map(str, [runs_dir, *results_dirs]))}; {there}"
 
 
-# trunks and rows ----------------------------------------------------------------------------------------------------
+# trunks --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Trunk:
+    """A run as it stands.
+
+    state: done, running, waiting or failed. said: what the worker that trains it has said of itself, and `date`, when.
+    images: still to be trained after what is on record; left: and after what its worker has done since.
+    """
+
+    run: AnyRun
+    state: str
+    said: dict
+    images: float
+    left: float
+
+
+def _read_trunk(run: AnyRun, rows: Mapping[str, Any], runs_dir: Path, since: float) -> _Trunk:
+    """A launch, the first of which began at `since`, tries earlier failures again."""
+    folder = runs_dir / run.trunk_id
+    own = {n: rows.get(run.run_id(n)) for n in run.budgets}
+    records = {n: record_path(runs_dir, run.trunk_id, run.run_id(n)) for n in run.budgets}
+    missing = [n for n, row in own.items() if not _is_answered(row)]
+    failed = [n for n, row in own.items() if row and row["status"] == "failed" and _date_of(records[n]) >= since]
+    state, said = "done", {}
+    if missing or any(lacks_probe(run, row) for row in own.values() if row):
+        state = "failed" if failed else "waiting"
+        if is_locked(folder / "lock"):
+            began, spoke = _date_of(folder / "lock"), _date_of(folder / "progress.json")
+            said = ((_read_json(folder / "progress.json") or {}) if spoke >= began else {}) | {
+                "date": max(began, spoke)
+            }
+            state, said = "running", said if missing else said | {"phase": "probing"}
+    # as a worker trains it: branches that only the ledger knows have left no trunk here to go on from
+    todo = run.with_budgets([n for n in run.budgets if n in missing or records[n].exists()] or run.budgets)
+    images = sum(todo.new_examples(n) for n in missing)
+    return _Trunk(run, state, said, images, min(images, (1 - said.get("share", 0.0)) * todo.total_examples))
+
+
+def _read_json(path: Path) -> dict | None:
+    """The object in a file; None where there is none, or a damaged one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_answered(row: dict | None) -> bool:
+    return row is not None and row["status"] in ANSWERED
+
+
+def _date_of(path: Path) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _train_flops(trunks: Sequence[_Trunk], rows: Mapping[str, Any]) -> dict[str, float]:
+    each: dict[str | None, float] = {}  # trunk_id or language model -> training FLOPs of an image
+    num_classes: dict[tuple, int] = {}
+    for trunk in trunks:
+        said, run = trunk.said, trunk.run
+        if said.get("images_per_second"):
+            flops = said["flops_per_second"] / said["images_per_second"]
+            each |= dict.fromkeys((run.trunk_id, run.parts.get("language_model")), flops)
+        num_classes[run.data, run.preset] = said.get("num_classes") or num_classes.get((run.data, run.preset), 0)
+    for row in rows.values():
+        if row.get("train_flops"):
+            each |= dict.fromkeys(
+                (row["trunk_id"], row.get("language_model")), row["train_flops"] / row["num_examples"]
+            )
+        if row.get("num_classes"):
+            num_classes[row.get("data"), row.get("preset")] = row["num_classes"]
+
+    def of_image(run: AnyRun) -> float:
+        if isinstance(run, Run):
+            return run.train_flops(run.budgets[-1], num_classes[run.data, run.preset]) // run.budgets[-1]
+        return each.get(run.trunk_id, each.get(run.parts["language_model"], 0.0))
+
+    done = float(sum(row["spent_flops"] for row in rows.values() if is_number(row.get("spent_flops"))))
+    done += sum(of_image(trunk.run) * (trunk.images - trunk.left) for trunk in trunks)
+    left = float(sum(of_image(trunk.run) * trunk.left for trunk in trunks))
+    return {"done": done, "left": left, "total": done + left}
+
+
+# what is told --------------------------------------------------------------------------------------------------------
 
 
 def _about(run: AnyRun) -> dict:
     return {"trunk_id": run.trunk_id, "shape": run.label, "init_seed": run.init_seed}
 
 
-def _worker(trunk: Trunk, flops_left: float) -> dict:
+def _worker(trunk: _Trunk) -> dict:
     said, silent = trunk.said, max(0.0, time.time() - trunk.said["date"])
     keys = ("share", "loss", "images_per_second", "flops_per_second", "seconds_left")
     return {
         **_about(trunk.run),
-        "phase": said.get("phase", "starting") if trunk.missing else "probing",
+        "phase": said.get("phase", "starting"),
         **{key: said.get(key) for key in keys},
         "silent_seconds": silent,
         "stale": silent > max(STALE_SECONDS, STALE_WINDOWS * said.get("window_seconds", 0.0)),
-        "train_flops_left": flops_left,
     }
 
 
-def _total(seconds: Iterable[float | None]) -> float | None:
-    """The sum; None where a part of it is unknown."""
-    found = list(seconds)
-    return None if None in found else sum(each or 0.0 for each in found)
-
-
-def _finish_seconds(running: Sequence[float | None], waiting: Sequence[float | None]) -> float | None:
-    """Seconds until the last trunk ends, the workers that run now sharing what waits."""
-    total = _total([*running, *waiting])
-    return max(total / len(running), *(each or 0.0 for each in running)) if running and total is not None else None
-
-
-def _count_trunks(trunks: Sequence[Trunk], rows: Mapping[str, Any]) -> dict[str, int]:
+def _count_trunks(trunks: Sequence[_Trunk], rows: Mapping[str, Any]) -> dict[str, int]:
     states = {row["trunk_id"]: "done" for row in rows.values()}
     states |= {row["trunk_id"]: "failed" for row in rows.values() if row["status"] == "failed"}
     states |= {trunk.run.trunk_id: trunk.state for trunk in trunks}  # of a design they know better
     found = list(states.values())
     return {"total": len(found)} | {s: found.count(s) for s in ("done", "running", "waiting", "failed")}
-
-
-def _count_rows(design: _Design, rows: Mapping[str, Any]) -> dict[str, int]:
-    statuses = [row["status"] for row in rows.values()]
-    total = len(design.asked if design.known else rows)
-    counts = {status: statuses.count(status) for status in ("ok", "diverged", "failed")}
-    return {"total": total, **counts, "missing": total - len(rows)}
 
 
 def _problem(row: dict) -> dict:

@@ -44,7 +44,6 @@ from sovit.sweep.queue import (
     Sweep,
     _state,
     _tell,
-    distributions,
     is_waiting,
     open_storage,
     reconcile,
@@ -57,10 +56,9 @@ BLOCKED_SECONDS = 1.0  # between two looks at a queue in which all that is left 
 
 
 def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int:
-    """Pull trials until none waits, and return the exit status: NOTHING_WAITS, STOPPED where it was asked to leave, or
-    CANNOT_WRITE.
+    """Pull trials until none waits. Returns the exit status: NOTHING_WAITS, CANNOT_WRITE, or STOPPED if asked to leave.
 
-    One process, one thread; `train` is that of the run's kind where none is given.
+    train: of the run's kind where none is given.
     """
     with stop_on_signal() as should_stop:
         try:
@@ -88,7 +86,9 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
             if waits:
                 trial = study.ask()
                 run = run_from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
-                holder = open(_made(sweep.runs_dir / run.trunk_id / "lock"), "a")
+                folder = sweep.runs_dir / run.trunk_id
+                folder.mkdir(parents=True, exist_ok=True)
+                holder = open(folder / "lock", "a")
                 ours = _try_lock(holder)
         if not waits:  # someone trains what is waited for; should he die, it is enqueued again
             time.sleep(BLOCKED_SECONDS)
@@ -96,7 +96,6 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
         with holder:
             if ours or _await_lock(sweep, study, trial, holder, go_on):
                 os.utime(holder.fileno())  # since when it is held
-                _take_up(trial, run)
                 try:
                     how = {"device": plan["device"], "should_stop": should_stop}
                     _run_trial(sweep, study, trial, run, partial(train or trainer(run), **how))
@@ -133,17 +132,6 @@ def _try_lock(file) -> bool:
             time.sleep(LOOK_SECONDS / 10)
 
 
-def _take_up(trial: optuna.Trial, run: AnyRun) -> None:
-    """Take the enqueued values up into the trial."""
-    for name, d in distributions(run).items():
-        if isinstance(d, optuna.distributions.CategoricalDistribution):
-            trial.suggest_categorical(name, d.choices)
-        elif isinstance(d, optuna.distributions.IntDistribution):
-            trial.suggest_int(name, d.low, d.high)
-        else:
-            trial.suggest_float(name, d.low, d.high)
-
-
 def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyRun, train: Callable) -> None:
     def only_in_ledger(n: int) -> bool:
         return run.run_id(n) in sweep.in_ledger and not read_record(sweep.runs_dir, run.trunk_id, run.run_id(n))
@@ -158,10 +146,9 @@ def _run_trial(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run: AnyR
         raise
     except Exception as error:  # whatever a run dies of is recorded, and the sweep goes on
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        reason = kind + str(error).partition("\n")[0]
-        _record_failure(sweep, todo, reason)
-        _tell_result(study, trial, None, reason)
-        return
+        why = kind + str(error).partition("\n")[0]
+        _record_failure(sweep, todo, why)
+        return _tell_result(study, trial, None, why)
     last = sweep.answer(run)
     if last is None:
         raise ValueError(f"run={run.trunk_id} was trained and is not done")
@@ -197,11 +184,6 @@ def trainer(run: AnyRun) -> Callable[..., list[dict]]:
     from sovit.train.trainer import train
 
     return train
-
-
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 if __name__ == "__main__":

@@ -318,7 +318,6 @@ def test_a_trial_told_by_its_worker_meanwhile_is_told_once(tmp_path, ends, after
     run = Run.from_dict(trial.user_attrs["run"])
 
     def worker():
-        sweep._take_up(trial, run)
         if ends == "badly":
             return sweep._tell_result(study, trial, None, "RuntimeError: out of luck")
         write_record(found.runs_dir, fake_sweep.new_row(run, 1600, status="ok", num_classes=16, val_loss=2.5))
@@ -349,7 +348,7 @@ def test_a_trial_given_up_while_its_worker_waits_for_the_lock_is_left(tmp_path):
     """Another study held the trunk; between its end and the next try, `reconcile` saw nobody at it."""
     found, study, trial = taken_up(tmp_path, runs(1))
     lock = found.runs_dir / trial.user_attrs["trunk_id"] / "lock"
-    sweep._made(lock)
+    lock.parent.mkdir(parents=True)
     with open(lock, "a") as holder:
         assert queue.look(found, study, "token").num_abandoned == 1
         assert not sweep._await_lock(found, study, trial, holder, lambda: True)
