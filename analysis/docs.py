@@ -44,7 +44,7 @@ SETS = {  # (name, metric) in results/extrapolation.json -> in words
 
 def load(name: str):
     """Read a JSON file of results/."""
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def ledger(study: str) -> list[dict]:
@@ -74,7 +74,7 @@ def extrapolated() -> list[dict]:
 
 def coverage(kind: str, quantity: str) -> list[float]:
     """Coverage of an interval in every condition where the form is right, sorted."""
-    lines = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (RESULTS / "coverage.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [line["coverage"].get(kind, {}) for line in lines if line["right"] and not line.get("profile")]
     return sorted(c[quantity]["mean"] for c in found if quantity in c)
 
@@ -91,7 +91,9 @@ def environment() -> jinja2.Environment:
     found = templates()
     found.globals |= dict(load=load, ledger=ledger, seconds=seconds, by_shape=by_shape, extrapolated=extrapolated)
     found.globals |= dict(coverage=coverage, comparison=comparison, mean=fmean, sd=stdev, Shape=Shape)
-    found.globals |= dict(text=lambda name: (RESULTS / name).read_text().strip("\n"), LAWS=LAWS, PAPER=PAPER)
+    found.globals |= dict(
+        text=lambda name: (RESULTS / name).read_text(encoding="utf-8").strip("\n"), LAWS=LAWS, PAPER=PAPER
+    )
     found.globals |= dict(SIGNIFICANT=SIGNIFICANT, flops_table=flops_table, shapes_table=shapes_table)
     found.globals |= dict(short_table=short_table, scratch_table=scratch_table)
     found.globals |= dict(sizes_table=sizes_table, short_text=short_text)
@@ -115,12 +117,12 @@ def render(text: str) -> str:
 
 def main() -> int:
     """Write the pages, or with --check only say which are stale."""
-    stale = [path for path in pages() if render(path.read_text()) != path.read_text()]
+    stale = [path for path in pages() if render(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
     for path in stale:
         if "--check" in sys.argv:
             print(f"{path.relative_to(ROOT)} differs from the committed results; run python -m analysis.docs")
         else:
-            path.write_text(render(path.read_text()))
+            path.write_text(render(path.read_text(encoding="utf-8")))
     return int("--check" in sys.argv and bool(stale))
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+
+from sovit import reason
 
 
 @contextlib.contextmanager
@@ -30,6 +34,22 @@ def stop_on_signal(second_interrupt=signal.SIG_DFL) -> Iterator[Callable[[], boo
             signal.signal(number, handler)
 
 
+def print_anywhere() -> None:
+    """Print what a terminal's encoding lacks as a question mark, in place of a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def out_of_memory(error: MemoryError) -> str:
+    """What is said, in one line, of a process that had too little memory."""
+    return f"sovit: out of memory ({reason(error)}); close other programs or use a larger machine, then run it again"
+
+
 def this_command() -> str:
-    """The command line of this process, to be typed again."""
-    return shlex.join(sys.orig_argv)
+    """The command line of this process, to be typed again, without a password."""
+    return shlex.join(map(without_password, sys.orig_argv))
+
+
+def without_password(text: str) -> str:
+    """A URL, or words that hold one, with *** in the place of its password."""
+    return re.sub(r"(://[^/:@\s]*):[^/\s]*@", r"\1:***@", text)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sovit import OUTPUTS, UserError
 from sovit.data import open_data
+from sovit.files import check_name
 from sovit.ledger.ledger import read_ledger
 from sovit.ledger.trained_on import TrainedOn
 from sovit.predict.validation import check_same_data, make_prediction, runs_of, verdict_text, write_prediction
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=OUTPUTS)
     options, rest = parser.parse_known_args(argv)
     try:
-        path = options.results / f"{options.name}_prediction.json"
+        path = options.results / f"{check_name(options.name)}_prediction.json"
         arguments, dry = (options.law, options.train_flops, SEEDS), "--dry-run" in rest
         prediction = make_prediction(*arguments) if dry else write_prediction(*arguments, path)
         print(json.dumps(prediction["arms"], indent=2))

@@ -75,3 +75,14 @@ def test_nothing_imports_what_only_one_result_needs():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"studies", "analysis", "tests"}, path
+
+
+def test_every_text_file_is_read_and_written_as_utf_8():
+    """Else a locale such as ISO-8859-1 decides; the linter sees only what it can type."""
+    silent = []
+    for path in PRODUCT:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("read_text", "write_text"):
+                if "encoding" not in {keyword.arg for keyword in call.keywords}:
+                    silent.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert not silent

@@ -154,7 +154,7 @@ def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int =
     goes to stderr. Raises UserError for a file that is not of this study.
     """
     have: dict[tuple, dict] = {}
-    whole = path.read_text() if path.exists() else ""
+    whole = path.read_text(encoding="utf-8") if path.exists() else ""
     if whole and not whole.endswith("\n"):  # killed while it wrote its last line
         whole = whole[: whole.rfind("\n") + 1]
         write_atomic(path, whole)
@@ -171,7 +171,7 @@ def study(path: Path, conditions: Sequence[Condition] = CONDITIONS, draws: int =
         key = (*dataclasses.astuple(condition), draws)
         if key not in have:
             have[key] = run_condition(condition, draws)
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(have[key]) + "\n")
         out.append(have[key])
         print(f"{len(out)} of {len(conditions)}  {condition.name}", file=sys.stderr, flush=True)

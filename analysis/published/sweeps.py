@@ -45,7 +45,7 @@ def gemstones(folder: Path | str, file: str) -> Sweep:
     """Columns width, depth, tokens, num_params of `GEMSTONES` file. Raises UserError where it is missing."""
     path = Path(folder) / "gemstones" / f"wandb_df_for_fitting_{file}.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder that holds gemstones") from None
     names = dict(width="width", depth="depth", tokens="tokens", num_params="params_active_precise")

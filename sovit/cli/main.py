@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from sovit import UserError, __version__
+from sovit.signals import out_of_memory, print_anywhere
 
 COMMANDS = {  # in the order of the help -> the file of this package that has it, imported when it is run or told of
     **{"demo": "demo", "count": "train", "fit": "law", "report": "law", "status": "study", "predict": "law"},
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 a run failed, 2 bad input (told in one line on standard error), 130 stopped by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    print_anywhere()
     for name in COMMANDS if not arguments or arguments[0] in ("-h", "--help") else ():
         app[name]  # imported: its docstring is its help
     try:
@@ -53,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(out_of_memory(error), file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader of our output, such as head, has left
         sys.stderr.close()
         return 0

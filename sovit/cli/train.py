@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from sovit import OUTPUTS, UserError
 from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, encoder_name, given, show
+from sovit.files import check_name
 from sovit.spec.shape import Shape
 
 
@@ -150,7 +151,7 @@ def probe(*encoders: str, data: str, study: str | None = None, place: Place = Pl
     check_device(place.device)
     if named:
         return show(compare(named, data, place.runs, place.device), comparison_text, json)
-    ledger = place.results / f"{study}.jsonl"
+    ledger = place.results / f"{check_name(study or '')}.jsonl"
     text = (
         f"{ledger}: {{probed}} branches probed on {data}, {{probed_before}} were before,"
         f" {{without_weights}} have no weights in {place.runs}\n"
@@ -203,7 +204,7 @@ def finetune(
     from sovit.train.finetune_command import fine_tune, result_text
     from sovit.train.loop import OutOfMemory
 
-    ledger = place.results / f"{name}.jsonl"
+    ledger = place.results / f"{check_name(name)}.jsonl"
     try:
         result = fine_tune(base, place.runs, ledger, place.device, dry_run, **given(options))
     except OutOfMemory as error:

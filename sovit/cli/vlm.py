@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 from sovit import UserError
 from sovit.cli.common import Flat, Help, Json, Pixels, Place, Whole, encoder_name, sheet
 from sovit.cli.common import show as show_result
+from sovit.files import check_name
 
 vlm = App(name="vlm", help="Vision-language models: what systems are made of, train, ask.")
 
@@ -112,6 +113,7 @@ def train(
     from sovit.spec.vlm_run import preset_run
 
     encoder = encoder_name(encoder, place.runs)
+    check_name(name)
     more = named_data(options.data)._asdict() | {"init_seed": options.seed, "data_seed": 100 + options.seed}
     more["language_model"] = options.language_model
     run = preset_run(options.preset, encoder, options.examples, options.batch_size, **more)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from sovit import UserError
 from sovit.data.assets import cache_dir, writable
-from sovit.files import locked
+from sovit.files import beside, locked
 
 
 def content_key(**identity) -> str:
@@ -39,10 +38,10 @@ def build_once(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     with locked(parent / f".{key}.lock"):
         if folder.is_dir():
             return folder
-        building = Path(tempfile.mkdtemp(dir=parent, prefix=f".{key}-"))
+        building = beside(folder)
+        building.mkdir()
         try:
             build(building)
-            building.chmod(0o755)  # mkdtemp gives 0700; a cache may be shared
             os.replace(building, folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)

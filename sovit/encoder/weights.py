@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from sovit.files import CannotWrite
+from sovit.files import CannotWrite, as_umask
 
 
 class Unusable(ValueError):
@@ -58,6 +58,7 @@ def save_weights(
     said = json.dumps(facts)  # in one field: several come in a random order
     with _replacing(path) as temporary:
         safetensors.torch.save_file(weights, temporary, {"sovit": said})
+        as_umask(temporary)
 
 
 def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -68,6 +69,8 @@ def load_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {}).get("sovit", "{}"))
+            if not isinstance(said, dict):
+                raise Unusable("what it says of itself is no object")
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (OSError, safetensors.SafetensorError, ValueError) as error:
         raise Unusable(str(error)) from None

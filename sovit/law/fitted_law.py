@@ -193,7 +193,7 @@ def read_law(path: Path | str) -> Fit:
     'bounded'
     """
     try:
-        return Fit.from_json(Path(path).read_text())
+        return Fit.from_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the law {path}: {error.strerror}; make one with sovit fit") from None
     except UserError as error:

@@ -43,7 +43,7 @@ def study_ledger(study: str, results: Path | None = None, runs: Path = Path("run
     if results is not None:
         return results / f"{study}.jsonl"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no design, or a damaged one
-        launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text()))
+        launched = designed_ledger(json.loads((runs / f"{study}.design.json").read_text(encoding="utf-8")))
         if launched.exists():
             return launched
     own, published = OUTPUTS / f"{study}.jsonl", PUBLISHED / f"{study}.jsonl"
@@ -157,7 +157,7 @@ def rewrite_rows(path: Path, read: Callable[[Path], list[Any]], change: Callable
             stale_temp_file.unlink()
         rows = change(read(path) if path.exists() and path.stat().st_size else [])
         text = "".join(dump_row(row) + "\n" for row in rows)
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomic(path, text)
     return rows
 
@@ -168,7 +168,7 @@ def read_exclusions(path: Path | str) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from None
     for i, row in enumerate(rows):

@@ -81,7 +81,7 @@ def record_row(path: Path) -> dict | None:
     Raises UserError for one that may not be read.
     """
     try:
-        row = checked(decoded(path.read_text()))
+        row = checked(decoded(path.read_text(encoding="utf-8")))
         if row["run_id"] != path.stem:
             raise UserError(f"{path} holds {row['run_id']}")
     except FileNotFoundError:

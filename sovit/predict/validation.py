@@ -71,7 +71,7 @@ def write_prediction(law_path: Path, train_flops: float, seeds: list[int], path:
         write_atomic(path, json.dumps(prediction, indent=2) + "\n")
         return prediction
     try:
-        prediction = json.loads(path.read_text())
+        prediction = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path} is damaged; delete it to make the prediction anew") from None
     identity = _identity_of(law_path, train_flops, seeds)

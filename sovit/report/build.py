@@ -96,7 +96,8 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
 
 def report_text(folder: Path) -> str:
     """Render report.md from the law.json, report.json and sensitivity.json of `folder`."""
-    body, facts, found = (json.loads((folder / name).read_text()) for name in ("law.json", FACTS, SENSITIVITY))
+    files = [(folder / name).read_text(encoding="utf-8") for name in ("law.json", FACTS, SENSITIVITY)]
+    body, facts, found = map(json.loads, files)
     return re.sub(r"\n{3,}", "\n\n", render("report.md.j2", law=body, facts=facts, found=found)).rstrip() + "\n"
 
 

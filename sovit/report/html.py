@@ -66,8 +66,8 @@ def write_page(
 def mismatch(folder: Path, data: Measurements, form: str | None) -> str:
     """Why the law in `folder` is not the one asked for, or "" where it is: its inputs.json names what it was made of."""
     try:
-        made_of = json.loads((folder / INPUTS).read_text())
-        found = json.loads((folder / "law.json").read_text())["form"]
+        made_of = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
+        found = json.loads((folder / "law.json").read_text(encoding="utf-8"))["form"]
         differing = [name for name, value in data.identity.items() if made_of.get(name) != value]
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
@@ -82,7 +82,7 @@ def mismatch(folder: Path, data: Measurements, form: str | None) -> str:
 def page_of(folder: Path) -> str:
     """report.md of `folder` as an HTML page with the figures in it. Raises UserError where one of its files is missing."""
     try:
-        text = (folder / "report.md").read_text()
+        text = (folder / "report.md").read_text(encoding="utf-8")
         return page(text, lambda name: (folder / name).read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}; make it again with sovit fit") from None

@@ -88,7 +88,7 @@ def curve(row: Mapping[str, Any], metrics_file: Path) -> list[tuple[int, float |
     points: dict[int, tuple] = {}
     leaves = number_of(row, "trunk_examples") or n
     with contextlib.suppress(FileNotFoundError):
-        for line in metrics_file.read_text(errors="replace").splitlines():
+        for line in metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 point = json.loads(line)
                 if point["branch"] == n or (point["branch"] is None and point["examples"] <= leaves):

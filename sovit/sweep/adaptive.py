@@ -282,7 +282,7 @@ def _sweep(question: Question, rounds: Sequence[Mapping], options: argparse.Name
 def read_rounds(question: Question, options: argparse.Namespace) -> list[dict]:
     path = options.results / f"{question.name}_rounds.json"
     try:
-        return json.loads(path.read_text())["rounds"] if path.exists() else []
+        return json.loads(path.read_text(encoding="utf-8"))["rounds"] if path.exists() else []
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it: it is worked out again from the ledger") from None
 

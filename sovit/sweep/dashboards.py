@@ -54,7 +54,7 @@ def serve(study: str, results: Path | None, runs: Path, store: Path | None = Non
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C
     processes, env = {}, os.environ | ENVIRONMENT
-    with open(beside(store, ".log"), "w") as log:
+    with open(beside(store, ".log"), "w", encoding="utf-8") as log:
         try:
             for name, command in commands.items():  # a session of its own: we end whatever the server has started
                 processes[name] = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)

@@ -17,12 +17,13 @@ from typing import Any
 
 from sovit import UserError
 from sovit.files import locked, write_atomic
-from sovit.signals import stop_on_signal, this_command
+from sovit.signals import stop_on_signal, this_command, without_password
 from sovit.sweep.queue import (
     CANNOT_WRITE,
     MAX_ATTEMPTS,
     NOTHING_WAITS,
     STOPPED,
+    STORAGE,
     Snapshot,
     Sweep,
     look,
@@ -55,7 +56,7 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
     plan_path = _write_plan(sweep, device, token)
     command = [*(worker_command or (sys.executable, "-m", "sovit.sweep.worker")), str(plan_path)]
     alive = locked(plan_path)  # what says that this launch is
-    crew = Crew(command, sweep.runs_dir / f"{sweep.name}.log")
+    crew = Crew(command, sweep.runs_dir / f"{sweep.name}.log", sweep.storage)
     with crew.log, alive, stop_on_signal(second_interrupt=signal.default_int_handler) as should_stop:
         try:
             _attend(sweep, crew, workers, look_again, should_stop)
@@ -73,15 +74,13 @@ def launch(sweep: Sweep, workers: int, device: str = "cpu", worker_command: Sequ
 
 
 def _write_plan(sweep: Sweep, device: str, token: str) -> Path:
-    """Write what the workers of this launch read, and the design, which stays for `sovit status`."""
-    plan: dict[str, Any] = {
-        key: str(getattr(sweep, key)) for key in ("name", "storage", "runs_dir", "ledger", "metric")
-    }
-    plan |= {"launch": token, "launcher": os.getpid(), "device": device}
+    """Write what the workers of this launch read, and the design, which stays for `sovit status`; without a password."""
+    plan: dict[str, Any] = {key: str(getattr(sweep, key)) for key in ("name", "runs_dir", "ledger", "metric")}
+    plan |= {"storage": without_password(sweep.storage), "launch": token, "launcher": os.getpid(), "device": device}
     plan["runs"] = [run.to_dict() for run in sweep.runs.values()]
     plan_path = sweep.runs_dir / f"{sweep.name}.{token}.plan.json"  # of this launch: two may run at once
     write_atomic(plan_path, json.dumps(plan))
-    design = plan | {"command": sys.orig_argv, "folder": os.getcwd()}
+    design = plan | {"command": list(map(without_password, sys.orig_argv)), "folder": os.getcwd()}
     write_atomic(sweep.runs_dir / f"{sweep.name}.design.json", json.dumps(design))
     return plan_path
 
@@ -127,10 +126,10 @@ def _death(process: subprocess.Popen, replaced: bool) -> str:
 class Crew:
     """The worker processes of one launch."""
 
-    def __init__(self, command: Sequence[str], log: Path):
-        self.command, self.log = list(command), open(log, "a")
+    def __init__(self, command: Sequence[str], log: Path, storage: str):
+        self.command, self.log = list(command), open(log, "a", encoding="utf-8")
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2].resolve()), os.environ.get("PYTHONPATH")]))
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, STORAGE: storage}
         self.processes: list[subprocess.Popen] = []
 
     def start(self) -> None:

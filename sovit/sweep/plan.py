@@ -108,7 +108,7 @@ def _try_step(run: Run, device: str) -> float:
 
     from sovit.encoder.model import build, parameter_groups
     from sovit.train.finetune import freeze
-    from sovit.train.profile import seconds_of
+    from sovit.train.profile import seconds_of, wall_clock
 
     model = build(run.shape, 16, run.recipe.parametrisation, 0).to(device)
     freeze(model, run.trained)
@@ -121,7 +121,7 @@ def _try_step(run: Run, device: str) -> float:
         loss.backward()
         optimizer.step()
 
-    seconds = seconds_of(step, "wall", min_seconds=0.05)
+    seconds = seconds_of(step, wall_clock(device), min_seconds=0.05)
     drawn = run.total_flops / run.total_examples / run.shape.step_flops(0, run.trained) if run.recipe.patch_sizes else 1
     return seconds * drawn * OVERHEAD
 
@@ -131,10 +131,10 @@ def matmul_rate(device: str) -> float:
     """FLOP/s of a 1024 x 1024 float32 matrix product on one thread: an upper bound of what training reaches."""
     import torch
 
-    from sovit.train.profile import seconds_of
+    from sovit.train.profile import seconds_of, wall_clock
 
     a = torch.randn(1024, 1024, device=device)
-    return 2 * 1024**3 / seconds_of(lambda: a @ a, "wall", min_seconds=0.1)
+    return 2 * 1024**3 / seconds_of(lambda: a @ a, wall_clock(device), min_seconds=0.1)
 
 
 def print_plan(sweep: Sweep, workers: int, device: str, data: Sequence[str], as_json: bool) -> None:

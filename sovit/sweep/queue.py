@@ -14,17 +14,19 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.encoder.few_shot import lacks_probe
-from sovit.files import is_locked, locked
+from sovit.files import check_name, is_locked, locked
 from sovit.ledger.few_shot_columns import probe_of
 from sovit.ledger.ledger import read_ledger, update_ledger
 from sovit.ledger.records import read_record, record_row, write_record
 from sovit.ledger.schema import ANSWERED
+from sovit.signals import without_password
 from sovit.spec.any_run import AnyRun
 from sovit.spec.shape import TRAINED
 
 MAX_ATTEMPTS = 4  # of one trunk in one launch, deaths of its worker counted
+STORAGE = "SOVIT_WORKER_STORAGE"  # environment: the store's URL, whose password stands in no file
 # Exit statuses of a worker that left of its own accord. Any other, Python's 1 of a traceback among them, is a death.
 NOTHING_WAITS, CANNOT_WRITE, STOPPED = 0, os.EX_IOERR, 130
 
@@ -37,13 +39,14 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
     kind, _, rest = url.partition(":")
     if kind.startswith("sqlite"):
         raise UserError(
-            f"--storage {url}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://"
+            f"--storage {without_password(url)}: SQLite repeats and loses trials; leave --storage out (a journal) or use postgresql+psycopg://"
         )
     if kind != "journal":
         try:
             return optuna.storages.RDBStorage(url)
         except Exception as error:  # SQLAlchemy and drivers raise many kinds
-            raise UserError(f"cannot open --storage {url}: {str(error).splitlines()[0]}") from None
+            why = without_password(str(error).splitlines()[0])
+            raise UserError(f"cannot open --storage {without_password(url)}: {why}; check the URL") from None
     path = Path(rest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +54,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         return optuna.storages.JournalStorage(backend)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-    except ValueError as error:  # json's error is one
+    except Exception as error:  # a record that is no JSON, or lacks a field, or is of another version
+        why = f"{type(error).__name__}: {reason(error)}"
         raise UserError(
-            f"the journal {path} is damaged ({error}); delete it: it is made again from the records"
+            f"the journal {path} is damaged ({why}); delete it: it is made again from the records"
         ) from None
 
 
@@ -113,6 +117,7 @@ class Sweep:
         storage: str | None = None,
         metric: str = "val_loss",
     ):
+        check_name(name)
         self.name, self.runs_dir, self.ledger, self.metric = name, Path(runs_dir), Path(ledger), metric
         self.storage = storage or f"journal:{self.runs_dir / name}.journal"
         self.runs = {run.trunk_id: run for run in runs}

@@ -205,7 +205,7 @@ def _read_trunk(run: AnyRun, rows: Mapping[str, Any], runs_dir: Path, since: flo
 def _read_json(path: Path) -> dict | None:
     """The object in a file; None where there is none, or a damaged one."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sovit import OUTPUTS, UserError
+from sovit.signals import out_of_memory, print_anywhere
 from sovit.spec.any_run import AnyRun, encoder_runs, vlm_runs
 from sovit.spec.config import keys, override
 from sovit.sweep.launch import launch
@@ -86,11 +87,15 @@ def main(
 
 def exit_status(study: Callable[[], int]) -> int:
     """The exit status of a study; 2 where it raises UserError and 130 where it is stopped, which it says in one line."""
+    print_anywhere()
     try:
         return study()
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(out_of_memory(error), file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print(f"\n{str(stop) or 'stopped; run the same command again to go on'}", file=sys.stderr)
         return 130

@@ -41,6 +41,7 @@ from sovit.sweep.queue import (
     CANNOT_WRITE,
     NOTHING_WAITS,
     STOPPED,
+    STORAGE,
     Sweep,
     _state,
     _tell,
@@ -62,7 +63,7 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
     """
     with stop_on_signal() as should_stop:
         try:
-            return _work(json.loads(Path(plan_path).read_text()), train, should_stop)
+            return _work(json.loads(Path(plan_path).read_text(encoding="utf-8")), train, should_stop)
         except (UserError, OSError) as error:  # no run's failure: a full disk or a lost store fails all that waits, too
             print(f"sovit: {error}", file=sys.stderr)
             return CANNOT_WRITE
@@ -71,7 +72,8 @@ def work(plan_path: Path, train: Callable[..., list[dict]] | None = None) -> int
 def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Callable[[], bool]) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs = [run_from_dict(d) for d in plan["runs"]]
-    sweep = Sweep(plan["name"], runs, Path(plan["runs_dir"]), Path(plan["ledger"]), plan["storage"], plan["metric"])
+    storage = os.environ.get(STORAGE, plan["storage"])
+    sweep = Sweep(plan["name"], runs, Path(plan["runs_dir"]), Path(plan["ledger"]), storage, plan["metric"])
     study = optuna.load_study(study_name=sweep.name, storage=open_storage(sweep.storage))
 
     def go_on() -> bool:  # without its launcher a worker ends the trunk it is on, and stops
@@ -88,7 +90,7 @@ def _work(plan: dict, train: Callable[..., list[dict]] | None, should_stop: Call
                 run = run_from_dict(trial.user_attrs["run"])  # the study may have grown since this launch
                 folder = sweep.runs_dir / run.trunk_id
                 folder.mkdir(parents=True, exist_ok=True)
-                holder = open(folder / "lock", "a")
+                holder = open(folder / "lock", "a", encoding="utf-8")
                 ours = _try_lock(holder)
         if not waits:  # someone trains what is waited for; should he die, it is enqueued again
             time.sleep(BLOCKED_SECONDS)

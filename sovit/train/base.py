@@ -179,7 +179,7 @@ class Trainer:
         line |= {"train_loss": loss, "seconds": round(self.at.seconds, 3)}
         path = self.folder / "metrics.jsonl"
         try:
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # of the disk, and no failure of the run
             raise CannotWrite(path, error) from error

@@ -86,7 +86,7 @@ def main(
     try:
         path, runs_dir, device = arguments + ["runs", "cpu"][len(arguments) - 1 :]
         try:
-            d = json.loads(Path(path).read_text())
+            d = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"cannot read the run {path}: {error}") from None
         rows = train_here(read(d), runs_dir, device, train)

@@ -117,7 +117,8 @@ def _costs(shape: Shape, batch: int, under: Settings, clock: str) -> dict:
         # of two steps: the second has the optimiser's state from its beginning
         found["train_bytes"] = peak_bytes(lambda: _Step(shape, batch, under).train(2), device)
         step = _Step(shape, batch, under)
-        found |= _spread("forward", step.forward, repeats, clock) | _spread("train_step", step.train, repeats, clock)
+        timer = time.process_time if clock == "cpu" else wall_clock(device)
+        found |= _spread("forward", step.forward, repeats, timer) | _spread("train_step", step.train, repeats, timer)
         found["images_per_second"] = batch / found["forward_seconds"]
         found["forward_flops_per_second"] = flops / found["forward_seconds"]
         found["train_flops_per_second"] = 3 * flops / found["train_step_seconds"]
@@ -163,25 +164,35 @@ class _Step:
         fit(task, Position(), count, on_split=on_split)
 
 
-def _spread(name: str, call: Callable[[], object], repeats: int, clock: str) -> dict:
+def _spread(name: str, call: Callable[[], object], repeats: int, timer: Callable[[], float]) -> dict:
     """Median and quartiles of the repeats, and the repeats."""
-    samples = [seconds_of(call, clock) for _ in range(repeats)]
+    samples = [seconds_of(call, timer) for _ in range(repeats)]
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if repeats > 1 else samples * 3
     seconds = {f"{name}_seconds": middle, f"{name}_seconds_low": low, f"{name}_seconds_high": high}
     return {f"{name}_samples": samples, **seconds}
 
 
-def seconds_of(call: Callable[[], object], clock: str, min_seconds: float = REPEAT_SECONDS) -> float:
-    """Median seconds of a call, warmed up, by the process's CPU time (clock="cpu") or by the wall."""
+def seconds_of(call: Callable[[], object], timer: Callable[[], float], min_seconds: float = REPEAT_SECONDS) -> float:
+    """Median seconds of a call, warmed up. timer: `time.process_time`, or what `wall_clock` returns."""
     # its import tells, through this logger, that CUDA was installed and no GPU is there
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import benchmark
 
     call()
-    timer = time.process_time if clock == "cpu" else benchmark.timer
     threads = torch.get_num_threads()
     timed = benchmark.Timer("call()", globals={"call": call}, timer=timer, num_threads=threads)
     return timed.blocked_autorange(min_run_time=min_seconds).median
+
+
+def wall_clock(device: str) -> Callable[[], float]:
+    """A clock that waits for this device; torch's own waits for the current one alone."""
+
+    def seconds() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return seconds
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
@@ -207,7 +218,7 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
 def _device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()

@@ -69,7 +69,7 @@ def open_language_model(name: str, dtype: torch.dtype = torch.float32) -> Langua
     kind, _, rest = name.partition(":")
     if name == SMOLLM2:
         folder = smollm2_folder()
-        return _open_pretrained(name, str(folder), dtype, (folder / SHA256_FILE).read_text().strip())
+        return _open_pretrained(name, str(folder), dtype, (folder / SHA256_FILE).read_text(encoding="utf-8").strip())
     if kind == "random":
         return _open_random(name, rest, dtype)
     if kind == "hf" and rest:

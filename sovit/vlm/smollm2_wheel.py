@@ -14,6 +14,7 @@ import numpy as np
 from sovit import UserError, reason
 from sovit.data import assets
 from sovit.data.cache import build_once, content_key
+from sovit.files import as_umask
 
 SMOLLM2 = "smollm2"
 SHA256_FILE = "weights.sha256"
@@ -81,8 +82,8 @@ def convert(folder: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(splits)
     tokenizer.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    weights.chmod(0o644)  # safetensors gives 0600; a cache may be shared
-    (folder / SHA256_FILE).write_text(state_sha256(safetensors.numpy.load_file(weights)) + "\n")
+    as_umask(weights)
+    (folder / SHA256_FILE).write_text(state_sha256(safetensors.numpy.load_file(weights)) + "\n", encoding="utf-8")
     (folder / GGUF_FILE).unlink()
 
 

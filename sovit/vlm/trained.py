@@ -95,7 +95,7 @@ def read_run(run_id: str, runs_dir: Path | str = "runs") -> VlmRun:
     """What a vision-language model in `runs_dir` was trained as. Raises UserError for one that is not there."""
     folder = Path(runs_dir) / run_id.rpartition("-")[0]
     try:
-        run = VlmRun.from_dict(json.loads((folder / "config.json").read_text()))
+        run = VlmRun.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, UserError) as error:
         why = "" if isinstance(error, FileNotFoundError) else f" ({error})"
         what = f"no trained vision-language model {run_id!r} in {runs_dir}{why}"

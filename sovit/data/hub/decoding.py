@@ -53,7 +53,7 @@ def fixed_random(*counter: int) -> np.random.Generator:
 
 def read_table(folder: Path) -> Table:
     """What `decoded` has put into a folder."""
-    info = json.loads((folder / "info.json").read_text())
+    info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
     labels, is_val = (np.load(folder / f"{name}.npy") for name in ("labels", "is_val"))
     images = np.memmap(folder / "images.raw", np.uint8, "r", shape=(len(labels), info["size"], info["size"], 3))
     return Table(images, labels, is_val, info)
@@ -143,7 +143,7 @@ def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarra
     }
     np.save(folder / "labels.npy", labels)
     np.save(folder / "is_val.npy", is_val)
-    (folder / "info.json").write_text(json.dumps(info, indent=1))
+    (folder / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
     say(account(info))
 
 

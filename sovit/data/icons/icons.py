@@ -62,7 +62,7 @@ class Icons:
         self.preset, self.image_size, self.patch_size = preset, image_size, patch_size
         self.data_seed, self.device, self.folder = data_seed, device, folder
         self.content_key = folder.name
-        self.class_names = tuple(json.loads((folder / "info.json").read_text())["classes"])
+        self.class_names = tuple(json.loads((folder / "info.json").read_text(encoding="utf-8"))["classes"])
         self.num_classes, self.label_grid = len(self.class_names), preset.grid
         self.blind: dict[str, float] = {}
         self.readout = "tokens" if preset.grid > 1 else "pooled"

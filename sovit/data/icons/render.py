@@ -73,7 +73,7 @@ def render_all(tarball: Path, num_classes: int, size: int, folder: Path) -> None
         "num_val": int(is_val.sum()),
         **left_out,
     }
-    (folder / "info.json").write_text(json.dumps(info, indent=1))
+    (folder / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
     say(
         f"icons: kept {info['num_train']:,} training and {info['num_val']:,} validation drawings; left out"
         f" {left_out['broken']} broken, {left_out['blank']} blank,"

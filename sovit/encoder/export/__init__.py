@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from sovit import UserError, __version__
 from sovit.data import NORMALISATION
 from sovit.encoder.export.formats import check_format, config_of, tensors_of
-from sovit.files import write_atomic
+from sovit.files import as_umask, beside, write_atomic
 from sovit.ledger.records import find_branch
 from sovit.spec.run import Run
 from sovit.spec.shape import Shape
@@ -64,15 +63,15 @@ def export_encoder(
         model = _resized(model, run, shape)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        staging = beside(out)
+        staging.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose a folder that can be written") from None
     try:
         _save(model, NORMALISATION[run.data], shape, format, config, staging)
-        (staging / "README.md").write_text(card(run_id, run, shape, runs_dir, format))
+        (staging / "README.md").write_text(card(run_id, run, shape, runs_dir, format), encoding="utf-8")
         measured = {"format": format, "run_id": run_id, **roundtrip_check(model, shape, format, staging)}
         _write_json(staging / MARK, {"sovit": __version__, **measured})
-        staging.chmod(0o755)
         if out.exists():  # aside first: a kill while it is deleted must not leave a part of it under its name
             out.rename(earlier := staging.with_name(staging.name + ".old"))
             staging.rename(out)
@@ -130,13 +129,14 @@ def _save(model: Any, mean_std: tuple[float, float], shape: Shape, format: str, 
         import timm.models
 
         timm.models.save_for_hf(model, str(folder), model_args=shape.timm_kwargs, safe_serialization=True)
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["model_args"].pop("num_classes", None)  # given twice, transformers' TimmWrapper refuses it
     else:
         from safetensors.torch import save_file
 
         tensors = {name: t.contiguous() for name, t in tensors_of(model.state_dict(), format, *mean_std).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    as_umask(folder / "model.safetensors")
     if format not in ("timm", "nanovlm"):
         processor = _processor(shape.image_size, *mean_std, model.pretrained_cfg["crop_pct"])
         _write_json(folder / "preprocessor_config.json", processor)
@@ -162,4 +162,4 @@ def _processor(image_size: int, mean: float, std: float, crop_pct: float) -> dic
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
