@@ -43,36 +43,33 @@ def questions(
     """Show questions about training images of a data set, with answers, and the text-only baseline of each family.
 
     Args:
-        source: DATA:PRESET, such as stream:cpu or icons:mosaic
+        source: DATA:PRESET, such as stream:cpu
         count: images
         image_size: pixels a side (default: the preset's own)
         out: PNG, a sheet of the images with their questions
     """
     from sovit.data import named_data
     from sovit.tables import text_table
-    from sovit.vlm.questions.questions import open_questions
-    from sovit.vlm.questions.text_only import text_only_baseline
+    from sovit.vlm.questions.questions import open_questions, text_only_accuracy
 
     data, preset, size = named_data(source)
     size = size if image_size is None else image_size
     opened = open_questions(data, preset, size, data_seed=0)
     asked = opened.ask("train", 0, count)
-    blind = {name: {"kind": opened.kinds[name], **b._asdict()} for name, b in text_only_baseline(opened).items()}
+    alone = text_only_accuracy(opened)
     if out:
         captions = ["\n".join(f"{q.question} {q.answer}" for q in image) for image in asked]
         title = f"{data}:{preset}, {size} px"
         sheet(opened.images("train", 0, count), captions, out, title, columns=3, lines=32)
     rows = [[{"family": q.family, "question": q.question, "answer": q.answer} for q in image] for image in asked]
-    found = {"data": data, "preset": preset, "image_size": size, "images": rows, "blind": blind}
+    found = {"data": data, "preset": preset, "image_size": size, "images": rows, "text_only_accuracy": alone}
     if json:
         return show_result(found, str, True)
     for number, image in enumerate(asked):
         print(f"image {number}", *(f"  {q.question} {q.answer}" for q in image), sep="\n")
-    print("\ntext-only baseline: what the question alone tells (constant: the best single answer)")
-    scores = ("accuracy", "word_accuracy", "constant", "nats")
-    header = ["family", "kind", "accuracy", "of words", "constant", "nats", "questions"]
-    cells = [[name, b["kind"], *(f"{b[s]:.3f}" for s in scores), f"{b['num_val']:,}"] for name, b in blind.items()]
-    print(text_table(header, cells, left=("family", "kind")))
+    print("\ntext-only baseline: what the question alone tells")
+    cells = [[name, opened.kinds[name], f"{accuracy:.3f}"] for name, accuracy in alone.items()]
+    print(text_table(["family", "kind", "accuracy"], cells, left=("family", "kind")))
     if out:
         print(out)
 

@@ -1,23 +1,18 @@
-"""Questions about the stream and the icons: every answer is worked out again, another way, from text and latents."""
+"""Questions about the stream: every answer is worked out again, another way, from text and latents."""
 
 import json
-import math
 import re
 from collections import Counter, defaultdict
 
 import pytest
 import torch
-from icon_package import CONCEPTS, FAMILIES, icon_set, small_package, write_package
 
 from sovit import UserError
 from sovit.cli.main import main
-from sovit.data.icons import labels
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import PRESETS, VAL_SEED
-from sovit.vlm.questions.icons import Picture, arrangements
-from sovit.vlm.questions.questions import KINDS, Question, Questions, open_questions, salt
-from sovit.vlm.questions.stream import open_pictures
-from sovit.vlm.questions.text_only import text_only_baseline
+from sovit.vlm.questions.questions import KINDS, Question, Questions, open_questions, salt, text_only_accuracy
+from sovit.vlm.questions.stream import REFERENCE_SEED, read_scenes
 
 ROW = {word: i for i, word in enumerate(("one", "two", "three", "four", "five", "six", "seven", "eight"))}
 
@@ -126,11 +121,9 @@ def test_questions_are_pure_functions_of_seed_and_index(cpu):
 
 def test_no_scene_is_shown_in_training_and_in_validation(cpu):
     """Of a seed near the key of validation too; what tells how common answers are is of neither."""
-    near = open_pictures("cpu", 16, 2**32 - 1)
-    shown = [cpu.pictures.scenes("train", 0, 300), near.scenes("train", 0, 300), near.scenes("val", 0, 300)]
-    shown.append(near.reference("val", 300))
-    told = {str(scene) for scenes in shown for scene in scenes}
-    assert len(told) == 1200 and cpu.pictures.scenes("val", 0, 300) == shown[2]
+    seeds = (5, 2**32 - 1, VAL_SEED, REFERENCE_SEED)
+    told = {str(scene) for seed in seeds for scene in read_scenes(cpu.stream, seed, 0, 300)}
+    assert len(told) == 1200
 
 
 def test_families_are_asked_alike_whichever_others_are(cpu):
@@ -143,15 +136,15 @@ def test_families_are_asked_alike_whichever_others_are(cpu):
 
 def test_little_can_be_guessed_from_the_text(cpu):
     """No family but that of the most frequent colour, which has one text, is answered without looking."""
-    baseline = text_only_baseline(cpu, 1024)
-    assert list(baseline) == list(cpu.families)
+    baseline = text_only_accuracy(cpu, 1024)
+    assert set(baseline) == set(cpu.families)
     most = {"most": 0.55, "more": 0.55, "num_colours": 0.4}
-    for family, found in baseline.items():
-        assert found.accuracy < most.get(family, 0.22), (family, found)
+    for family, accuracy in baseline.items():
+        assert accuracy < most.get(family, 0.22), (family, accuracy)
     yes = [q.answer == "yes" for image in cpu.ask("val", 0, 1024) for q in image if q.family == "more"]
     assert 0.45 < sum(yes) / len(yes) < 0.55
     by_text = defaultdict(list)
-    for (q,) in Questions(cpu.pictures, ("more",)).ask("train", 0, 4096):
+    for (q,) in Questions(cpu.stream, ("more",)).ask("train", 0, 4096):
         by_text[q.question].append(q.answer)
     assert len(by_text) == 56
     for text, answers in by_text.items():
@@ -182,158 +175,6 @@ def test_images_that_do_not_exist(cpu):
                 refused("train", 0, 0)
 
 
-# icons: a small package of drawings whose names say what is true of them
-
-PLACES = ("top left", "top right", "bottom left", "bottom right")
-EXTRA = ("off-outline", "filled", "check-filled", "circle-outline", "arrow-left", "arrow-up-filled", "arrow-up-left")
-
-
-@pytest.fixture
-def package(tmp_path_factory, monkeypatch):
-    """The small package, with names that say more, in place of the asset; a cache that the tests here share."""
-    pytest.importorskip("resvg_py", reason="rendering needs the extra `icons`")
-    folder = tmp_path_factory.getbasetemp() / "questions-package"
-    if not folder.exists():
-        folder.mkdir()
-        sets = small_package()
-        for f, family in enumerate(FAMILIES):
-            names = [f"{concept}-{word}" for word in EXTRA for concept in CONCEPTS[:4]]
-            bars = {name: f'<path d="M{1 + i % 7} {1 + i // 7}h{5 + f}v{6 + f}H0z"/>' for i, name in enumerate(names)}
-            sets.append(icon_set(f"{family}-say", bars))
-        write_package(folder / "iconify.tgz", sets)
-    monkeypatch.setenv("SOVIT_ICONIFY", str(folder / "iconify.tgz"))
-    monkeypatch.setenv("SOVIT_CACHE", str(folder / "cache"))
-    monkeypatch.setattr(labels, "VAL_FAMILY_SHARE", 1.0)  # one of a dozen families is a large share
-
-
-def told_by_names(source, split: str, start: int, count: int) -> list[list[dict]]:
-    """What is true of each icon of each image, from its title in ATTRIBUTION.tsv."""
-    titles = [line.split("\t")[0] for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()[1:]]
-    shown = source.shown(start, count, val=split == "val")
-    sign = {"off": "slash", "check": "check", "plus": "plus"}
-    found = []
-    for b in range(count):
-        found.append([])
-        for icon in shown[b]:
-            concept, *words = titles[icon].split(":")[1].split("-")
-            points = [w for w in words if w in ("left", "up")]
-            found[-1].append(
-                {
-                    "concept": concept,
-                    "look": "filled" if "filled" in words else "outlined" if "outline" in words else None,
-                    "sign": next((sign[w] for w in words if w in sign), None),
-                    "shape": "circle" if "circle" in words else None,
-                    "arrow": points[0] if "arrow" in words and len(points) == 1 else None,
-                }
-            )
-    return found
-
-
-ASKED_OF_ONE = {
-    "look": r"Is (?:it|the (.+) picture) filled or outlined\?",
-    "sign": r"Which sign is on (?:it|the (.+) picture)\?",
-    "shape": r"Which shape is around (?:it|the (.+) picture)\?",
-    "arrow": r"Which way does the (?:(.+) )?arrow point\?",
-    "concept": r"What is (?:this|in the (.+))\?",
-}
-
-
-def true_of_icons(question: str, told: list[dict]) -> str:
-    """The answer from what is told of the icons of an image; fails where it is not the only one."""
-    concepts = [icon["concept"] for icon in told]
-
-    def only(concept):
-        assert concepts.count(concept) == 1
-        return divmod(concepts.index(concept), 2)
-
-    for key, pattern in ASKED_OF_ONE.items():
-        if (found := re.fullmatch(pattern, question)) and (found[1] in (*PLACES, None)):
-            return told[PLACES.index(found[1]) if found[1] else 0][key]
-    if found := re.fullmatch(r"Is the (\w+) filled or outlined\?", question):
-        y, x = only(found[1])
-        return told[2 * y + x]["look"]
-    if question == "Name the pictures in order.":
-        return " ".join(concepts)
-    if found := re.fullmatch(r"How many (\w+) pictures are there\?", question):
-        return str(concepts.count(found[1]))
-    if found := re.fullmatch(r"Where is the (\w+)\?", question):
-        y, x = only(found[1])
-        return ("bottom" if y else "top") + (" right" if x else " left")
-    if found := re.fullmatch(r"What is (left of|right of|above|below) the (\w+)\?", question):
-        y, x = only(found[2])
-        assert {"left of": x == 1, "right of": x == 0, "above": y == 1, "below": y == 0}[found[1]]
-        return concepts[2 * y + 1 - x] if found[1].endswith("of") else concepts[2 - 2 * y + x]
-    if found := re.fullmatch(r"Is the (\w+) (left of|right of|above|below) the (\w+)\?", question):
-        (y, x), (v, u) = only(found[1]), only(found[3])
-        assert y == v if found[2].endswith("of") else x == u
-        return "yes" if {"left of": x < u, "right of": x > u, "above": y < v, "below": y > v}[found[2]] else "no"
-    if found := re.fullmatch(r"What is diagonal to the (\w+)\?", question):
-        y, x = only(found[1])
-        return concepts[3 - (2 * y + x)]
-    found = re.fullmatch(r"Name the pictures in the row (above|below) the (\w+)\.", question)
-    assert only(found[2])[0] == (found[1] == "above")
-    return " ".join(concepts[:2] if found[1] == "above" else concepts[2:])
-
-
-@pytest.mark.parametrize("preset", ["mosaic", "single40"])
-def test_answers_about_icons(package, preset):
-    questions = open_questions("icons", preset, 32, data_seed=5)
-    seen, source = set(), questions.pictures.source
-    for split, start, count in (("train", 200, 100), ("val", 0, min(100, source.num_val))):
-        batch = getattr(source, split)(start, count)
-        torch.testing.assert_close(questions.images(split, start, count), batch.images * 0.5 + 0.4)
-        labels = batch.labels.view(count, -1)  # one patch an icon
-        told = told_by_names(source, split, start, count)
-        for i, asked in enumerate(questions.ask(split, start, count)):
-            concepts = [icon["concept"] for icon in told[i]]
-            assert concepts == [source.class_names[label] for label in labels[i]]
-            for q in asked:
-                assert q.answer == true_of_icons(q.question, told[i]), q
-                assert q.answer in q.choices or not q.choices
-                seen.add(q.family)
-    assert seen == set(questions.families)
-    assert {questions.kinds[f] for f in seen} == (
-        set(KINDS) - {"reading"} if "mosaic" in preset else {"naming", "attribute"}
-    )
-
-
-def test_no_picture_is_meant_by_a_sign_that_others_show():
-    concepts = ("plus", "link", "eye", "bell")
-    scene = [Picture(concept, "", "", "", "") for concept in concepts]
-    scene[1] = scene[1]._replace(sign="plus")
-    for name, family in arrangements(concepts).items():
-        asks = family.asks(scene)
-        assert not any("plus" in arguments for arguments, _ in asks)
-        assert asks or name == "look_of"
-    assert (("left of", "link"), "plus") in arrangements(concepts)["beside"].asks(scene)  # it may be an answer
-
-
-def test_icons_of_validation_are_of_other_families(package):
-    """Questions about validation never show a drawing, nor a set's family, that training shows."""
-    questions = open_questions("icons", "mosaic", 32, data_seed=0)
-    source = questions.pictures.source
-    columns = [line.split("\t") for line in (source.folder / "ATTRIBUTION.tsv").read_text().splitlines()]
-    family = columns[0].index("family")
-    drawn = {split: set(source.shown(0, 2000, val=split == "val").flat) for split in ("train", "val")}
-    families = {split: {columns[1 + icon][family] for icon in drawn[split]} for split in drawn}
-    assert not drawn["train"] & drawn["val"] and not families["train"] & families["val"] and all(families.values())
-    whole = questions.ask("val", 250, 12)
-    assert [q for k in range(12) for q in questions.ask("val", 250 + k, 1)] == whole
-    assert (
-        open_questions("icons", "mosaic", 32, data_seed=1).ask("val", 250, 12)
-        == whole
-        != questions.ask("train", 250, 12)
-    )
-
-
-def test_little_can_be_guessed_about_icons(package):
-    questions = open_questions("icons", "mosaic", 32, 0, ("name", "count", "where", "beside", "is_beside", "diagonal"))
-    baseline = text_only_baseline(questions, 1024)
-    most = {"count": 0.6, "where": 0.33, "is_beside": 0.58}
-    assert all(found.accuracy < most.get(family, 0.2) for family, found in baseline.items()), baseline
-    assert 0.4 < baseline["is_beside"].constant < 0.6 and 0.2 < baseline["where"].constant < 0.35
-
-
 # the text-only baseline itself
 
 
@@ -353,14 +194,10 @@ def test_the_text_only_baseline_knows_the_text_and_no_more():
         def ask(self, split, start, count):
             return [[q] for q in self.questions]
 
-    said = text_only_baseline(Made(made("aabb" * 100, "ttuu" * 100)), 400)["f"]
-    assert said.accuracy == said.word_accuracy == 1 and said.constant == 0.5 and said.nats < 0.08
-    unsaid = text_only_baseline(Made(made("abbb" * 100, "t" * 400)), 400)["f"]
-    assert unsaid.accuracy == unsaid.constant == 0.75 and unsaid.num_val == 400
-    assert unsaid.nats == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), abs=1e-3)
+    assert text_only_accuracy(Made(made("aabb" * 100, "ttuu" * 100)), 400) == {"f": 1.0}
+    assert text_only_accuracy(Made(made("abbb" * 100, "t" * 400)), 400) == {"f": 0.75}
     words = [Question("f", "t", answer, ()) for answer in ("a b", "a c", "a b", "d b") * 100]
-    opened = text_only_baseline(Made(words), 400)["f"]
-    assert (opened.accuracy, opened.word_accuracy) == (0.5, 0.75)
+    assert text_only_accuracy(Made(words), 400) == {"f": 0.5}
 
 
 def test_the_command(tmp_path, capsys):
@@ -368,6 +205,6 @@ def test_the_command(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     asked = open_questions("stream", "cpu", 16, 0).ask("train", 0, 2)
     assert [[q["answer"] for q in image] for image in found["images"]] == [[q.answer for q in image] for image in asked]
-    assert set(found["blind"]) == {q.family for image in asked for q in image} | {"most"}
+    assert set(found["text_only_accuracy"]) == {q.family for image in asked for q in image} | {"most"}
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     assert main(["vlm", "questions", "stream:detail"]) == 2 and "preset='detail'" in capsys.readouterr().err

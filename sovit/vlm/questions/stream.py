@@ -9,19 +9,34 @@ The words are those that small language models have one token for, "row two" rat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from sovit import UserError
 from sovit.data.stream.scene import Stream
 from sovit.data.stream.world import NUM_ANSWERS, PRESETS, VAL_SEED, Detail
-from sovit.vlm.questions.questions import STEPS, Asks, Family, Pictures
 
 LETTERS = tuple(chr(ord("A") + i) for i in range(NUM_ANSWERS))
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 CORNERS = {"top left": (0, 0), "top right": (0, -1), "bottom left": (-1, 0), "bottom right": (-1, -1)}  # (row, column)
+STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (rows, columns)
 REFERENCE_SEED = VAL_SEED + 2  # VAL_SEED + 1 is the stream's own, of its baselines
+
+
+Asks = list[tuple[tuple, str]]  # what a family can ask of an image: (arguments of its text, answer)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of questions; `asks(scene)` lists what it can ask of an image."""
+
+    kind: str
+    text: str  # with places for arguments, as of str.format
+    asks: Callable[[Any], Asks]
+    choices: tuple[str, ...] = ()
 
 
 class Cells(NamedTuple):
@@ -48,39 +63,36 @@ class Cells(NamedTuple):
         ]
 
 
-def open_pictures(preset: str, image_size: int, data_seed: int) -> Pictures:
-    """Open a preset of the stream, "" its first; scenes are Cells. Raises UserError for one without questions."""
+def open_scenes(preset: str, image_size: int, data_seed: int) -> Stream:
+    """Open a preset of the stream, "" its first. Raises UserError for one without questions."""
     preset = preset or next(iter(PRESETS))
     if preset not in PRESETS or isinstance(PRESETS[preset], Detail):
         known = ", ".join(name for name, world in PRESETS.items() if not isinstance(world, Detail))
         raise UserError(f"preset={preset!r} of the stream has no questions; choose one of {known}")
-    grid = PRESETS[preset].grid
     # any patch size that divides a cell would do; questions ask of cells alone
-    stream = Stream(PRESETS[preset], image_size, max(1, image_size // grid), data_seed, "cpu")
-    names = tuple(name.replace("-", " ") for name in stream.colour_names)
-
-    def scenes(seed: int, start: int, count: int) -> list[Cells]:
-        latents = stream.latents(seed, torch.arange(start, start + count))
-        found = []
-        for colours, marks in zip(latents["colour"].tolist(), stream.answers(latents, seed).tolist(), strict=True):
-            named, letters = [names[c] for c in colours], [LETTERS[m] for m in marks]
-            lines = [slice(i, i + grid) for i in range(0, grid**2, grid)]
-            counts = {name: named.count(name) for name in names}
-            found.append(Cells([named[line] for line in lines], [letters[line] for line in lines], counts))
-        return found
-
-    return Pictures(
-        data="stream",
-        data_seed=data_seed,
-        source=stream,
-        table=families(names, grid),
-        scenes=lambda split, start, count: scenes(VAL_SEED if split == "val" else data_seed, start, count),
-        reference=lambda split, count: scenes(REFERENCE_SEED, 0, count),
-    )
+    return Stream(PRESETS[preset], image_size, max(1, image_size // PRESETS[preset].grid), data_seed, "cpu")
 
 
-def families(colours: tuple[str, ...], grid: int) -> dict[str, Family]:
-    """The questions about a grid of `grid` x `grid` cells in these colours, in the order in which they are asked."""
+def colours_of(stream: Stream) -> tuple[str, ...]:
+    return tuple(name.replace("-", " ") for name in stream.colour_names)
+
+
+def read_scenes(stream: Stream, seed: int, start: int, count: int) -> list[Cells]:
+    """What images start .. start + count - 1 of a seed show."""
+    names, grid = colours_of(stream), stream.world.grid
+    latents = stream.latents(seed, torch.arange(start, start + count))
+    found = []
+    for colours, marks in zip(latents["colour"].tolist(), stream.answers(latents, seed).tolist(), strict=True):
+        named, letters = [names[c] for c in colours], [LETTERS[m] for m in marks]
+        lines = [slice(i, i + grid) for i in range(0, grid**2, grid)]
+        counts = {name: named.count(name) for name in names}
+        found.append(Cells([named[line] for line in lines], [letters[line] for line in lines], counts))
+    return found
+
+
+def families_of(stream: Stream) -> dict[str, Family]:
+    """The questions about the scenes of a stream, in the order in which they are asked."""
+    colours, grid = colours_of(stream), stream.world.grid
     counts = tuple(map(str, range(grid**2 + 1)))
     return {
         "marks": Family("reading", "Read the marks in order.", _marks),
