@@ -122,7 +122,7 @@ def main() -> int:
         if "--check" in sys.argv:
             print(f"{path.relative_to(ROOT)} differs from the committed results; run python -m analysis.docs")
         else:
-            path.write_text(render(path.read_text(encoding="utf-8")))
+            path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
     return int("--check" in sys.argv and bool(stale))
 
 

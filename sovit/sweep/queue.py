@@ -45,8 +45,7 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         try:
             return optuna.storages.RDBStorage(url)
         except Exception as error:  # SQLAlchemy and drivers raise many kinds
-            why = without_password(str(error).splitlines()[0])
-            raise UserError(f"cannot open --storage {without_password(url)}: {why}; check the URL") from None
+            raise UserError(without_password(f"cannot open --storage {url}: {reason(error)}; check the URL")) from None
     path = Path(rest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

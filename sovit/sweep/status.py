@@ -65,10 +65,7 @@ class StudyStatus:
 
 
 def study_status(name: str, runs_dir: Path, results_dir: Path | None = None) -> StudyStatus:
-    """Read the state of study `name`.
-
-    Raises UserError for a study that is not there, or files that cannot be read.
-    """
+    """Read the state of study `name`. Raises UserError where it is not there or cannot be read."""
     design = _design(name, runs_dir, results_dir)
     rows = _read_rows(design, runs_dir)
     if not design.known and not rows:

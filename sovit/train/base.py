@@ -167,7 +167,7 @@ class Trainer:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
                 step, of = (json.loads(line)[name] for name in ("step", "branch"))
                 if step <= self.at.step or not (of == branch or (of is None and step <= leaves)):
