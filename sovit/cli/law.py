@@ -18,6 +18,10 @@ class Rows:
     metric: Annotated[str, Help("Column to fit.")] = "val_loss"
     form: Annotated[str | None, Help("A law form (default: chosen by extrapolation).")] = None
     skip_bad: Annotated[bool, Help("Leave bad rows out, each with its reason, and go on.")] = False
+    map: Annotated[tuple[str, ...], Help("THEIRS=OURS,...: columns of a table that others wrote.")] = ()
+    units: Annotated[tuple[str, ...], Help("OURS=FACTOR,...: multiply a column, such as num_examples=1e6.")] = ()
+    loss: Annotated[str, Help("huber_log or log_squares, of ln(predicted / measured).")] = "huber_log"
+    huber_delta: Annotated[float | None, Help("As in a paper, such as 1e-3 (default: from the data).")] = None
 
 
 @Flat
@@ -34,7 +38,7 @@ def fit(ledgers: list[Path], /, *, options: FitOptions = FitOptions(), json: Jso
     """Fit shape laws to ledgers: law.json, report.md and figures.
 
     Args:
-        ledgers: JSON lines, or CSV with the same columns
+        ledgers: JSON lines, CSV or TSV, also as .gz; --map and --units say what columns are
     """
     from sovit.report.build import fit_ledgers
 
@@ -45,7 +49,7 @@ def report(ledgers: list[Path], /, *, out: Path | None = None, law: Path | None 
     """Write the law of ledgers as one HTML file, figures and tables in it.
 
     Args:
-        ledgers: JSON lines, or CSV with the same columns
+        ledgers: JSON lines, CSV or TSV, also as .gz; --map and --units say what columns are
         out: HTML file (default: runs/results/<ledger's name>_report.html)
         law: a folder that sovit fit wrote of these rows
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +26,12 @@ RULES = {  # counted column -> what it is compared with
     "forward_flops": "what its shape counts",
     "num_params": "what its shape counts",
     "compute": "forward_flops x num_examples",
+    "train_flops": "3 x (forward_flops + head_flops) x num_examples",
 }
+# what a count may be of ours by another convention: a multiply-add counted once, training counted as forward, without
+# attention or embeddings; further off it is of another unit
+SAME_UNIT = 4.0
+UNITS = {1e3: "thousands", 1e6: "millions", 1e9: "billions (G)", 1e12: "trillions (T)", 1e15: "P", 2e9: "GMACs"}
 
 
 def column_numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -46,24 +52,33 @@ def bad_numbers(rows: list[dict], metric: str) -> dict[int, str]:
         above = name in ABOVE_ZERO
         for i in np.flatnonzero(said & ~(np.isfinite(column) & ((column > 0) if above else (column >= 0)))):
             value = rows[i][name]
-            what = "not a number" if not is_number(value) else "not above 0" if above else "below 0"
+            what = f"not a number{_separated(value)}" if not is_number(value) else "not above 0" if above else "below 0"
             out.setdefault(int(i), f"has {name}={value!r}, which is {what}")
         if name in WHOLE:
             for i in np.flatnonzero(np.isfinite(column) & (column != np.round(column))):
                 out.setdefault(int(i), f"has {name}={rows[i][name]!r}, which is not a whole number")
     column, _ = column_numbers(rows, metric)
     for i in np.flatnonzero(~(np.isfinite(column) & (column > 0))):
-        out.setdefault(int(i), f"has {metric}={rows[i].get(metric)!r}; a power law needs a number above 0")
+        value = rows[i].get(metric)
+        out.setdefault(int(i), f"has {metric}={value!r}; a power law needs a number above 0{_separated(value)}")
     return out
+
+
+def _separated(value: object) -> str:
+    """The remedy for a number with a comma, a space or an apostrophe in it, whose meaning differs by country."""
+    like = isinstance(value, str) and re.fullmatch(r"-?\d+([ ,.'\u00a0\u202f]\d+)+", value)
+    return " (write it without separators, decimals after a point)" if like else ""
 
 
 def count_ratios(rows: list[dict], shapes: list[Shape | None]) -> dict[str, np.ndarray]:
     """By counted column: what the rows give over what their own shape and numbers say, nan where either is not said."""
-    given = {name: column_numbers(rows, name)[0] for name in (*RULES, "num_examples")}
+    given = {name: column_numbers(rows, name)[0] for name in (*RULES, "num_examples", "head_flops", "text_flops")}
     count = {id(s): (s.forward_flops, s.num_params) for s in {id(s): s for s in shapes if s is not None}.values()}
     forward, params = np.array([count.get(id(s), (np.nan, np.nan)) for s in shapes], float).T
     own = np.where(np.isfinite(given["forward_flops"]), given["forward_flops"], forward)
-    counted = dict(forward_flops=forward, num_params=params, compute=own * given["num_examples"])
+    head = np.where(np.isfinite(given["head_flops"]), given["head_flops"], 0.0)
+    trained = 3 * (own + head) * np.where(np.isfinite(given["text_flops"]), np.nan, given["num_examples"])
+    counted = dict(forward_flops=forward, num_params=params, compute=own * given["num_examples"], train_flops=trained)
     return {name: given[name] / counted[name] for name in RULES}
 
 
@@ -86,14 +101,36 @@ def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict[str, n
 
 
 def foreign_counts(ratios: dict[str, np.ndarray]) -> list[str]:
-    """What to know of counts that are not ours: legitimate, where one rule made them all."""
+    """What to know of counts that are not ours: legitimate, where one rule of counting made them all.
+
+    Raises UserError for a count of another unit, which a rule of counting does not explain.
+    """
     out = []
     for name, ratio in ratios.items():
-        if (np.abs(np.log(ratio)) > CONVENTION).any():  # False for nan
+        off = np.abs(np.log(ratio[np.isfinite(ratio)]))
+        if (off > CONVENTION).any():
             low, high = f"{np.nanmin(ratio):.4g}", f"{np.nanmax(ratio):.4g}"
             span = low if low == high else f"{low} to {high}"
+            if (off > np.log(SAME_UNIT)).any():
+                raise UserError(
+                    f"{name} is {span} x {RULES[name]}: another unit, {_unit(name, float(np.nanmedian(ratio)))}"
+                )
             out.append(f"{name} is {span} x {RULES[name]}: another convention, and kept")
     return out
+
+
+def _unit(name: str, ratio: float) -> str:
+    """What may have been meant, as a remedy."""
+    factor = min(UNITS, key=lambda unit: abs(np.log(ratio * unit)))
+    if abs(np.log(ratio * factor)) < np.log(SAME_UNIT):
+        return f"maybe {UNITS[factor]}: then add --units {name}={factor:g}; else mend the column"
+    factor = min(UNITS, key=lambda unit: abs(np.log(ratio / unit)))
+    other = "num_examples" if name in ("compute", "train_flops") else name
+    if abs(np.log(ratio / factor)) < np.log(SAME_UNIT) and other != name:
+        return (
+            f"maybe num_examples is in {UNITS[factor]}: then add --units num_examples={factor:g}; else mend the column"
+        )
+    return f"convert it with --units {name}=FACTOR, or mend the column"
 
 
 def odd_trunks(rows: list[dict], shapes: list[Shape | None]) -> list[str]:

@@ -11,16 +11,18 @@ import contextlib
 import csv
 import functools
 import glob
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from sovit import OUTPUTS, PUBLISHED, UserError
+from sovit import OUTPUTS, PUBLISHED, UserError, reason
 from sovit.files import locked, write_atomic
 from sovit.ledger.records import checked, decoded, dump_row
 from sovit.ledger.schema import INCIDENTAL, TEXT, LedgerRow
+from sovit.ledger.tables import Reading, delimiter_of, open_table, suffix_of
 
 
 def designed_ledger(design: dict) -> Path:
@@ -62,19 +64,21 @@ def read_ledger(path: Path | str) -> list[LedgerRow]:
     return cast(list[LedgerRow], merge(read_rows(path), str(path)))
 
 
-def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
+def read_rows(path: Path | str, left_out: list | None = None, reading: Reading | None = None) -> list[dict]:
     """The rows of a ledger as they stand in the file, one by one: a million of them are never held as text as well.
 
     left_out: None = the first malformed line raises; a list = (FILE:LINE, reason) of each is appended to it instead.
+    reading: how a table that others wrote is read; None: a ledger, and nothing else.
     Raises UserError for a missing, unreadable or empty file.
     """
-    path, rows, num_bad = Path(path), [], 0
-    is_csv = path.suffix == ".csv"
+    path, rows, num_bad, ledger = Path(path), [], 0, None
     try:
-        with open(path, encoding="utf-8-sig", newline="" if is_csv else None) as file:
-            for number, parse in _csv_lines(file, path) if is_csv else _json_lines(file):
+        with open_table(path) as file:
+            for number, parse in _json_lines(file) if suffix_of(path) == ".jsonl" else _csv_lines(file, path):
                 try:
-                    rows.append(checked(parse()))
+                    row = parse()
+                    ledger = isinstance(row, dict) and "run_id" in row if ledger is None else ledger  # by the first row
+                    rows.append(checked(reading.row(row, f"{path.name}:{number}", ledger) if reading else row))
                 except UserError as error:
                     if left_out is None:
                         raise UserError(f"{path}:{number} {error}") from None
@@ -84,8 +88,9 @@ def read_rows(path: Path | str, left_out: list | None = None) -> list[dict]:
         raise UserError(f"no ledger at {path}; run its study first") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; give a ledger in it, a file of JSON lines or CSV") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    except (OSError, EOFError, UnicodeError, csv.Error) as error:
+        remedy = "save it as UTF-8" if isinstance(error, UnicodeError) else "mend it"
+        raise UserError(f"cannot read {path}: {reason(error)}; {remedy}") from None
     if not rows:
         what = f"has no sound row among {num_bad}" if num_bad else "is empty; run its study first"
         raise UserError(f"the ledger {path} {what}")
@@ -97,7 +102,8 @@ def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
 
 
 def _csv_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    table = csv.DictReader(file)
+    header = next(iter(file), "")
+    table = csv.DictReader(itertools.chain([header], file), delimiter=delimiter_of(header, path))
     if twice := [name for name, count in Counter(table.fieldnames or []).items() if count > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
     return ((table.line_num, functools.partial(_csv_row, row)) for row in table)
@@ -187,6 +193,8 @@ def _csv_row(row: dict) -> dict:
 def _csv_value(text: str | None) -> Any:
     if text is None or text == "":
         return None
+    if text in ("True", "False", "TRUE", "FALSE"):  # as pandas and spreadsheets write them
+        return text[0] == "T"
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text

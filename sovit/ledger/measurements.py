@@ -31,6 +31,7 @@ from sovit.ledger.bad_rows import (
 )
 from sovit.ledger.few_shot_columns import about, probe_of
 from sovit.ledger.ledger import merge, read_exclusions, read_rows
+from sovit.ledger.tables import Reading
 from sovit.spec.shape import DIMENSIONS, Shape
 
 # columns handed to a law where every row has them
@@ -85,18 +86,21 @@ class Measurements:
         return list(zip(*(self.columns[n].tolist() for n in names))) if names else [()] * len(self.y)
 
 
-def measurements(ledgers: Sequence[Path | str], metric: str = "val_loss", *, skip_bad: bool = False) -> Measurements:
+def measurements(
+    ledgers: Sequence[Path | str], metric: str = "val_loss", *, skip_bad: bool = False, reading: Reading | None = None
+) -> Measurements:
     """Read and merge ledgers; leave out excluded rows and rows that are not ok; complete what can be counted.
 
     `exclusions.csv` beside a ledger is applied. Raises UserError for unreadable or mixed ledgers, for the first bad row
     (malformed, without the metric, conflicting with another, with a number that cannot be) and where no row is left.
-    skip_bad: leave bad rows out, each with its reason, instead.
+    skip_bad: leave bad rows out, each with its reason, instead. reading: names and units of tables that others wrote.
     """
+    reading = reading or Reading(metric=metric)
     paths = [Path(p) for p in ledgers]
     if not paths:
         raise UserError("no ledger given; name at least one file of rows")
     bad: list[tuple[str, str]] = []
-    rows = [row for path in paths for row in read_rows(path, bad if skip_bad else None)]
+    rows = [row for path in paths for row in read_rows(path, bad if skip_bad else None, reading)]
     reasons: dict[str, str] = {}
     for folder in dict.fromkeys(path.parent for path in paths):
         reasons |= read_exclusions(folder / "exclusions.csv")
@@ -120,7 +124,7 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
     where, reasons, skip_bad, left_out = source.where, source.excluded, source.skip_bad, list(source.refused)
     num_bad = len(left_out)
     rows = merge(list(read), where, left_out if skip_bad else None)
-    notes = []
+    notes = foreign_notes(rows)
     if repeats := len(read) - len(rows) - len(left_out) + num_bad:
         notes.append(f"{repeats} of {len(read)} rows repeat the run_id of another, with which they agree: counted once")
     unused = {row["run_id"]: why for row in rows if (why := unfit(row, reasons))}
@@ -163,6 +167,18 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
     return Measurements(metric, columns, y, kept, left_out, statuses, list(source.paths), notes)
 
 
+def foreign_notes(rows: Sequence[Mapping]) -> list[str]:
+    """What was derived of rows whose run_id is a place in a table: their status, and trunks."""
+    derived = [row for row in rows if ":" in row["run_id"]]
+    if not derived:
+        return []
+    trunks = len({row["trunk_id"] for row in derived})
+    return [
+        f"{len(derived)} rows name no run: each counts as one that ended well, and rows that agree in shape, rate and"
+        f" seeds as one training run ({trunks} of them)"
+    ]
+
+
 def _column(rows: list[dict], name: str) -> np.ndarray | None:
     """Whole numbers stay whole, so that a shape can be rebuilt from the column. None where a row lacks it."""
     values, _ = column_numbers(rows, name)
@@ -200,7 +216,9 @@ def _counted(row: dict, shape: Shape | None) -> dict:
     if shape is not None:
         more = {name: getattr(shape, name) for name in ("forward_flops", "num_params") if row.get(name) is None}
         if row.get("head_flops") is None and row.get("num_classes"):
-            more["head_flops"] = shape.head_flops(int(row["num_classes"]))
+            scale = row["forward_flops"] / shape.forward_flops if row.get("forward_flops") else 1.0  # in the row's unit
+            head = shape.head_flops(int(row["num_classes"]))
+            more["head_flops"] = head if abs(scale - 1) < 1e-6 else head * scale
     forward = row.get("forward_flops") or more.get("forward_flops")
     if forward is not None:
         images = row["num_examples"]

@@ -21,7 +21,9 @@ from sovit.law.checks.sensitivity import sensitivity
 from sovit.law.fit import choose_headline, fit_forms
 from sovit.law.fitted_law import Fit, plain
 from sovit.law.forms import LAWS
+from sovit.law.solver.fitter import Loss
 from sovit.ledger.measurements import Measurements, measurements
+from sovit.ledger.tables import Reading
 from sovit.report.facts import budget_facts, data_facts, held_out, law_facts
 from sovit.report.text import render
 
@@ -50,12 +52,21 @@ class FitOptions:
     """False = without the hundred refits that say what the law depends on, and without the further cuts."""
     skip_bad: bool = False
     """Leave bad rows out, each with its reason, where otherwise the first is refused."""
+    map: Sequence[str] = ()
+    """THEIRS=OURS: names of columns in a table that others wrote."""
+    units: Sequence[str] = ()
+    """OURS=FACTOR: a column is multiplied by it."""
+    loss: str = "huber_log"
+    """huber_log or log_squares, of ln(predicted / measured)."""
+    huber_delta: float | None = None
+    """As in a paper, such as 1e-3, rows as they are; None = from the data, whitened by trunk."""
 
     def __post_init__(self) -> None:
         if self.form is not None and self.form not in LAWS:
             raise UserError(f"form={self.form!r} is unknown; choose one of {', '.join(LAWS)}")
         if self.train_flops is not None and not (np.isfinite(self.train_flops) and self.train_flops > 0):
             raise UserError(f"train_flops={self.train_flops!r} is not a positive number; give FLOPs, such as 1e15")
+        Loss(self.loss, self.huber_delta)
         if self.bootstrap < 0 or 0 < self.bootstrap < MIN_DRAWS:
             raise UserError(
                 f"bootstrap={self.bootstrap} draws give no interval; give at least {MIN_DRAWS}, or 0 for none"
@@ -69,8 +80,9 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
     for bad input, before writing anything.
     """
     chosen = FitOptions(**options)
-    data = measurements(paths, chosen.metric, skip_bad=chosen.skip_bad)
-    fits, refused = fit_forms(data, chosen.form, bootstrap=chosen.bootstrap, seed=chosen.seed)
+    data = read_ledgers(paths, chosen)
+    how = dict(bootstrap=chosen.bootstrap, seed=chosen.seed, loss=chosen.loss, huber_delta=chosen.huber_delta)
+    fits, refused = fit_forms(data, chosen.form, **how)
     headline, why = choose_headline(fits, chosen.form)
     at_budget = budget_facts(data, fits, headline, chosen.train_flops)
     scores = held_out(fits, headline, data)
@@ -92,6 +104,12 @@ def fit_ledgers(paths: Sequence[Path | str], **options: Any) -> dict:
         write_atomic(folder / INPUTS, json.dumps(data.identity, indent=1) + "\n")
     summary = _summary(folder, data, fits, headline, facts)
     return summary | dict(text=render("fit.txt.j2", s=summary, why_none=facts["why_none"]).rstrip("\n"))
+
+
+def read_ledgers(paths: Sequence[Path | str], chosen: FitOptions) -> Measurements:
+    """The measurements of ledgers, or of tables that others wrote. Raises UserError as `measurements`."""
+    reading = Reading.of(chosen.map, chosen.units, chosen.metric)
+    return measurements(paths, chosen.metric, skip_bad=chosen.skip_bad, reading=reading)
 
 
 def report_text(folder: Path) -> str:

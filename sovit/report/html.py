@@ -13,14 +13,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from sovit import OUTPUTS, UserError
 from sovit.files import write_atomic
-from sovit.ledger.measurements import Measurements, measurements
-from sovit.report.build import INPUTS, fit_ledgers, law_folder
+from sovit.ledger.measurements import Measurements
+from sovit.report.build import INPUTS, FitOptions, fit_ledgers, law_folder, read_ledgers
 from sovit.report.text import render
 
 FIGURE = {"figure": True}  # marks the images that are
@@ -31,24 +32,23 @@ FIGURE_SCALE = 1.3  # of a figure's printed size; never wider than the text
 def write_page(
     ledgers: Sequence[Path | str],
     *,
-    metric: str = "val_loss",
-    form: str | None = None,
     law: Path | None = None,
     out: Path | None = None,
-    skip_bad: bool = False,
+    **options: Any,
 ) -> str:
     """Write the report of `ledgers` as one HTML file and say in a line where it is and which law it shows.
 
     The law that `sovit fit` wrote, or the one in the `_law` folder beside the ledger, is shown where it was made of these
     very rows, this metric and this form, else one is fitted for the page alone: only `sovit fit` writes laws. `law` names a
-    folder that must match. out: None = the first ledger's name with _report.html, in OUTPUTS. Raises UserError as
-    `fit_ledgers` does, and for a `law` that does not match.
+    folder that must match. out: None = the first ledger's name with _report.html, in OUTPUTS. options: of `FitOptions`.
+    Raises UserError as `fit_ledgers` does, and for a `law` that does not match.
     """
-    data = measurements(ledgers, metric, skip_bad=skip_bad)
+    chosen = FitOptions(**options)
+    data = read_ledgers(ledgers, chosen)
     path = Path(out) if out is not None else OUTPUTS / f"{Path(data.paths[0]).stem}_report.html"
     own = law_folder(data.paths)
     folders = [Path(law)] if law is not None else [own, Path(data.paths[0]).with_name(own.name)]
-    reasons = {folder: mismatch(folder, data, form) for folder in folders}
+    reasons = {folder: mismatch(folder, data, chosen) for folder in folders}
     folder = min(folders, key=lambda folder: reasons[folder] != "")  # the first that matches
     reason = reasons[folder]
     if reason and law is not None:
@@ -58,16 +58,17 @@ def write_page(
         return f"{path}: the law in {folder}, which was made of these very rows"
     print(f"fitting, because {reason}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as fresh:
-        fit_ledgers(ledgers, metric=metric, form=form, out=fresh, skip_bad=skip_bad)
+        fit_ledgers(ledgers, out=fresh, **options)
         write_atomic(path, page_of(Path(fresh)))
     return f"{path}: a law fitted for it alone; sovit fit keeps one"
 
 
-def mismatch(folder: Path, data: Measurements, form: str | None) -> str:
+def mismatch(folder: Path, data: Measurements, chosen: FitOptions) -> str:
     """Why the law in `folder` is not the one asked for, or "" where it is: its inputs.json names what it was made of."""
     try:
         made_of = json.loads((folder / INPUTS).read_text(encoding="utf-8"))
-        found = json.loads((folder / "law.json").read_text(encoding="utf-8"))["form"]
+        law = json.loads((folder / "law.json").read_text(encoding="utf-8"))
+        found, loss, delta = law["form"], law["model"]["loss"], law["model"]["huber_delta"]
         differing = [name for name, value in data.identity.items() if made_of.get(name) != value]
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
@@ -76,7 +77,9 @@ def mismatch(folder: Path, data: Measurements, form: str | None) -> str:
     if differing:
         what = "rows" if differing[0] == "sha256" else differing[0]
         return f"the law in {folder} is of other {what}"
-    return f"the law in {folder} is of form {found}" if form not in (None, found) else ""
+    if loss != chosen.loss or chosen.huber_delta not in (None, delta):
+        return f"the law in {folder} was fitted by another loss"
+    return f"the law in {folder} is of form {found}" if chosen.form not in (None, found) else ""
 
 
 def page_of(folder: Path) -> str:

@@ -221,7 +221,7 @@ def bad_ledgers(rows):
     yield "missing", None, "no ledger at"
     yield "empty", "", "is empty"
     yield "malformed", "{not json}\n", "is not JSON"
-    yield "not_rows", '{"a": 1}\n', "lacks run_id"
+    yield "not_rows", '{"a": 1}\n', "lacks num_examples, val_loss"
     yield "conflicting", conflict, "disagree on val_loss"
     yield "too_few", rows[::12], "rows cannot determine"
     yield "one_shape", rows[:4], "needs at least two shapes"

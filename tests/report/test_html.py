@@ -15,6 +15,7 @@ from sovit import UserError
 from sovit.cli.main import main
 from sovit.ledger.measurements import measurements
 from sovit.report import html
+from sovit.report.build import FitOptions
 from sovit.report.html import mismatch, page_of, write_page
 
 VOID = {"meta", "img", "br", "hr", "link"}
@@ -160,14 +161,18 @@ def test_the_same_bytes_again_and_no_law_touched(ledger, tmp_path, monkeypatch):
 def test_a_law_of_something_else_is_not_shown(ledger, tmp_path, capsys):
     rows = [json.loads(line) for line in ledger.read_text().splitlines()]
     folder = ledger.with_name("stream_star_law")
-    assert mismatch(folder, measurements([ledger]), None) == mismatch(folder, measurements([ledger]), "bounded") == ""
-    assert "is of form bounded" in mismatch(folder, measurements([ledger]), "joint")
-    assert "is of other metric" in mismatch(folder, measurements([ledger], "val_error"), None)
+    assert (
+        mismatch(folder, measurements([ledger]), FitOptions())
+        == mismatch(folder, measurements([ledger]), FitOptions(form="bounded"))
+        == ""
+    )
+    assert "is of form bounded" in mismatch(folder, measurements([ledger]), FitOptions(form="joint"))
+    assert "is of other metric" in mismatch(folder, measurements([ledger], "val_error"), FitOptions())
     rows[0]["val_loss"] += 1e-9
     other = planted.write_ledger(tmp_path / "stream_star.jsonl", rows)
-    assert "is of other rows" in mismatch(folder, measurements([other]), None)
+    assert "is of other rows" in mismatch(folder, measurements([other]), FitOptions())
     rows[0] |= {"status": "diverged"}  # no row of the law, but its report counts it
-    assert "is of other rows" in mismatch(folder, measurements([planted.write_ledger(other, rows)]), None)
+    assert "is of other rows" in mismatch(folder, measurements([planted.write_ledger(other, rows)]), FitOptions())
     with pytest.raises(UserError, match="is of other rows; renew it with sovit fit"):
         write_page([other], law=folder)
     assert main(["report", str(ledger), "--law", str(tmp_path / "nowhere")]) == 2
@@ -201,5 +206,5 @@ def test_links_that_lead_nowhere_from_the_page_are_plain_words():
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*_law")), ids=lambda p: p.name)
 def test_committed_reports_are_of_the_committed_rows(folder):
     ledger = folder.with_name(folder.name.removesuffix("_law") + ".jsonl")
-    assert mismatch(folder, measurements([ledger]), None) == ""
+    assert mismatch(folder, measurements([ledger]), FitOptions()) == ""
     Page(page_of(folder))
