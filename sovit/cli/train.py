@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from sovit import OUTPUTS, UserError
 from sovit.cli.common import Flat, Geometry, Help, Json, Pixels, Place, Whole, encoder_name, given, show
 from sovit.files import check_name
+from sovit.spec.named_shapes import Named, UnknownShape, named
 from sovit.spec.shape import Shape
 
 
@@ -30,31 +31,49 @@ def count(*shapes: str, sizes: Sizes = Sizes(), num_classes: Whole = 0, json: Js
     """Count parameters and FLOPs of one shape, or of several as a table.
 
     Args:
-        shapes: such as B/16, So400m/14@378 or vit_base_patch16_224
+        shapes: such as B/16, So400m/14@378, 192x12x768, vit_base_patch16_224.augreg_in21k or open_clip's ViT-B-16
         num_classes: count a linear task head of so many classes, apart
     """
-    from sovit.spec.named_shapes import named_shape
     from sovit.tables import text_table
 
     if num_classes < 0:
         raise UserError(f"--num-classes {num_classes} is negative; give 0 for no head")
     fields = given(sizes)
     if shapes:
-        named = {name: named_shape(name, **fields) for name in shapes}
+        by_name = {name: _named(name, fields) for name in shapes}
     else:
         for name in ("width", "depth", "mlp_dim"):
             if name not in fields:
                 raise UserError(f"name a shape, such as B/16, or give --{name.replace('_', '-')}")
         shape = Shape(**fields)
-        named = {shape.label: shape}
-    counts = {name: shape.counts(num_classes) for name, shape in named.items()}
-    whole = {name: shape.to_dict() | counts[name] for name, shape in named.items()}
+        by_name = {shape.label: Named(shape)}
+    counts = {name: found.counts(num_classes) for name, found in by_name.items()}
+    whole = {name: found.shape.to_dict() | counts[name] for name, found in by_name.items()}
+    for name, found in by_name.items():
+        whole[name] |= {"note": found.note} if found.note else {}
     if json:
         return show(whole if len(whole) > 1 else next(iter(whole.values())), str, True)
     rows = ("width", "depth", "mlp_dim", "patch_size", "image_size", "pool", *next(iter(counts.values())))
     cells = [[row, *(c[row] if row == "pool" else f"{c[row]:,}" for c in whole.values())] for row in rows]
     print(text_table(["", *whole], cells, left=[""]))
     print("\nFLOPs: matrix products of one image's forward pass, 2 per multiply-add; training is 3 x that.")
+    for name, found in by_name.items():
+        beside = f", so {found.more_params:+,} parameters beside a plain ViT" if found.more_params else ""
+        if found.note:
+            print(f"{name}: {found.note}{beside}.")
+
+
+def _named(name: str, fields: dict) -> Named:
+    """A name of the tables, which need neither torch nor timm, or of any other ViT of timm."""
+    try:
+        return named(name, **fields)
+    except UnknownShape:
+        if "_" in name:  # as a ViT of timm's has
+            from sovit.encoder.from_timm import named_timm, timm
+
+            if timm.is_model(name):
+                return named_timm(name, **fields)
+        raise
 
 
 @Flat

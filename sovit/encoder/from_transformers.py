@@ -27,10 +27,13 @@ def transformers_encoder(name: str, location: str, device: str) -> Encoder:
     tower, record = _opened(name, location)
     tower = tower.eval().requires_grad_(False).to(device)
     config = tower.config  # of a model of text and image, the image side's own
+    for field, wanted in (("num_channels", 3), ("image_size", "one side"), ("patch_size", "one side")):
+        if not isinstance(value := getattr(config, field), int) or (field == "num_channels" and value != wanted):
+            raise UserError(f"{name} has {field}={value}; only {wanted} is read here, give a tower of it")
     kind, preprocess = config.model_type, _preprocess(name, record, config.image_size)
     image_size = preprocess.image_size
     # DINOv2 resizes its positions to what comes; its published weights have those of 518 px and a processor of 224
-    if image_size != config.image_size and not (kind.startswith("dinov2") and image_size % config.patch_size == 0):
+    if image_size != config.image_size and not kind.startswith("dinov2"):
         raise UserError(f"{name} reads {config.image_size} px, its processor makes {image_size}; mend the processor")
     grid = image_size // config.patch_size
     parameters = {n for n, _ in tower.named_parameters()}
@@ -40,7 +43,8 @@ def transformers_encoder(name: str, location: str, device: str) -> Encoder:
 
     def hidden(images: Tensor, block: int) -> Tensor:
         x = tower(images, output_hidden_states=True).hidden_states[block + 1]  # [0] is the embedding
-        assert x.shape[1] == prefix + grid**2, f"{name}: {x.shape[1]} tokens, {prefix} + {grid}^2 known"
+        if x.shape[1] != prefix + grid**2:
+            raise UserError(f"{name} gives {x.shape[1]} tokens, not {prefix} + {grid}^2; its config.json is another's")
         return x
 
     def pooled(images: Tensor) -> Tensor:
@@ -95,16 +99,29 @@ def _opened(name: str, location: str) -> tuple[Any, dict]:
 
 
 def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
-    """What an image processor does, in our words; image_size: of the tower, where the processor names no square."""
+    """What an image processor does, in our words; image_size: of the tower, where the processor names no square.
+
+    Its rescale_factor, from pixels of 0..255, goes into mean and std, which here are of pixels in [0, 1].
+    """
     try:
         cropped = bool(record.get("do_center_crop"))
         before = dict(record["size"])  # of the crop
-        size = dict(record["crop_size"] if cropped else before).get("height") or image_size
+        made = dict(record["crop_size"] if cropped else before)
+        size = made.get("height") or image_size
+        if made.get("width", size) != size:
+            raise ValueError(f"{size} x {made['width']} px; only square images are read here")
+        if others := [flag for flag in ("do_pad", "do_flip_channel_order") if record.get(flag)]:
+            raise ValueError(f"{others[0]}=true, which is not done here")
+        if record.get("do_resize") is False and cropped:
+            raise ValueError("do_resize=false before a crop")
+        scale = 255 * float(record.get("rescale_factor", 1 / 255)) if record.get("do_rescale", True) else 255.0
+        normalised = record.get("do_normalize", True)
+        mean, std = (record["image_mean"], record["image_std"]) if normalised else ((0.0,) * 3, (1.0,) * 3)
         found = Preprocess(
             image_size=size,
-            mean=tuple(record["image_mean"]),
-            std=tuple(record["image_std"]),
-            resample=RESAMPLE.get(int(record["resample"]), "bicubic"),
+            mean=tuple(value / scale for value in mean),
+            std=tuple(value / scale for value in std),
+            resample=RESAMPLE[int(record["resample"])],
             crop="center" if cropped else "squash",
             crop_pct=size / (before.get("shortest_edge") or before["height"]) if cropped else 1.0,
         )

@@ -178,8 +178,13 @@ def comparison_text(result: dict) -> str:
 
 
 def sizes(encoder: Encoder) -> tuple[int, int]:
-    """Pixels a side of an encoder's image and patch."""
-    return encoder.preprocess.image_size, encoder.preprocess.image_size // encoder.grid
+    """Pixels a side of an encoder's image, and of the patches that a source of one label an image is opened with.
+
+    Of such a source patches change nothing. So a patch that leaves the rest of the image unread, as 14 of 384 px, is
+    named as the whole image.
+    """
+    size, patch = encoder.preprocess.image_size, encoder.preprocess.image_size // encoder.grid
+    return size, size if size % patch else patch
 
 
 # rows ----------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_a_stop_has_its_exit_status(stop, status, monkeypatch, capsys):
     def stopped(*_):
         raise stop
 
-    monkeypatch.setattr("sovit.spec.named_shapes.named_shape", stopped)
+    monkeypatch.setattr("sovit.cli.train.named", stopped)
     monkeypatch.setattr("sys.stderr.close", lambda: None)
     assert main(["count", "B/16"]) == status
     assert "Traceback" not in capsys.readouterr().err
