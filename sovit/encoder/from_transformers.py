@@ -114,6 +114,8 @@ def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
             raise ValueError(f"{others[0]}=true, which is not done here")
         if record.get("do_resize") is False and cropped:
             raise ValueError("do_resize=false before a crop")
+        if record["resample"] not in RESAMPLE:
+            raise ValueError(f"resample={record['resample']}, not bilinear (2) or bicubic (3)")
         scale = 255 * float(record.get("rescale_factor", 1 / 255)) if record.get("do_rescale", True) else 255.0
         normalised = record.get("do_normalize", True)
         mean, std = (record["image_mean"], record["image_std"]) if normalised else ((0.0,) * 3, (1.0,) * 3)
@@ -121,7 +123,7 @@ def _preprocess(name: str, record: dict, image_size: int) -> Preprocess:
             image_size=size,
             mean=tuple(value / scale for value in mean),
             std=tuple(value / scale for value in std),
-            resample=RESAMPLE[int(record["resample"])],
+            resample=RESAMPLE[record["resample"]],
             crop="center" if cropped else "squash",
             crop_pct=size / (before.get("shortest_edge") or before["height"]) if cropped else 1.0,
         )

@@ -107,7 +107,7 @@ def test_the_flags_of_a_processor_are_obeyed(record, tmp_path):
     ("record", "words"),
     [
         ({"do_pad": True}, "do_pad=true"),
-        ({"resample": 1}, "KeyError"),
+        ({"resample": 1}, r"resample=1, not bilinear \(2\) or bicubic"),
         ({"size": {"height": 28, "width": 56}}, "28 x 56 px"),
         ({"size": {"height": 56, "width": 56}}, "its processor makes 56"),
     ],
