@@ -29,7 +29,6 @@ from sovit.law.geometry import Geometry
 from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Rows, Solved, solve
 from sovit.ledger.measurements import Measurements, measurements_of
-from sovit.ledger.trained_on import trained_on
 
 __all__ = ["LAWS", "Fit", "fit", "fit_law"]
 
@@ -87,7 +86,7 @@ def fit_measurements(name: str, data: Measurements, **options: Any) -> Fit:
         options["zero_line"] = data.zero_line
     found = fit(name, data.columns, data.y, metric=data.metric, **options)
     left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
-    kept = dataclasses.replace(found.data, left_out=left_out, notes=data.notes, trained_on=trained_on(data.rows))
+    kept = dataclasses.replace(found.data, left_out=left_out, notes=data.notes, trained_on=data.trained_on)
     return dataclasses.replace(found, data=kept)
 
 

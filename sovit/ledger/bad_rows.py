@@ -28,10 +28,12 @@ RULES = {  # counted column -> what it is compared with
     "compute": "forward_flops x num_examples",
     "train_flops": "3 x (forward_flops + head_flops) x num_examples",
 }
-# what a count may be of ours by another convention: a multiply-add counted once, training counted as forward, without
-# attention or embeddings; further off it is of another unit
-SAME_UNIT = 4.0
+# what a count may be of ours by another convention: a multiply-add counted once (2), training counted as forward (3), both
+# (6), without attention or embeddings; further off it is of another unit
+SAME_UNIT = 7.0
+MAX_TOKENS = 1e5  # of one example: a ratio above it is a matter of units
 UNITS = {1e3: "thousands", 1e6: "millions", 1e9: "billions (G)", 1e12: "trillions (T)", 1e15: "P", 2e9: "GMACs"}
+UNITS |= {1e18: "E", 1e21: "Z", 8.64e19: "PF-days"}
 
 
 def column_numbers(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,14 +78,25 @@ def count_ratios(rows: list[dict], shapes: list[Shape | None]) -> dict[str, np.n
     count = {id(s): (s.forward_flops, s.num_params) for s in {id(s): s for s in shapes if s is not None}.values()}
     forward, params = np.array([count.get(id(s), (np.nan, np.nan)) for s in shapes], float).T
     own = np.where(np.isfinite(given["forward_flops"]), given["forward_flops"], forward)
+    own = np.where(np.isfinite(own), own, 2 * given["num_params"] * tokens_of(rows))
     head = np.where(np.isfinite(given["head_flops"]), given["head_flops"], 0.0)
     trained = 3 * (own + head) * np.where(np.isfinite(given["text_flops"]), np.nan, given["num_examples"])
     counted = dict(forward_flops=forward, num_params=params, compute=own * given["num_examples"], train_flops=trained)
     return {name: given[name] / counted[name] for name in RULES}
 
 
+def tokens_of(rows: list[dict]) -> float:
+    """Tokens of an example by the rows' own FLOPs, 2 num_params each: 1 where one example is one, or where units differ."""
+    size, images, compute, train = (
+        column_numbers(rows, name)[0] for name in ("num_params", "num_examples", "compute", "train_flops")
+    )
+    ratio = np.where(np.isfinite(compute), compute, train / 3) / (2 * size * images)
+    typical = np.median(ratio[np.isfinite(ratio)]) if np.isfinite(ratio).any() else 1.0
+    return float(typical) if SAME_UNIT < typical < MAX_TOKENS else 1.0
+
+
 def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict[str, np.ndarray]) -> dict[int, str]:
-    """Rows whose counts were made by another rule than those of the same shape: these can only be a mistake."""
+    """Rows whose counts were made by another rule than those of the same shape, or in another unit than most rows."""
     by_shape: dict[int, list[int]] = {}
     for i, shape in enumerate(shapes):  # equal shapes are one object
         by_shape.setdefault(id(shape), []).append(i)
@@ -97,6 +110,11 @@ def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict[str, n
                 if abs(np.log(ratio[i] / typical)) > CONVENTION / 2:
                     own = f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {RULES[name]}"
                     out.setdefault(i, f"{own}, where the median of the same shape has {typical:.4g} x")
+        known = np.flatnonzero(np.isfinite(ratio))
+        typical = np.median(ratio[known]) if len(known) else 1.0
+        for i in known[np.abs(np.log(ratio[known] / typical)) > np.log(SAME_UNIT)].tolist():
+            own = f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {RULES[name]}"
+            out.setdefault(i, f"{own}, where the median of all rows has {typical:.4g} x: another unit")
     return out
 
 

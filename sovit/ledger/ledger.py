@@ -102,11 +102,15 @@ def _json_lines(file: Iterable[str]) -> Iterator[tuple[int, Callable[[], Any]]]:
 
 
 def _csv_lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Callable[[], Any]]]:
-    header = next(iter(file), "")
-    table = csv.DictReader(itertools.chain([header], file), delimiter=delimiter_of(header, path))
+    lines = iter(file)
+    skipped, header = next(
+        ((i, line) for i, line in enumerate(lines) if line.strip() and not line.startswith("sep=")), (0, "")
+    )  # "sep=;" is Excel's own first line
+    table = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter_of(header, path))
+    table.fieldnames = [name.strip() for name in table.fieldnames or []]
     if twice := [name for name, count in Counter(table.fieldnames or []).items() if count > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}; rename or remove one")
-    return ((table.line_num, functools.partial(_csv_row, row)) for row in table)
+    return ((table.line_num + skipped, functools.partial(_csv_row, row)) for row in table)
 
 
 def merge(rows: list[dict], where: str = "the ledger", left_out: list | None = None) -> list[dict]:

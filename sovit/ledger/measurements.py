@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,14 @@ from sovit.ledger.bad_rows import (
     count_ratios,
     foreign_counts,
     odd_trunks,
+    tokens_of,
     unfit,
     with_metric,
 )
 from sovit.ledger.few_shot_columns import about, probe_of
 from sovit.ledger.ledger import merge, read_exclusions, read_rows
 from sovit.ledger.tables import Reading
+from sovit.ledger.trained_on import TrainedOn, trained_on
 from sovit.spec.shape import DIMENSIONS, Shape
 
 # columns handed to a law where every row has them
@@ -79,6 +82,11 @@ class Measurements:
         rest = f"], {json.dumps(self.left_out)}, {json.dumps(self.statuses, sort_keys=True)}]"
         content.update(rest.encode())
         return {"ledgers": [Path(p).name for p in self.paths], "metric": self.metric, "sha256": content.hexdigest()}
+
+    @cached_property
+    def trained_on(self) -> TrainedOn | None:
+        """The data and the recipe that all rows share: dear to tell, and the same for every form."""
+        return trained_on(self.rows)
 
     def shapes(self) -> list[tuple]:
         """Each row's shape as the tuple of the shape columns there are."""
@@ -167,16 +175,24 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
     return Measurements(metric, columns, y, kept, left_out, statuses, list(source.paths), notes)
 
 
-def foreign_notes(rows: Sequence[Mapping]) -> list[str]:
-    """What was derived of rows whose run_id is a place in a table: their status, and trunks."""
+def foreign_notes(rows: Sequence[dict]) -> list[str]:
+    """What was derived of rows whose run_id is a place in a table: their status, trunks, tokens an example; repeats."""
     derived = [row for row in rows if ":" in row["run_id"]]
     if not derived:
         return []
     trunks = len({row["trunk_id"] for row in derived})
-    return [
+    notes = [
         f"{len(derived)} rows name no run: each counts as one that ended well, and rows that agree in shape, rate and"
         f" seeds as one training run ({trunks} of them)"
     ]
+    contents = Counter(repr([value for name, value in row.items() if name != "run_id"]) for row in derived)
+    if repeats := len(derived) - len(contents):
+        notes.append(f"{repeats} rows repeat another in every column, and count as measured again; remove copies")
+    if not any(row.get("forward_flops") or row.get("width") for row in derived) and (tokens := tokens_of(derived)) != 1:
+        notes.append(
+            f"FLOPs are {tokens:.4g} x those of num_params x num_examples: right for so many tokens an example"
+        )
+    return notes
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray | None:

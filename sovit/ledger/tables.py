@@ -118,16 +118,22 @@ def _scaled(value: Any, factor: float) -> Any:
 
 
 def open_table(path: Path) -> IO[str]:
-    """The text of a file: packed by gzip where it ends in .gz, UTF-8 or what its first bytes say.
+    """The text of a file: packed by gzip or not, UTF-8 or UTF-16, as its first bytes say.
 
-    Raises UserError for a suffix of no known kind.
+    Raises UserError for a suffix of no known kind, and for bytes that are no such text.
     """
-    raw: Any = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-    if suffix_of(path) not in SUFFIXES:
+    if suffix_of(path) not in SUFFIXES and not path.is_dir():
         raise UserError(f"{path} is of no known kind; give .jsonl, .csv or .tsv, each also as .gz")
-    mark = raw.read(4)
+    raw: Any = open(path, "rb")
+    if raw.read(2) == b"\x1f\x8b":
+        raw.close()
+        raw = gzip.open(path)
+    raw.seek(0)
+    mark = raw.read(200)
     raw.seek(0)
     wide = mark.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if b"\0" in mark and (not wide or mark[2:4] == b"\0\0"):
+        raise UserError(f"cannot read {path}: it has zero bytes and no mark of UTF-16; save it as UTF-8")
     return io.TextIOWrapper(raw, encoding="utf-16" if wide else "utf-8-sig", newline="")
 
 

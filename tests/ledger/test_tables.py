@@ -13,6 +13,8 @@ from sovit.ledger.tables import SYNONYMS, Reading
 from sovit.report.build import FitOptions, read_ledgers
 from sovit.spec.shape import Shape
 
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+GEMSTONES = DATA / "gemstones" / "wandb_df_for_fitting_cool_end.jsonl"
 NAMES = ("N=num_params,D=num_examples,loss=val_loss",)
 A, B, E, ALPHA, BETA = 400.0, 410.0, 1.7, 0.34, 0.28
 ROWS = [
@@ -158,3 +160,62 @@ def test_another_convention_is_kept_and_the_head_is_counted_in_it(tmp_path):
     assert "forward_flops is 0.5 x what its shape counts: another convention, and kept" in data.notes
     ours = [3 * (s.forward_flops + s.head_flops(10)) * n / 2 for s in SHAPES for n in (16_000, 64_000)]
     assert sorted(data.columns["train_flops"].tolist()) == pytest.approx(sorted(ours), rel=1e-12)
+
+
+SIZED = (f"{NAMES[0]},C=train_flops",)
+
+
+def priced(tokens=1, **changes):
+    rows = [row | dict(C=6 * row["N"] * row["D"] * tokens) for row in ROWS]
+    return [row | {name: row[name] * factor for name, factor in changes.items()} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [(dict(D=1e-9), "num_examples=1e+09"), (dict(C=1e-18), "train_flops=1e+18"), (dict(C=1 / 8.64e19), "=8.64e+19")],
+)
+def test_units_are_checked_by_size_where_no_shape_is_known(tmp_path, changes, remedy):
+    with pytest.raises(UserError, match="another unit") as caught:
+        read(table(tmp_path / "a.csv", priced(**changes)), *SIZED)
+    assert remedy in str(caught.value)
+
+
+def test_one_row_in_another_unit_is_named_and_can_be_left_out(tmp_path):
+    rows = priced()
+    rows[5] |= dict(D=rows[5]["D"] / 1e6)
+    path = table(tmp_path / "a.csv", rows)
+    with pytest.raises(UserError, match=r"row a.csv:7 has train_flops=.* 1e\+06 x .*median of all rows has 1 x"):
+        read(path, *SIZED)
+    data = measurements([path], skip_bad=True, reading=Reading.of(SIZED))
+    assert len(data.y) == 15 and [run_id for run_id, _ in data.left_out] == ["a.csv:7"]
+
+
+def test_both_conventions_at_once_and_tokens_of_an_example_are_said(tmp_path):
+    sixth = read(table(tmp_path / "a.csv", priced(C=1 / 6)), *SIZED)
+    assert any("train_flops is 0.1667 x" in note and "another convention" in note for note in sixth.notes)
+    images = read(table(tmp_path / "b.csv", priced(tokens=196)), *SIZED)
+    assert any("FLOPs are 196 x those of num_params x num_examples" in note for note in images.notes)
+
+
+def test_first_lines_spaces_and_packing_do_not_matter_and_repeats_are_said(tmp_path):
+    path = table(tmp_path / "a.csv", [{f" {name} ": value for name, value in row.items()} for row in ROWS], ";")
+    path.write_bytes(gzip.compress(b"\nsep=;\n" + path.read_bytes() + path.read_bytes().splitlines()[1]))
+    data = read(path, *NAMES)
+    assert len(data.y) == 17 and data.rows[0]["run_id"] == "a.csv:10"
+    assert any("1 rows repeat another in every column" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-32"])
+def test_zero_bytes_say_how_to_save_it(tmp_path, encoding):
+    with pytest.raises(UserError, match="no mark of UTF-16; save it as UTF-8"):
+        read(table(tmp_path / "a.csv", encoding=encoding), *NAMES)
+
+
+@pytest.mark.skipif(not GEMSTONES.exists(), reason="the published sweep is not here")
+def test_a_published_optimum_is_reached_from_the_command_line(tmp_path):
+    """Gemstones' N-D law of the cooled-down models (arXiv 2502.06857): Huber delta 1e-3, every row as it is."""
+    names = "params_active_precise=num_params,tokens=num_examples,final_loss=val_loss"
+    options = ["--form", "chinchilla", "--huber-delta", "1e-3", "--bootstrap", "0", "--out", str(tmp_path)]
+    assert main(["fit", str(GEMSTONES), "--map", names, *options]) == 0
+    law = json.loads((tmp_path / "law.json").read_text())
+    assert [law["params"][name] for name in ("alpha", "beta", "E")] == pytest.approx([0.3003, 0.5802, 2.075], abs=5e-4)
