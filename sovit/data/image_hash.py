@@ -16,14 +16,6 @@ FLAT = 0.25  # neighbours that differ by less, of 255, are equal: rounding and c
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-def near_duplicates(train: np.ndarray, val: np.ndarray, max_distance: int = 4) -> np.ndarray:
-    """[J] bool: whether a validation image has a training image whose hash differs in at most `max_distance` bits.
-
-    train [I, H, W] or [I, H, W, 3] uint8, val [J, H', W'] or [J, H', W', 3] uint8; the sizes may differ.
-    """
-    return within(difference_hash(train), difference_hash(val), max_distance)
-
-
 def difference_hash(images: np.ndarray) -> np.ndarray:
     """[I] uint64: for 8 x 9 cells of the image, whether each is darker than its right neighbour ("dHash").
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sovit.encoder.model import build
@@ -73,6 +74,16 @@ class SovitVisionModel(PreTrainedModel):
         super().__init__(config)
         self.trunk: Any = build(config.shape)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a checkpoint lacks: transformers leaves parameters of no known module as memory had them."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        for name in ("pos_embed", "cls_token", "reg_token", "latent"):
+            if isinstance(drawn := getattr(module, name, None), nn.Parameter):
+                initialization.normal_(drawn, std=std)
+        if isinstance(module, LayerScale):
+            initialization.constant_(module.gamma, 1e-5)
 
     @property
     def norm(self) -> nn.Module:

@@ -13,16 +13,22 @@ from sovit.law.solver.fitter import Rows, Solved, free_columns
 from sovit.spec.shape import DIMENSIONS
 
 SIGNIFICANT = 0.05  # p of the F test of lack of fit
+FAR, FAR_LOSS = 8.0, 0.1  # robust s.d., and ln loss, beyond which a row is an outlier
+NORMAL_MAD = 0.6745  # median of |x| of a standard normal x
 
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """S.d. of ln loss between two runs of one shape, and where it was read: `n` degrees of freedom, `num_rows` rows."""
+    """S.d. of ln loss between two runs of one shape, and where it was read: `n` degrees of freedom, `num_rows` rows.
+
+    outliers: rows, by run_id where one is known, that the law misses by far and that the s.d. therefore leaves out.
+    """
 
     sd: float
     source: str
     n: int
     num_rows: int
+    outliers: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +79,34 @@ class Diagnostics:
     draws: Draws | None = None
 
 
-def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved) -> Noise:
+def far_rows(rows: Rows, solved: Solved) -> np.ndarray:
+    """The rows given, by number, that the law misses by more than FAR robust s.d. of its residuals, and by FAR_LOSS."""
+    residual = rows.form.evaluate(solved.theta[None], rows.u)[0][0] - np.log(rows.y)
+    aside = np.abs(residual - np.median(residual))
+    return np.unique(rows.source[aside > max(FAR * np.median(aside) / NORMAL_MAD, FAR_LOSS)])
+
+
+def seed_noise(table: Mapping, y: np.ndarray, index: np.ndarray, solved: Solved, far: np.ndarray) -> Noise:
     """S.d. of ln y: pooled within rows of one shape and number of images in several trunks; else from the residuals.
 
+    far: numbers of rows that are left out, for one wrong loss would make all others look alike.
     n: degrees of freedom between trunks (branches of one trunk share its seed); seeded trunks less seeded shapes.
     num_rows: the rows that the s.d. was read from.
     """
     names = [n for n in (*DIMENSIONS, "head_dim", "pool", "num_registers", "num_params", "peak_lr") if n in table]
     shape = groups_of([table[n] for n in names], len(y))
     group = groups_of([shape, table.get("num_examples", np.arange(len(y)))], len(y))
-    pairs = np.unique(np.stack([group, index]), axis=1)  # each trunk of a group once
-    repeated = np.flatnonzero(np.bincount(pairs[0])[group] > 1)
+    sound = ~np.isin(np.arange(len(y)), far)
+    pairs = np.unique(np.stack([group, index])[:, sound], axis=1)  # each trunk of a group once
+    repeated = np.flatnonzero((np.bincount(pairs[0], minlength=group.max() + 1)[group] > 1) & sound)
+    outliers = [str(i) for i in far] or None
     if len(repeated):
         seeded = np.unique(np.stack([shape, index])[:, repeated], axis=1)
         n = seeded.shape[1] - len(np.unique(seeded[0]))
         sd = pooled_sd(np.log(y[repeated]), group[repeated]) or 0.0  # some group has two rows here
-        return Noise(sd=sd, source="seeds", n=n, num_rows=len(repeated))
+        return Noise(sd=sd, source="seeds", n=n, num_rows=len(repeated), outliers=outliers)
     sd = float(np.hypot(solved.trunk_sd, solved.row_sd))
-    return Noise(sd=sd, source="residuals", n=int(round(solved.dof)), num_rows=len(y))
+    return Noise(sd=sd, source="residuals", n=int(round(solved.dof)), num_rows=len(y), outliers=outliers)
 
 
 def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
@@ -102,7 +118,7 @@ def pooled_sd(values: np.ndarray, group: np.ndarray) -> float | None:
 
 
 def describe(rows: Rows, solved: Solved, noise: Noise, draws: Draws | None) -> Diagnostics:
-    """Raises UserError where no parameter moves the fit."""
+    """Outliers of the noise have no part in the residuals' size. Raises UserError where no parameter moves the fit."""
     form, theta = rows.form, solved.theta
     value, jac = form.evaluate(theta[None], rows.u)
     residual, jac = value[0] - np.log(rows.y), jac[0]
@@ -117,7 +133,8 @@ def describe(rows: Rows, solved: Solved, noise: Noise, draws: Draws | None) -> D
     names, weak = np.array(form.names)[free], right[-1]
     weak = weak * np.sign(weak[np.argmax(np.abs(weak))])  # a singular vector has no sign of its own
     top = np.argsort(-np.abs(weak), kind="stable")[:2]
-    rms = float(np.sqrt(residual @ residual / max(len(residual) - int(free.sum()), 1)))
+    near = residual[~np.isin(rows.source, np.array(noise.outliers or (), int))]
+    rms = float(np.sqrt(near @ near / max(len(near) - int(free.sum()), 1)))
     return Diagnostics(
         converged=solved.converged,
         objective_spread=solved.spread,

@@ -20,7 +20,7 @@ from sovit import UserError
 from sovit.law.bootstrap import MIN_CLUSTERS, interval, pairs, pairs_stretch, random_effects, stretch
 from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import Prepared, geometry_of, positive, prepare_fit
-from sovit.law.diagnostics import Draws, describe, seed_noise
+from sovit.law.diagnostics import Draws, describe, far_rows, seed_noise
 from sovit.law.exponents import Growth, Interval, exponents, size_growth
 from sovit.law.extrapolation import Extrapolation, extrapolation
 from sovit.law.fitted_law import Data, Fit, Model
@@ -29,6 +29,7 @@ from sovit.law.geometry import Geometry
 from sovit.law.options import LawOptions
 from sovit.law.solver.fitter import Rows, Solved, solve
 from sovit.ledger.measurements import Measurements, measurements_of
+from sovit.ledger.schema import row_label
 
 __all__ = ["LAWS", "Fit", "fit", "fit_law"]
 
@@ -86,8 +87,47 @@ def fit_measurements(name: str, data: Measurements, **options: Any) -> Fit:
         options["zero_line"] = data.zero_line
     found = fit(name, data.columns, data.y, metric=data.metric, **options)
     left_out = [dict(run_id=run_id, reason=reason) for run_id, reason in data.left_out]
-    kept = dataclasses.replace(found.data, left_out=left_out, notes=data.notes, trained_on=data.trained_on)
-    return dataclasses.replace(found, data=kept)
+    outliers = [data.rows[int(i)]["run_id"] for i in found.noise.outliers or ()]
+    kept = dataclasses.replace(
+        found.data,
+        left_out=left_out,
+        notes=data.notes,
+        warnings=_warnings(data, outliers) or None,
+        trained_on=data.trained_on,
+        best_run=_best_run(data),
+    )
+    return dataclasses.replace(found, data=kept, noise=dataclasses.replace(found.noise, outliers=outliers or None))
+
+
+def _warnings(data: Measurements, outliers: Sequence[str]) -> list[str]:
+    """What to know before anything else: rows that the law misses by far, and losses that rise with training."""
+    out = []
+    if outliers:
+        which = ", ".join(outliers[:5]) + (f" and {len(outliers) - 5} more" if len(outliers) > 5 else "")
+        lies, them = ("lies", "it") if len(outliers) == 1 else ("lie", "them")
+        out.append(f"{which} {lies} far from the law; the noise leaves {them} out: look at {them}, or exclude {them}")
+    first: dict[str, tuple] = {}  # trunk -> images, loss
+    last: dict[str, tuple] = {}
+    for row in data.rows:
+        point = row["num_examples"], row[data.metric]
+        first[row["trunk_id"]] = min(first.get(row["trunk_id"], point), point)
+        last[row["trunk_id"]] = max(last.get(row["trunk_id"], point), point)
+    several = [trunk for trunk in first if first[trunk][0] < last[trunk][0]]
+    rising = sum(last[trunk][1] > first[trunk][1] for trunk in several)
+    if rising > len(several) / 2:
+        out.append(
+            f"{data.metric} rises with training in {rising} of {len(several)} trunks, which no law of these forms can"
+            " follow; check the column, and the learning rate"
+        )
+    return out
+
+
+def _best_run(data: Measurements) -> str:
+    """The row of least loss, in words."""
+    row = data.rows[int(data.y.argmin())]
+    return (
+        f"{row_label(row)} ({data.metric} {row[data.metric]:.4g} after {row['num_examples']:,} images, {row['run_id']})"
+    )
 
 
 def choose_headline(fits: Mapping[str, Fit], form: str | None) -> tuple[str, str]:
@@ -126,7 +166,7 @@ def fit(form: str, columns: Mapping, y: Any, **options: Any) -> Fit:
             f"bootstrap={chosen.bootstrap} with {num_clusters} trunk(s); an interval by trunk needs at least {MIN_CLUSTERS}"
         )
     solved = solve(rows, chosen.estimator)
-    noise = seed_noise(ready.table, ready.y, ready.index, solved)
+    noise = seed_noise(ready.table, ready.y, ready.index, solved, far_rows(rows, solved))
     shaped = LAWS[form].uses_dims and chosen.terms is None
     geometry = geometry_of(ready.table, chosen.geometry) if shaped else None
     data = _data(ready, chosen.metric)

@@ -7,25 +7,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from sovit import UserError
+from sovit import UserError, reason
 from sovit.files import write_atomic
 from sovit.law.bootstrap import LEVEL
 from sovit.law.compute_optimum import Family
 from sovit.law.design_matrix import arms_of, predicted
-from sovit.law.diagnostics import Diagnostics, Draws, LackOfFit, Noise, Weakest
+from sovit.law.diagnostics import Diagnostics, Noise
 from sovit.law.exponents import Growth, Interval, Range
-from sovit.law.extrapolation import Extrapolation, Score
+from sovit.law.extrapolation import Extrapolation
 from sovit.law.form import Form
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
 from sovit.ledger.trained_on import TrainedOn
 from sovit.spec.shape import DIMENSIONS
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,9 @@ class Data:
     metric: str | None = None
     left_out: list[dict[str, str]] | None = None
     notes: list[str] | None = None
+    warnings: list[str] | None = None
     trained_on: TrainedOn | None = None
+    best_run: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,18 @@ class Fit:
     geometry: Geometry | None
     level: float = LEVEL
     draws: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.form not in LAWS:
+            raise UserError(f"form={self.form!r} is unknown; choose one of {', '.join(LAWS)}")
+        num, model = len(self.model.theta), self.model
+        lengths = [len(model.names), *(len(row) for rows in self.draws.values() for row in rows)]
+        if {num} != {*lengths}:
+            raise UserError(f"its {num} parameters, their names and draws differ in number")
+        if not self.data.grid.keys() >= {*model.dims} or any(min(x, default=0) <= 0 for x in self.data.grid.values()):
+            raise UserError("data.grid lacks values above 0 for a dimension of the law")
+        if not (0 < self.level < 1 and self.noise.sd >= 0 and self.num_rows > 0):
+            raise UserError(f"level={self.level}, noise.sd={self.noise.sd} or num_rows={self.num_rows} cannot be")
 
     @property
     def shape_form(self) -> Form:
@@ -139,26 +152,10 @@ class Fit:
     def from_json(text: str) -> Fit:
         """Raises UserError for text that is not a law.json. Keys that no part knows are left out."""
         try:
-            body = json.loads(text)
-            found, extra = body["diagnostics"], body["extrapolation"]
-            inner = dict(weakest=Weakest, lack_of_fit=LackOfFit, draws=Draws)
-            within = [name for name in inner if name in found]
-            scores = {name: _part(Score, score) for name, score in extra.get("forms", {}).items()}
-            trained = body["data"].get("trained_on")
-            nested = dict(
-                intervals={name: _part(Interval, ends) for name, ends in body["intervals"].items()},
-                exponents={name: _part(Growth, growth) for name, growth in body["exponents"].items()},
-                noise=_part(Noise, body["noise"]),
-                extrapolation=_part(Extrapolation, extra | (dict(forms=scores) if scores else {})),
-                diagnostics=_part(Diagnostics, found | {name: _part(inner[name], found[name]) for name in within}),
-                model=_part(Model, body["model"]),
-                data=_part(Data, body["data"] | (dict(trained_on=_part(TrainedOn, trained)) if trained else {})),
-                geometry=_part(Geometry, body["geometry"]) if body["geometry"] else None,
-            )
-            return Fit(**body | nested)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"not a law.json ({reason}); write one with `sovit fit LEDGER --out DIR`") from None
+            fit = part_of(Fit, json.loads(text), "")
+        except (ValueError, RecursionError) as error:  # a UserError is one
+            raise UserError(f"not a law.json ({reason(error)}); write one with `sovit fit LEDGER --out DIR`") from None
+        return fit
 
     def best_shape(self, train_flops: float, **rules: Any) -> Any:
         """The best integer shape for a budget: `sovit.best_shape` of this law, with its rules."""
@@ -181,9 +178,43 @@ def plain(part: Any) -> Any:
     return part
 
 
-def _part(kind: type[Part], body: Mapping) -> Part:
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in body.items() if name in known})
+LARGEST = 1e300  # of any number of a law
+
+
+def part_of(hint: Any, value: Any, where: str) -> Any:
+    """Plain data as what a law's part is annotated to be; keys that no part knows are left out.
+
+    Raises UserError for what is missing, of another type, not finite, or beyond LARGEST.
+    """
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return None if value is None else part_of(next(a for a in arguments if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return _dataclass_of(hint, value, where)
+    expected: Any = {tuple: list, Sequence: list, float: (int, float)}.get(kind or hint, kind or hint)
+    if hint is Any or kind is Literal:
+        return value
+    if not isinstance(value, expected) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where} is {json.dumps(value)[:40]}, not of type {getattr(hint, '__name__', hint)}")
+    if hint is float and not abs(value) < LARGEST:  # nan is not below it either
+        raise UserError(f"{where} is {value}, no finite number")
+    if expected is list:
+        return [part_of(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(value)]
+    if kind is dict:
+        return {name: part_of(arguments[1], x, f"{where}.{name}") for name, x in value.items()}
+    return value
+
+
+def _dataclass_of(hint: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where or 'it'} is {json.dumps(value)[:40]}, not an object")
+    hints, found = get_type_hints(hint), {}
+    for f in dataclasses.fields(hint):
+        if f.name in value:
+            found[f.name] = part_of(hints[f.name], value[f.name], f"{where}.{f.name}".lstrip("."))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"it lacks {f'{where}.{f.name}'.lstrip('.')}")
+    return hint(**found)
 
 
 def read_law(path: Path | str) -> Fit:

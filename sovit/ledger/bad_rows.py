@@ -105,7 +105,10 @@ def bad_counts(rows: list[dict], shapes: list[Shape | None], ratios: dict[str, n
     for name, ratio in ratios.items():
         for alike in by_shape.values():
             members = [i for i in alike if np.isfinite(ratio[i])]
-            typical = np.median(ratio[members]) if members else 1.0  # of two equal camps it is neither's: both are bad
+            known = ratio[members]
+            if not members or known.max() / known.min() < 1 + CONVENTION:
+                continue
+            typical = np.median(known)  # of two equal camps it is neither's: both are bad
             for i in members:
                 if abs(np.log(ratio[i] / typical)) > CONVENTION / 2:
                     own = f"has {name}={rows[i][name]!r}, {ratio[i]:.4g} x {RULES[name]}"
@@ -133,7 +136,10 @@ def foreign_counts(ratios: dict[str, np.ndarray]) -> list[str]:
                 raise UserError(
                     f"{name} is {span} x {RULES[name]}: another unit, {_unit(name, float(np.nanmedian(ratio)))}"
                 )
-            out.append(f"{name} is {span} x {RULES[name]}: another convention, and kept")
+            one_rule = np.nanmax(ratio) / np.nanmin(ratio) < 1 + CONVENTION
+            kept = "another convention, and kept"
+            several = "kept, but rows counted by different rules cannot be compared"
+            out.append(f"{name} is {span} x {RULES[name]}: {kept if one_rule else several}")
     return out
 
 
@@ -151,16 +157,23 @@ def _unit(name: str, ratio: float) -> str:
     return f"convert it with --units {name}=FACTOR, or mend the column"
 
 
-def odd_trunks(rows: list[dict], shapes: list[Shape | None]) -> list[str]:
-    """Trunk ids that cannot be those of one training run each."""
+def odd_trunks(rows: list[dict], shapes: list[Shape | None], metric: str) -> list[str]:
+    """Trunk ids that cannot be those of one training run each, and measurements that stand twice."""
     sizes: dict[str, set] = {}
+    names: dict[tuple, list[str]] = {}
     for row, shape in zip(rows, shapes):
         sizes.setdefault(row["trunk_id"], set()).add(row.get("num_params") if shape is None else id(shape))
+        names.setdefault((row["trunk_id"], row["num_examples"], row[metric]), []).append(row["run_id"])
     several = [trunk_id for trunk_id, found in sizes.items() if len(found) > 1]
-    if not several:
-        return []
-    what = f"{len(several)} trunk_id (such as {several[0]}) stand for several shapes each"
-    return [f"{what}; a trunk is one training run, and intervals are by trunk"]
+    twice = [run_ids for run_ids in names.values() if len(run_ids) > 1]
+    out = []
+    if several:
+        what = f"{len(several)} trunk_id (such as {several[0]}) stand for several shapes each"
+        out.append(f"{what}; a trunk is one training run, and intervals are by trunk")
+    if twice:
+        what = f"{len(twice)} measurements stand under several names (such as {twice[0][0]} and {twice[0][1]})"
+        out.append(f"{what}: same trunk, images and {metric} to the last digit; each counts as often as it stands")
+    return out
 
 
 def unfit(row: Mapping, excluded: Mapping[str, str]) -> str:

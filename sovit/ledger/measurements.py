@@ -165,7 +165,7 @@ def measurements_of(read: Sequence[dict], metric: str = "val_loss", source: Sour
     mistaken = bad_counts(kept, shapes, ratios)
     kept, right = sound(kept, mistaken), [i for i in range(len(kept)) if i not in mistaken]
     shapes = [shapes[i] for i in right]
-    notes += foreign_counts({name: ratio[right] for name, ratio in ratios.items()}) + odd_trunks(kept, shapes)
+    notes += foreign_counts({name: ratio[right] for name, ratio in ratios.items()}) + odd_trunks(kept, shapes, metric)
     kept = [_counted(row, shape) for row, shape in zip(kept, shapes)]
     columns = {name: column for name in COLUMNS if (column := _column(kept, name)) is not None}
     if any(row.get("num_registers") for row in kept):  # said by a row only where it is not 0
@@ -216,6 +216,9 @@ def _shapes(rows: list[dict]) -> list:
             continue
         more: dict = {name: int(row[name]) for name in WHOLE if row.get(name) is not None}
         more |= {name: row[name] for name in ("pool", "qkv_bias", "layer_scale") if row.get(name) is not None}
+        more |= {
+            name: bool(more[name]) for name in ("qkv_bias", "layer_scale") if more.get(name) in (0, 1)
+        }  # of a table
         key = repr(more)
         if key not in made:
             try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 
 import numpy as np
 
@@ -221,7 +221,7 @@ def flat_region(grid: Lattice, best: Mapping[str, int], best_loss: float, least:
     boxes, exact = region(grid, best_loss * float(np.exp(noise.sd)))
     low, high = (grid.table(end, boxes.pair) for end in (boxes.low, boxes.high))
     ends = {n: [best[n], *low[n].tolist(), *high[n].tolist()] for n in at.dims}
-    count = int(np.prod(boxes.high - boxes.low + 1, axis=1).sum())
+    count = sum(prod(sides) for sides in (boxes.high - boxes.low + 1).tolist())  # beyond 64 bits in places
     table = {n: np.array([x], float) for n, x in best.items()}
     if 0 < count <= MAX_COMPARED:
         every = grid.table(*boxes.shapes())

@@ -202,6 +202,6 @@ def ladder(fit: Fit, low: float | None = None, high: float | None = None, points
     low, high = (ends[0] if low is None else low), (ends[1] * 10**FAR_DECADES if high is None else high)
     if not (np.isfinite(low) and np.isfinite(high) and 0 < low < high):
         raise UserError(f"budgets from {low:g} to {high:g}: both must be positive FLOPs, the second the larger")
-    if points < 2:
-        raise UserError(f"{points} points; give at least 2")
+    if not 2 <= points <= 200:
+        raise UserError(f"{points} points; give 2 to 200")
     return [float(f"{budget:.4g}") for budget in np.geomspace(low, high, points)]

@@ -31,6 +31,7 @@ from sovit.predict.law_at_budget import (
 )
 from sovit.spec.shape import Shape
 
+MAX_REGRET = 0.1  # 95th percentile, above which a law that identifies no dimension recommends nothing
 PROPORTIONS = (768, 12, 3072)  # ViT-B: width, depth, mlp_dim
 
 
@@ -122,6 +123,8 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
     optimum = _optimum_by_dimension(at, real, least)
     decades = float(np.log10(train_flops / budgets_run(fit)[1]))
     proportional = proportional_shape(at, given.head_dim, best_loss)
+    regret = _regret(at, best, headline)
+    _refuse_ignorance(fit, optimum, regret)
     low, high = at.loss_interval(best)
     pairs_low, pairs_high = at.loss_interval(best, "pairs")
     return Recommendation(
@@ -146,7 +149,7 @@ def best_shape(fit: Fit, train_flops: float, **rules: Any) -> Recommendation:
         },
         optimum_loss=float(at.loss_of(real)),
         rounding=at.excess(best, real),
-        regret=_regret(at, best, headline),
+        regret=regret,
         flat_region=flat_region(grid, best, best_loss, headline),
         proportional=proportional,
         difference=at.difference(best, proportional.shape.to_dict()),
@@ -163,9 +166,12 @@ def rules_of(at: Target, **rules: Any) -> Rules:
 def _real_optimum(at: Target) -> dict[str, float]:
     """The real-valued optimum by dimension. Raises UserError where the budget does not pay for one image of it."""
     real = dict(zip(at.dims, np.exp(at.optimum()).tolist()))
-    for n in at.absent():  # the nearest that was run to where it costs nothing
+    held = {}
+    for n in at.absent():  # the nearest that was run to where it costs nothing; the others are then best beside it
         run = at.fit.data.grid[n]
-        real[n] = min(real[n], max(run)) if n in FALLING else max(real[n], min(run))
+        held[n] = min(real[n], max(run)) if n in FALLING else max(real[n], min(run))
+    if held:
+        real = dict(zip(at.dims, np.exp(at.optimum(held=held)).tolist()))
     cost = at.train_flops / float(at.images(real))
     if cost > at.train_flops:
         sizes = ", ".join(f"{n} {x:.4g}" for n, x in real.items())
@@ -245,6 +251,18 @@ def _regret(at: Target, best: Mapping, least: np.ndarray | None) -> Regret | Non
         return None
     excess = at.loss_of(best, at.draws()[0][: len(least)]) / least - 1
     return Regret(*np.quantile(excess, [0.5, 0.95]).tolist())
+
+
+def _refuse_ignorance(fit: Fit, optimum: Mapping[str, Optimum], regret: Regret | None) -> None:
+    """Raise UserError where the law identifies no dimension and its shape may be far from the best."""
+    if regret is None or regret.high < MAX_REGRET or any(value.status != "unidentified" for value in optimum.values()):
+        return
+    best = f"; the best that was run is {fit.data.best_run}" if fit.data.best_run else ""
+    lost = f"{regret.high:.0%}" if regret.high < 10 else "more than tenfold"
+    raise UserError(
+        f"the rows identify none of {', '.join(optimum)}: a shape by this law may lose {lost} to the best, so none is"
+        f" recommended{best}; run shapes further apart, or more seeds"
+    )
 
 
 def _warnings(fit: Fit, optimum: Mapping[str, Optimum], decades: float) -> list[str]:

@@ -174,7 +174,7 @@ def _summary(folder: Path, data: Measurements, fits: Mapping, headline: str, fac
         metric=data.metric,
         num_rows=len(data.y),
         left_out=len(data.left_out),
-        notes=data.notes,
+        notes=[*(fit.data.warnings or ()), *data.notes],
         num_trunks=fit.num_clusters,
         params=fit.params,
         exponents=plain(fit.exponents),

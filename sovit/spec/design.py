@@ -65,6 +65,8 @@ def isoflop(base: Shape, widths: Sequence[int]) -> list[Shape]:
     >>> [shape.label for shape in sovit.isoflop(base, (16, 32, 64))]
     ['16x1x64', '32x2x128', '64x4x256']
     """
+    if not widths:
+        raise UserError("the design gives no values of width; name some")
     return [
         base.replace(
             width=width,

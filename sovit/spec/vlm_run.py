@@ -230,6 +230,8 @@ def preset_run(name: str, encoder: str, num_examples: int, batch_size: int = 2, 
         stages = [Stage(num_examples, projector=Part("full", 0.01, warmup=0.05))]
         more = {"layout": "rows", "template": "short"} | more
     elif name == "llava15":
+        if num_examples % batch_size or num_examples < 10 * batch_size:
+            raise UserError(f"{num_examples} images are no multiple of the batch of {batch_size}, or under ten batches")
         align = max(5, round(558 / (558 + 665) * num_examples / batch_size)) * batch_size
         second = Stage(num_examples - align, projector=Part("full", 2e-5), language_model=Part("full", 2e-5))
         stages = [Stage(align, projector=Part("full", 1e-3)), second]

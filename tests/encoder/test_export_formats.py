@@ -277,3 +277,15 @@ def test_one_format_replaces_another_and_json_tells_the_differences(planted, tmp
         assert report["tokens_max_difference"] < 0.01
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert not (tmp_path / "out" / "preprocessor_config.json").exists()  # nothing is left of the format before
+
+
+def test_what_a_checkpoint_lacks_is_drawn_and_not_left_as_memory_was(planted, tmp_path):
+    """Of another image size transformers takes no positions from the file, and has nothing else to fill them with."""
+    run_ids, runs_dir = planted
+    run_id = next(iter(run_ids.values()))
+    export_encoder(run_id, runs_dir, tmp_path / "encoder", format="sovit")
+    again = {"image_size": 2 * load_branch(run_id, runs_dir)[1].shape.image_size, "ignore_mismatched_sizes": True}
+    for _ in range(3):
+        model = transformers.AutoModel.from_pretrained(tmp_path / "encoder", **again)
+        drawn = model.trunk.pos_embed
+        assert 0.5 < drawn.std().item() / model.config.initializer_range < 1.5 and drawn.abs().max() < 1

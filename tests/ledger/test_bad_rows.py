@@ -11,8 +11,9 @@ from sovit import UserError
 from sovit.cli.main import main
 from sovit.law import fit as law
 from sovit.ledger.ledger import read_ledger, read_rows
-from sovit.ledger.measurements import measurements
+from sovit.ledger.measurements import measurements, measurements_of
 from sovit.report.build import fit_ledgers
+from sovit.spec.shape import Shape
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,42 @@ def test_one_patch_a_cell_answers_for_its_cell(rows, tmp_path):
     assert any("have one patch a cell: their val_loss is taken as val_cell_loss" in note for note in data.notes)
     with pytest.raises(UserError, match="no row has metric='val_cell_loss'"):
         measurements([written(tmp_path / "none.jsonl", rows)], "val_cell_loss")
+
+
+def rows_of_shapes(**changes):
+    shapes = [Shape(w, 2, 64, head_dim=8, patch_size=4, image_size=16) for w in (16, 32, 48)]
+    sizes = ("width", "depth", "mlp_dim", "head_dim", "patch_size", "image_size", "pool")
+    rows = []
+    for s in shapes:
+        for n in (800, 1600):
+            named = {name: getattr(s, name) for name in sizes} | {"forward_flops": s.forward_flops, "num_examples": n}
+            rows.append(named | dict(run_id=f"{s.width}-{n}", trunk_id=str(s.width), status="ok", val_loss=2 - n / 9e3))
+    return [row | changes for row in rows]
+
+
+def test_counts_by_several_rules_are_told_from_one_convention():
+    one = rows_of_shapes()
+    several = [row | {"forward_flops": row["forward_flops"] // (2 if row["width"] == 16 else 1)} for row in one]
+    assert (
+        "0.5 to 1 x what its shape counts: kept, but rows counted by different rules"
+        in measurements_of(several).notes[0]
+    )
+    half = [row | {"forward_flops": row["forward_flops"] // 2} for row in one]
+    assert "0.5 x what its shape counts: another convention, and kept" in measurements_of(half).notes[0]
+
+
+def test_a_count_within_five_per_cent_of_its_shape_s_is_no_mistake():
+    rows = rows_of_shapes()
+    rows[0]["forward_flops"] *= 1.03
+    assert len(measurements_of(rows).y) == 6
+
+
+def test_a_measurement_under_two_names_is_said():
+    rows = rows_of_shapes()
+    assert not measurements_of(rows).notes
+    notes = measurements_of([*rows, rows[0] | {"run_id": "again"}]).notes
+    assert len(notes) == 1 and "1 measurements stand under several names (such as 16-800 and again)" in notes[0]
+
+
+def test_flags_of_a_table_may_be_numbers():
+    assert len(measurements_of(rows_of_shapes(qkv_bias=1, layer_scale=0)).y) == 6

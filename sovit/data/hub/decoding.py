@@ -122,6 +122,13 @@ def _finish(location: Location, rows: Rows, modes: np.ndarray, hashes: np.ndarra
     """Hold out validation images where a set has none, count near-duplicates, write info.json and say what there is."""
     labels, is_val = np.where(modes == BROKEN, -1, rows.labels), np.arange(len(modes)) >= rows.num_train
     read = labels >= 0
+    if len(np.unique(labels[read])) < 2:
+        shutil.rmtree(folder)  # another reader, or a mended disk, may read more next time
+        broken = int((modes == BROKEN).sum())
+        raise UserError(
+            f"preset={location.preset!r} has fewer than two classes of readable images ({broken:,} of {len(modes):,} are"
+            " broken); give a fuller set"
+        )
     if not is_val.any():
         is_val[fixed_random(0, 1).permutation(np.flatnonzero(read))[: max(1, round(HOLDOUT * read.sum()))]] = True
     train, val = read & ~is_val, read & is_val

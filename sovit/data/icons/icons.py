@@ -170,7 +170,9 @@ def attribution(folder: Path) -> list[dict[str, str]]:
 
 def licences(preset: str, image_size: int) -> dict[str, list[str]]:
     """Licence -> icon sets whose drawings a preset shows, sorted; {} where its masks are not in the cache."""
-    shown = PRESETS[preset or "mosaic"]
+    shown = PRESETS.get(preset or "mosaic")
+    if shown is None:  # a preset of an earlier version
+        return {}
     try:
         folder = assets.cache_dir() / "icons" / masks_key(shown.num_classes, image_size // shown.grid)
     except UserError:  # a package of the user's own that has gone

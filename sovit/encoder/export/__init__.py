@@ -18,6 +18,7 @@ from sovit.spec.shape import Shape
 
 MARK = "sovit.json"  # in every exported folder, which another export may replace
 EXPORTED = {MARK, "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}  # what one may hold
+MAX_SIDE = 4096  # pixels of a resized export
 MAX_PATCHES = 128 * 128  # of a resized export: four times those of Gemma3
 
 
@@ -40,9 +41,9 @@ def export_encoder(
 
     image_size, patch_size: where given, the trained weights are resized to them, without training.
 
-    Returns {"format", "out", "run_id"} and what `roundtrip_check` measured. Raises UserError for a run that is not there, a
-    format or size that cannot be and for an `out` that holds something else; RuntimeError if the reload differs. `out` is
-    written in full or not at all.
+    Returns {"format", "out", "run_id"} and what `roundtrip_check` measured: of nanoVLM, which no library loads, what its
+    GELU moves, the folder unread. Raises UserError for a run that is not there, a format or size that cannot be and for an
+    `out` that holds something else; RuntimeError if the reload differs. `out` is written in full or not at all.
 
     >>> sovit.export_encoder("2da54a192d-80", "runs", "encoder", format="timm")["format"]
     'timm'
@@ -112,6 +113,8 @@ def _resized(model: Any, run: Run, shape: Shape) -> Any:
     from sovit.encoder.model import build
     from sovit.encoder.resize import resize_method, resize_state
 
+    if shape.image_size > MAX_SIDE:
+        raise UserError(f"image_size={shape.image_size} is too large to resize to; give at most {MAX_SIDE}")
     if shape.num_patches > MAX_PATCHES:
         raise UserError(
             f"image_size={shape.image_size} in patches of {shape.patch_size} makes {shape.num_patches:,} tokens, at most"
