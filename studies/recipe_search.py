@@ -1,10 +1,10 @@
 """Which learning rate is fair to every shape of the stream's star?
 
-    python studies/recipe_search.py --workers 2    then  python -m analysis.recipe_rule runs/results/recipe_search.jsonl
+    python studies/recipe_search.py --workers 2
 
 Each shape at the ends of the star is trained at learning rates a factor sqrt(2) to 2 apart, and cooled down at two
-budgets. The rule base x (32 / width)^p x (2 / depth)^q is fitted to the best rate of each shape; every other study uses
-that rule, and its rows carry the rate.
+budgets. The rule base x (32 / width)^p x (2 / depth)^q was fitted to the best rate of each shape by code that
+stands at commit 0838003 (analysis/recipe_rule.py). Every other study uses that rule, and its rows carry the rate.
 
 Cost: 40 trunks, about 15 minutes of two cores. Expected: 0.009 at width 32 and depth 2,
 falling about as width^-0.65 and depth^-0.75.

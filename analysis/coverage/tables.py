@@ -5,7 +5,7 @@
 Each condition draws random laws (exponents, amplitudes, floor), measures them on a design with noise by trunk and by
 row, fits, and counts how often each of the two intervals holds the true growth exponents and the true best shape at
 10 and 100 times the largest compute. One JSON line a finished condition: a stopped run goes on where it was. Prints a
-table in markdown, and draws OUT's folder/coverage/coverage.png and .svg. --quick: 20 sets a condition, a look only.
+table in markdown. --quick: 20 sets a condition, a look only.
 
 Cost: .2 to .3 s a set for `joint`, .9 for `joint_n`, 1.4 for `sovit`: about 25 minutes of one core.
 Expected: 85 to 95 % for the headline and the pairs where the form is right.
@@ -208,10 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = study(options.out, conditions)
         print(table(lines))
-        from analysis.coverage.figures import coverage
-        from sovit.report.figures import save
-
-        save(coverage(lines), options.out.parent / options.out.stem / "coverage")
     except UserError as error:
         print(f"sovit: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ The committed scores are of results/stream_star.jsonl, icons_star.jsonl and stre
 The headline at a cut is the form that `sovit fit` would have chosen from the rows below it, by its own test inside them:
 no row that is scored has a say. Its baselines are the N-D law (`chinchilla`), constant proportions (`compute_only`) and the
 nearest run. Whether it is better is said with a 90 % interval of the ratio of RMSEs, from resampling the trunks that are
-scored (what a fit itself would vary by is not in it). Writes extrapolation.json and the figure. No row of a published
+scored (what a fit itself would vary by is not in it). Writes extrapolation.json. No row of a published
 sweep is written, only scores. FOLDER is described in `analysis.published.sweeps`.
 """
 
@@ -152,8 +152,6 @@ def study(data: Data) -> dict:
 
 
 def analyse(options: argparse.Namespace) -> Result:
-    from analysis.published.figures import extrapolation_distance
-
     sets = [data for path in options.ledgers for data in of_ledger(path)]
     sets += of_public(options.public) if options.public else []
     found = [study(data) for data in sets]
@@ -162,8 +160,7 @@ def analyse(options: argparse.Namespace) -> Result:
         forms = data["pooled"]["forms"].items()
         cells = "  ".join(f"{form} {100 * s['rmse']:.2f} ({100 * s['bias']:+.2f})" for form, s in forms)
         lines.append(f"{data['name']}, {data['metric']}, {data['pooled']['num_cuts']} cuts pooled: {cells}")
-    figures = {"extrapolation/by_distance": extrapolation_distance(found)} if lines else {}
-    return Result(found, "\n".join(lines), "extrapolation.json", figures=figures)
+    return Result(found, "\n".join(lines), "extrapolation.json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from sovit.law.bootstrap import interval
 from sovit.law.compute_optimum import law_columns
 from sovit.law.exponents import amplitudes, optimum_of
 from sovit.law.fitted_law import Fit
+from sovit.law.form import FALLING
 from sovit.law.forms import LAWS
 from sovit.law.geometry import Geometry
 from sovit.spec.shape import DIMENSIONS, Shape
@@ -95,7 +96,12 @@ class Target:
         return Estimate(*(None if x is None else float(np.expm1(x)) for x in vars(found).values()))  # type: ignore[arg-type]
 
     def optimum(self, theta: np.ndarray | None = None, held: Mapping | None = None) -> np.ndarray:
-        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free."""
+        """ln x of the real-valued optimum, [K], or [R, K] for theta [R, P]; held: dimension -> value that is not free.
+
+        A dimension without effect is held at its cheapest value run, before the others are optimised beside it.
+        """
+        grid = self.fit.data.grid
+        held = {n: max(grid[n]) if n in FALLING else min(grid[n]) for n in self.absent()} | dict(held or {})
         many = self.fit.theta[None] if theta is None else theta
         v = optimum_of(self.fit.family, many, float(np.log(self.train_flops / 3)), head=True, held=held)
         return v[0] if theta is None else v

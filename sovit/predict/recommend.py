@@ -15,7 +15,6 @@ import numpy as np
 from sovit import UserError
 from sovit.law.bootstrap import interval
 from sovit.law.fitted_law import Fit
-from sovit.law.form import FALLING
 from sovit.predict.integer_search import SIZES, FlatRegion, Rules, flat_region, lattice, minimise
 from sovit.predict.law_at_budget import (
     FAR_DECADES,
@@ -166,12 +165,6 @@ def rules_of(at: Target, **rules: Any) -> Rules:
 def _real_optimum(at: Target) -> dict[str, float]:
     """The real-valued optimum by dimension. Raises UserError where the budget does not pay for one image of it."""
     real = dict(zip(at.dims, np.exp(at.optimum()).tolist()))
-    held = {}
-    for n in at.absent():  # the nearest that was run to where it costs nothing; the others are then best beside it
-        run = at.fit.data.grid[n]
-        held[n] = min(real[n], max(run)) if n in FALLING else max(real[n], min(run))
-    if held:
-        real = dict(zip(at.dims, np.exp(at.optimum(held=held)).tolist()))
     cost = at.train_flops / float(at.images(real))
     if cost > at.train_flops:
         sizes = ", ".join(f"{n} {x:.4g}" for n, x in real.items())

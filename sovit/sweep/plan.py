@@ -7,8 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sovit import UserError
-from sovit.spec.any_run import encoder_runs, vlm_runs
+from sovit.spec.any_run import encoder_runs
 from sovit.spec.run import Run
 from sovit.spec.vlm_run import VlmRun
 from sovit.sweep.queue import Sweep
@@ -23,13 +22,11 @@ OVERHEAD = 1.15  # data, clipping and checkpoints come on top of a step that was
 def plan_of(sweep: Sweep, workers: int, device: str) -> dict:
     """Rows and totals. `compute` counts every branch as if trained alone, as SoViT did; `spent` counts trunks once.
 
-    Of a vision-language model nothing is known that is not tried: its FLOPs and seconds are of a real step of each stage,
-    None where its parts are not here, for a reason that stands in `notes`.
+    Of a vision-language model the stages are told, and neither FLOPs nor seconds.
     """
     pending = {run.trunk_id: run for run in sweep.pending()}
     untrained = [run for run in pending.values() if not all(sweep.rows(run))]  # the rest is only to be probed
-    costs, notes = try_vlm_runs(sweep, vlm_runs(untrained), device)
-    costs |= try_encoders(encoder_runs(untrained), device)
+    costs = try_encoders(encoder_runs(untrained), device)
     rows = []
     for trunk, run in sweep.runs.items():
         flops, seconds = costs.get(trunk, (None, None))
@@ -50,7 +47,7 @@ def plan_of(sweep: Sweep, workers: int, device: str) -> dict:
         "workers": workers,
         "gpu_hours": {gpu: train_flops / (UTILISATION * peak) / 3600 for gpu, peak in GPUS.items()},
     }
-    return {"totals": totals, "trunks": rows, "notes": notes}
+    return {"totals": totals, "trunks": rows}
 
 
 def _of_kind(run: Any) -> dict:
@@ -65,29 +62,6 @@ def _of_kind(run: Any) -> dict:
         "spent_compute": forward * run.total_examples,
         "train_flops": run.total_flops,
     }
-
-
-def try_vlm_runs(sweep: Sweep, runs: Sequence[VlmRun], device: str) -> tuple[dict[str, tuple], list[str]]:
-    """trunk_id -> (training FLOPs, seconds), from a tried step of each stage; and why there are none of the others."""
-    found: dict[str, tuple] = {}
-    notes: list[str] = []
-    if not runs:
-        return found, notes
-    import torch
-
-    from sovit.vlm.step_cost import Trials
-
-    torch.set_num_threads(1)
-    trials = Trials(sweep.runs, sweep.runs_dir, device)
-    for run in sorted(runs, key=lambda run: run.language_model):
-        try:
-            costs = list(zip(run.stages, trials.costs(run)))
-        except UserError as error:
-            notes += [str(error)] * (str(error) not in notes)
-            continue
-        seconds = sum(stage.num_examples * each for stage, (_, each) in costs)
-        found[run.trunk_id] = sum(stage.num_examples * flops for stage, (flops, _) in costs), seconds * OVERHEAD
-    return found, notes
 
 
 def try_encoders(runs: Sequence[Run], device: str) -> dict[str, tuple]:
@@ -163,13 +137,11 @@ def print_plan(sweep: Sweep, workers: int, device: str, data: Sequence[str], as_
         f"compute of encoders (forward FLOPs x images): {t['compute'] / 1e9:.6g} GFLOPs if every branch were trained alone,"
         f" {t['spent_compute'] / 1e9:.6g} with shared trunks; training costs 3 x that\n"
         f"estimated time: {clock(t['seconds'])} with {workers} worker{'s' * (workers > 1)} on {device},"
-        " without probes and VLM validation"
+        " without probes and vision-language models"
     )
     if t["gpu_hours"]["H100"] >= 0.1:  # smaller studies are of shapes that keep no GPU busy
         hours = (f"{t['gpu_hours'][gpu]:.3g} on an {gpu} ({peak / 1e12:.0f} TFLOP/s)" for gpu, peak in GPUS.items())
         print(f"GPU-hours, were {UTILISATION:.0%} of the dense bf16 peak reached: " + ", ".join(hours))
-    for note in plan["notes"]:
-        print(f"no estimate: {note}")
     for line in data:
         print(line)
 

@@ -155,7 +155,7 @@ def test_a_frontier_says_where_it_did_not_count_all_shapes(fit, monkeypatch):
     [
         ((1e20, 1e19, 3), "1e[+]20 to 1e[+]19"),
         ((-1.0, None, 3), "-1 to"),
-        ((None, None, 1), "1 points; give at least 2"),
+        ((None, None, 1), "1 points; give 2 to 200"),
     ],
 )
 def test_bad_ladders_are_refused(fit, ends, words):
