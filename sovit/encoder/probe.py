@@ -69,7 +69,7 @@ def open_probe(name: str, image_size: int, patch_size: int, device: str = "cpu")
     try:
         source = open_data(data, preset, image_size, patch_size, PROBE_SEED, device)
     except UserError as error:
-        raise UserError(f"{name} at {image_size} px, in patches of {patch_size}: {error}") from None
+        raise type(error)(f"{name} at {image_size} px, in patches of {patch_size}: {error}") from None
     if source.readout != "pooled":
         raise UserError(f"{name} has a label a patch; a probe needs one an image, such as icons:single40")
     most = min(POOL, getattr(source, "num_train", POOL))  # one epoch of a set of images
