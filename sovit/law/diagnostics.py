@@ -13,7 +13,7 @@ from sovit.law.solver.fitter import Rows, Solved, free_columns
 from sovit.spec.shape import DIMENSIONS
 
 SIGNIFICANT = 0.05  # p of the F test of lack of fit
-FAR, FAR_LOSS = 8.0, 0.1  # robust s.d., and ln loss, beyond which a row is an outlier
+FAR, FAR_LOSS = 8.0, 0.2  # robust s.d., and ln loss, beyond which a row is an outlier
 NORMAL_MAD = 0.6745  # median of |x| of a standard normal x
 
 
