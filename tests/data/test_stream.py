@@ -381,7 +381,7 @@ def test_the_table_of_presets_is_that_of_the_stream():
 def test_unknown_sources_and_presets_say_so():
     with pytest.raises(UserError, match="data='imagenet' is unknown; choose one of " + ", ".join(SOURCES)):
         open_data("imagenet", "cpu", 16, 4, 0)
-    with pytest.raises(UserError, match="preset='tpu' is unknown for the stream; choose one of cpu, "):
+    with pytest.raises(UserError, match="preset='tpu' is unknown to stream; choose one of cpu, "):
         open_data("stream", "tpu", 16, 4, 0)
 
 

@@ -95,7 +95,7 @@ def test_memory_that_runs_out_in_the_launcher_is_one_line(capsys, monkeypatch):
         raise MemoryError("Unable to allocate 9 TiB")
 
     assert exit_status(study) == 1
-    monkeypatch.setattr("sovit.spec.named_shapes.named_shape", lambda *_, **__: study())
+    monkeypatch.setattr("sovit.cli.train._named", lambda *_, **__: study())
     assert main(["count", "B/16"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all("out of memory (Unable to allocate 9 TiB)" in line for line in lines)

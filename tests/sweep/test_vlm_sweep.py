@@ -227,14 +227,10 @@ def test_the_row_of_a_failure_says_what_was_asked_for():
 # plan, status, tracking, laws ----------------------------------------------------------------------------------------
 
 
-def test_the_plan_tells_the_flops_that_the_row_will_have(swept, tmp_path, capsys):
+def test_the_plan_of_a_model_names_its_stages(swept, tmp_path, capsys):
     shutil.copytree(swept.folder / "runs" / ENCODER.trunk_id, tmp_path / "runs" / ENCODER.trunk_id)
-    far = reader(Stage(5), language_model="moon")
-    plan = plan_of(opened(tmp_path, [*DESIGN[:1], ENCODER, far]), 2, "cpu")
-    good, encoder, unknown = plan["trunks"]
-    assert good["train_flops"] == pytest.approx(swept.rows[GOOD.trunk_id]["train_flops"])
-    assert good["seconds"] > 0 and encoder["done"] and plan["totals"]["seconds"] == good["seconds"] / 2
-    assert unknown["seconds"] is None and "'moon' is of no known kind" in plan["notes"][0]
+    good, encoder = plan_of(opened(tmp_path, [*DESIGN[:1], ENCODER]), 2, "cpu")["trunks"]
+    assert good["seconds"] is None and not good["done"] and encoder["done"]
     print_plan(opened(tmp_path, [GOOD, WILD, ENCODER]), 1, "cpu", [], as_json=False)
     text = capsys.readouterr().out
     assert EYE in text and "projector full 0.01: 150 images" in text and "16x1x32" in text

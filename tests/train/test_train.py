@@ -83,8 +83,8 @@ def test_a_row_has_the_columns_of_the_schema(trained):
         "schema run_id trunk_id study status init_seed data_seed data preset num_classes objective width depth mlp_dim"
         " head_dim num_heads patch_size image_size pool num_params head_params num_examples trunk_examples"
         " cooldown_examples forward_flops head_flops compute train_flops spent_flops batch_size peak_lr weight_decay"
-        " parametrisation precision val_loss val_error data_key zero_line micro_batch seconds spent_seconds device versions"
-        " commit commit_dirty date"
+        " parametrisation precision warmup_examples val_loss val_error data_key zero_line micro_batch seconds spent_seconds"
+        " device versions commit commit_dirty date"
     )
     skills = {
         f"{metric}/{name}"
