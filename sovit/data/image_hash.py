@@ -2,9 +2,8 @@
 
 Two images whose hashes differ in a few bits are the same picture in most cases: brighter, recompressed or resized. The
 hash sees no finer detail than 8 x 8 cells, so on drawings or digits of few strokes it also joins different images that
-look alike: a count is of suspects, an upper bound of what a person would call copies. The package imagehash, whose
-cells have no tolerance (FLAT), finds 1,906 suspects among the 7,316 validation icons of 40 classes where this finds 3,397:
-other icons would be left out of validation.
+look alike: a count is of suspects, an upper bound of what a person would call copies. The package imagehash has no
+tolerance (FLAT) and finds other suspects, 1,906 instead of 3,397 of 7,316 icons.
 """
 
 from __future__ import annotations

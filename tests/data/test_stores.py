@@ -133,7 +133,61 @@ def test_an_archive_may_mix_kinds_of_images_and_of_labels(tmp_path):
     write_archive(tmp_path / "told" / "x.tar", told)
     assert opened(tmp_path / "told").class_names == ("0", "1")
     write_archive(tmp_path / "named" / "val-0.tar", named)
-    check(tmp_path / "named", "named after splits beside x.tar")
+    check(tmp_path / "named", "names files after splits, but not x.tar")
+
+
+def shard(label=lambda i: i % 2, count=8, extra=()) -> list[tuple[str, bytes]]:
+    return [(f"{i}.{k}", d) for i in range(count) for k, d in (("png", png(i)), *extra, ("cls", b"%d" % label(i)))]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_splits_of_shards_are_whole_words_of_names_or_folders(tmp_path, kind):
+    """`datasets` guesses them from any word of any name, and leaves the other files out without a word."""
+
+    def write(name, count):
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "tar":
+            write_archive(path, shard(count=count))
+            return
+        path.parent.mkdir(exist_ok=True)
+        rows = {
+            "image": [{"bytes": png(i), "path": None} for i in range(count)],
+            "label": [i % 2 for i in range(count)],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+    for names in (("wds [1]/birds-Train-0", "wds [1]/birds-Validation-0"), ("folders/train/0", "folders/Val/0")):
+        (tmp_path / names[0].split("/")[0]).mkdir()
+        for name, count in zip(names, (6, 4), strict=True):
+            write(name, count)
+        source = opened(tmp_path / names[0].split("/")[0])
+        assert (source.info["splits"][0], source.num_train, source.num_val, source.info["found"]) == ("train", 6, 4, 10)
+    for name in ("plain/trained", "plain/latest"):
+        write(name, 5)
+    write_archive(tmp_path / "plain" / "OTHER.TAR", shard()) if kind == "tar" else None
+    (tmp_path / "plain" / "notes.txt").write_text("no shard")
+    source = opened(tmp_path / "plain")
+    assert source.num_train + source.num_val == source.info["found"] - 1 == (18 if kind == "tar" else 10)
+    assert source.info["refused"] == {"of a kind that is not read (.txt)": 1}
+    for name in ("some/bullet_train", "some/cars"):
+        write(name, 5)
+    check(tmp_path / "some", f"names files after splits, but not cars.{kind}")
+
+
+def test_an_archive_is_read_to_its_end_and_has_an_image_a_sample(tmp_path):
+    write_archive(tmp_path / "masks" / "x.tar", shard(extra=[("seg.png", png(99))]))
+    write_archive(tmp_path / "plain" / "x.tar", shard())
+    masks, plain = (opened(tmp_path / name).train(0, 7) for name in ("masks", "plain"))
+    assert torch.equal(masks.images, plain.images)  # 0.seg.png is no second image
+    write_archive(tmp_path / "two" / "x.tar", shard(extra=[("webp", png(99))]))
+    check(tmp_path / "two", "two/x.tar has two images of the name 0; keep one")
+    whole = (tmp_path / "plain" / "x.tar").read_bytes()
+    start = whole.index(b"4.png")
+    for name, cut in (("cut", whole[:start]), ("spoilt", whole[:start] + bytes([7]) * 512 + whole[start + 512 :])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.tar").write_bytes(cut)
+        check(tmp_path / name, f"x.tar is cut off or damaged at byte {start:,}; copy it again")
 
 
 def png(i: int) -> bytes:

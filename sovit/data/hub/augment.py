@@ -30,7 +30,6 @@ def crop_boxes(seed: int, start: int, count: int, side: int, min_area: float) ->
 
 
 def _box_chunk(seed: int, chunk: int, side: int, min_area: float) -> np.ndarray:
-    # Philox is a counter-based generator: (key, counter) names a stream, and no state is carried between chunks
     random = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, chunk, CROP_KEY]))
     share = random.uniform(min_area, 1, (CHUNK, ATTEMPTS))
     ratio = np.exp(random.uniform(np.log(RATIO[0]), np.log(RATIO[1]), (CHUNK, ATTEMPTS)))

@@ -28,7 +28,7 @@ from sovit.data.hub.splits import Rows, open_set
 from sovit.data.image_hash import difference_hash, within
 from sovit.files import locked
 
-RECIPE = 5  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
+RECIPE = 6  # part of a folder's name: raise it when the decoding changes, or what info.json must tell of it
 HOLDOUT = 0.1  # of the training images, where a set has no labelled validation or test split
 BLOCK = 256  # images that are read together; a kill loses as many
 NEAR = 4  # bits of the difference hash between two images that count as near-duplicates

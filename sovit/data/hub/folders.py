@@ -24,7 +24,8 @@ TRAIN_SPLITS = ("train", "training")
 VAL_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first one that has labels
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls")
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-NO_CLASS = "in no class folder"
+SPLITS = (*TRAIN_SPLITS, *VAL_SPLITS)
+SPLIT_WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(SPLITS)})(?![a-z])")
 KINDS = {".parquet": "parquet", ".tar": "webdataset", **dict.fromkeys(IMAGE_FILES, "images")}
 
 
@@ -84,7 +85,7 @@ def file_kind(location: Location) -> tuple[str, dict[str, int]]:
     path = location.path
     assert path is not None
     if path.is_file():
-        kind = KINDS.get(path.suffix)
+        kind = KINDS.get(path.suffix.lower())
         if kind in (None, "images"):
             raise UserError(
                 f"preset={location.preset!r} is a file of no known kind; give a folder, a .parquet or a .tar file"
@@ -97,12 +98,9 @@ def file_kind(location: Location) -> tuple[str, dict[str, int]]:
     if any(re.fullmatch(r"metadata\.(csv|jsonl|parquet)", file.name) for file in files):
         return "imagefolder", _not_read([f for f in files if not is_image(f) and f.stem != "metadata"])
     kinds = sorted({KINDS[suffix] for file in files if (suffix := file.suffix.lower()) in KINDS})
-    if not kinds:
-        raise UserError(
-            f"preset={location.preset!r} holds no images and no parquet files, nor .tar; give a folder that does"
-        )
-    if len(kinds) > 1:
-        raise UserError(f"preset={location.preset!r} holds files of {' and '.join(kinds)}; keep one kind in a folder")
+    if len(kinds) != 1:
+        what = f"files of {' and '.join(kinds)}" if kinds else "no images and no parquet files, nor .tar"
+        raise UserError(f"preset={location.preset!r} holds {what}; give a folder of one kind")
     return kinds[0], _not_read([file for file in files if KINDS.get(file.suffix.lower()) != kinds[0]])
 
 
@@ -122,14 +120,14 @@ def labelled_images(location: Location, files: list[Path]) -> dict[str, list[tup
     """
     images = [file for file in files if is_image(file)]
     tops = sorted({file.parts[0] for file in images if len(file.parts) > 1})
-    splits = [top for top in tops if top.lower() in (*TRAIN_SPLITS, *VAL_SPLITS)]
+    splits = [top for top in tops if top.lower() in SPLITS]
     if not splits or (len(splits) == 1 and len(tops) > 1):  # a class may be called train
         return {"train": [(file, file.parts[0] if len(file.parts) > 1 else None) for file in images]}
     if splits != tops:
         other = next(top for top in tops if top not in splits)
         raise UserError(
             f"preset={location.preset!r} has {' and '.join(splits)} beside {other}: splits, or classes? move what is no"
-            " split elsewhere, or name another folder"
+            " split elsewhere, or rename the classes"
         )
     if len({top.lower() for top in tops}) < len(tops):
         raise UserError(
@@ -146,46 +144,49 @@ def image_folder(location: Location, files: list[Path]) -> tuple[dict, dict[str,
     """Split name -> datasets.Dataset of the images and classes of a folder (see the module); what is left out, by reason."""
     import datasets
 
+    assert location.path is not None
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
-    left_out, splits = _not_read([file for file in files if not is_image(file)]), {}
+    loose, splits = 0, {}
     for split, images in labelled_images(location, files).items():
         own = [(file, label) for file, label in images if label is not None]
-        if len(own) < len(images):
-            left_out[NO_CLASS] = left_out.get(NO_CLASS, 0) + len(images) - len(own)
-        if own:
-            assert location.path is not None
-            paths = [{"bytes": None, "path": str(location.path / file)} for file, _ in own]
-            columns = {"image": paths, "label": [label for _, label in own]}
-            splits[split] = datasets.Dataset.from_dict(columns, features=features)
-            splits[split].info.builder_name = "imagefolder"
-    if not splits:
-        raise UserError(f"preset={location.preset!r} has no classes; sort the images into a folder for each class")
-    return splits, left_out
+        loose += len(images) - len(own)
+        paths = [{"bytes": None, "path": str(location.path / file)} for file, _ in own]
+        columns = {"image": paths, "label": [label for _, label in own]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+        splits[split].info.builder_name = "imagefolder"
+    return splits, _not_read([file for file in files if not is_image(file)]) | {"in no class folder": loose}
+
+
+def shards(location: Location, kind: str) -> dict[str, list[Path]]:
+    """Split name -> its parquet files or archives: by a word of their names, else by a folder's name, else train.
+
+    Raises UserError where only some are named after splits.
+    """
+    root, found = location.path, dict[str, list[Path]]()
+    assert root is not None
+    if root.is_file():
+        return {"train": [root]}
+    for file in files_below(root):
+        if KINDS.get(file.suffix.lower()) == kind:
+            folders = [name.lower() for name in file.parts[:-1] if name.lower() in SPLITS]
+            words = {*(SPLIT_WORD.findall(file.stem.lower()) or folders)}
+            found.setdefault(words.pop() if len(words) == 1 else "", []).append(root / file)
+    if "" in found and len(found) > 1:
+        other = found[""][0].name
+        raise UserError(f"preset={location.preset!r} names files after splits, but not {other}; name all so, or none")
+    return {split or "train": paths for split, paths in found.items()}
 
 
 def archives(location: Location, scratch: str) -> dict:
-    """Split name -> datasets.Dataset of webdataset archives; a split is the first word of a file's name, else train.
+    """Split name -> datasets.Dataset of webdataset archives.
 
-    A sample is what shares a name up to the first dot: its image, whatever the kind, and its labels. Raises UserError where
-    only some archives are named after splits, and for a damaged one.
+    A sample is what shares a name up to the first dot: its image, whatever the kind, and its labels. Raises UserError for
+    two images in a sample, and for a damaged archive.
     """
     import datasets
 
-    named = re.compile(rf"({'|'.join((*TRAIN_SPLITS, *VAL_SPLITS))})(?![a-z])", re.IGNORECASE)
-    root = location.path
-    assert root is not None
-    files = [root / file for file in files_below(root) if file.suffix == ".tar"] if root.is_dir() else [root]
-    found: dict[str, list[Path]] = {}
-    for file in files:
-        word = named.match(file.name)
-        found.setdefault(word[1].lower() if word else "", []).append(file)
-    if "" in found and len(found) > 1:
-        raise UserError(
-            f"preset={location.preset!r} has archives named after splits beside {found[''][0].name}; name all train-*.tar,"
-            " val-*.tar or test-*.tar, or none"
-        )
     splits = {}
-    for split, paths in found.items():
+    for split, paths in shards(location, "webdataset").items():
         kinds: dict[str, str] = {}
         for sample in archive_samples(paths):
             for name, value in sample.items():
@@ -193,10 +194,9 @@ def archives(location: Location, scratch: str) -> dict:
                 kinds[name] = "int64" if whole else "string"
         kinds.pop("image", None)
         features = {"image": datasets.Image(decode=False)} | {n: datasets.Value(kinds[n]) for n in sorted(kinds)}
-        made = datasets.Dataset.from_generator(
+        splits[split] = datasets.Dataset.from_generator(
             archive_samples, datasets.Features(features), scratch, gen_kwargs=dict(paths=paths, kinds=kinds)
         )
-        splits[split or "train"] = made
     return splits
 
 
@@ -215,20 +215,26 @@ def archive_samples(paths: list[Path], kinds: dict[str, str] | None = None) -> I
         with tarfile.open(path) as archive:
             for member in archive:
                 stem, dot, field = os.path.basename(member.name).partition(".")
-                content = archive.extractfile(member) if stem and dot else None
+                content, field = archive.extractfile(member) if stem and dot else None, field.lower()
                 if content is None:  # a folder, or hidden
                     continue
                 own = os.path.join(os.path.dirname(member.name), stem)
-                if own != key and sample:
+                if own != key and key is not None:
                     yield whole(sample)
                     sample = {}
                 key = own
-                if Path(f"x.{field}").suffix.lower() in IMAGE_FILES:
+                if f".{field}" in IMAGE_FILES:
+                    if "image" in sample:
+                        raise UserError(f"{path} has two images of the name {own}; keep one")
                     sample["image"] = {"bytes": None if kinds is None else content.read(), "path": member.name}
                 elif field in ("json", "jsn"):
                     body = json.load(content)
                     sample |= {name: str(body[name]) for name in LABEL_COLUMNS if body.get(name) is not None}
                 elif field in (*LABEL_COLUMNS, "txt", "text"):
                     sample[field] = content.read().decode("utf-8").strip()
-        if sample:
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)  # tarfile takes a header that it cannot read for the end
+            if archive.fileobj.read(512) != bytes(512):
+                raise UserError(f"{path} is cut off or damaged at byte {archive.offset:,}; copy it again")
+        if key is not None:
             yield whole(sample)

@@ -9,8 +9,7 @@ With crop, training images are resized random crops of the decoded square, antia
 whole square.
 
 A hub set without a revision is taken as it is on the day it is decoded; its revision stands in info.json beside the
-images. Files that are no image and rows without a label are left out, images of other modes become RGB: info.json counts
-them, and the validation images that have a near-duplicate in training.
+images, with the account of what was read and refused.
 """
 
 from __future__ import annotations
@@ -124,7 +123,6 @@ class Hub:
     def _epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the images of an epoch in their order, and whether each is mirrored; the last epoch is kept."""
         if self._epoch is None or self._epoch[0] != epoch:
-            # Philox is a counter-based generator: (key, counter) names a stream, and no state is carried on
             random = np.random.Generator(np.random.Philox(key=self.data_seed, counter=[0, 0, epoch, 0]))
             order = random.permutation(self._train_rows)
             self._epoch = epoch, order, (random.random(len(order)) < 0.5) & self.view.flip
@@ -168,15 +166,13 @@ def locate(preset: str) -> tuple[Location, View]:
         if span and not span[0] <= float(value) <= span[1]:
             most = f" and at most {span[1]:,}" if span[1] < math.inf else ""
             raise UserError(f"preset={preset!r}: {name}={value} must be at least {span[0]}{most}")
-    counts = ("cache_size", "num_train", "per_class", "classes")
-    numbers = {name: int(options[name]) for name in counts if name in options}
+    numbers = {
+        name: int(options[name]) for name in ("cache_size", "num_train", "per_class", "classes") if name in options
+    }
     if "per_class" in numbers and "num_train" in numbers:
         raise UserError(f"preset={preset!r} gives per_class and num_train; give one of them")
-    view = View(
-        flip=options.get("flip") != "0",
-        crop=float(options["crop"]) if "crop" in options else None,
-        **numbers,
-    )
+    crop = float(options["crop"]) if "crop" in options else None
+    view = View(options.get("flip") != "0", crop, **numbers)
     label, path = options.get("label", ""), Path(base).expanduser()
     if path.exists():
         return Location(preset, path.resolve(), base, label=label), view

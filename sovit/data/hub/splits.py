@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sovit.data.hub.folders import (
     file_kind,
     files_below,
     image_folder,
+    shards,
 )
 
 
@@ -84,9 +86,8 @@ def open_set(location: Location, scratch: str) -> Rows:
                 val = splits[name] if len(known) == len(found) else splits[name].select(known)
                 parts, labels, val_name = [train, val], labels + numbers, name
                 break
-    left_out |= {
-        f"of split {name}, not used": len(splits[name]) for name in splits if name not in (train_name, val_name)
-    }
+    unused = [name for name in splits if name not in (train_name, val_name)]
+    left_out |= {f"of split {name}, not used": len(splits[name]) for name in unused}
     files = [part.select_columns([image]).cast_column(image, datasets.Image(decode=False)) for part in parts]
     return Rows(
         files=datasets.concatenate_datasets(files),
@@ -120,8 +121,10 @@ def _load(location: Location, scratch: str) -> tuple[dict, dict[str, int]]:
         # what `datasets` makes of a folder's names is cached below scratch: the folder may change, its path not
         if kind == "webdataset":
             return archives(location, scratch), left_out
-        where = {"data_files" if location.path.is_file() else "data_dir": str(location.path)}
-        return dict(datasets.load_dataset(kind, cache_dir=scratch, **where)), left_out
+        if kind == "parquet":
+            where = {split: [glob.escape(str(f)) for f in paths] for split, paths in shards(location, kind).items()}
+            return dict(datasets.load_dataset(kind, data_files=where, cache_dir=scratch)), left_out
+        return dict(datasets.load_dataset(kind, data_dir=str(location.path), cache_dir=scratch)), left_out
     except UserError:
         raise
     except Exception as error:  # the hub client, the builders and pyarrow raise a dozen unrelated kinds
@@ -136,8 +139,7 @@ def _load(location: Location, scratch: str) -> tuple[dict, dict[str, int]]:
 
 def hub_revision(split) -> str | None:
     """The commit that a split was downloaded from, which `datasets` keeps in the path of its own cache; None if not."""
-    files = " ".join(file["filename"] for file in split.cache_files)
-    found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", files)
+    found = re.search(r"[/\\]([0-9a-f]{40})[/\\]", " ".join(file["filename"] for file in split.cache_files))
     return found[1] if found else None
 
 
